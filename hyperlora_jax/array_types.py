@@ -1,0 +1,33 @@
+"""Array annotations used in every public signature; the tests execute them with beartype.
+
+Dimension letters: b batch, l LoRAs, n tokens, i/o in/out features, r rank, d flat LoRA, z latent
+channels, e embedding, h w c image height, width, channels.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Float, Int, Key, Shaped, UInt8, UInt32
+
+Array = jax.Array
+AnyArray = jax.Array | np.ndarray
+PRNGKey = Key[Array, ""] | UInt32[Array, "2"]
+Params = Mapping[str, Any]  # nested dict of arrays
+ArrayTree = Any  # any pytree of arrays
+
+__all__ = [
+    "AnyArray",
+    "Array",
+    "ArrayTree",
+    "Bool",
+    "Float",
+    "Int",
+    "Key",
+    "PRNGKey",
+    "Params",
+    "Shaped",
+    "UInt8",
+    "UInt32",
+]
