@@ -1,0 +1,148 @@
+"""What one does with down/up pairs: create, stack, scale, join, add to weights.
+
+All functions are pure and work on single LoRAs and on batches (leading axis l).
+"""
+
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from hyperlora_jax.array_types import AnyArray, Array, Float, Params, PRNGKey
+from hyperlora_jax.lora.sites import LoraSpec, tree_from_sites
+
+
+def init(
+    key: PRNGKey,
+    spec: LoraSpec,
+    num_loras: int | None = None,
+    down_std: float | None = None,
+    shared: bool = False,
+) -> Params:
+    """Normal down, zero up: delta = 0. float32.
+
+    `down_std` None means 1/sqrt(3 · fan_in), the spread of PEFT's default. A site's numbers
+    depend on the key and its own path only, so adding sites does not change the others. With
+    `shared`, the LoRAs of a batch start from the same factors (what makes their raw factors
+    comparable later).
+    """
+    lead = () if num_loras is None else (num_loras,)
+    pairs = {}
+    for site in spec.sites:
+        std = (3 * site.fan_in) ** -0.5 if down_std is None else down_std
+        site_key = jax.random.fold_in(key, zlib.crc32(site.path.encode()))
+        drawn = () if shared else lead
+        down = std * jax.random.normal(site_key, (*drawn, *site.down_shape))
+        pairs[site.path] = {
+            "down": jnp.broadcast_to(down, (*lead, *site.down_shape)),
+            "up": jnp.zeros((*lead, *site.up_shape)),
+        }
+    return tree_from_sites(pairs)
+
+
+def zeros(spec: LoraSpec, num_loras: int | None = None) -> Params:
+    """A LoRA of zeros in both factors, float32."""
+    lead = () if num_loras is None else (num_loras,)
+    return tree_from_sites(
+        {
+            site.path: {
+                "down": jnp.zeros((*lead, *site.down_shape)),
+                "up": jnp.zeros((*lead, *site.up_shape)),
+            }
+            for site in spec.sites
+        }
+    )
+
+
+def is_site(tree: Any) -> bool:
+    """True for a {"down", "up"} pair: use as `is_leaf` to map over sites."""
+    return isinstance(tree, dict) and set(tree) == {"down", "up"}
+
+
+def num_loras(lora: Params) -> int | None:
+    """Length of the leading axis, or None for a single LoRA."""
+    pair = next(iter(jax.tree.leaves(lora, is_leaf=is_site)), None)
+    if not is_site(pair):
+        raise ValueError("num_loras expects a LoRA tree with at least one site, got an empty one")
+    return pair["up"].shape[0] if pair["up"].ndim == 3 else None
+
+
+def delta(factors: Params) -> Float[AnyArray, "..."]:
+    """down · up of one site in its kernel layout, [l?, in, out] or [l?, kh, kw, in, out]."""
+    down, up = factors["down"], factors["up"]
+    if up.ndim == 3 and down.ndim == 5:
+        return jnp.einsum("lhwir,lro->lhwio", down, up)
+    return down @ up
+
+
+def scale(lora: Params, strength: float | Float[AnyArray, ""] | Float[AnyArray, " l"]) -> Params:
+    """Multiplies every delta by the strength, one number or one for each LoRA of a batch."""
+    strength = jnp.asarray(strength, jnp.float32)
+    if strength.ndim == 1 and num_loras(lora) != strength.shape[0]:
+        raise ValueError(f"scale: {strength.shape[0]} strengths, but {num_loras(lora)} LoRAs")
+    factor = strength[:, None, None] if strength.ndim == 1 else strength
+
+    def scale_site(pair):
+        return {"down": pair["down"], "up": (pair["up"] * factor).astype(pair["up"].dtype)}
+
+    return jax.tree.map(scale_site, lora, is_leaf=is_site)
+
+
+def stack(loras: Sequence[Params]) -> Params:
+    """A batch from single LoRAs of one spec."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *loras)
+
+
+def index(lora: Params, i: int | slice) -> Params:
+    """LoRA i of a batch (a slice keeps the leading axis)."""
+    return jax.tree.map(lambda leaf: leaf[i], lora)
+
+
+def repeat(lora: Params, num: int) -> Params:
+    """A batch of `num` equal LoRAs from a single one."""
+    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (num, *leaf.shape)), lora)
+
+
+def concatenate_ranks(a: Params, b: Params) -> Params:
+    """The LoRA whose delta is the sum of both, exactly; ranks add. A site of one only is kept."""
+    if is_site(a) and is_site(b):
+        return {
+            "down": jnp.concatenate([a["down"], b["down"]], axis=-1),
+            "up": jnp.concatenate([a["up"], b["up"]], axis=-2),
+        }
+    return {
+        name: concatenate_ranks(a[name], b[name]) if name in a and name in b
+        else a[name] if name in a else b[name]
+        for name in sorted({*a, *b})
+    }  # fmt: skip
+
+
+def mean(lora: Params) -> Params:
+    """Mean of the raw factors over the leading axis (meaningful for one shared initialisation)."""
+    return jax.tree.map(lambda leaf: leaf.mean(axis=0), lora)
+
+
+def interpolate(a: Params, b: Params, weight: float | Float[Array, ""]) -> Params:
+    """a + weight · (b - a) on raw factors: weight 0 is a, 1 is b, above 1 extrapolates."""
+    return jax.tree.map(lambda x, y: x + weight * (y - x), a, b)
+
+
+def merge_into(params: Params, lora: Params, strength: float = 1.0) -> Params:
+    """Copy of a model's Flax parameters with strength · delta added to every adapted kernel.
+
+    `lora` is the model's own sub-tree (see `sites.component_tree`), a single LoRA. Raises
+    ValueError when a site has no kernel in `params`.
+    """
+    merged = dict(params)
+    for name, node in lora.items():
+        if name not in merged:
+            raise ValueError(f"merge_into: no module {name!r} among {sorted(merged)[:8]}")
+        if is_site(node):
+            kernel = merged[name]["kernel"]
+            added = kernel.astype(jnp.float32) + strength * delta(node)
+            merged[name] = {**merged[name], "kernel": added.astype(kernel.dtype)}
+        else:
+            merged[name] = merge_into(merged[name], node, strength)
+    return merged

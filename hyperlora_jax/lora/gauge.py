@@ -1,0 +1,146 @@
+"""Many factor pairs make one delta: down·G, G⁻¹·up for any invertible G. Here one is chosen.
+
+    raw         the factors as they are
+    svd         down = Q_d U √σ, up = √σ Vᵀ Q_uᵀ with QR of both factors and the SVD of the r×r
+                core: balanced, σ descending; signs by inner product with the reference, or the
+                largest entry of each up row positive
+    procrustes  the balanced pair turned by the orthogonal matrix that brings it closest to the
+                reference (for targets that share an initialisation or a mean)
+Never builds an in×out matrix: O(r²(in+out)).
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from hyperlora_jax.array_types import AnyArray, Array, Float, Params
+from hyperlora_jax.lora.factors import is_site
+from hyperlora_jax.lora.sites import LoraSite, LoraSpec, site_factors, tree_from_sites
+
+Gauge = Literal["raw", "svd", "procrustes"]
+
+
+def canonical(
+    lora: Params, spec: LoraSpec, kind: Gauge = "raw", reference: Params | None = None
+) -> Params:
+    """The same deltas in the chosen gauge; ranks stay. Idempotent for a fixed reference.
+
+    `reference` is a single LoRA of the spec (usually the training mean): optional for "svd"
+    (signs), required for "procrustes".
+    """
+    if kind == "raw":
+        return lora
+    if kind == "procrustes" and reference is None:
+        raise ValueError("gauge 'procrustes' needs a reference LoRA, got None")
+    if kind not in ("svd", "procrustes"):
+        raise ValueError(f"gauge {kind!r} is unknown; expected 'raw', 'svd' or 'procrustes'")
+    return _map_sites(lora, spec, kind, reference, lambda site: site.rank)
+
+
+def truncate(lora: Params, spec: LoraSpec, rank: int) -> tuple[Params, LoraSpec]:
+    """Best approximation of every delta at this rank (svd gauge) and its spec.
+
+    A smaller site is zero-padded to the rank, which keeps its delta exactly.
+    """
+    cut = _map_sites(lora, spec, "svd", None, lambda site: rank)
+    return cut, spec.with_rank(rank)
+
+
+def singular_values(lora: Params, spec: LoraSpec) -> dict[str, Float[Array, "*l r"]]:
+    """Singular values of every site's delta, descending, by site path."""
+
+    def one(down, up):
+        return jnp.linalg.svd(_core(down, up)[2], compute_uv=False)
+
+    result = {}
+    for site in spec.sites:
+        down, up = _matrices(site_factors(lora, site), site)
+        result[site.path] = jax.vmap(one)(down, up) if up.ndim == 3 else one(down, up)
+    return result
+
+
+def pad_rank(lora: Params, rank: int) -> Params:
+    """Zero columns and rows up to the rank: the same deltas. Raises ValueError if above it."""
+
+    def pad(pair):
+        more = rank - pair["up"].shape[-2]
+        if more < 0:
+            raise ValueError(f"pad_rank: a site has rank {pair['up'].shape[-2]}, above {rank}")
+        lead = [(0, 0)] * (pair["up"].ndim - 2)
+        down = jnp.pad(pair["down"], [(0, 0)] * (pair["down"].ndim - 1) + [(0, more)])
+        return {"down": down, "up": jnp.pad(pair["up"], [*lead, (0, more), (0, 0)])}
+
+    return jax.tree.map(pad, lora, is_leaf=is_site)
+
+
+def _matrices(pair: Params, site: LoraSite) -> tuple[Array, Array]:
+    """(down [l?, fan_in, r], up [l?, r, out]) in float32."""
+    up = jnp.asarray(pair["up"], jnp.float32)
+    down = jnp.asarray(pair["down"], jnp.float32)
+    return down.reshape(*up.shape[:-2], site.fan_in, site.rank), up
+
+
+def _core(
+    down: Float[AnyArray, "m r"], up: Float[AnyArray, "r o"]
+) -> tuple[Float[Array, "m j"], Float[Array, "o k"], Float[Array, "j k"]]:
+    """(Q_d, Q_u, C) with down·up = Q_d C Q_uᵀ."""
+    basis_down, tri_down = jnp.linalg.qr(down)
+    basis_up, tri_up = jnp.linalg.qr(up.T)
+    return basis_down, basis_up, tri_down @ tri_up.T
+
+
+def _balanced(down: Array, up: Array, rank: int) -> tuple[Array, Array]:
+    """SVD form of down·up with `rank` components (cut or zero-padded), signs undecided."""
+    basis_down, basis_up, core = _core(down, up)
+    left, sigma, right = jnp.linalg.svd(core, full_matrices=False)
+    keep = min(rank, sigma.shape[0])
+    root = jnp.sqrt(sigma[:keep])
+    new_down = (basis_down @ left[:, :keep]) * root
+    new_up = root[:, None] * (right[:keep] @ basis_up.T)
+    more = rank - keep
+    return jnp.pad(new_down, ((0, 0), (0, more))), jnp.pad(new_up, ((0, more), (0, 0)))
+
+
+def _signs(down: Array, up: Array, reference: tuple[Array, Array] | None) -> Array:
+    """±1 for each component [r]."""
+    largest = jnp.take_along_axis(up, jnp.argmax(jnp.abs(up), axis=1)[:, None], axis=1)[:, 0]
+    decided = largest
+    if reference is not None:
+        inner = jnp.sum(down * reference[0], axis=0) + jnp.sum(up * reference[1], axis=1)
+        decided = jnp.where(jnp.abs(inner) > 0, inner, largest)
+    return jnp.where(decided < 0, -1.0, 1.0)
+
+
+def _rotation(down: Array, up: Array, reference: tuple[Array, Array]) -> Array:
+    """Orthogonal Q [r, r] that minimises ‖down·Q - ref_down‖² + ‖Qᵀ·up - ref_up‖²."""
+    left, _, right = jnp.linalg.svd(down.T @ reference[0] + up @ reference[1].T)
+    return left @ right
+
+
+def _map_sites(
+    lora: Params,
+    spec: LoraSpec,
+    kind: Gauge,
+    reference: Params | None,
+    rank_of: Callable[[LoraSite], int],
+) -> Params:
+    pairs = {}
+    for site in spec.sites:
+        new = dataclasses.replace(site, rank=rank_of(site))
+        target = None if reference is None else _matrices(site_factors(reference, site), site)
+
+        def one(down, up, rank=new.rank, target=target):
+            down, up = _balanced(down, up, rank)
+            if kind == "procrustes":
+                turn = _rotation(down, up, target)
+                return down @ turn, turn.T @ up
+            sign = _signs(down, up, target)
+            return down * sign, sign[:, None] * up
+
+        down, up = _matrices(site_factors(lora, site), site)
+        down, up = jax.vmap(one)(down, up) if up.ndim == 3 else one(down, up)
+        pairs[site.path] = {"down": down.reshape(*up.shape[:-2], *new.down_shape), "up": up}
+    return tree_from_sites(pairs)

@@ -1,0 +1,174 @@
+"""LoRA tree <-> flat vector <-> tokens, and the statistics that whiten them.
+
+Flat vector: sites in spec order, down then up, each in PyTorch's memory order, i.e. lora_A
+(r, in[, kh, kw]) and lora_B (out, r) row by row. For the preset "w2w" at rank 1 this is the
+layout of weights2weights, bit for bit. Tokens: one for each (site, side, rank component), of
+width fan_in (down) or out (up), bucketed by width so that shapes stay static.
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hyperlora_jax.array_types import AnyArray, Array, Float, Int, Params
+from hyperlora_jax.lora.sites import LoraSpec, site_factors, tree_from_sites
+
+DOWN, UP = 0, 1
+
+
+def flatten(lora: Params, spec: LoraSpec) -> Float[Array, "*l d"]:
+    """One vector for each LoRA, [d] or [l, d]."""
+    parts = []
+    for site in spec.sites:
+        pair = site_factors(lora, site)
+        lead = pair["up"].shape[:-2]
+        down = jnp.moveaxis(pair["down"], (-1, -2), (len(lead), len(lead) + 1))
+        parts += [down.reshape(*lead, -1), jnp.swapaxes(pair["up"], -1, -2).reshape(*lead, -1)]
+    return jnp.concatenate(parts, axis=-1)
+
+
+def unflatten(vector: Float[AnyArray, "*l d"], spec: LoraSpec) -> Params:
+    """Inverse of `flatten`. Raises ValueError when d is not the spec's number of parameters."""
+    if vector.shape[-1] != spec.num_parameters:
+        raise ValueError(f"unflatten: {vector.shape[-1]} numbers, spec has {spec.num_parameters}")
+    lead = vector.shape[:-1]
+    pairs, start = {}, 0
+    for site in spec.sites:
+        window = site.kernel_size if site.kind == "conv" else ()
+        down_size, up_size = site.rank * site.fan_in, site.rank * site.out_features
+        down = vector[..., start : start + down_size]
+        down = down.reshape(*lead, site.rank, site.in_features, *window)
+        up = vector[..., start + down_size : start + down_size + up_size]
+        pairs[site.path] = {
+            "down": jnp.moveaxis(down, (len(lead), len(lead) + 1), (-1, -2)),
+            "up": jnp.swapaxes(up.reshape(*lead, site.out_features, site.rank), -1, -2),
+        }
+        start += down_size + up_size
+    return tree_from_sites(pairs)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TokenBucket:
+    """Where the n tokens of one width come from; every field is int32 [n].
+
+    `block`, `kind`, `projection` index the names of the `TokenTable`.
+    """
+
+    site: Int[np.ndarray, " n"]
+    component: Int[np.ndarray, " n"]
+    side: Int[np.ndarray, " n"]
+    block: Int[np.ndarray, " n"]
+    kind: Int[np.ndarray, " n"]
+    projection: Int[np.ndarray, " n"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TokenTable:
+    """Static description of the tokens of a spec: buckets by width, and the names of the ids."""
+
+    buckets: Mapping[int, TokenBucket]
+    blocks: tuple[str, ...]
+    kinds: tuple[str, ...]
+    projections: tuple[str, ...]
+    max_rank: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of one LoRA over all buckets."""
+        return sum(len(bucket.site) for bucket in self.buckets.values())
+
+
+_LAYER = re.compile(r"^(?P<block>.*)\.(?P<kind>attn1|attn2|ff|self_attn|mlp)\.(?P<projection>.+)$")
+
+
+def _describe(path: str) -> tuple[str, str, str]:
+    """(block, kind, projection): ("down_blocks.0...blocks.0", "attn1", "to_q")."""
+    if match := _LAYER.match(path):
+        return match["block"], match["kind"], match["projection"]
+    block, _, projection = path.rpartition(".")
+    return block, "other", projection
+
+
+@functools.lru_cache(maxsize=64)
+def token_table(spec: LoraSpec) -> TokenTable:
+    """Metadata of every token, bucket by bucket (widths ascending), in the order of `tokens`."""
+    names = [_describe(site.path) for site in spec.sites]
+    blocks, kinds, projections = (tuple(sorted(set(column))) for column in zip(*names, strict=True))
+    rows: dict[int, list[tuple[int, ...]]] = {}
+    for number, (site, (block, kind, projection)) in enumerate(zip(spec.sites, names, strict=True)):
+        ids = (blocks.index(block), kinds.index(kind), projections.index(projection))
+        for side, width in ((DOWN, site.fan_in), (UP, site.out_features)):
+            for component in range(site.rank):
+                rows.setdefault(width, []).append((number, component, side, *ids))
+    buckets = {
+        width: TokenBucket(*np.asarray(rows[width], np.int32).T.copy()) for width in sorted(rows)
+    }
+    return TokenTable(buckets, blocks, kinds, projections, spec.max_rank)
+
+
+def tokens(lora: Params, spec: LoraSpec) -> dict[int, Float[Array, "*l n width"]]:
+    """{width: [l?, n, width]}: each row is one rank component of one factor."""
+    rows: dict[int, list[Array]] = {}
+    for site in spec.sites:
+        pair = site_factors(lora, site)
+        lead = pair["up"].shape[:-2]
+        down = pair["down"].reshape(*lead, site.fan_in, site.rank)
+        rows.setdefault(site.fan_in, []).append(jnp.swapaxes(down, -1, -2))
+        rows.setdefault(site.out_features, []).append(jnp.asarray(pair["up"]))
+    return {width: jnp.concatenate(rows[width], axis=-2) for width in sorted(rows)}
+
+
+def untokens(values: Mapping[int, Float[AnyArray, "*l n width"]], spec: LoraSpec) -> Params:
+    """Exact inverse of `tokens`."""
+    used = dict.fromkeys(values, 0)
+    pairs = {}
+
+    def take(width: int, count: int) -> Array:
+        start = used[width]
+        used[width] += count
+        return values[width][..., start : start + count, :]
+
+    for site in spec.sites:
+        down = jnp.swapaxes(take(site.fan_in, site.rank), -1, -2)
+        up = take(site.out_features, site.rank)
+        pairs[site.path] = {
+            "down": down.reshape(*down.shape[:-2], *site.down_shape),
+            "up": jnp.asarray(up),
+        }
+    left = {width: rows.shape[-2] - used[width] for width, rows in values.items()}
+    if any(left.values()):
+        raise ValueError(f"untokens: tokens left over by width {left}; the spec is another one")
+    return tree_from_sites(pairs)
+
+
+class Whitening(NamedTuple):
+    """`mean`: LoRA tree of means; `std`: the same tree with one number for each factor."""
+
+    mean: Params
+    std: Params
+
+
+def whitening(lora: Params) -> Whitening:
+    """Statistics over a batch: element-wise mean, one standard deviation for each factor matrix.
+
+    A factor that never varies gets the standard deviation 1.
+    """
+    mean = jax.tree.map(lambda leaf: leaf.mean(axis=0), lora)
+    std = jax.tree.map(lambda leaf, m: jnp.sqrt(jnp.mean((leaf - m) ** 2)), lora, mean)
+    return Whitening(mean, jax.tree.map(lambda s: jnp.where(s > 0, s, 1.0), std))
+
+
+def whiten(lora: Params, stats: Whitening) -> Params:
+    """(lora - mean) / std."""
+    return jax.tree.map(lambda x, m, s: (x - m) / s, lora, stats.mean, stats.std)
+
+
+def unwhiten(lora: Params, stats: Whitening) -> Params:
+    """lora · std + mean."""
+    return jax.tree.map(lambda x, m, s: x * s + m, lora, stats.mean, stats.std)
