@@ -1,0 +1,214 @@
+"""Many LoRAs at once on one frozen base: the state of all slots, and the step that advances them.
+
+S slots × G images make one UNet batch of S·G; slot s owns images s·G … s·G+G−1 and LoRA s of the
+batch. The loss is a sum over slots, so that every slot gets exactly the gradient it would get alone;
+optimiser, step count, data order and keys are per slot (vmapped), so that a LoRA does not depend on
+its neighbours, on its slot, or on when it started. Slots shard over the whole mesh: no number ever
+crosses from one to another.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from hyperlora_jax.array_types import Array, Float, Params
+from hyperlora_jax.lora import factors
+from hyperlora_jax.lora.sites import LoraSpec
+from hyperlora_jax.stable_diffusion.denoising_loss import denoising_loss_at, draw_noise
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How one conventional LoRA is fitted.
+
+    Attributes:
+        num_steps: optimiser steps per LoRA.
+        images_per_step: G, drawn without repetition from the concept's images.
+        learning_rate: of AdamW, constant after `warmup_steps`.
+        alpha: the fit trains up · alpha / rank, as LoRA trainers do; finished LoRAs are folded.
+        init_seed: one initialisation of the down side for all LoRAs of a dataset (their difference
+            is then what the data taught); None draws a new one per concept.
+    """
+
+    num_steps: int = 200
+    images_per_step: int = 4
+    learning_rate: float = 3e-3
+    warmup_steps: int = 0
+    schedule: str = "constant"
+    weight_decay: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.99
+    clip_norm: float | None = 1.0
+    alpha: float | None = None
+    min_snr_gamma: float | None = None
+    init_seed: int | None = 0
+
+    def optimizer(self) -> optax.GradientTransformation:
+        """The optimiser of one slot."""
+        rate = optax.linear_schedule(
+            self.learning_rate / (self.warmup_steps + 1),
+            self.learning_rate,
+            max(1, self.warmup_steps),
+        )
+        if self.schedule == "cosine":
+            rest = optax.cosine_decay_schedule(
+                self.learning_rate, max(1, self.num_steps - self.warmup_steps)
+            )
+            rate = optax.join_schedules([rate, rest], [self.warmup_steps])
+        elif self.schedule != "constant":
+            raise ValueError(f"Got: {self.schedule=}, expected 'constant' or 'cosine'")
+        adam = optax.adamw(rate, b1=self.b1, b2=self.b2, weight_decay=self.weight_decay)
+        if self.clip_norm is None:
+            return adam
+        return optax.chain(optax.clip_by_global_norm(self.clip_norm), adam)
+
+
+@flax.struct.dataclass
+class Slots:
+    """State of S slots; every leaf has the leading axis s.
+
+    `lora` is unfolded (before alpha / rank); `count` images of `latents` [s, m, h, w, c] and
+    `text_states` [s, m, n, e] are real; `key` [s, 2] uint32; `step` [s] int32; a slot with
+    `step >= num_steps` rests.
+    """
+
+    lora: Any
+    opt_state: Any
+    step: Array
+    key: Array
+    latents: Array
+    text_states: Array
+    count: Array
+
+
+def concept_key(seed: int, index: int) -> Array:
+    """Raw key [2] of a concept: depends on its number, never on its slot."""
+    return jax.random.key_data(jax.random.fold_in(jax.random.key(seed), index))
+
+
+def initial_lora(spec: LoraSpec, recipe: Recipe, key: Array) -> Params:
+    """LoRA tree without leading axis: random down side, zero up side."""
+    if recipe.init_seed is not None:
+        return factors.init(jax.random.key(recipe.init_seed), spec)
+    return factors.init(jax.random.fold_in(jax.random.wrap_key_data(key), 1), spec)
+
+
+def empty_slots(
+    spec: LoraSpec, recipe: Recipe, num_slots: int, latents_shape, text_shape
+) -> Slots:
+    """S resting slots. Shapes are one concept's: latents [m, h, w, c], text states [m, n, e]."""
+    template = initial_lora(spec, recipe, jax.random.key_data(jax.random.key(0)))
+    lora = jax.tree.map(lambda leaf: jnp.repeat(leaf[None], num_slots, axis=0), template)
+    return Slots(
+        lora=lora,
+        opt_state=jax.vmap(recipe.optimizer().init)(lora),
+        step=jnp.full((num_slots,), recipe.num_steps, jnp.int32),
+        key=jnp.zeros((num_slots, 2), jnp.uint32),
+        latents=jnp.zeros((num_slots, *latents_shape), jnp.float32),
+        text_states=jnp.zeros((num_slots, *text_shape), jnp.float32),
+        count=jnp.ones((num_slots,), jnp.int32),
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "recipe"), donate_argnums=0)
+def load_slot(
+    slots: Slots,
+    index: Array,
+    key: Array,
+    latents: Float[Array, "m h w c"],
+    text_states: Float[Array, "m n e"],
+    count: Array,
+    *,
+    spec: LoraSpec,
+    recipe: Recipe,
+) -> Slots:
+    """Hands slot `index` to a new concept; nothing of the former one stays."""
+    lora = initial_lora(spec, recipe, key)
+    fresh = Slots(
+        lora=lora,
+        opt_state=recipe.optimizer().init(lora),
+        step=jnp.zeros((), jnp.int32),
+        key=key,
+        latents=latents,
+        text_states=text_states,
+        count=count,
+    )
+    return jax.tree.map(lambda all_, new: all_.at[index].set(new), slots, fresh)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("unet", "schedule", "recipe", "rank", "num_steps"), donate_argnums=0
+)
+def advance(
+    slots: Slots, unet_params: Params, *, unet, schedule, recipe: Recipe, rank: int, num_steps: int
+) -> tuple[Slots, Float[Array, "t s"]]:
+    """`num_steps` optimiser steps of all slots that are not at rest.
+
+    Returns:
+        The slots, and the loss of every step and slot [t, s] (0 where a slot rested).
+    """
+    optimizer = recipe.optimizer()
+    scale = 1.0 if recipe.alpha is None else recipe.alpha / rank
+    num_slots = slots.step.shape[0]
+
+    def losses(lora, latents, text_states, noise, timesteps):
+        flat = [x.reshape(-1, *x.shape[2:]) for x in (latents, text_states, noise, timesteps)]
+        values = denoising_loss_at(
+            unet,
+            unet_params,
+            schedule,
+            flat[0],
+            flat[1],
+            noise=flat[2],
+            timesteps=flat[3],
+            lora=factors.scale(lora, scale),
+            min_snr_gamma=recipe.min_snr_gamma,
+        )
+        per_slot = values.reshape(num_slots, -1).mean(axis=1)
+        return per_slot.sum(), per_slot
+
+    def one_step(slots: Slots, _):
+        keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(slots.key), slots.step)
+        drawn = functools.partial(_draw, recipe=recipe, schedule=schedule)
+        batch = jax.vmap(drawn)(keys, slots.latents, slots.text_states, slots.count)
+        grads, per_slot = jax.grad(losses, has_aux=True)(slots.lora, *batch)
+        updates, opt_state = jax.vmap(optimizer.update)(grads, slots.opt_state, slots.lora)
+        active = slots.step < recipe.num_steps
+        lora = optax.apply_updates(slots.lora, updates)
+        lora, opt_state = _where(active, (lora, opt_state), (slots.lora, slots.opt_state))
+        slots = slots.replace(
+            lora=lora, opt_state=opt_state, step=slots.step + active.astype(jnp.int32)
+        )
+        return slots, jnp.where(active, per_slot, 0.0)
+
+    return jax.lax.scan(one_step, slots, None, length=num_steps)
+
+
+def folded(slots: Slots, index: int, recipe: Recipe, rank: int) -> Params:
+    """The finished LoRA of a slot: delta = down · up, on the host."""
+    scale = 1.0 if recipe.alpha is None else recipe.alpha / rank
+    return jax.device_get(factors.scale(factors.index(slots.lora, index), scale))
+
+
+def _draw(key, latents, text_states, count, *, recipe: Recipe, schedule):
+    """One slot's batch: G different images (with repetition only if there are fewer), their noise
+    and timesteps."""
+    order_key, noise_key = jax.random.split(key)
+    uniform = jax.random.uniform(order_key, (latents.shape[0],))
+    order = jnp.argsort(jnp.where(jnp.arange(latents.shape[0]) < count, uniform, 2.0))
+    chosen = order[jnp.arange(recipe.images_per_step) % jnp.maximum(count, 1)]
+    latents, text_states = latents[chosen], text_states[chosen]
+    noise, timesteps = draw_noise(noise_key, latents.shape, schedule)
+    return latents, text_states, noise, timesteps
+
+
+def _where(active: Array, new: Any, old: Any) -> Any:
+    def pick(a, b):
+        return jnp.where(active.reshape(-1, *(1,) * (a.ndim - 1)), a, b)
+
+    return jax.tree.map(pick, new, old)

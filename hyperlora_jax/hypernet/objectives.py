@@ -1,0 +1,79 @@
+"""What a written LoRA is judged by. Every loss is per LoRA, [l]; weights come from the config.
+
+    end-to-end     denoising loss of the subject's pictures through the frozen UNet with its LoRA
+    delta          gauge-free ‖UD − U'D'‖² against a target LoRA (`lora/losses.py`)
+    whitened       error of the raw factors, per matrix and in units of the dataset's spread
+    l2             mean square of the up side: keeps LoRAs small where data says nothing
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from hyperlora_jax.array_types import Array, Float, Params
+from hyperlora_jax.lora import factors, losses
+from hyperlora_jax.lora.vectorize import Whitening
+from hyperlora_jax.stable_diffusion.denoising_loss import denoising_loss
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveWeights:
+    """Weights of the parts of the loss; a part with weight 0 is not computed."""
+
+    end_to_end: float = 1.0
+    delta: float = 0.0
+    whitened: float = 0.0
+    l2: float = 0.0
+
+    def __post_init__(self):
+        values = dataclasses.asdict(self)
+        if min(values.values()) < 0 or max(values.values()) == 0:
+            raise ValueError(f"objective weights must be >= 0 and not all 0. Got: {values}")
+
+
+def end_to_end_loss(
+    unet: Any,
+    unet_params: Params,
+    schedule: Any,
+    lora: Params,
+    latents: Float[Array, "l g h w c"],
+    text_states: Float[Array, "l g n e"],
+    key: Array,
+    min_snr_gamma: float | None = None,
+) -> Float[Array, " l"]:
+    """Mean denoising loss of the g pictures of every subject, each with its subject's LoRA."""
+    num_loras, num_images = latents.shape[:2]
+    values = denoising_loss(
+        unet,
+        unet_params,
+        schedule,
+        latents.reshape(-1, *latents.shape[2:]).astype(jnp.float32),
+        text_states.reshape(-1, *text_states.shape[2:]),
+        key,
+        lora=lora,
+        min_snr_gamma=min_snr_gamma,
+    )
+    return values.reshape(num_loras, num_images).mean(axis=1)
+
+
+def up_size(lora: Params) -> Float[Array, " l"]:
+    """Mean square of all up factors."""
+    pairs = jax.tree.leaves(lora, is_leaf=factors.is_site)
+    total = sum(jnp.sum(jnp.square(p["up"]), axis=(1, 2)) for p in pairs)
+    return total / sum(p["up"].shape[1] * p["up"].shape[2] for p in pairs)
+
+
+def weight_losses(
+    weights: ObjectiveWeights, lora: Params, target: Params | None, stats: Whitening | None
+) -> dict[str, Float[Array, " l"]]:
+    """The parts that need no UNet, by name, unweighted."""
+    parts = {}
+    if weights.delta:
+        parts["delta"] = losses.delta_error(lora, target)
+    if weights.whitened:
+        parts["whitened"] = losses.whitened_error(lora, target, stats)
+    if weights.l2:
+        parts["l2"] = up_size(lora)
+    return parts
