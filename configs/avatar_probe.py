@@ -1,0 +1,50 @@
+"""Attribute probe of the avatar world: judges whether a picture shows its caption.
+
+    hyperlora pretrain --config configs/avatar_probe.py --workdir runs/avatar_probe
+
+Writes hyperlora_jax/assets/avatar-probe (about 1.5 MB). `export.path` says where.
+"""
+
+from ml_collections import ConfigDict, config_dict
+
+
+def get_config() -> ConfigDict:
+    return ConfigDict(
+        {
+            "task": "avatar_probe",
+            "data": {
+                "style": "pixel-art",
+                "size": config_dict.placeholder(int),
+                "split_seed": 0,
+                "num_identities": 4096,
+                "num_views": 12,
+                "bundle": "",  # an .npz file of pictures drawn before; empty = draw them
+            },
+            "model": {
+                "encoder": {
+                    "widths": (32, 64, 128),
+                    "blocks": 1,
+                    "embedding_dim": 256,
+                    "pool_channels": 16,
+                },
+            },
+            "train": {
+                "seed": 0,
+                "num_steps": 4000,
+                "batch_size": 256,
+                "log_every_steps": 100,
+                "checkpoint_every_steps": 1000,
+                "ema_decay": 0.999,
+                "optimizer": {
+                    "learning_rate": 1e-3,
+                    "schedule": "cosine",
+                    "warmup_steps": 200,
+                    "weight_decay": 0.01,
+                    "clip_norm": 1.0,
+                },
+                "augmentation": {"noise": 0.08, "blur": 1.0, "colour": 0.06},
+            },
+            "export": {"path": "hyperlora_jax/assets/avatar-probe", "name": "avatar-probe"},
+            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
+        }
+    )

@@ -1,0 +1,254 @@
+"""Condition encoders: what turns reference pictures into embeddings for the hypernetwork.
+
+All of them satisfy one Protocol, `ImageEncoder`, and are told apart by `load_condition_encoder`:
+
+  folder with our config.json         `FlaxImageEncoder`, written by `save_encoder`
+  *.onnx                              any ONNX image model (`foreign_encoders.py`; onnxruntime)
+  folder with a transformers model    any vision model that AutoModel reads (same file; torch)
+  *.npy, *.safetensors                embeddings computed elsewhere (`embedding_table.py`)
+
+`hash` identifies the weights: it is stored with every checkpoint and compared when one is used.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from hyperlora_jax.array_types import AnyArray, Float, Params
+from hyperlora_jax.errors import UserError
+from hyperlora_jax.hypernet.image_encoder import ConvEncoder
+
+FORMAT = "hyperlora-image-encoder"
+VERSION = 1
+SHIPPED = {"avatar": "avatar-encoder"}  # short name -> folder in hyperlora_jax/assets
+
+
+@runtime_checkable
+class ImageEncoder(Protocol):
+    """Pictures -> (pooled embedding, tokens).
+
+    Attributes:
+      name: for messages and metadata.
+      embedding_dim: width e of the pooled embedding and of every token.
+      hash: hex sha256 of the weights (or of the file that holds them).
+    """
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+
+    @property
+    def embedding_dim(self) -> int: ...  # noqa: D102
+
+    @property
+    def hash(self) -> str: ...  # noqa: D102
+
+    def encode(
+        self, images: Float[AnyArray, "b h w 3"]
+    ) -> tuple[Float[AnyArray, "b e"], Float[AnyArray, "b n e"]]:
+        """Encodes pictures in [0, 1] into pooled [b, e] and tokens [b, n, e]."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FlaxImageEncoder:
+    """Our convolutional encoder with its weights. `encode` may be called inside a jit.
+
+    Attributes:
+      name: for messages and metadata.
+      module: the Linen module.
+      params: its float32 parameters.
+      facts: what is known of its training (JSON-able).
+      hash: hex sha256 of the weights, see `tree_hash`.
+    """
+
+    name: str
+    module: ConvEncoder
+    params: Params
+    hash: str
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def embedding_dim(self) -> int:
+        """Width of the pooled embedding and of every token."""
+        return self.module.embedding_dim
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens per picture."""
+        return self.module.num_tokens
+
+    def encode(
+        self, images: Float[AnyArray, "b h w 3"]
+    ) -> tuple[Float[AnyArray, "b e"], Float[AnyArray, "b n e"]]:
+        """Encodes pictures in [0, 1] into pooled [b, e] and tokens [b, n, e]."""
+        return _apply(self.module, self.params, jnp.asarray(images))
+
+
+@functools.partial(jax.jit, static_argnames="module")
+def _apply(module: ConvEncoder, params: Params, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return module.apply({"params": params}, images)
+
+
+def tree_hash(params: Params) -> str:
+    """Hex sha256 over names, dtypes, shapes and bytes of all leaves, in name order."""
+    digest = hashlib.sha256()
+    for name, leaf in sorted(flatten_names(params).items()):
+        value = np.ascontiguousarray(leaf)
+        digest.update(f"{name} {value.dtype} {value.shape}\n".encode())
+        digest.update(value.tobytes())
+    return digest.hexdigest()
+
+
+def flatten_names(params: Params) -> dict[str, np.ndarray]:
+    """Nested parameters as {"a/b/kernel": array}."""
+    flat = flax.traverse_util.flatten_dict(dict(params), sep="/")
+    return {name: np.asarray(leaf) for name, leaf in flat.items()}
+
+
+def save_encoder(
+    path: epath.PathLike,
+    module: ConvEncoder,
+    params: Params,
+    name: str,
+    facts: Mapping[str, Any] | None = None,
+    dtype: str = "float16",
+) -> str:
+    """Writes config.json and model.safetensors into the folder `path`; returns the hash."""
+    config = {"name": name, "module": _module_kwargs(module), "facts": dict(facts or {})}
+    return save_weights(path, FORMAT, config, params, dtype)
+
+
+def load_encoder(path: epath.PathLike) -> FlaxImageEncoder:
+    """Reads what `save_encoder` wrote.
+
+    Raises:
+      UserError: no such folder, another kind of folder, or weights that do not fit the config.
+    """
+    config, params, weights_hash = load_weights(path, FORMAT)
+    try:
+        kwargs = {**config["module"], "widths": tuple(config["module"]["widths"])}
+        module = ConvEncoder(**kwargs)
+        check_params(path, module, params)
+        return FlaxImageEncoder(config["name"], module, params, weights_hash, config["facts"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"encoder {path}: config.json does not describe one ({error})") from error
+
+
+def save_weights(
+    path: epath.PathLike,
+    kind: str,
+    config: Mapping[str, Any],
+    params: Params,
+    dtype: str = "float16",
+) -> str:
+    """Writes a small model as config.json + model.safetensors; returns the hash of the weights."""
+    from safetensors.numpy import save
+
+    folder = epath.Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    flat = {name: np.ascontiguousarray(v, dtype) for name, v in flatten_names(params).items()}
+    (folder / "model.safetensors").write_bytes(save(flat))
+    text = json.dumps({"format": kind, "version": VERSION, **config}, indent=2, sort_keys=True)
+    (folder / "config.json").write_text(text + "\n")
+    return tree_hash(flat)
+
+
+def load_weights(path: epath.PathLike, kind: str) -> tuple[dict[str, Any], Params, str]:
+    """Reads what `save_weights` wrote: (config, float32 parameters, hash of the stored weights)."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    folder = epath.Path(path)
+    config = read_config(folder)
+    if config.get("format") != kind or config.get("version") != VERSION:
+        raise UserError(
+            f"{folder}: found format {config.get('format')!r} version {config.get('version')!r}, "
+            f"expected {kind!r} version {VERSION}"
+        )
+    try:
+        flat = load((folder / "model.safetensors").read_bytes())
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder}/model.safetensors: cannot be read ({error})") from error
+    params = flax.traverse_util.unflatten_dict(
+        {name: value.astype(np.float32) for name, value in flat.items()}, sep="/"
+    )
+    return config, params, tree_hash(flat)
+
+
+def read_config(folder: epath.Path) -> dict[str, Any]:
+    """The folder's config.json; UserError when it is missing or no JSON object."""
+    file = folder / "config.json"
+    if not file.exists():
+        raise UserError(f"{folder}: found no config.json, expected the folder of a model")
+    try:
+        config = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: is not JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{file}: found {type(config).__name__}, expected a JSON object")
+    return config
+
+
+def check_params(path: epath.PathLike, module: Any, params: Params) -> None:
+    """Raises UserError unless `params` has exactly the names and shapes that `module` wants."""
+    size = module.image_size
+    image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    wanted = jax.eval_shape(module.init, jax.random.key(0), image)["params"]
+    flat_wanted = flax.traverse_util.flatten_dict(wanted, sep="/")
+    flat = flatten_names(params)
+    for name in sorted(set(flat_wanted) ^ set(flat)):
+        state = "missing" if name in flat_wanted else "unknown"
+        raise UserError(f"{path}: tensor {name} is {state}, the config says otherwise")
+    for name, leaf in sorted(flat_wanted.items()):
+        if flat[name].shape != leaf.shape:
+            raise UserError(
+                f"{path}: tensor {name} has shape {flat[name].shape}, expected {leaf.shape}"
+            )
+
+
+def load_condition_encoder(source: str | epath.PathLike, **options: Any) -> ImageEncoder:
+    """Any condition encoder by path, or by the short name of a shipped one (`avatar`).
+
+    Args:
+      source: see the table at the top of this file.
+      **options: keyword arguments of the reader that fits (e.g. mean and std of an ONNX model).
+
+    Raises:
+      UserError: no such path, an unknown kind, or a file that the reader refuses.
+    """
+    from hyperlora_jax.hypernet import embedding_table, foreign_encoders
+
+    path = epath.Path(source)
+    if str(source) in SHIPPED:
+        return load_encoder(epath.resource_path("hyperlora_jax") / "assets" / SHIPPED[str(source)])
+    if not path.exists():
+        raise UserError(
+            f"encoder {source}: no such file or folder, expected one of {sorted(SHIPPED)}, "
+            "a model folder, or a .onnx, .npy or .safetensors file"
+        )
+    if path.is_dir():
+        if read_config(path).get("format") == FORMAT:
+            return load_encoder(path)
+        return foreign_encoders.load_transformers(path, **options)
+    if path.suffix == ".onnx":
+        return foreign_encoders.load_onnx(path, **options)
+    if path.suffix in (".npy", ".safetensors"):
+        return embedding_table.load_table(path, **options)
+    raise UserError(
+        f"encoder {source}: found a {path.suffix or 'suffix-less'} file, "
+        "expected .onnx, .npy or .safetensors"
+    )
+
+
+def _module_kwargs(module: ConvEncoder) -> dict[str, Any]:
+    names = ("image_size", "widths", "blocks", "embedding_dim", "pool_channels", "groups")
+    return {name: getattr(module, name) for name in names}
