@@ -1,0 +1,167 @@
+"""Where every array lives: an ordered regex table for parameter trees, one rule for batches.
+
+A table is a sequence of `Rule(pattern, specs)`. A parameter's name is its path joined by "/"; the
+pattern must match the whole name. Every parameter must be matched by exactly one rule. The specs of
+that rule are alternatives in order of preference, aligned to the parameter's last dimensions: the
+first whose axes divide the dimensions wins, and a parameter that none fits is replicated.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from hyperlora_jax.array_types import ArrayTree
+from hyperlora_jax.errors import UserError
+from hyperlora_jax.parallel.mesh import BATCH_AXES
+
+Spec = tuple[str | None, ...]
+AnyMesh = Mesh | AbstractMesh
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Parameters whose whole name matches `pattern` take the first of `specs` that divides them."""
+
+    pattern: str
+    specs: tuple[Spec, ...]
+
+
+IN_OUT: tuple[Spec, ...] = (
+    ("fsdp", "tensor"),
+    ("tensor", "fsdp"),
+    ("fsdp", None),
+    (None, "fsdp"),
+    (None, "tensor"),
+    ("tensor", None),
+)
+DEFAULT_RULES = (Rule(r".*", IN_OUT),)
+REPLICATED_RULES = (Rule(r".*", ()),)
+
+
+def parameter_name(path: tuple) -> str:
+    """The "/"-joined name of a leaf, from a `jax.tree_util` key path."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _check_coverage(names: Sequence[str], rules: Sequence[Rule]) -> dict[str, Rule]:
+    """The one rule of each name; raises on uncovered and on doubly matched names and lists them."""
+    matches = {name: [r for r in rules if re.fullmatch(r.pattern, name)] for name in names}
+    uncovered = [name for name, found in matches.items() if not found]
+    doubled = [
+        f"{name} ({', '.join(rule.pattern for rule in found)})"
+        for name, found in matches.items()
+        if len(found) > 1
+    ]
+    if uncovered or doubled:
+        raise ValueError(
+            f"sharding rules must match every parameter once. Uncovered: {uncovered or 'none'}."
+            f" Matched more than once: {doubled or 'none'}."
+        )
+    return {name: found[0] for name, found in matches.items()}
+
+
+def _divides(spec: Spec, shape: tuple[int, ...], mesh: AnyMesh) -> bool:
+    if len(spec) > len(shape):
+        return False
+    tail = shape[len(shape) - len(spec) :]
+    return all(a is None or d % mesh.shape[a] == 0 for a, d in zip(spec, tail, strict=True))
+
+
+def _resolve(rule: Rule, shape: tuple[int, ...], mesh: AnyMesh) -> PartitionSpec:
+    for spec in rule.specs:
+        if _divides(spec, shape, mesh):
+            return PartitionSpec(*(None,) * (len(shape) - len(spec)), *spec)
+    return PartitionSpec()
+
+
+def param_shardings(
+    shapes: ArrayTree, mesh: AnyMesh, rules: Sequence[Rule] = DEFAULT_RULES
+) -> ArrayTree:
+    """A NamedSharding for every leaf of `shapes` (arrays or ShapeDtypeStructs), same structure.
+
+    Raises:
+      ValueError: a parameter that no rule or more than one rule matches; all of them are listed.
+    """
+    leaves, structure = jax.tree_util.tree_flatten_with_path(shapes)
+    rule_of = _check_coverage([parameter_name(path) for path, _ in leaves], rules)
+    return structure.unflatten(
+        NamedSharding(mesh, _resolve(rule_of[parameter_name(path)], tuple(leaf.shape), mesh))
+        for path, leaf in leaves
+    )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of an array that every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The sharding of a batch: its leading axis split over data × fsdp."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def host_shard(mesh: Mesh) -> tuple[int, int]:
+    """(index, count): which of `count` equal parts of the global batch this process reads.
+
+    Processes that hold the same part (a tensor axis that spans hosts) get the same index.
+    """
+    parts = {}
+    grid = mesh.devices.reshape(mesh.shape["data"] * mesh.shape["fsdp"], -1)
+    for row, devices in enumerate(grid):
+        for device in devices:
+            parts.setdefault(device.process_index, set()).add(row)
+    distinct = sorted({tuple(sorted(rows)) for rows in parts.values()})
+    if sum(len(rows) for rows in distinct) != len(grid):
+        raise UserError(
+            f"mesh {dict(mesh.shape)}: processes hold overlapping parts of the batch;"
+            " make tensor divide, or be a multiple of, the devices of one process"
+        )
+    return distinct.index(tuple(sorted(parts[jax.process_index()]))), len(distinct)
+
+
+def put_batch(host_batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Global arrays from this process's part of the batch; every leaf has a leading batch axis.
+
+    Raises:
+      UserError: the global batch is not divisible by data × fsdp, or the leaves differ in length.
+    """
+    sizes = {name: len(leaf) for name, leaf in host_batch.items()}
+    if len(set(sizes.values())) > 1:
+        raise UserError(f"batch: leading axes differ: {sizes}")
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    num_parts = host_shard(mesh)[1]
+    global_size = next(iter(sizes.values()), 0) * num_parts
+    if global_size % shards:
+        raise UserError(
+            f"batch of {global_size} examples cannot be split over"
+            f" data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']} = {shards} devices;"
+            f" expected a multiple of {shards}"
+        )
+    sharding = batch_sharding(mesh)
+    if jax.process_count() == 1:
+        return jax.device_put(dict(host_batch), sharding)
+    return {
+        name: jax.make_array_from_process_local_data(
+            sharding, np.asarray(leaf), (global_size, *leaf.shape[1:])
+        )
+        for name, leaf in host_batch.items()
+    }
+
+
+def describe(shapes: ArrayTree, shardings: ArrayTree) -> str:
+    """The resolved table as text: per distinct placement, how many parameters and of what size."""
+    rows: dict[str, list] = {}
+    flat = jax.tree_util.tree_flatten_with_path(shapes)[0]
+    for (path, leaf), sharding in zip(flat, jax.tree.leaves(shardings), strict=True):
+        entry = rows.setdefault(str(tuple(sharding.spec)), [0, 0, parameter_name(path)])
+        entry[0] += 1
+        entry[1] += int(np.prod(leaf.shape))
+    lines = [
+        f"  {spec:<32} {count:>5} arrays {size:>14,} numbers   e.g. {example}"
+        for spec, (count, size, example) in sorted(rows.items())
+    ]
+    return "\n".join(["placement over mesh axes:", *lines])

@@ -1,0 +1,149 @@
+"""Checkpoints of a run: WORKDIR/checkpoints/STEP/{state, data, meta}, written by Orbax, async.
+
+`state` is the TrainState (never the frozen base), `data` the position of the data iterator, `meta`
+the run's facts (what it was trained on) and its resolved config. A checkpoint that a kill left half
+written is skipped with a warning; one that is whole but cannot be read stops the run.
+"""
+
+import json
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from hyperlora_jax.errors import UserError
+from hyperlora_jax.train.state import TrainState
+
+log = logging.getLogger(__name__)
+
+ITEMS = ("state", "data", "meta")
+_FILES = ("_CHECKPOINT_METADATA", "state/_METADATA", "data/metadata", "meta/metadata")
+
+
+def missing_files(folder: epath.Path) -> list[str]:
+    """What a checkpoint folder lacks; an empty list means that it was written to its end."""
+    missing = [name for name in _FILES if not (folder / name).exists()]
+    if not missing:
+        root = json.loads((folder / "_CHECKPOINT_METADATA").read_text() or "{}")
+        if not root.get("commit_timestamp_nsecs"):
+            missing = ["commit_timestamp_nsecs"]
+    return missing
+
+
+def complete_steps(directory: epath.PathLike) -> list[int]:
+    """Steps with a whole checkpoint, ascending; warns about every half-written one by name."""
+    directory = epath.Path(directory)
+    steps = []
+    for folder in sorted(directory.iterdir()) if directory.exists() else []:
+        if ".orbax-checkpoint-tmp" in folder.name:
+            log.warning("skipping half-written checkpoint %s", folder)
+        elif folder.name.isdigit():
+            missing = missing_files(folder)
+            if missing:
+                log.warning("skipping half-written checkpoint %s: no %s", folder, missing[0])
+            else:
+                steps.append(int(folder.name))
+    return sorted(steps)
+
+
+def _set_aside(directory: epath.Path, whole: list[int]) -> None:
+    """Renames half-written STEP folders, so that the step can be saved again; keeps their bytes."""
+    if jax.process_index() != 0:
+        return
+    for folder in list(directory.iterdir()):
+        if folder.name.isdigit() and int(folder.name) not in whole:
+            target = directory / f"half-written-{folder.name}"
+            if target.exists():
+                target.rmtree()
+            folder.rename(target)
+
+
+def read_meta(directory: epath.PathLike, step: int) -> dict[str, Any]:
+    """{"facts": …, "config": …} of one checkpoint, read without touching its arrays."""
+    return json.loads((epath.Path(directory) / str(step) / "meta" / "metadata").read_text())
+
+
+def check_facts(saved: Mapping[str, Any], expected: Mapping[str, Any], where: str) -> None:
+    """Refuses to go on with a checkpoint of something else.
+
+    Raises:
+      UserError: names the first fact that differs, with both sides.
+    """
+    expected = json.loads(json.dumps(expected))
+    for name in sorted({*saved, *expected}):
+        if saved.get(name) != expected.get(name):
+            raise UserError(
+                f"{where} was made with {name} = {saved.get(name)!r},"
+                f" this run has {name} = {expected.get(name)!r}; use another workdir"
+            )
+
+
+class Checkpoints:
+    """The checkpoints of one workdir, open for saving and restoring."""
+
+    def __init__(self, workdir: epath.PathLike, keep: int):
+        self.directory = epath.Path(workdir).resolve() / "checkpoints"
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._steps = complete_steps(self.directory)
+        _set_aside(self.directory, self._steps)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            enable_async_checkpointing=True,
+            cleanup_tmp_directories=True,
+            step_name_format=ocp.path.step.standard_name_format(),
+        )
+        self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=ITEMS)
+
+    @property
+    def latest_step(self) -> int | None:
+        """The newest whole checkpoint's step, None without any."""
+        return self._steps[-1] if self._steps else None
+
+    def save(self, step: int, state: TrainState, data: Any, meta: Mapping[str, Any]) -> None:
+        """Starts writing; returns when the arrays are copied off the device."""
+        if step in self._steps:
+            return
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state),
+                data=ocp.args.JsonSave({"iterator": data}),
+                meta=ocp.args.JsonSave(dict(meta)),
+            ),
+            force=True,
+        )
+        self._steps.append(step)
+
+    def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, Any]:
+        """(state, iterator position) of `step`, placed as `abstract` says.
+
+        Raises:
+          UserError: the checkpoint cannot be read into this model; never a fresh start instead.
+        """
+        folder = self.directory / str(step)
+        try:
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore()
+                ),
+            )
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            raise UserError(
+                f"{folder}: cannot restore this checkpoint"
+                f" ({type(error).__name__}: {reason[:300]});"
+                " delete its folder to go on from the one before"
+            ) from error
+        return restored["state"], restored["data"]["iterator"]
+
+    def wait(self) -> None:
+        """Returns when everything saved is on disk; raises what the writer raised."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits and closes."""
+        self._manager.close()

@@ -1,0 +1,83 @@
+"""What training changes and checkpoints keep: step, parameters, their average, optimiser state.
+
+No array is born on one device: shapes first (`eval_shape`), then shardings, then a jitted init.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+
+from hyperlora_jax.array_types import Array, ArrayTree, Params, PRNGKey
+from hyperlora_jax.parallel import sharding
+
+INIT_STREAM = 2**32 - 1  # the step that no run reaches: its key initialises the parameters
+
+
+@flax.struct.dataclass
+class TrainState:
+    """`step` counts finished steps, int32 []; `ema` is None or has the structure of `params`."""
+
+    step: Any
+    params: Any
+    ema: Any
+    opt_state: Any
+
+
+def new_state(
+    params: Params, optimizer: optax.GradientTransformation, with_ema: bool
+) -> TrainState:
+    """The state before the first step."""
+    ema = jax.tree.map(jnp.copy, params) if with_ema else None
+    return TrainState(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params))
+
+
+def state_shardings(
+    shapes: TrainState,
+    mesh: Mesh,
+    optimizer: optax.GradientTransformation,
+    rules: Sequence[sharding.Rule] = sharding.DEFAULT_RULES,
+) -> TrainState:
+    """Shardings for a TrainState of shapes: optimiser moments live where their parameters live."""
+    params = sharding.param_shardings(shapes.params, mesh, rules)
+    replicated = sharding.replicated(mesh)
+
+    def like_param(leaf: Any, shape: Any, place: NamedSharding) -> NamedSharding:
+        return place if leaf.shape == shape.shape else replicated  # factored moments differ
+
+    opt_state = optax.tree_map_params(
+        optimizer,
+        like_param,
+        shapes.opt_state,
+        shapes.params,
+        params,
+        transform_non_params=lambda _: replicated,
+    )
+    ema = None if shapes.ema is None else params
+    return TrainState(step=replicated, params=params, ema=ema, opt_state=opt_state)
+
+
+def state_builder(
+    init: Callable[[Array], ArrayTree],
+    optimizer: optax.GradientTransformation,
+    with_ema: bool,
+) -> Callable[[Array], TrainState]:
+    """key → TrainState, pure: for `jax.eval_shape` and for `jax.jit`."""
+
+    def build(key: PRNGKey) -> TrainState:
+        return new_state(init(jax.random.fold_in(key, INIT_STREAM)), optimizer, with_ema)
+
+    return build
+
+
+def abstract_state(shapes: TrainState, shardings: TrainState) -> TrainState:
+    """ShapeDtypeStructs that carry their shardings: what a checkpoint is restored into."""
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        shapes,
+        shardings,
+    )

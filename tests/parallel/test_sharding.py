@@ -1,0 +1,70 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
+
+from hyperlora_jax.errors import UserError
+from hyperlora_jax.parallel import sharding
+from hyperlora_jax.parallel.mesh import AXES, make_mesh
+from hyperlora_jax.parallel.sharding import Rule, param_shardings
+
+
+def abstract_mesh(data, fsdp, tensor):
+    return AbstractMesh((data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def spec_of(shape, mesh, rules=sharding.DEFAULT_RULES):
+    return param_shardings({"kernel": jnp.zeros(shape)}, mesh, rules)["kernel"].spec
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((8, 8), PartitionSpec("fsdp", "tensor")),
+        ((3, 3, 8, 8), PartitionSpec(None, None, "fsdp", "tensor")),
+        ((2, 8), PartitionSpec("tensor", "fsdp")),
+        ((5, 8), PartitionSpec(None, "fsdp")),
+        ((5, 2), PartitionSpec(None, "tensor")),
+        ((5, 5), PartitionSpec()),
+        ((8,), PartitionSpec()),
+        ((), PartitionSpec()),
+    ],
+)
+def test_first_alternative_that_divides_wins(shape, expected):
+    assert spec_of(shape, abstract_mesh(1, 4, 2)) == expected
+
+
+def test_uncovered_and_doubled_names_are_listed():
+    rules = (Rule(r"a/.*", ()), Rule(r".*/kernel", ()))
+    tree = {"a": {"kernel": jnp.zeros(1), "bias": jnp.zeros(1)}, "b": {"bias": jnp.zeros(1)}}
+    with pytest.raises(ValueError, match=r"Uncovered: \['b/bias'\].*once: \['a/kernel \(a/"):
+        param_shardings(tree, abstract_mesh(1, 1, 1), rules)
+
+
+def test_indivisible_batch_is_an_error():
+    devices = np.asarray(jax.devices()[:1] * 4).reshape(2, 2, 1)
+    mesh = Mesh(devices, AXES)
+    with pytest.raises(UserError, match="batch of 6 examples cannot be split over data=2 x fsdp=2"):
+        sharding.put_batch({"x": np.zeros((6, 3))}, mesh)
+
+
+def test_batch_of_unequal_leaves_is_an_error():
+    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    with pytest.raises(UserError, match=r"leading axes differ: \{'x': 2, 'y': 3\}"):
+        sharding.put_batch({"x": np.zeros((2, 1)), "y": np.zeros((3, 1))}, mesh)
+
+
+def test_put_batch_keeps_the_values():
+    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    batch = {"x": np.arange(6, dtype=np.float32).reshape(3, 2)}
+    np.testing.assert_array_equal(sharding.put_batch(batch, mesh)["x"], batch["x"])
+    assert sharding.host_shard(mesh) == (0, 1)
+
+
+def test_table_says_where_parameters_live():
+    tree = {"a": {"kernel": jnp.zeros((8, 8)), "bias": jnp.zeros(8)}}
+    mesh = abstract_mesh(1, 4, 2)
+    text = sharding.describe(tree, param_shardings(tree, mesh))
+    assert "('fsdp', 'tensor')" in text
+    assert "a/kernel" in text

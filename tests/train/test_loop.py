@@ -1,0 +1,190 @@
+import json
+import logging
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from toy_task import ToyBatches, fit_toy, loss, toy_task
+
+from hyperlora_jax.errors import UserError
+from hyperlora_jax.train.loop import TrainingDiverged
+from hyperlora_jax.train.metrics import read_rows
+from hyperlora_jax.train.preemption import Preempted
+
+
+def assert_same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def losses(workdir):
+    return {row["step"]: row["loss"] for row in read_rows(workdir / "metrics.jsonl")}
+
+
+def send_sigterm_at(step):
+    return lambda n: os.kill(os.getpid(), signal.SIGTERM) if n == step else None
+
+
+def test_learns_and_logs_each_step_once(tmp_path):
+    state = fit_toy(tmp_path, num_steps=40)
+    rows = read_rows(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 41))
+    assert rows[-1]["loss"] < 0.5 * rows[0]["loss"]
+    assert {"absolute_error", "grad_norm", "learning_rate", "examples_per_second", "data_wait"} < {
+        *rows[0]
+    }
+    assert int(state.step) == 40
+    assert json.loads((tmp_path / "config.json").read_text())["facts"] == {"spec": "abc"}
+
+
+def test_logged_loss_is_that_steps_own(tmp_path):
+    fit_toy(tmp_path / "every", num_steps=8)
+    fit_toy(tmp_path / "some", num_steps=8, log_every_steps=4)
+    every, some = losses(tmp_path / "every"), losses(tmp_path / "some")
+    assert some == {step: every[step] for step in (1, 4, 8)}
+
+
+def test_ema_is_between_start_and_end(tmp_path):
+    state = fit_toy(tmp_path)
+    assert not np.allclose(state.ema["out"]["kernel"], state.params["out"]["kernel"])
+    assert fit_toy(tmp_path / "none", ema_decay=None).ema is None
+
+
+def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path):
+    whole = fit_toy(tmp_path / "whole")
+    with pytest.raises(Preempted, match="saved step 8") as caught:
+        fit_toy(tmp_path / "cut", toy_task(send_sigterm_at(7)))
+    assert caught.value.step == 8
+    assert_same(fit_toy(tmp_path / "cut"), whole)
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
+def test_sigterm_handler_is_put_back(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    fit_toy(tmp_path, num_steps=1)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_sigkill_loses_at_most_the_interval(tmp_path, run_toy):
+    done = run_toy("--workdir", tmp_path, "--num_steps", 12, "--kill_at", 11, check=False)
+    assert done.returncode == -signal.SIGKILL
+    seen = []
+    state = fit_toy(tmp_path, toy_task(seen.append))
+    assert seen[0] in (5, 10)  # 10 only if its write was over before the kill
+    assert_same(state, fit_toy(tmp_path.parent / "whole"))
+
+
+def test_finished_workdir_gives_its_state_without_touching_data(tmp_path):
+    state = fit_toy(tmp_path)
+
+    def forbidden(n):
+        raise AssertionError(f"batch {n} was read")
+
+    assert_same(fit_toy(tmp_path, toy_task(forbidden)), state)
+
+
+def test_longer_run_goes_on(tmp_path):
+    fit_toy(tmp_path, num_steps=6)
+    seen = []
+    assert int(fit_toy(tmp_path, toy_task(seen.append), num_steps=9).step) == 9
+    assert seen == [6, 7, 8]
+
+
+def test_keeps_only_the_newest_checkpoints(tmp_path):
+    fit_toy(tmp_path, checkpoint_every_steps=2, keep=2)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["10", "12"]
+
+
+def test_frozen_base_is_never_written(tmp_path):
+    big = {"shift": jnp.zeros(4), "base": jnp.ones((512, 512))}
+    state = fit_toy(tmp_path, toy_task(frozen=big))
+    trainable = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    arrays = sum(
+        path.stat().st_size
+        for path in (tmp_path / "checkpoints" / "12" / "state").rglob("*")
+        if path.parent.name == "d"
+    )
+    assert arrays < trainable + 2**15 < big["base"].nbytes
+
+
+def test_other_facts_are_refused(tmp_path):
+    fit_toy(tmp_path, num_steps=2)
+    with pytest.raises(UserError, match=r"made with spec = 'abc', this run has spec = 'xyz'"):
+        fit_toy(tmp_path, toy_task(facts={"spec": "xyz"}))
+
+
+@pytest.mark.parametrize("kind", ["empty", "no_metadata", "temporary"])
+def test_half_written_checkpoint_is_skipped_by_name(tmp_path, caplog, kind):
+    whole = fit_toy(tmp_path)
+    folder = tmp_path / "checkpoints" / "12"
+    if kind == "empty":
+        for path in sorted(folder.rglob("*"), reverse=True):
+            path.rmdir() if path.is_dir() else path.unlink()
+    elif kind == "no_metadata":
+        (folder / "state" / "_METADATA").unlink()
+    else:
+        folder.rename(folder.with_name("12.orbax-checkpoint-tmp"))
+    with caplog.at_level(logging.WARNING):
+        assert_same(fit_toy(tmp_path), whole)
+    assert "skipping half-written checkpoint" in caplog.text
+    assert "checkpoints/12" in caplog.text
+
+
+def test_failed_restore_is_an_error_and_never_a_fresh_start(tmp_path):
+    fit_toy(tmp_path, num_steps=5)
+    for path in (tmp_path / "checkpoints" / "5" / "state").rglob("*"):
+        if path.parent.name == "d":
+            path.write_bytes(b"junk")
+    with pytest.raises(UserError, match=r"checkpoints/5: cannot restore this checkpoint"):
+        fit_toy(tmp_path)
+
+
+def test_checkpoint_of_another_model_is_an_error(tmp_path):
+    fit_toy(tmp_path, num_steps=5)
+    other = toy_task(init=lambda key: {"hidden": {"kernel": jnp.zeros((3, 3))}})
+    with pytest.raises(UserError, match="cannot restore this checkpoint"):
+        fit_toy(tmp_path, other)
+
+
+def test_workdir_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"--workdir .*file/run: cannot write there"):
+        fit_toy(tmp_path / "file" / "run")
+
+
+def test_read_only_workdir():
+    with pytest.raises(UserError, match="--workdir /proc/self: cannot write there"):
+        fit_toy("/proc/self")
+
+
+def test_not_a_number_stops_with_the_records_and_keeps_the_checkpoint(tmp_path):
+    def broken(params, frozen, batch, key):
+        values, metrics = loss(params, frozen, batch, key)
+        return jnp.where(jnp.any(batch["x"] > 1e8), jnp.nan, values), metrics
+
+    class Poisoned(ToyBatches):
+        def __next__(self):
+            batch = super().__next__()
+            if self.position == 7:
+                batch["x"][3] = 1e9
+            return batch
+
+    task = toy_task(loss=broken, batches=Poisoned())
+    with pytest.raises(
+        TrainingDiverged, match=r"step 7 \(last finite: 6\).*record-6-0, record-6-1"
+    ):
+        fit_toy(tmp_path, task)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["5"]
+
+
+def test_data_that_ends(tmp_path):
+    class Ending(ToyBatches):
+        def __next__(self):
+            if self.position == 3:
+                raise StopIteration
+            return super().__next__()
+
+    with pytest.raises(UserError, match="data ended before step 4"):
+        fit_toy(tmp_path, toy_task(batches=Ending()))
