@@ -4,7 +4,7 @@ the frozen base with every subject's own LoRA, or any mix of both.
 A batch holds l subjects (`data/pipelines.subject_batches`):
 
     pooled [l, k, e], tokens [l, k, m, e]     condition embeddings of k reference pictures
-    latents [l, g, h, w, c], text_states [l, g, n, e]     g pictures of the same subject
+    latents [l, g, h, w, c], text_index [l, g]            g pictures of the same subject
     target [l, d]                             folded raw factors, where a dataset has them
 """
 
@@ -57,7 +57,7 @@ def hypernet_loss(
             schedule,
             lora,
             batch["latents"],
-            batch["text_states"].astype(jnp.float32),
+            frozen["text_states"][batch["text_index"]],
             key,
             min_snr_gamma,
         )
@@ -80,7 +80,8 @@ def hypernet_task(
     """The task of the ordinary training loop.
 
     Args:
-        frozen: {"unet": parameters, "whitening": statistics}, each only if a loss needs it.
+        frozen: {"unet": parameters, "text_states": [u, n, e] of all captions, "whitening":
+            statistics}, each only if a loss needs it.
         batches: as described in this file's head.
         condition_shapes: shapes of one subject's (pooled, tokens), ([e], [m, e]).
     """

@@ -1,0 +1,32 @@
+"""`hyperlora pretrain`: trains a base model, or one of the avatar world's encoders."""
+
+import argparse
+import importlib
+
+from hyperlora_jax.cli.config import add_config_arguments, load_config
+from hyperlora_jax.errors import UserError
+
+TASKS = {
+    "base": ("pretraining", "pretrain"),
+    "avatar_encoder": ("encoder_pretraining", "pretrain_encoder"),
+    "avatar_probe": ("encoder_pretraining", "pretrain_probe"),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """--config and --workdir."""
+    add_config_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the config's `task`."""
+    config = load_config(args.config, args.overrides)
+    if config.get("task") not in TASKS:
+        raise UserError(
+            f"--config {args.config}: task is {config.get('task')!r}, expected {', '.join(TASKS)}"
+        )
+    module, function = TASKS[config.task]
+    train = getattr(importlib.import_module(f"hyperlora_jax.train.{module}"), function)
+    out = train(config, args.workdir)
+    print(f"wrote {out}")
+    return 0

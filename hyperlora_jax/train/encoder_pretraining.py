@@ -1,0 +1,76 @@
+"""`hyperlora pretrain` for the avatar world's identity encoder and attribute probe."""
+
+from pathlib import Path
+from typing import Any
+
+from hyperlora_jax.data.avatars import Avatars
+from hyperlora_jax.parallel.mesh import make_mesh
+from hyperlora_jax.train import encoder_task, probe_task
+from hyperlora_jax.train.loop import fit, open_workdir
+from hyperlora_jax.train.render_bundle import RenderBundle, render_bundle
+
+
+def pretrain_encoder(config: Any, workdir: str | Path) -> Path:
+    """Trains the identity encoder on training identities; returns the exported folder."""
+    bundle = _bundle(config, workdir)
+    task = encoder_task.make_task(
+        bundle,
+        batch_size=config.train.batch_size,
+        seed=config.train.seed,
+        weights=dict(config.train.weights),
+        **config.model.to_dict(),
+    )
+    params = _fit(task, config, workdir)
+    out = Path(config.export.path)
+    encoder = config.model.encoder.to_dict()
+    facts = {"num_steps": config.train.num_steps}
+    encoder_task.export_encoder(
+        out, params, bundle, encoder=encoder, name=config.export.name, facts=facts
+    )
+    return out
+
+
+def pretrain_probe(config: Any, workdir: str | Path) -> Path:
+    """Trains the attribute probe on renders; returns the exported folder."""
+    bundle = _bundle(config, workdir)
+    encoder = config.model.encoder.to_dict()
+    task = probe_task.make_task(
+        bundle,
+        batch_size=config.train.batch_size,
+        seed=config.train.seed,
+        encoder=encoder,
+        augmentation=dict(config.train.augmentation),
+    )
+    params = _fit(task, config, workdir)
+    out = Path(config.export.path)
+    facts = {"num_steps": config.train.num_steps}
+    probe_task.export_probe(
+        out, params, bundle, encoder=encoder, name=config.export.name, facts=facts
+    )
+    return out
+
+
+def _bundle(config: Any, workdir: str | Path) -> RenderBundle:
+    workdir = Path(str(open_workdir(workdir)))
+    if config.data.bundle:
+        return RenderBundle.load(config.data.bundle)
+    avatars = Avatars(config.data.style, config.data.size, config.data.split_seed)
+    return render_bundle(
+        avatars, config.data.num_identities, config.data.num_views, cache_dir=workdir / "renders"
+    )
+
+
+def _fit(task: Any, config: Any, workdir: str | Path) -> Any:
+    state = fit(
+        task,
+        workdir=workdir,
+        mesh=make_mesh(**config.mesh),
+        seed=config.train.seed,
+        num_steps=config.train.num_steps,
+        optimizer=dict(config.train.optimizer),
+        log_every_steps=config.train.log_every_steps,
+        checkpoint_every_steps=config.train.checkpoint_every_steps,
+        ema_decay=config.train.ema_decay,
+        config=config.to_dict(),
+    )
+    return state.ema if state.ema is not None else state.params

@@ -1,0 +1,248 @@
+"""`hyperlora pretrain`: a base model of one's own, from pictures and captions to a diffusers folder.
+
+    pictures ─► tokenizer ─► autoencoder ─► latents ─► UNet (and text encoder) ─► export
+
+Each stage keeps its result in the workdir, so that a killed run goes on where it was.
+"""
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hyperlora_jax.array_types import Params
+from hyperlora_jax.data.avatars import Avatars
+from hyperlora_jax.data.encoded_subjects import encode_in_batches
+from hyperlora_jax.diffusion.schedule import NoiseSchedule
+from hyperlora_jax.errors import UserError
+from hyperlora_jax.parallel.mesh import make_mesh
+from hyperlora_jax.stable_diffusion.autoencoder import AutoencoderKL, vae_from_config
+from hyperlora_jax.stable_diffusion.checkpoint import init_params
+from hyperlora_jax.stable_diffusion.clip_text import text_model_from_config
+from hyperlora_jax.stable_diffusion.pipeline import StableDiffusion
+from hyperlora_jax.stable_diffusion.tokenizer_training import train_tokenizer
+from hyperlora_jax.stable_diffusion.unet import unet_from_config
+from hyperlora_jax.train import base_task
+from hyperlora_jax.train.loop import fit, open_workdir
+from hyperlora_jax.train.state import TrainState
+
+# Zero terminal SNR, velocity prediction, trailing steps (Lin et al., arXiv 2305.08891): without
+# them the last step is not pure noise in training, and sampled colours drift.
+SCHEDULER_CONFIG = {
+    "_class_name": "DDIMScheduler",
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True,
+    "timestep_spacing": "trailing",
+    "clip_sample": False,
+    "set_alpha_to_one": True,
+    "steps_offset": 0,
+}
+
+
+def pretrain(config: Any, workdir: str | Path) -> Path:
+    """Trains a base model as `configs/tiny_sd.py` describes it; returns the exported folder.
+
+    Raises:
+        UserError: bad config values, unusable workdir; see also `train.loop.fit`.
+    """
+    workdir = Path(str(open_workdir(workdir)))
+    mesh = make_mesh(**config.mesh)
+    images, captions = _draw_avatars(config, workdir)
+    tokenizer_dir = workdir / "tokenizer"
+    length = config.base.model_max_length
+    if not (tokenizer_dir / "tokenizer_config.json").exists():
+        train_tokenizer(captions, tokenizer_dir, model_max_length=length)
+    vae, vae_params = _train_autoencoder(config, workdir, mesh, images)
+    latents = _latents(vae, vae_params, workdir / "latents.npy", images)
+    vae, latents = _normalised(vae, latents)
+    state, modules = _train_unet(config, workdir, mesh, tokenizer_dir, captions, latents)
+    trained = state.ema if state.ema is not None else state.params
+    params = {**jax.device_get(trained), "vae": jax.device_get(vae_params)}
+    sd = StableDiffusion.from_parts(
+        unet=modules["unet"],
+        vae=vae,
+        text_encoder=modules["text_encoder"],
+        params=params,
+        scheduler_config=SCHEDULER_CONFIG,
+        tokenizer_dir=tokenizer_dir,
+    )
+    out = Path(config.export.path)
+    sd.save_pretrained(out, dtype="float16")
+    return out
+
+
+def _draw_avatars(config: Any, workdir: Path) -> tuple[np.ndarray, list[str]]:
+    """Pictures uint8 [n, h, w, 3] of training identities in training views, and their captions."""
+    avatars = Avatars(config.data.style, config.data.size, config.data.split_seed)
+    people, views = config.data.num_identities, config.data.num_views
+    available = avatars.num_identities("train")
+    if people > available:
+        raise UserError(
+            f"data.num_identities: got {people}, but {avatars.style} has {available} for training"
+        )
+    pairs = [
+        (avatars.identity("train", i), avatars.view("train", i * views + k))
+        for i in range(people)
+        for k in range(views)
+    ]
+    images = avatars.render_many(pairs, cache_dir=workdir / "renders")
+    return images, [avatars.caption(view) for _, view in pairs]
+
+
+def _train_autoencoder(
+    config: Any, workdir: Path, mesh: Any, images: np.ndarray
+) -> tuple[AutoencoderKL, Params]:
+    section = config.autoencoder
+    vae = vae_from_config(autoencoder_config(config.base.autoencoder, images.shape[1]))
+    task = base_task.autoencoder_task(
+        vae,
+        functools.partial(init_params, vae),
+        images,
+        batch_size=section.batch_size,
+        seed=config.train.seed,
+        kl_weight=section.kl_weight,
+        l1_weight=section.l1_weight,
+        facts={"autoencoder": dict(vae.config)},
+    )
+    state = _fit(task, section, workdir / "autoencoder", mesh, config.train.seed, config)
+    return vae, state.ema if state.ema is not None else state.params
+
+
+def _latents(vae: AutoencoderKL, params: Params, file: Path, images: np.ndarray) -> np.ndarray:
+    """Unscaled latents [n, h, w, c] float16 of all pictures, kept in `file`."""
+    if file.exists():
+        return np.load(file, mmap_mode="r", allow_pickle=False)
+
+    @jax.jit
+    def encode(chunk):
+        pixels = jnp.asarray(chunk, jnp.float32) / 127.5 - 1.0
+        return vae.apply({"params": params}, pixels, method="encode")[0].astype(jnp.float16)
+
+    latents = encode_in_batches(encode, images, 256, "latents")
+    temporary = file.with_suffix(".tmp.npy")
+    np.save(temporary, latents)
+    temporary.replace(file)
+    return latents
+
+
+def _normalised(vae: AutoencoderKL, latents: np.ndarray) -> tuple[AutoencoderKL, np.ndarray]:
+    """The autoencoder with the scaling factor that gives its latents unit variance."""
+    factor = float(1.0 / np.std(latents[:8192].astype(np.float32)))
+    config = {**vae.config, "scaling_factor": round(factor, 5)}
+    scaled = (latents.astype(np.float32) * config["scaling_factor"]).astype(np.float16)
+    return vae_from_config(config), scaled
+
+
+def _train_unet(
+    config: Any,
+    workdir: Path,
+    mesh: Any,
+    tokenizer_dir: Path,
+    captions: list[str],
+    latents: np.ndarray,
+) -> tuple[TrainState, dict[str, Any]]:
+    from transformers import CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(tokenizer_dir)
+    encoded = tokenizer([*captions, ""], padding="max_length", truncation=True)["input_ids"]
+    ids = np.asarray(encoded, np.int32)
+    text = text_model_from_config(text_config(config.base.text_encoder, tokenizer))
+    unet = unet_from_config(unet_config(config.base.unet, latents.shape))
+
+    def init(key):
+        text_key, unet_key = jax.random.split(key)
+        return {"unet": init_params(unet, unet_key), "text_encoder": init_params(text, text_key)}
+
+    def encode_text(params, token_ids):
+        return text.apply({"params": params}, token_ids).last_hidden_state
+
+    section = config.train
+    task = base_task.unet_task(
+        unet,
+        encode_text,
+        NoiseSchedule.from_config(SCHEDULER_CONFIG),
+        init,
+        {"empty_ids": ids[-1]},
+        {"latents": latents, "token_ids": ids[:-1]},
+        batch_size=section.batch_size,
+        seed=section.seed,
+        caption_dropout=section.caption_dropout,
+        min_snr_gamma=section.min_snr_gamma,
+        facts={"unet": dict(unet.config), "text_encoder": dict(text.config)},
+    )
+    state = _fit(task, section, workdir, mesh, section.seed, config)
+    return state, {"unet": unet, "text_encoder": text}
+
+
+def _fit(task: Any, section: Any, workdir: Path, mesh: Any, seed: int, config: Any) -> TrainState:
+    return fit(
+        task,
+        workdir=workdir,
+        mesh=mesh,
+        seed=seed,
+        num_steps=section.num_steps,
+        optimizer=dict(section.optimizer),
+        log_every_steps=section.log_every_steps,
+        checkpoint_every_steps=section.checkpoint_every_steps,
+        ema_decay=section.ema_decay,
+        config=config.to_dict(),
+    )
+
+
+def autoencoder_config(section: Mapping[str, Any], image_size: int) -> dict[str, Any]:
+    """diffusers config.json of an AutoencoderKL."""
+    levels = len(section["block_out_channels"])
+    return {
+        "_class_name": "AutoencoderKL",
+        "in_channels": 3,
+        "out_channels": 3,
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "act_fn": "silu",
+        "sample_size": image_size,
+        "scaling_factor": 1.0,
+        **_plain(section),
+    }
+
+
+def unet_config(section: Mapping[str, Any], latents_shape: tuple[int, ...]) -> dict[str, Any]:
+    """diffusers config.json of a UNet2DConditionModel with cross-attention on every level."""
+    levels = len(section["block_out_channels"])
+    return {
+        "_class_name": "UNet2DConditionModel",
+        "sample_size": latents_shape[1],
+        "in_channels": latents_shape[-1],
+        "out_channels": latents_shape[-1],
+        "down_block_types": ["CrossAttnDownBlock2D"] * levels,
+        "mid_block_type": "UNetMidBlock2DCrossAttn",
+        "up_block_types": ["CrossAttnUpBlock2D"] * levels,
+        **_plain(section),
+    }
+
+
+def text_config(section: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
+    """transformers config.json of a CLIPTextModel for a tokenizer."""
+    return {
+        "architectures": ["CLIPTextModel"],
+        "model_type": "clip_text_model",
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": tokenizer.model_max_length,
+        "hidden_act": "quick_gelu",
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "projection_dim": section["hidden_size"],
+        **_plain(section),
+    }
+
+
+def _plain(section: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in dict(section).items()}
