@@ -1,0 +1,156 @@
+"""Opens a LoRA-target dataset: random access to subjects, their vectors, spec and statistics."""
+
+import functools
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hyperlora_jax.array_types import Float, Int
+from hyperlora_jax.data import lora_target_records as record_format
+from hyperlora_jax.data.lora_targets_writer import FORMAT
+from hyperlora_jax.data.subjects import SPLITS, Subject
+from hyperlora_jax.data.vector_statistics import RunningWhitening, VectorWhitening
+from hyperlora_jax.errors import UserError
+from hyperlora_jax.lora.sites import LoraSpec
+
+
+def open_lora_targets(
+    path: str | Path, spec: LoraSpec | None = None, base_hash: str | None = None
+) -> "LoraTargets":
+    """The dataset of a folder.
+
+    With `spec` or `base_hash` it must be of the same layers and base model. Raises UserError
+    naming the folder and both sides when it is not, or when it is no such dataset.
+    """
+    targets = LoraTargets(Path(path))
+    if spec is not None and spec.fingerprint != targets.spec.fingerprint:
+        raise UserError(
+            f"{path}: its LoRAs have the layers {_describe(targets.spec)}, "
+            f"expected {_describe(spec)}"
+        )
+    if base_hash is not None and base_hash != targets.base_hash:
+        raise UserError(
+            f"{path}: its LoRAs were fitted on base {targets.base_hash[:12] or 'unknown'}, "
+            f"expected base {base_hash[:12]}"
+        )
+    return targets
+
+
+class LoraTargets:
+    """A dataset on disk. Subjects are numbered through: train first, then validation, test."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self.metadata = json.loads((path / "metadata.json").read_text(encoding="utf-8"))
+            index = json.loads((path / "index.json").read_text(encoding="utf-8"))
+            found = self.metadata["format"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(
+                f"{path}: is no LoRA-target dataset, expected a folder written by "
+                "`hyperlora distill` or `hyperlora import`"
+            ) from None
+        if found != FORMAT:
+            raise UserError(f"{path}: is of format {found!r}, expected {FORMAT!r}")
+        self.spec = LoraSpec.from_json(self.metadata["spec"])
+        self.base_hash: str = self.metadata["base_hash"]
+        self.facts: dict = self.metadata["facts"]
+        self.lora_dtype: str = self.metadata["lora_dtype"]
+        self.embedding_sizes: dict[str, int] = self.metadata["embedding_sizes"]
+        self.splits = [split for split in SPLITS if split in index]
+        self.split_ids = {split: [row[0] for row in index[split]] for split in self.splits}
+        self.ids = [row[0] for split in self.splits for row in index[split]]
+        self.identities = [row[1] for split in self.splits for row in index[split]]
+        counts = [len(self.split_ids[split]) for split in self.splits]
+        self._ends = np.cumsum(counts)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, i: int) -> Subject:
+        sizes = self.embedding_sizes
+        return self._read(
+            i, lambda record, split: record_format.parse(record, self.lora_dtype, sizes, split)
+        )
+
+    def split_indices(self, split: str) -> Int[np.ndarray, " n"]:
+        """Numbers of the subjects of a split; empty when the dataset has none."""
+        if split not in self.splits:
+            return np.zeros(0, np.int64)
+        k = self.splits.index(split)
+        return np.arange(self._ends[k] - len(self.split_ids[split]), self._ends[k])
+
+    def loras(self, indices: Sequence[int] | np.ndarray) -> Float[np.ndarray, "n d"]:
+        """The vectors of some subjects, float32."""
+        if not len(self.spec):
+            raise UserError(f"{self.path}: holds pictures only, expected a dataset with LoRAs")
+        out = np.empty((len(indices), self.spec.num_parameters), np.float32)
+        for row, i in enumerate(indices):
+            out[row] = self._read(
+                int(i), lambda record, _: record_format.parse_vector(record, self.lora_dtype)
+            )
+        return out
+
+    def matrix(self, split: str | None = None) -> Float[np.ndarray, "n d"]:
+        """All vectors, or those of one split, in the order of `ids`; n * d * 4 bytes."""
+        return self.loras(np.arange(len(self)) if split is None else self.split_indices(split))
+
+    def whitening(self) -> VectorWhitening:
+        """Statistics of the raw training vectors; from the file when it is there."""
+        from safetensors.numpy import load_file
+
+        path = self.path / "whitening.safetensors"
+        if path.exists():
+            tensors = load_file(path)
+            return VectorWhitening(tensors["raw.mean"], tensors["raw.std"])
+        running = RunningWhitening(self.spec)
+        chosen = self.split_indices("train") if "train" in self.splits else np.arange(len(self))
+        for start in range(0, len(chosen), 32):
+            running.add(self.loras(chosen[start : start + 32]))
+        return running.result()
+
+    @functools.cached_property
+    def _sources(self) -> list:
+        import tensorflow_datasets as tfds
+
+        try:
+            builder = tfds.builder_from_directory(str(self.path))
+            sources = [builder.as_data_source(split=split).data_source for split in self.splits]
+            shards = [
+                shard for split in self.splits for shard in builder.info.splits[split].filenames
+            ]
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise UserError(f"{self.path}: the dataset cannot be read ({error})") from None
+        if lost := [shard for shard in shards if not (self.path / shard).exists()]:
+            raise UserError(
+                f"{self.path}: {len(lost)} of {len(shards)} files are missing, first {lost[0]}"
+            )
+        return sources
+
+    def _read(self, i: int, parse: Callable[[bytes, str], Any]) -> Any:
+        """parse(record, split) of the i-th subject."""
+        from google.protobuf.message import DecodeError
+
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"subject {i} of {len(self)}")
+        i %= len(self)
+        k = int(np.searchsorted(self._ends, i, side="right"))
+        split = self.splits[k]
+        start = self._ends[k] - len(self.split_ids[split])
+        try:
+            return parse(self._sources[k][int(i - start)], split)
+        except (KeyError, IndexError, ValueError, RuntimeError, DecodeError) as error:
+            # ArrayRecord reports a damaged file in its log and answers with an empty record.
+            raise UserError(
+                f"{self.path}: subject {i} cannot be read, the file is damaged ({error})"
+            ) from None
+
+
+def _describe(spec: LoraSpec) -> str:
+    return (
+        f"{spec.fingerprint[:12]} ({len(spec)} sites, rank {spec.max_rank}, "
+        f"{spec.num_parameters} numbers)"
+    )

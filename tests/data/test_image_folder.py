@@ -1,0 +1,126 @@
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hyperlora_jax.data import image_folder, pictures
+from hyperlora_jax.errors import UserError
+
+
+def save(path, width=20, height=12, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ramp = np.zeros((height, width, 3), np.uint8)
+    ramp[:, : width // 2, 0] = 250
+    ramp[: height // 2, :, 1] = 250
+    Image.fromarray(ramp).save(path, **options)
+    return path
+
+
+def test_folders_are_concepts(tmp_path):
+    for name in ("bert/1.png", "anna/b.webp", "anna/a.jpg"):
+        save(tmp_path / name)
+    (tmp_path / "notes").mkdir()
+    folders = image_folder.open_image_folder(tmp_path)
+    assert [folder.name for folder in folders] == ["anna", "bert"]
+    assert image_folder.open_image_folder(tmp_path / "bert") == [tmp_path / "bert"]
+    anna = image_folder.read_concept(folders[0], 8, "a photo of sks")
+    assert (anna.id, anna.identity) == ("anna", "anna")
+    assert len(anna.references) == len(anna.targets) == 2
+    assert anna.captions == ("a photo of sks",) * 2
+    assert pictures.decode(anna.references[0]).shape == (8, 8, 3)
+
+
+def test_metadata_gives_captions_roles_and_identity(tmp_path):
+    for name in "abc":
+        save(tmp_path / f"{name}.png")
+    rows = [
+        {"file_name": "a.png", "role": "reference", "identity": "Anna"},
+        {"file_name": "b.png", "role": "target", "text": "anna at the sea"},
+    ]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    concept = image_folder.read_concept(tmp_path, 8)
+    assert concept.identity == "Anna"
+    assert (len(concept.references), concept.captions) == (2, ("anna at the sea", ""))
+
+
+def test_pictures_are_upright_and_centre_cropped(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn clockwise by 90 degrees
+    turned = pictures.load_image(save(tmp_path / "t.jpg", exif=exif, quality=95))
+    assert turned.shape == (20, 12, 3)
+    plain = pictures.load_image(save(tmp_path / "p.jpg", quality=95))
+    assert np.abs(turned.astype(int) - np.rot90(plain, -1)).max() < 40
+    assert pictures.load_image(tmp_path / "p.jpg", 16).shape == (16, 16, 3)
+
+
+def test_transparent_gray_and_palette_pictures_become_rgb(tmp_path):
+    clear = np.zeros((4, 4, 4), np.uint8)
+    Image.fromarray(clear).save(tmp_path / "clear.png")
+    assert (pictures.load_image(tmp_path / "clear.png") == 255).all()
+    for mode in ("L", "P", "1", "LA", "I;16"):
+        Image.new(mode, (5, 6)).save(tmp_path / "m.png")
+        assert pictures.load_image(tmp_path / "m.png").shape == (6, 5, 3)
+
+
+def test_png_round_trip():
+    given = np.random.default_rng(0).integers(0, 255, (7, 9, 3), np.uint8)
+    np.testing.assert_array_equal(pictures.decode(pictures.encode_png(given)), given)
+
+
+def test_bad_pictures_are_named(tmp_path):
+    def refuse(name, content, match):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=match):
+            pictures.load_image(tmp_path / name)
+
+    whole = save(tmp_path / "whole.png", 64, 64).read_bytes()
+    refuse("text.png", b"hello", r"text\.png: found 5 bytes that are no picture")
+    refuse("empty.png", b"", r"empty\.png: found an empty file")
+    refuse("cut.png", whole[: len(whole) // 2], r"cut\.png: the picture cannot be read")
+    with pytest.raises(UserError, match=r"gone\.png: no such picture file"):
+        pictures.load_image(tmp_path / "gone.png")
+    with pytest.raises(UserError, match="is a folder, expected a picture"):
+        pictures.load_image(tmp_path)
+
+
+def test_bad_folders_are_named(tmp_path):
+    with pytest.raises(UserError, match="nowhere: does not exist, expected a folder"):
+        image_folder.open_image_folder(tmp_path / "nowhere")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="file: is a file, expected a folder"):
+        image_folder.open_image_folder(tmp_path / "file")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty: empty, expected a folder per concept"):
+        image_folder.open_image_folder(tmp_path / "empty")
+    with pytest.raises(UserError, match="empty: has no pictures"):
+        image_folder.read_concept(tmp_path / "empty", 8)
+
+
+@pytest.mark.parametrize(
+    ("lines", "match"),
+    [
+        (["{"], r"metadata\.jsonl:1: expected a JSON object"),
+        (['{"file_name": "a.png"}', '{"text": "x"}'], r'metadata\.jsonl:2: .* "file_name"'),
+        (['{"file_name": "z.png"}'], "'z.png' is no picture of this folder"),
+        (['{"file_name": "a.png", "role": "main"}'], "role 'main', expected one of reference"),
+        (['{"file_name": "a.png", "text": 3}'], "text is 3, expected a text"),
+        (['{"file_name": "a.png", "role": "reference"}'], "names no target picture"),
+        (['{"file_name": "a.png", "role": "target"}'], "names no reference picture"),
+    ],
+)
+def test_bad_metadata_is_named(tmp_path, lines, match):
+    save(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    with pytest.raises(UserError, match=match):
+        image_folder.read_concept(tmp_path, 8)
+
+
+def test_two_identities_in_one_folder(tmp_path):
+    rows = []
+    for name, identity in (("a", "Anna"), ("b", "Bert")):
+        save(tmp_path / f"{name}.png")
+        rows.append(json.dumps({"file_name": f"{name}.png", "identity": identity}))
+    (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
+    with pytest.raises(UserError, match=r"identities \['Anna', 'Bert'\], expected one"):
+        image_folder.read_concept(tmp_path, 8)

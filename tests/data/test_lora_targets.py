@@ -1,0 +1,236 @@
+import json
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+from targets_fixture import SPEC, assert_same, picture, subject
+
+from hyperlora_jax.data import lora_target_records, spool
+from hyperlora_jax.data.lora_targets import open_lora_targets
+from hyperlora_jax.data.lora_targets_writer import write_lora_targets
+from hyperlora_jax.data.subjects import Subject, split_by_hash
+from hyperlora_jax.data.vector_statistics import factor_slices
+from hyperlora_jax.errors import UserError
+from hyperlora_jax.lora import vectorize
+from hyperlora_jax.lora.sites import LoraSpec
+
+BASE = "b" * 64
+
+
+@pytest.fixture(scope="module")
+def subjects():
+    splits = ["train"] * 40 + ["validation"] * 3 + ["test"] * 2
+    return [subject(k, split=split) for k, split in enumerate(splits)]
+
+
+@pytest.fixture(scope="module")
+def dataset(subjects, tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "targets"
+    return write_lora_targets(path, subjects, SPEC, BASE, {"recipe": "made up", "init_seed": 3})
+
+
+def test_everything_comes_back(dataset, subjects):
+    targets = open_lora_targets(dataset, SPEC, BASE)
+    assert len(targets) == 45
+    for k in (0, 39, 40, 44, -1):
+        assert_same(targets[k], subjects[k])
+        assert targets[k].split == subjects[k].split
+    assert targets.ids == [one.id for one in subjects]
+    assert targets.identities == [one.identity for one in subjects]
+    assert targets.split_ids["validation"] == targets.ids[40:43]
+    assert targets.split_indices("test").tolist() == [43, 44]
+    assert targets.base_hash == BASE and targets.facts["init_seed"] == 3
+    with pytest.raises(IndexError):
+        targets[45]
+
+
+def test_vectors_and_statistics_are_those_of_the_tree_functions(dataset, subjects):
+    targets = open_lora_targets(dataset)
+    matrix = targets.matrix("train")
+    np.testing.assert_array_equal(matrix, np.stack([one.lora for one in subjects[:40]]))
+    assert targets.matrix().shape == (45, SPEC.num_parameters)
+    expected = vectorize.whitening(vectorize.unflatten(matrix, SPEC))
+    stats = targets.whitening()
+    np.testing.assert_allclose(stats.mean, vectorize.flatten(expected.mean, SPEC), atol=1e-6)
+    for piece, std in zip(factor_slices(SPEC), stats.std, strict=True):
+        leaf = expected.std
+        for name in SPEC.by_path[piece.path].module_path:
+            leaf = leaf[name]
+        np.testing.assert_allclose(std, leaf[piece.side], rtol=1e-5)
+    np.testing.assert_array_equal(np.unique(stats.per_element(SPEC)), np.unique(stats.std))
+    (dataset / "whitening.safetensors").rename(dataset / "moved")
+    again = targets.whitening()
+    (dataset / "moved").rename(dataset / "whitening.safetensors")
+    np.testing.assert_allclose(again.mean, stats.mean, atol=1e-7)
+
+
+def test_tfds_alone_opens_it(dataset, subjects):
+    """Without our code, without TensorFlow and without jax."""
+    code = """
+        import sys, json
+        import tensorflow_datasets as tfds
+        builder = tfds.builder_from_directory(sys.argv[1])
+        source = builder.as_data_source(split="train")
+        one = source[7]
+        assert len(source) == 40
+        assert "spec" in builder.info.metadata
+        for name in ("tensorflow", "hyperlora_jax", "jax"):
+            assert name not in sys.modules, name
+        print(json.dumps({"id": one["id"].decode(), "lora": one["lora"].tolist(),
+            "pixels": one["references"][0].tolist(), "tiny": one["embeddings"]["tiny"].tolist(),
+            "caption": one["targets"]["caption"][0].decode(), "losses": len(one["loss_curve"]),
+            "seed": int(one["seed"])}))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), str(dataset)]
+    read = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+    given = subjects[7]
+    np.testing.assert_array_equal(np.float32(read["lora"]), given.lora)
+    np.testing.assert_array_equal(read["pixels"], picture(7))
+    np.testing.assert_array_equal(np.float32(read["tiny"]), given.embeddings["tiny"])
+    assert (read["id"], read["caption"]) == (given.id, given.captions[0])
+    assert (read["losses"], read["seed"]) == (4, 7)
+
+
+def test_records_equal_those_of_tfds_own_serializer(subjects):
+    one = subjects[0]
+    features = lora_target_records.features(SPEC.num_parameters, "float32", {"tiny": 3})
+    example = {
+        "id": one.id,
+        "identity": one.identity,
+        "references": list(map(_file, one.references)),
+        "targets": [{"image": _file(one.targets[0]), "caption": one.captions[0]}],
+        "seed": one.seed,
+        "num_steps": one.num_steps,
+        "loss_curve": one.loss_curve,
+        "lora": one.lora,
+        "embeddings": one.embeddings,
+    }
+    record = features.serialize_example(example)
+    assert_same(lora_target_records.parse(record, "float32", {"tiny": 3}), one)
+
+
+def _file(encoded):
+    import io
+
+    return io.BytesIO(encoded)
+
+
+def test_bfloat16_halves_the_numbers_and_rounds_to_nearest(subjects, tmp_path):
+    import ml_dtypes
+
+    path = write_lora_targets(tmp_path / "t", subjects[:3], SPEC, BASE, lora_dtype="bfloat16")
+    expected = subjects[1].lora.astype(ml_dtypes.bfloat16).astype(np.float32)
+    np.testing.assert_array_equal(open_lora_targets(path)[1].lora, expected)
+    assert "bfloat16 bits" in (path / "README.md").read_text()
+
+
+def test_spool_becomes_a_dataset_with_a_card(subjects, tmp_path):
+    for one in subjects[:4]:
+        spool.write_finished(tmp_path / "spool", one)
+    path = write_lora_targets(tmp_path / "targets", spool.Spool(tmp_path / "spool"), SPEC, BASE)
+    assert set(open_lora_targets(path).ids) == {one.id for one in subjects[:4]}
+    card = (path / "README.md").read_text()
+    assert SPEC.fingerprint in card and BASE in card and f"{SPEC.num_parameters:,}" in card
+
+
+def test_subjects_without_loras(tmp_path):
+    given = [subject(k, lora=False) for k in range(3)]
+    path = write_lora_targets(tmp_path / "pictures", given, LoraSpec(()), "")
+    targets = open_lora_targets(path)
+    assert targets[0].lora is None and targets[2].targets
+    with pytest.raises(UserError, match="holds pictures only"):
+        targets.matrix()
+    assert "Pictures only" in (path / "README.md").read_text()
+
+
+def test_splits_are_by_identity(tmp_path):
+    given = [subject(k, identity=f"person {k // 4}") for k in range(120)]
+    targets = open_lora_targets(write_lora_targets(tmp_path / "t", given, SPEC, BASE))
+    owners = {}
+    for k, identity in enumerate(targets.identities):
+        owners.setdefault(identity, set()).add(targets[k].split)
+    assert all(len(splits) == 1 for splits in owners.values())
+    assert {min(s) for s in owners.values()} >= {"train"}
+    shares = [split_by_hash(f"p{k}", 1, 0.1, 0.2) for k in range(2000)]
+    assert abs(shares.count("validation") / 2000 - 0.1) < 0.03
+    assert abs(shares.count("test") / 2000 - 0.2) < 0.03
+    with pytest.raises(UserError, match="'person 0' is in split test and in train"):
+        both = [subject(0, split="train"), subject(1, identity="person 0", split="test")]
+        write_lora_targets(tmp_path / "u", both, SPEC, BASE)
+
+
+def test_many_shards(subjects, tmp_path, monkeypatch):
+    monkeypatch.setattr("hyperlora_jax.data.lora_targets_writer.SHARD_BYTES", 5000)
+    targets = open_lora_targets(write_lora_targets(tmp_path / "t", subjects, SPEC, BASE))
+    assert len(list((tmp_path / "t").glob("*train*.array_record-*"))) > 5
+    for k in range(45):
+        assert targets[k].id == subjects[k].id
+
+
+def test_a_failed_build_leaves_nothing(subjects, tmp_path):
+    def broken():
+        yield subjects[0]
+        raise RuntimeError("the machine went away")
+
+    with pytest.raises(RuntimeError):
+        write_lora_targets(tmp_path / "t", broken(), SPEC, BASE)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wrong_subjects_are_named(subjects, tmp_path):
+    def refuse(given, match, spec=SPEC, **options):
+        with pytest.raises(UserError, match=match):
+            write_lora_targets(tmp_path / "t", given, spec, BASE, **options)
+
+    refuse([], "no subjects to write")
+    refuse([subjects[0], subjects[0]], "'subject 0/a' is given twice")
+    refuse(subjects[:1], "has 84 numbers, the spec .* has 168", SPEC.with_rank(4))
+    refuse([subject(0, lora=False)], "its LoRA has 0 numbers")
+    refuse(subjects[:1], "lora_dtype is 'float8'", lora_dtype="float8")
+    other = {"wide": np.zeros((2, 9), np.float32)}
+    refuse([subjects[0], subject(1, embeddings=other)], "its embeddings are {'wide': 9}")
+    with pytest.raises(ValueError, match="2 targets and 1 captions"):
+        Subject("a", "a", targets=(b"", b""), captions=("",))
+    with pytest.raises(ValueError, match="split 'dev'"):
+        Subject("a", "a", split="dev")
+    with pytest.raises(ValueError, match="3 x embeddings for 0 references"):
+        Subject("a", "a", embeddings={"x": np.zeros((3, 2), np.float32)})
+
+
+def test_existing_folder_is_kept_unless_told(subjects, tmp_path):
+    path = write_lora_targets(tmp_path / "t", subjects[:2], SPEC, BASE)
+    with pytest.raises(UserError, match="exists and is not empty"):
+        write_lora_targets(path, subjects, SPEC, BASE)
+    write_lora_targets(path, subjects[:3], SPEC, BASE, overwrite=True)
+    assert len(open_lora_targets(path)) == 3
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="cannot write the dataset"):
+        write_lora_targets(tmp_path / "file" / "t", subjects, SPEC, BASE)
+
+
+def test_wrong_datasets_are_named(dataset, tmp_path):
+    with pytest.raises(UserError, match="is no LoRA-target dataset"):
+        open_lora_targets(tmp_path)
+    with pytest.raises(UserError, match=r"rank 2, 84 numbers\), expected .* rank 4, 168 numbers"):
+        open_lora_targets(dataset, SPEC.with_rank(4))
+    with pytest.raises(UserError, match="fitted on base bbbbbbbbbbbb, expected base cccccccccccc"):
+        open_lora_targets(dataset, base_hash="c" * 64)
+    (tmp_path / "metadata.json").write_text('{"format": "hyperlora-lora-targets/9"}')
+    (tmp_path / "index.json").write_text("{}")
+    with pytest.raises(UserError, match="is of format 'hyperlora-lora-targets/9'"):
+        open_lora_targets(tmp_path)
+
+
+def test_lost_and_cut_shards_are_named(subjects, tmp_path):
+    path = write_lora_targets(tmp_path / "t", subjects, SPEC, BASE)
+    (shard,) = path.glob("*test*.array_record-*")
+    whole = shard.read_bytes()
+    shard.unlink()
+    with pytest.raises(UserError, match="1 of 3 files are missing, first lora_targets-test"):
+        open_lora_targets(path)[0]
+    for cut in (0, 100, len(whole) // 2):
+        shard.write_bytes(whole[:cut])
+        with pytest.raises(UserError, match="cannot be read"):
+            open_lora_targets(path)[-1]

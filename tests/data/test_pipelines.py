@@ -1,0 +1,134 @@
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from hyperlora_jax.data import pipelines
+from hyperlora_jax.errors import UserError
+
+ARRAYS = {"x": np.arange(10.0), "y": np.arange(20).reshape(10, 2)}
+
+
+def take(iterator, count):
+    return list(itertools.islice(iterator, count))
+
+
+def ids(iterator, count):
+    return np.concatenate([batch["record_id"] for batch in take(iterator, count)])
+
+
+def test_rows_belong_to_their_record_ids():
+    for batch in take(pipelines.array_batches(ARRAYS, 4, seed=0), 5):
+        np.testing.assert_array_equal(batch["x"], ARRAYS["x"][batch["record_id"]])
+        np.testing.assert_array_equal(batch["y"], ARRAYS["y"][batch["record_id"]])
+
+
+def test_every_epoch_has_every_record_once_in_another_order():
+    order = ids(pipelines.array_batches(ARRAYS, 4, seed=0), 10).reshape(4, 10)
+    for epoch in order:
+        assert sorted(epoch) == list(range(10))
+    assert len({tuple(epoch) for epoch in order}) == 4
+    assert (ids(pipelines.array_batches(ARRAYS, 4, seed=1), 5) != order.ravel()[:20]).any()
+
+
+def test_resumes_where_it_was_through_json():
+    iterator = pipelines.array_batches(ARRAYS, 4, seed=0)
+    take(iterator, 7)
+    state = json.loads(json.dumps(iterator.get_state()))
+    expected = ids(iterator, 5)
+    fresh = pipelines.array_batches(ARRAYS, 4, seed=0)
+    fresh.set_state(state)
+    np.testing.assert_array_equal(ids(fresh, 5), expected)
+
+
+@pytest.mark.parametrize("num_shards", [2, 4])
+def test_shards_together_are_the_global_batch(num_shards):
+    whole = [batch["record_id"] for batch in take(pipelines.array_batches(ARRAYS, 4, 0), 6)]
+    shards = [
+        take(pipelines.array_batches(ARRAYS, 4, 0, shard, num_shards), 6)
+        for shard in range(num_shards)
+    ]
+    for step, expected in enumerate(whole):
+        parts = [shard[step]["record_id"] for shard in shards]
+        np.testing.assert_array_equal(np.concatenate(parts), expected)
+
+
+def test_memory_mapped_arrays(tmp_path):
+    np.save(tmp_path / "x.npy", ARRAYS["y"])
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+    (batch,) = take(pipelines.array_batches({"y": mapped}, 3, 0), 1)
+    np.testing.assert_array_equal(batch["y"], ARRAYS["y"][batch["record_id"]])
+    assert not isinstance(batch["y"], np.memmap)
+
+
+def subject_iterator(**options):
+    grid = np.arange(8)[:, None] * 100 + np.arange(5)
+    given = {
+        "references": {"reference": grid, "embedding": grid[..., None] + 0.5},
+        "targets": {"target": -grid, "caption": grid + 7},
+        "per_subject": {"lora": np.arange(8.0)},
+        "batch_size": 4,
+        "seed": 0,
+        "num_references": (1, 3),
+        "num_targets": 2,
+    }
+    return pipelines.subject_batches(**{**given, **options})
+
+
+def test_subjects_get_some_references_and_targets():
+    given = []
+    for batch in take(subject_iterator(), 50):
+        record = batch["record_id"]
+        assert batch["reference"].shape == batch["reference_mask"].shape == (4, 3)
+        assert batch["target"].shape == (4, 2) and batch["embedding"].shape == (4, 3, 1)
+        np.testing.assert_array_equal(batch["reference"] // 100, record[:, None].repeat(3, 1))
+        np.testing.assert_array_equal(batch["embedding"][..., 0], batch["reference"] + 0.5)
+        np.testing.assert_array_equal(batch["caption"], -batch["target"] + 7)
+        np.testing.assert_array_equal(batch["lora"], record)
+        assert all(len(set(row)) == 3 for row in batch["reference"].tolist())
+        assert all(len(set(row)) == 2 for row in batch["target"].tolist())
+        assert batch["reference_mask"][:, 0].all()
+        given.append(batch["reference_mask"].sum(1))
+    assert set(np.concatenate(given).tolist()) == {1, 2, 3}
+
+
+def test_picks_depend_on_seed_step_and_record_only():
+    whole = take(subject_iterator(), 6)
+    parts = [take(subject_iterator(shard_index=k, num_shards=2), 6) for k in range(2)]
+    for step, expected in enumerate(whole):
+        for name, value in expected.items():
+            both = np.concatenate([part[step][name] for part in parts])
+            np.testing.assert_array_equal(both, value)
+    second_time = {}
+    for batch in take(subject_iterator(), 12):
+        for row, record in zip(batch["target"].tolist(), batch["record_id"].tolist(), strict=True):
+            second_time.setdefault(record, set()).add(tuple(row))
+    assert any(len(picks) > 1 for picks in second_time.values())
+
+
+def test_only_the_subjects_of_a_split():
+    chosen = np.array([1, 5, 6])
+    assert set(ids(subject_iterator(subjects=chosen), 6).tolist()) == {1, 5, 6}
+
+
+def test_targets_only():
+    (batch,) = take(subject_iterator(references={}, num_references=1), 1)
+    assert "reference_mask" not in batch and batch["target"].shape == (4, 2)
+
+
+def test_wrong_use_is_named():
+    with pytest.raises(UserError, match="batch size 5 cannot be divided among 2 hosts"):
+        pipelines.array_batches(ARRAYS, 5, 0, 0, 2)
+    with pytest.raises(UserError, match="no records to train on"):
+        pipelines.array_batches({"x": np.zeros(0)}, 5, 0)
+    with pytest.raises(ValueError, match="arrays of one length expected"):
+        pipelines.array_batches({"x": np.zeros(3), "y": np.zeros(4)}, 2, 0)
+    with pytest.raises(ValueError, match="shard_index 2 of 2"):
+        pipelines.array_batches(ARRAYS, 4, 0, 2, 2)
+    with pytest.raises(UserError, match=r"num_references is \(1, 9\), subjects have 5"):
+        subject_iterator(num_references=(1, 9))
+    with pytest.raises(UserError, match="num_targets is 6, subjects have 5"):
+        subject_iterator(num_targets=6)
+    with pytest.raises(ValueError, match="one second axis expected"):
+        subject_iterator(targets={"a": np.zeros((8, 2)), "b": np.zeros((8, 3))})
