@@ -1,0 +1,75 @@
+"""Keeps sampled pictures by content, so that a second run computes only what is new.
+
+The key is a hash of everything that decides the pictures: the method's fingerprint (weights and
+settings), the evaluation set and the strength. Without a fingerprint nothing is kept.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from hyperlora_jax.array_types import AnyArray, Float
+from hyperlora_jax.evaluate.protocol import EvaluationSet
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleCache:
+    """Pictures under hashed names in one folder, .npy float32.
+
+    Attributes:
+      folder: where; None keeps nothing.
+    """
+
+    folder: epath.PathLike | None = None
+
+    def images(
+        self,
+        fingerprint: str,
+        evaluation: EvaluationSet,
+        strength: float,
+        sample: Callable[[], AnyArray],
+    ) -> Float[np.ndarray, "i c h w 3"]:
+        """The pictures of that key, from the folder or from `sample`, which then is called once."""
+        if self.folder is None or not fingerprint:
+            return np.asarray(sample(), np.float32)
+        file = epath.Path(self.folder) / f"{cache_key(fingerprint, evaluation, strength)}.npy"
+        kept = _read(file)
+        if kept is not None:
+            return kept
+        images = np.asarray(sample(), np.float32)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = file.with_suffix(".unfinished")
+        with unfinished.open("wb") as stream:
+            np.save(stream, images)
+        unfinished.rename(file)
+        return images
+
+
+def cache_key(fingerprint: str, evaluation: EvaluationSet, strength: float) -> str:
+    """Hex sha256 of what decides the pictures."""
+    asked: dict[str, Any] = {
+        "fingerprint": fingerprint,
+        "strength": float(strength),
+        "facts": dict(evaluation.facts),
+        "captions": evaluation.captions,
+        "identities": [person.id for person in evaluation.identities],
+    }
+    digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode())
+    for array in (evaluation.views, evaluation.noise_seeds):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def _read(file: epath.Path) -> np.ndarray | None:
+    if not file.exists():
+        return None
+    with file.open("rb") as stream:
+        try:
+            return np.load(stream, allow_pickle=False)
+        except (ValueError, EOFError, OSError):
+            return None  # cut off while writing: sampled again

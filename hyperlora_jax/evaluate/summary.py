@@ -1,0 +1,142 @@
+"""From results to the numbers of metrics.json: every estimate, difference, seed and version."""
+
+import importlib.metadata
+import os
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from hyperlora_jax.evaluate import metrics
+from hyperlora_jax.evaluate.compare import MethodResult, Scores
+from hyperlora_jax.evaluate.protocol import EvaluationSet
+
+LIBRARIES = ("jax", "jaxlib", "flax", "optax", "numpy", "diffusers", "torch", "peft")
+
+
+def summarise(
+    results: Mapping[str, MethodResult],
+    test: EvaluationSet,
+    validation: EvaluationSet,
+    *,
+    torch_parity: Mapping[str, Any] | None = None,
+    seconds: Mapping[str, float] | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Everything that was measured, JSON-able.
+
+    Args:
+      results: of `compare.compare`.
+      test, validation: the sets they were made on.
+      torch_parity: {"max_abs_diff", "unexpected_keys", "missing_keys"} of the exported files.
+      seconds: per stage, and generate_one_lora and fit_one_lora.
+      facts: more to record (base hash, checkpoint, seeds).
+    """
+    names = list(results)
+    scores = {name: results[name].scores for name in names}
+    summary: dict[str, Any] = {
+        "identity_top1": {n: _mean(scores[n].top1) for n in names},
+        "image_error": {n: _mean(scores[n].error) for n in names},
+        "caption_accuracy": {n: _mean(scores[n].caption) for n in names},
+        "paired": paired(scores),
+        "torch_parity": dict(torch_parity or {}),
+        "seconds": dict(seconds or {}),
+        "caption_all_parts": {n: _mean(scores[n].caption.min(axis=2)) for n in names},
+        "caption_parts": {n: _per_part(scores[n], test) for n in names},
+        "diversity": {n: _mean(scores[n].diversity) for n in names},
+        "failures": {n: scores[n].num_failures for n in names},
+        "strength": {n: _strength(results[n]) for n in names},
+        "differences": differences(scores),
+        "evaluation": {"test": dict(test.facts), "validation": dict(validation.facts)},
+        "facts": dict(facts or {}),
+        "versions": versions(),
+    }
+    return summary
+
+
+def paired(scores: Mapping[str, Scores]) -> dict[str, Any]:
+    """Identity top-1 of generated and conventional on the identities that both have.
+
+    {"generated", "conventional", "ratio", "ratio_stderr", "n"}; empty when one is missing.
+    """
+    if "generated" not in scores or "conventional" not in scores:
+        return {}
+    generated, conventional = _common(scores["generated"].top1, scores["conventional"].top1)
+    ratio = metrics.paired_ratio(generated, conventional)
+    return {
+        "generated": float(generated.mean()),
+        "conventional": float(conventional.mean()),
+        "ratio": _number(ratio.mean),
+        "ratio_stderr": _number(ratio.stderr),
+        "n": ratio.n,
+    }
+
+
+def differences(scores: Mapping[str, Scores], method: str = "generated") -> dict[str, Any]:
+    """`method` minus every other, on the identities that both have, with z and a p value.
+
+    {other: {score: {"mean", "stderr", "n", "z", "p"}}}; z is mean / stderr.
+    """
+    if method not in scores:
+        return {}
+    ours, found = scores[method], {}
+    for other, theirs in scores.items():
+        if other == method:
+            continue
+        found[other] = {
+            "identity_top1": _difference(ours.top1, theirs.top1),
+            "image_error": _difference(ours.error, theirs.error),
+            "caption_accuracy": _difference(ours.caption, theirs.caption),
+        }
+    return found
+
+
+def versions() -> dict[str, str]:
+    """Versions of the libraries that matter, of Python, and the number of cores."""
+    found = {"python": platform.python_version(), "cores": str(os.cpu_count())}
+    for name in LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _mean(values: np.ndarray) -> dict[str, Any]:
+    return metrics.clustered_mean(values).to_json()
+
+
+def _per_part(scores: Scores, test: EvaluationSet) -> dict[str, float]:
+    means = scores.caption.mean(axis=(0, 1))
+    return {part: float(mean) for part, mean in zip(test.parts, means, strict=True)}
+
+
+def _strength(result: MethodResult) -> dict[str, Any]:
+    curve = [
+        {
+            "strength": strength,
+            "identity_top1": _mean(scores.top1),
+            "image_error": _mean(scores.error),
+            "caption_accuracy": _mean(scores.caption),
+        }
+        for strength, scores in result.curve.items()
+    ]
+    return {"best": result.strength, "validation": curve}
+
+
+def _common(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    count = min(len(first), len(second))
+    return first[:count], second[:count]
+
+
+def _difference(first: np.ndarray, second: np.ndarray) -> dict[str, Any]:
+    first, second = _common(first, second)
+    estimate = metrics.paired_difference(first, second)
+    z = estimate.mean / estimate.stderr if estimate.stderr else float("nan")
+    p = metrics.sign_flip_p_value(first, second)
+    return {**estimate.to_json(), "z": _number(z), "p": p}
+
+
+def _number(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
