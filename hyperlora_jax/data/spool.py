@@ -4,9 +4,7 @@ A file has its final name only when all of it is on the disk, so whatever is lis
 `finished_ids` is complete, and a killed run repeats nothing that it had handed over.
 """
 
-import contextlib
 import json
-import os
 from pathlib import Path
 from urllib.parse import quote, unquote
 
@@ -14,6 +12,7 @@ import numpy as np
 
 from hyperlora_jax.data.subjects import Subject
 from hyperlora_jax.errors import UserError
+from hyperlora_jax.lora_files import safetensors_io
 
 SUFFIX = ".safetensors"
 _FACTS = ("id", "identity", "captions", "seed", "num_steps", "split")
@@ -26,8 +25,6 @@ def spool_path(spool: str | Path, subject_id: str) -> Path:
 
 def write_finished(spool: str | Path, subject: Subject) -> Path:
     """Writes a subject: temporary file, fsync, rename. Overwrites an earlier one of this id."""
-    from safetensors.numpy import save
-
     tensors: dict[str, np.ndarray] = {"loss_curve": np.asarray(subject.loss_curve, np.float32)}
     if subject.lora is not None:
         tensors["lora"] = np.asarray(subject.lora, np.float32)
@@ -38,24 +35,8 @@ def write_finished(spool: str | Path, subject: Subject) -> Path:
         tensors[f"embeddings/{encoder}"] = np.ascontiguousarray(rows, np.float32)
     facts = {name: getattr(subject, name) for name in _FACTS}
     path = spool_path(spool, subject.id)
-    write_atomically(path, save(tensors, {"subject": json.dumps(facts)}))
+    safetensors_io.write(path, tensors, {"subject": json.dumps(facts)})
     return path
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file so that it exists either whole or not at all, also after a power cut."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 def finished_ids(spool: str | Path) -> set[str]:
@@ -70,15 +51,12 @@ def _files(spool: str | Path) -> list[tuple[str, Path]]:
 
 def read_finished(path: str | Path) -> Subject:
     """A subject from its spool file. Raises UserError naming the file when it is something else."""
-    from safetensors import SafetensorError, safe_open
-
+    tensors, metadata = safetensors_io.read(path)
     try:
-        with safe_open(str(path), "numpy") as file:
-            facts = json.loads((file.metadata() or {})["subject"])
-            tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
+        facts = json.loads(metadata["subject"])
         pictures: dict[str, list[bytes]] = {"references": [], "targets": []}
         embeddings = {}
-        for name, tensor in tensors.items():
+        for name, tensor in sorted(tensors.items()):
             group, _, rest = name.partition("/")
             if group in pictures:
                 pictures[group].append(tensor.tobytes())
@@ -93,7 +71,7 @@ def read_finished(path: str | Path) -> Subject:
             embeddings=embeddings,
             loss_curve=tensors["loss_curve"],
         )
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: is no finished subject of a spool ({error})") from None
 
 

@@ -5,11 +5,14 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
-from targets_fixture import assert_same, subject
+from targets_fixture import SPEC, assert_same, subject
 
 from hyperlora_jax.data import spool
+from hyperlora_jax.data.subjects import Subject
 from hyperlora_jax.errors import UserError
+from hyperlora_jax.lora_files import safetensors_io
 
 
 def test_finished_subjects_come_back_as_written(tmp_path):
@@ -34,14 +37,23 @@ def test_unfinished_and_foreign_files(tmp_path):
     path = spool.write_finished(tmp_path, subject(0))
     (tmp_path / f".{path.name}.77.partial").write_bytes(path.read_bytes()[:50])
     assert spool.finished_ids(tmp_path) == {subject(0).id}
-    (tmp_path / "other.safetensors").write_bytes(b"nonsense")
+    safetensors_io.write(tmp_path / "other.safetensors", {"x": np.zeros(3)}, {})
     with pytest.raises(UserError, match=r"other\.safetensors: is no finished subject"):
         list(spool.Spool(tmp_path))
+    (tmp_path / "other.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(UserError, match=r"other\.safetensors: .* too few for a \.safetensors"):
+        list(spool.Spool(tmp_path))
+
+
+def test_vectors_that_are_views_are_written_in_their_own_order(tmp_path):
+    vector = np.arange(2 * SPEC.num_parameters, dtype=np.float32)[::2]
+    path = spool.write_finished(tmp_path, Subject("a", "a", lora=vector))
+    np.testing.assert_array_equal(spool.read_finished(path).lora, vector)
 
 
 def test_unwritable_spool_is_one_line(tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(UserError, match="cannot write here"):
         spool.write_finished(tmp_path / "file", subject(0))
 
 
