@@ -10,7 +10,7 @@ Never builds an in×out matrix: O(r²(in+out)).
 """
 
 import dataclasses
-from collections.abc import Callable
+import functools
 from typing import Literal
 
 import jax
@@ -37,7 +37,7 @@ def canonical(
         raise ValueError("gauge 'procrustes' needs a reference LoRA, got None")
     if kind not in ("svd", "procrustes"):
         raise ValueError(f"gauge {kind!r} is unknown; expected 'raw', 'svd' or 'procrustes'")
-    return _map_sites(lora, spec, kind, reference, lambda site: site.rank)
+    return _map_sites(lora, spec, kind, reference, None)
 
 
 def truncate(lora: Params, spec: LoraSpec, rank: int) -> tuple[Params, LoraSpec]:
@@ -45,21 +45,18 @@ def truncate(lora: Params, spec: LoraSpec, rank: int) -> tuple[Params, LoraSpec]
 
     A smaller site is zero-padded to the rank, which keeps its delta exactly.
     """
-    cut = _map_sites(lora, spec, "svd", None, lambda site: rank)
+    cut = _map_sites(lora, spec, "svd", None, rank)
     return cut, spec.with_rank(rank)
 
 
 def singular_values(lora: Params, spec: LoraSpec) -> dict[str, Float[Array, "*l r"]]:
     """Singular values of every site's delta, descending, by site path."""
 
-    def one(down, up):
-        return jnp.linalg.svd(_core(down, up)[2], compute_uv=False)
-
-    result = {}
+    values = {}
     for site in spec.sites:
         down, up = _matrices(site_factors(lora, site), site)
-        result[site.path] = jax.vmap(one)(down, up) if up.ndim == 3 else one(down, up)
-    return result
+        values[site.path] = _spectrum(down, up)
+    return values
 
 
 def pad_rank(lora: Params, rank: int) -> Params:
@@ -92,6 +89,13 @@ def _core(
     return basis_down, basis_up, tri_down @ tri_up.T
 
 
+@jax.jit
+def _spectrum(down: Float[AnyArray, "*l m r"], up: Float[AnyArray, "*l r o"]) -> Array:
+    tri_down = jnp.linalg.qr(down, mode="r")
+    tri_up = jnp.linalg.qr(jnp.swapaxes(up, -1, -2), mode="r")
+    return jnp.linalg.svd(tri_down @ jnp.swapaxes(tri_up, -1, -2), compute_uv=False)
+
+
 def _balanced(down: Array, up: Array, rank: int) -> tuple[Array, Array]:
     """SVD form of down·up with `rank` components (cut or zero-padded), signs undecided."""
     basis_down, basis_up, core = _core(down, up)
@@ -120,27 +124,49 @@ def _rotation(down: Array, up: Array, reference: tuple[Array, Array]) -> Array:
     return left @ right
 
 
-def _map_sites(
-    lora: Params,
-    spec: LoraSpec,
+@functools.partial(jax.jit, static_argnames=("kind", "rank"))
+def _convert(
+    down: Float[AnyArray, "n l m r"],
+    up: Float[AnyArray, "n l r o"],
+    reference: tuple[Float[AnyArray, "n m s"], Float[AnyArray, "n s o"]] | None,
     kind: Gauge,
-    reference: Params | None,
-    rank_of: Callable[[LoraSite], int],
+    rank: int,
+) -> tuple[Float[Array, "n l m s"], Float[Array, "n l s o"]]:
+    """n sites of one shape, l LoRAs each."""
+
+    def one(down, up, target):
+        down, up = _balanced(down, up, rank)
+        if kind == "procrustes":
+            turn = _rotation(down, up, target)
+            return down @ turn, turn.T @ up
+        sign = _signs(down, up, target)
+        return down * sign, sign[:, None] * up
+
+    return jax.vmap(jax.vmap(one, (0, 0, None)))(down, up, reference)
+
+
+def _map_sites(
+    lora: Params, spec: LoraSpec, kind: Gauge, reference: Params | None, rank: int | None
 ) -> Params:
-    pairs = {}
+    """Sites of equal shape go through one compiled call. `rank` None keeps each site's own."""
+    groups: dict[tuple[int, int, int], list[LoraSite]] = {}
     for site in spec.sites:
-        new = dataclasses.replace(site, rank=rank_of(site))
-        target = None if reference is None else _matrices(site_factors(reference, site), site)
-
-        def one(down, up, rank=new.rank, target=target):
-            down, up = _balanced(down, up, rank)
-            if kind == "procrustes":
-                turn = _rotation(down, up, target)
-                return down @ turn, turn.T @ up
-            sign = _signs(down, up, target)
-            return down * sign, sign[:, None] * up
-
-        down, up = _matrices(site_factors(lora, site), site)
-        down, up = jax.vmap(one)(down, up) if up.ndim == 3 else one(down, up)
-        pairs[site.path] = {"down": down.reshape(*up.shape[:-2], *new.down_shape), "up": up}
+        groups.setdefault((site.fan_in, site.out_features, site.rank), []).append(site)
+    pairs = {}
+    for sites in groups.values():
+        matrices = [_matrices(site_factors(lora, site), site) for site in sites]
+        single = matrices[0][1].ndim == 2
+        down, up = (jnp.stack(side) for side in zip(*matrices, strict=True))
+        target = None
+        if reference is not None:
+            targets = [_matrices(site_factors(reference, site), site) for site in sites]
+            target = tuple(jnp.stack(side) for side in zip(*targets, strict=True))
+        if single:
+            down, up = down[:, None], up[:, None]
+        down, up = _convert(down, up, target, kind, rank or sites[0].rank)
+        for i, site in enumerate(sites):
+            new = dataclasses.replace(site, rank=rank or site.rank)
+            lead = () if single else up.shape[1:2]
+            site_down, site_up = (down[i, 0], up[i, 0]) if single else (down[i], up[i])
+            pairs[site.path] = {"down": site_down.reshape(*lead, *new.down_shape), "up": site_up}
     return tree_from_sites(pairs)

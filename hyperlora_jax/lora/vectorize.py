@@ -129,7 +129,7 @@ def untokens(values: Mapping[int, Float[AnyArray, "*l n width"]], spec: LoraSpec
     used = dict.fromkeys(values, 0)
     pairs = {}
 
-    def take(width: int, count: int) -> Array:
+    def take(width: int, count: int) -> AnyArray:
         start = used[width]
         used[width] += count
         return values[width][..., start : start + count, :]

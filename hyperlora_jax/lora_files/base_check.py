@@ -1,0 +1,132 @@
+"""Does a LoRA belong to the base at hand? Sites, shapes and the base's hash, both sides named."""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from hyperlora_jax.array_types import Params
+from hyperlora_jax.errors import UserError
+from hyperlora_jax.lora.sites import (
+    TEXT_ENCODERS,
+    LoraSite,
+    LoraSpec,
+    site_factors,
+    spec_from_shapes,
+    tree_from_sites,
+)
+from hyperlora_jax.lora_files.header import PREFIX
+
+
+def layers_per_block_of(base: Any) -> int:
+    """Resnets of one down block of the base's UNet; 2 when the base is None or a spec."""
+    config = getattr(getattr(base, "unet", None), "config", None)
+    number = config.get("layers_per_block") if isinstance(config, Mapping) else None
+    return number if isinstance(number, int) else 2
+
+
+def check_base(
+    path: str | os.PathLike[str],
+    lora: Params,
+    spec: LoraSpec,
+    metadata: Mapping[str, str],
+    base: Any,
+) -> tuple[Params, LoraSpec]:
+    """The LoRA as the base wants it (kinds, ranks, strides), or UserError naming both sides.
+
+    `base` is None, a LoraSpec, or an object with `.params` ({"unet": tree, "text_encoder": …})
+    and `.base_hash`, i.e. a StableDiffusion.
+    """
+    if base is None:
+        return lora, spec
+    if isinstance(base, LoraSpec):
+        return _fit_spec(path, lora, spec, base)
+    adapted = _fit_model(path, lora, spec, base.params)
+    wanted = metadata.get(PREFIX + "base_hash")
+    if wanted is not None and (found := base.base_hash) != wanted:
+        raise UserError(
+            f"{path}: LoRA of another base: made for base {wanted[:12]}…, this base is "
+            f"{found[:12]}… (the same shapes, other weights)"
+        )
+    return adapted
+
+
+def _fit_spec(
+    path: str | os.PathLike[str], lora: Params, spec: LoraSpec, wanted: LoraSpec
+) -> tuple[Params, LoraSpec]:
+    ours, theirs = wanted.by_path, spec.by_path
+    if missing := sorted(set(ours) - set(theirs)):
+        raise UserError(
+            f"{path}: LoRA of another base or preset: it has {len(theirs)} sites "
+            f"(spec {spec.fingerprint[:12]}…), expected {len(ours)} "
+            f"(spec {wanted.fingerprint[:12]}…); lacks {missing[0]}"
+        )
+    lora, spec = _refit(path, lora, spec, ours, "the expected spec")
+    pairs = {}
+    for site in wanted.sites:
+        pairs[site.path] = _with_rank(path, site_factors(lora, site), spec.by_path[site.path], site)
+    return tree_from_sites(pairs), wanted
+
+
+def _fit_model(
+    path: str | os.PathLike[str], lora: Params, spec: LoraSpec, params: Mapping[str, Params]
+) -> tuple[Params, LoraSpec]:
+    table: dict[str, LoraSite] = {}
+    for component in ("unet", *TEXT_ENCODERS):
+        if component in params:
+            prefix = "" if component == "unet" else f"{component}."
+            found = spec_from_shapes(params[component], [""], 1, prefix=prefix)
+            table |= found.by_path
+    return _refit(path, lora, spec, table, "the base")
+
+
+def _refit(
+    path: str | os.PathLike[str],
+    lora: Params,
+    spec: LoraSpec,
+    table: Mapping[str, LoraSite],
+    whose: str,
+) -> tuple[Params, LoraSpec]:
+    """Every site compared with the table; 1×1 factors take the kind of the base's layer."""
+    pairs, sites = {}, []
+    for site in spec.sites:
+        other = table.get(site.path)
+        if other is None:
+            raise UserError(
+                f"{path}: LoRA of another base: {whose} has no layer {site.path} "
+                f"({site.in_features}→{site.out_features} in the file)"
+            )
+        ours = (other.in_features, other.out_features, other.kernel_size)
+        if (site.in_features, site.out_features, site.kernel_size) != ours:
+            raise UserError(
+                f"{path}: LoRA of another base: layer {site.path} is {_size(site)} in the file, "
+                f"{_size(other)} in {whose}"
+            )
+        pair = site_factors(lora, site)
+        new = dataclasses.replace(site, kind=other.kind, stride=other.stride)
+        pairs[site.path] = {"down": pair["down"].reshape(new.down_shape), "up": pair["up"]}
+        sites.append(new)
+    return tree_from_sites(pairs), LoraSpec(tuple(sites))
+
+
+def _size(site: LoraSite) -> str:
+    window = f", window {site.kernel_size[0]}×{site.kernel_size[1]}" if site.kind == "conv" else ""
+    return f"{site.in_features}→{site.out_features}{window}"
+
+
+def _with_rank(
+    path: str | os.PathLike[str], pair: Params, site: LoraSite, wanted: LoraSite
+) -> Params:
+    """Zero-pads to the wanted rank, or cuts components that are zero."""
+    down, up, rank = pair["down"], pair["up"], wanted.rank
+    if site.rank > rank:
+        if np.any(down[..., rank:]) and np.any(up[rank:]):
+            raise UserError(f"{path}: layer {site.path} has rank {site.rank}, expected {rank}")
+        return {"down": down[..., :rank], "up": up[:rank]}
+    more = rank - site.rank
+    return {
+        "down": np.pad(down, [(0, 0)] * (down.ndim - 1) + [(0, more)]),
+        "up": np.pad(up, [(0, more), (0, 0)]),
+    }

@@ -1,0 +1,75 @@
+"""Header texts of written files: what other tools look for, and our own provenance.
+
+Only strings and no dates: the same LoRA gives the same bytes. Our keys start with "hyperlora.":
+spec (fingerprint), base_hash, checkpoint, reference_hash, seed, strength, trigger, …
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from hyperlora_jax.errors import UserError
+from hyperlora_jax.lora.sites import LoraSpec
+from hyperlora_jax.lora_files.family import Family
+
+PREFIX = "hyperlora."
+_ARCHITECTURES: dict[Family, str] = {
+    "sd1": "stable-diffusion-v1/lora",
+    "sd2": "stable-diffusion-v2-512/lora",
+    "sdxl": "stable-diffusion-xl-v1-base/lora",
+}
+_VERSIONS: dict[Family, str] = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
+_RESOLUTIONS: dict[Family, str] = {"sd1": "512x512", "sd2": "512x512", "sdxl": "1024x1024"}
+_FOREIGN = ("ss_", "sshs_", "modelspec.", PREFIX)
+_DERIVED = ("format", "lora_adapter_metadata", "sshs_model_hash", "sshs_legacy_hash")
+
+
+def own_metadata(metadata: Mapping[str, Any] | None) -> dict[str, str]:
+    """Puts "hyperlora." before every key that has no known prefix; numbers become text."""
+    result = {}
+    for key, text in (metadata or {}).items():
+        if not isinstance(text, str | int | float):
+            raise UserError(f"metadata {key!r}: {text!r} is no text; file headers hold text only")
+        if key not in _DERIVED:
+            result[key if key.startswith(_FOREIGN) else PREFIX + key] = str(text)
+    return result
+
+
+def build(
+    spec: LoraSpec, family: Family, metadata: Mapping[str, Any] | None, kohya: bool
+) -> dict[str, str]:
+    """Complete header of a file with these (uniform rank) sites."""
+    own = own_metadata(metadata)
+    v_prediction = own.get(PREFIX + "prediction_type") == "v_prediction"
+    architecture, version = _ARCHITECTURES[family], _VERSIONS[family]
+    resolution = _RESOLUTIONS[family]
+    if family == "sd2" and v_prediction:
+        architecture, version, resolution = "stable-diffusion-v2-768-v/lora", "sd_v2_v", "768x768"
+    implementation = "diffusers"
+    if family == "sdxl":
+        implementation = "https://github.com/Stability-AI/generative-models"
+    texts = {
+        "format": "pt",
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": architecture,
+        "modelspec.implementation": implementation,
+        "modelspec.resolution": resolution,
+        "modelspec.title": own.get(PREFIX + "title", "hyperlora LoRA"),
+    }
+    if kohya:
+        rank = str(spec.max_rank)
+        has_windows = any(site.kernel_size != (1, 1) for site in spec.sites)
+        texts |= {
+            "ss_v2": str(family == "sd2"),
+            "ss_base_model_version": version,
+            "ss_network_module": "networks.lora",
+            "ss_network_dim": rank,
+            "ss_network_alpha": rank,
+            "ss_network_args": json.dumps(
+                {"conv_alpha": rank, "conv_dim": rank} if has_windows else {}, sort_keys=True
+            ),
+        }
+        if name := own.get(PREFIX + "name"):
+            texts["ss_output_name"] = name
+    kept = {key: text for key, text in own.items() if key.startswith(PREFIX)}
+    return texts | kept | {PREFIX + "spec": spec.fingerprint}

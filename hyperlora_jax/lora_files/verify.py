@@ -1,0 +1,280 @@
+"""Proof by the consumer: loads a LoRA file with PyTorch diffusers and compares with ours.
+
+The file goes through the pipeline's own `load_lora_weights`. Compared are every site's delta and
+the outputs of the UNet and the text encoders: adapter against merged weights, and against the
+base, from which it must differ. PyTorch is imported here only, when a function is called.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import os
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hyperlora_jax.array_types import Params
+from hyperlora_jax.errors import UserError
+from hyperlora_jax.lora.sites import LoraSite, LoraSpec, site_factors
+from hyperlora_jax.lora_files.reading import load_lora
+
+ADAPTER = "hyperlora_verify"
+_NO_KEYS = re.compile(r"^No LoRA keys associated to \w+ found")
+
+
+@dataclasses.dataclass(frozen=True)
+class VerifyResult:
+    """What PyTorch made of a file. All differences are absolute maxima.
+
+    `max_abs_diff`: outputs with the adapter against merged weights; `max_delta_error`: any site's
+    delta against ours; `output_change`: outputs with the adapter against the base's.
+    """
+
+    max_abs_diff: float
+    max_delta_error: float
+    output_change: float
+    num_sites: int
+    missing_keys: tuple[str, ...]
+    unexpected_keys: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """True when everything loaded without a word and equals the merged weights."""
+        exact = self.max_abs_diff <= 1e-5 and self.max_delta_error <= 1e-6
+        silent = not (self.missing_keys or self.unexpected_keys or self.warnings)
+        return exact and silent and self.output_change > 0
+
+
+def load_modules(base: str | os.PathLike[str]) -> dict[str, Any]:
+    """{"unet", "text_encoder", …}: float32 PyTorch modules of a diffusers directory."""
+    _torch()
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    folder = Path(base)
+    if not (folder / "unet" / "config.json").exists():
+        raise UserError(f"{folder}: no unet/config.json, expected a diffusers model directory")
+    with _quiet():
+        modules = {"unet": UNet2DConditionModel.from_pretrained(folder / "unet")}
+        for name, kind in (
+            ("text_encoder", CLIPTextModel),
+            ("text_encoder_2", CLIPTextModelWithProjection),
+        ):
+            if (folder / name / "config.json").exists():
+                modules[name] = kind.from_pretrained(folder / name)
+    return {name: module.float().eval() for name, module in modules.items()}
+
+
+def verify(
+    path: str | os.PathLike[str],
+    base: str | os.PathLike[str] | Mapping[str, Any],
+    lora: Params | None = None,
+    spec: LoraSpec | None = None,
+) -> VerifyResult:
+    """Loads the file into PyTorch modules of the base and compares.
+
+    `base` is a diffusers directory or `load_modules`' result; `lora` and `spec` are what the file
+    must mean (default: what `load_lora` reads from it). The modules are left as they were.
+    """
+    torch = _torch()
+    modules = dict(base) if isinstance(base, Mapping) else load_modules(base)
+    if lora is None or spec is None:
+        lora, spec = load_lora(path)
+    pipeline = _pipeline(modules)
+    with torch.no_grad(), _heard() as heard:
+        plain = _outputs(modules)
+        _load(pipeline, Path(path))
+        found = _loaded_deltas(modules)
+        adapted = _outputs(modules)
+        pipeline.unload_lora_weights()
+        expected = {site.path: _delta(lora, site) for site in spec.sites}
+        with _merged(modules, expected) as absent:
+            merged = _outputs(modules)
+    # A LoRA of the UNet alone makes diffusers remark that the text encoders got nothing.
+    bare = [f"prefix='{name}'" for name in modules if not spec.component(name).sites]
+    remarks = [text for text in heard if not _NO_KEYS.search(text) or
+               not any(prefix in text for prefix in bare)]  # fmt: skip
+    missing = sorted((set(expected) - set(found)) | set(absent))
+    errors = [
+        float(np.abs(found[name] - expected[name].reshape(found[name].shape)).max())
+        if found[name].size == expected[name].size
+        else float("inf")
+        for name in set(found) & set(expected)
+    ]
+    return VerifyResult(
+        max_abs_diff=_distance(adapted, merged),
+        max_delta_error=max(errors, default=float("inf")),
+        output_change=_distance(adapted, plain),
+        num_sites=len(found),
+        missing_keys=tuple(missing),
+        unexpected_keys=tuple(sorted(set(found) - set(expected))),
+        warnings=tuple(remarks),
+    )
+
+
+def _torch() -> Any:
+    try:
+        import peft  # noqa: F401
+        import torch
+    except ImportError as error:
+        raise UserError(
+            f"verification needs PyTorch and peft ({error.name} is missing): "
+            'pip install "hyperlora-jax[torch]"'
+        ) from error
+    return torch
+
+
+def _pipeline(modules: Mapping[str, Any]) -> Any:
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+
+    shared = {"vae": None, "tokenizer": None, "scheduler": DDIMScheduler()}
+    parts = {name: modules.get(name) for name in ("unet", "text_encoder")}
+    with _quiet():
+        if modules["unet"].config.addition_embed_type == "text_time":
+            second = {"text_encoder_2": modules.get("text_encoder_2"), "tokenizer_2": None}
+            return StableDiffusionXLPipeline(**shared, **parts, **second, add_watermarker=False)
+        unused = {"safety_checker": None, "feature_extractor": None}
+        return StableDiffusionPipeline(**shared, **parts, **unused, requires_safety_checker=False)
+
+
+def _load(pipeline: Any, path: Path) -> None:
+    if path.is_dir():
+        path = path / "pytorch_lora_weights.safetensors"
+    try:
+        pipeline.load_lora_weights(
+            str(path.parent.resolve()), weight_name=path.name, adapter_name=ADAPTER
+        )
+    except (ValueError, RuntimeError, KeyError) as error:
+        reason = str(error).strip().splitlines()
+        raise UserError(
+            f"{path}: PyTorch refuses it: {reason[0] if reason else error!r}"
+        ) from error
+
+
+def _canonical(component: str, name: str) -> str:
+    """Site path of a PyTorch module name (transformers 5 has no "text_model." inside)."""
+    name = name.replace(".base_layer", "")
+    if component == "unet":
+        return name
+    prefix = "" if name.startswith("text_model.") or name == "text_projection" else "text_model."
+    return f"{component}.{prefix}{name}"
+
+
+def _loaded_deltas(modules: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """{site path: delta in PyTorch layout} of every adapter that the modules carry."""
+    deltas = {}
+    for component, model in modules.items():
+        for name, module in model.named_modules():
+            if ADAPTER not in getattr(module, "lora_A", {}):
+                continue
+            a, b = module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight
+            product = (b.double().flatten(1) @ a.double().flatten(1)) * module.scaling[ADAPTER]
+            deltas[_canonical(component, name)] = product.numpy().reshape(b.shape[0], *a.shape[1:])
+    return deltas
+
+
+def _delta(lora: Params, site: LoraSite) -> np.ndarray:
+    """A site's delta in PyTorch layout, float64."""
+    pair = site_factors(lora, site)
+    down = np.asarray(pair["down"], np.float64).reshape(site.fan_in, site.rank)
+    product = down @ np.asarray(pair["up"], np.float64)
+    if site.kind == "linear":
+        return product.T
+    window = product.reshape(*site.kernel_size, site.in_features, site.out_features)
+    return window.transpose(3, 2, 0, 1)
+
+
+@contextlib.contextmanager
+def _merged(modules: Mapping[str, Any], deltas: Mapping[str, np.ndarray]) -> Iterator[list[str]]:
+    """The modules with the deltas added, for the time of the block; yields what has no layer."""
+    import torch
+
+    layers = {
+        _canonical(component, name): module
+        for component, model in modules.items()
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)
+    }
+    usable = {name for name in deltas if name in layers and
+              layers[name].weight.numel() == deltas[name].size}  # fmt: skip
+    kept = {name: layers[name].weight.clone() for name in usable}
+    try:
+        for name in usable:
+            weight = layers[name].weight
+            weight += torch.from_numpy(deltas[name]).to(weight.dtype).reshape(weight.shape)
+        yield sorted(set(deltas) - usable)
+    finally:
+        for name, weight in kept.items():
+            layers[name].weight.copy_(weight)
+
+
+def _outputs(modules: Mapping[str, Any]) -> list[np.ndarray]:
+    """One forward pass of every module on fixed noise."""
+    import torch
+
+    random = torch.Generator().manual_seed(0)
+    unet = modules["unet"]
+    config = unet.config
+    width = config.cross_attention_dim
+    width = width if isinstance(width, int) else width[0]
+    latents = torch.randn(1, config.in_channels, 16, 16, generator=random)
+    states = torch.randn(1, 7, width, generator=random)
+    added = None
+    if config.addition_embed_type == "text_time":
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        added = {"text_embeds": torch.randn(1, pooled, generator=random),
+                 "time_ids": torch.full((1, 6), 64.0)}  # fmt: skip
+    step = torch.tensor([500])
+    results = [unet(latents, step, states, added_cond_kwargs=added, return_dict=False)[0]]
+    for name in sorted(set(modules) - {"unet"}):
+        size = modules[name].config.vocab_size
+        ids = torch.randint(0, size, (1, 8), generator=random)
+        results.append(modules[name](ids, return_dict=False)[0])
+    return [result.numpy() for result in results]
+
+
+def _distance(a: list[np.ndarray], b: list[np.ndarray]) -> float:
+    return max(float(np.abs(x - y).max()) for x, y in zip(a, b, strict=True))
+
+
+@contextlib.contextmanager
+def _heard() -> Iterator[list[str]]:
+    """Collects every warning of diffusers and peft, logged or raised, instead of showing it."""
+    heard: list[str] = []
+
+    class _Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            heard.append(record.getMessage())
+
+    collector = _Collector(logging.WARNING)
+    loggers = [logging.getLogger(name) for name in ("diffusers", "peft")]
+    kept = [(logger, logger.handlers, logger.propagate) for logger in loggers]
+    with warnings.catch_warnings(record=True) as caught, _quiet(("transformers",)):
+        warnings.simplefilter("always")
+        for logger in loggers:
+            logger.handlers, logger.propagate = [collector], False
+        try:
+            yield heard
+        finally:
+            for logger, handlers, propagate in kept:
+                logger.handlers, logger.propagate = handlers, propagate
+    ignored = (DeprecationWarning, FutureWarning, ResourceWarning, ImportWarning)
+    heard += [str(w.message) for w in caught if not issubclass(w.category, ignored)]
+
+
+@contextlib.contextmanager
+def _quiet(names: tuple[str, ...] = ("diffusers", "transformers")) -> Iterator[None]:
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
