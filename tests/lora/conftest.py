@@ -14,10 +14,8 @@ BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0."
 def spec():
     return LoraSpec(
         (
-            LoraSite(BLOCK + "attn1.to_q", 6, 6, 2),
+            LoraSite(BLOCK + "attn1.to_out.0", 6, 6, 2),
             LoraSite(BLOCK + "attn2.to_k", 5, 6, 3),
-            LoraSite(BLOCK + "attn1.to_out.0", 6, 6, 1),
-            LoraSite("down_blocks.0.resnets.0.conv1", 4, 6, 2, "conv", (3, 3)),
             LoraSite("down_blocks.0.downsamplers.0.conv", 4, 6, 2, "conv", (3, 3), (2, 2)),
         )
     )
