@@ -1,0 +1,121 @@
+"""Attention, feed-forward and transformer blocks of the UNet, named as in diffusers."""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from hyperlora_jax.array_types import Array, Float
+from hyperlora_jax.stable_diffusion.layers import Conv, Dense, GroupNorm, LayerNorm
+
+
+def dot_product_attention(
+    query: Float[Array, "b n h d"],
+    key: Float[Array, "b m h d"],
+    value: Float[Array, "b m h d"],
+    bias: Float[Array, "n m"] | None = None,
+) -> Float[Array, "b n h d"]:
+    """softmax(q kᵀ / sqrt(d) + bias) v; scores and softmax in float32."""
+    scale = 1 / math.sqrt(query.shape[-1])
+    scores = jnp.einsum("bnhd,bmhd->bhnm", query, key, preferred_element_type=jnp.float32) * scale
+    if bias is not None:
+        scores = scores + bias
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    return jnp.einsum("bhnm,bmhd->bnhd", weights, value)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with the projections to_q, to_k, to_v, to_out.0."""
+
+    num_heads: int
+    use_qkv_bias: bool = False
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b n c"], context: Float[Array, "b m e"] | None = None
+    ) -> Float[Array, "b n c"]:
+        source = x if context is None else context
+        width = x.shape[-1]
+
+        def heads(name: str, states: Array) -> Array:
+            projected = Dense(width, self.use_qkv_bias, self.dtype, name=name)(states)
+            return projected.reshape(*states.shape[:-1], self.num_heads, width // self.num_heads)
+
+        mixed = dot_product_attention(
+            heads("to_q", x), heads("to_k", source), heads("to_v", source)
+        )
+        return Dense(width, dtype=self.dtype, name="to_out_0")(mixed.reshape(x.shape))
+
+
+class GatedGelu(nn.Module):
+    """a · gelu(g) of one projection to (a, g): diffusers' GEGLU."""
+
+    features: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n f"]:
+        hidden, gate = jnp.split(Dense(2 * self.features, dtype=self.dtype, name="proj")(x), 2, -1)
+        return hidden * jax.nn.gelu(gate, approximate=False)
+
+
+class FeedForward(nn.Module):
+    """net.0 = GEGLU to four times the width, net.2 = linear back."""
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
+        hidden = GatedGelu(4 * x.shape[-1], self.dtype, name="net_0")(x)
+        return Dense(x.shape[-1], dtype=self.dtype, name="net_2")(hidden)
+
+
+class BasicTransformerBlock(nn.Module):
+    """Self-attention, cross-attention, feed-forward, each after a layer norm, with residuals."""
+
+    num_heads: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b n c"], context: Float[Array, "b m e"]
+    ) -> Float[Array, "b n c"]:
+        def norm(name: str) -> LayerNorm:
+            return LayerNorm(dtype=self.dtype, name=name)
+
+        x = x + Attention(self.num_heads, dtype=self.dtype, name="attn1")(norm("norm1")(x))
+        x = x + Attention(self.num_heads, dtype=self.dtype, name="attn2")(norm("norm2")(x), context)
+        return x + FeedForward(self.dtype, name="ff")(norm("norm3")(x))
+
+
+class Transformer2D(nn.Module):
+    """Group norm, projection in, `depth` transformer blocks over h·w tokens, projection out."""
+
+    num_heads: int
+    depth: int
+    num_groups: int
+    use_linear_projection: bool
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b h w c"], context: Float[Array, "b m e"]
+    ) -> Float[Array, "b h w c"]:
+        channels = x.shape[-1]
+
+        def projection(name: str, states: Array) -> Array:
+            if self.use_linear_projection:
+                return Dense(channels, dtype=self.dtype, name=name)(states)
+            return Conv(channels, 1, padding=0, dtype=self.dtype, name=name)(states)
+
+        hidden = GroupNorm(self.num_groups, 1e-6, self.dtype, name="norm")(x)
+        hidden = projection("proj_in", hidden).reshape(x.shape[0], -1, channels)
+        for i in range(self.depth):
+            block = BasicTransformerBlock(
+                self.num_heads, self.dtype, name=f"transformer_blocks_{i}"
+            )
+            hidden = block(hidden, context)
+        return x + projection("proj_out", hidden.reshape(x.shape))

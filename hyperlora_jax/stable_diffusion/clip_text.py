@@ -1,0 +1,280 @@
+"""CLIP text encoders of Stable Diffusion, driven by transformers' config.json.
+
+Parameter paths are those of the files: `text_model.encoder.layers.0...`, `text_projection`.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from hyperlora_jax.array_types import AnyArray, Array, Float, Int
+from hyperlora_jax.errors import UserError
+from hyperlora_jax.stable_diffusion.attention import dot_product_attention
+from hyperlora_jax.stable_diffusion.configs import read_config, to_json
+from hyperlora_jax.stable_diffusion.layers import Dense, LayerNorm
+from hyperlora_jax.stable_diffusion.lora_argument import check_lora
+
+_DEFAULTS = {
+    "vocab_size": 49408,
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "projection_dim": 512,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 77,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+    "eos_token_id": 49407,
+    "architectures": ("CLIPTextModel",),
+}
+_FIXED = {
+    "attention_dropout": (0,),
+    "dropout": (0,),
+    "model_type": ("clip_text_model",),
+    "is_decoder": (False,),
+    "add_cross_attention": (False,),
+    "tie_word_embeddings": (True, False),
+}
+_ACTIVATIONS = {
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
+    "silu": jax.nn.silu,
+    "relu": jax.nn.relu,
+}
+# Bookkeeping of transformers and generation settings: nothing that the encoder computes with.
+_IGNORED = frozenset(
+    ["bos_token_id", "pad_token_id", "initializer_range", "initializer_factor", "torch_dtype", "dtype", "transformers_version", "return_dict", "output_attentions", "output_hidden_states", "use_cache", "gradient_checkpointing", "chunk_size_feed_forward", "pruned_heads", "problem_type", "id2label", "label2id", "finetuning_task", "task_specific_params", "tokenizer_class", "prefix", "sep_token_id", "decoder_start_token_id", "cross_attention_hidden_size", "is_encoder_decoder", "tf_legacy_loss", "use_bfloat16", "torchscript", "num_labels", "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "output_scores", "return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens", "attn_implementation"]
+)
+
+
+def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    values = read_config(config, _DEFAULTS, _FIXED, _IGNORED, "text encoder")
+    if values["hidden_act"] not in _ACTIVATIONS:
+        raise UserError(
+            f"text encoder config: hidden_act = {values['hidden_act']!r} is not supported, "
+            f"expected one of {sorted(_ACTIVATIONS)}"
+        )
+    known = ("CLIPTextModel", "CLIPTextModelWithProjection")
+    if len(values["architectures"]) != 1 or values["architectures"][0] not in known:
+        raise UserError(
+            f"text encoder config: architectures = {list(values['architectures'])!r} is not "
+            f"supported, expected one of {list(known)}"
+        )
+    return values
+
+
+class ClipTextOutput(NamedTuple):
+    """What Stable Diffusion uses of a text encoder."""
+
+    last_hidden_state: Float[Array, "b n e"]  # after the final norm
+    penultimate: Float[Array, "b n e"]  # input of the last layer, without final norm
+    pooled: Float[Array, "b p"]  # at the end token; projected where the model has a projection
+
+
+class ClipAttention(nn.Module):
+    """Self-attention with biases; causal for text."""
+
+    num_heads: int
+    num_layers: int
+    causal: bool
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
+        length, width = x.shape[-2:]
+        in_init = nn.initializers.normal(width**-0.5 * (2 * self.num_layers) ** -0.5)
+        out_init = nn.initializers.normal(width**-0.5)
+
+        def project(name: str, states: Array, init: Any) -> Array:
+            return Dense(
+                width,
+                dtype=self.dtype,
+                kernel_init=init,
+                bias_init=nn.initializers.zeros,
+                name=name,
+            )(states)
+
+        query, key, value = (
+            project(name, x, in_init).reshape(*x.shape[:-1], self.num_heads, -1)
+            for name in ("q_proj", "k_proj", "v_proj")
+        )
+        bias = None
+        if self.causal:
+            allowed = jnp.tril(jnp.ones((length, length), bool))
+            bias = jnp.where(allowed, 0.0, jnp.finfo(jnp.float32).min)
+        mixed = dot_product_attention(query, key, value, bias).reshape(x.shape)
+        return project("out_proj", mixed, out_init)
+
+
+class ClipMlp(nn.Module):
+    """fc1, activation, fc2."""
+
+    features: int
+    activation: str
+    num_layers: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
+        width = x.shape[-1]
+        zeros = nn.initializers.zeros
+        first, second = (2 * width) ** -0.5, width**-0.5 * (2 * self.num_layers) ** -0.5
+        hidden = Dense(
+            self.features,
+            dtype=self.dtype,
+            kernel_init=nn.initializers.normal(first),
+            bias_init=zeros,
+            name="fc1",
+        )(x)
+        return Dense(
+            width,
+            dtype=self.dtype,
+            kernel_init=nn.initializers.normal(second),
+            bias_init=zeros,
+            name="fc2",
+        )(_ACTIVATIONS[self.activation](hidden))
+
+
+class ClipLayer(nn.Module):
+    """Pre-norm transformer layer."""
+
+    num_heads: int
+    features: int
+    activation: str
+    num_layers: int
+    epsilon: float
+    causal: bool
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
+        hidden = LayerNorm(self.epsilon, self.dtype, name="layer_norm1")(x)
+        attention = ClipAttention(
+            self.num_heads, self.num_layers, self.causal, self.dtype, name="self_attn"
+        )
+        x = x + attention(hidden)
+        hidden = LayerNorm(self.epsilon, self.dtype, name="layer_norm2")(x)
+        mlp = ClipMlp(self.features, self.activation, self.num_layers, self.dtype, name="mlp")
+        return x + mlp(hidden)
+
+
+class ClipEncoder(nn.Module):
+    """The layers; returns the output and the input of the last layer."""
+
+    values: Any
+    causal: bool
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b n c"]
+    ) -> tuple[Float[Array, "b n c"], Float[Array, "b n c"]]:
+        v = self.values
+        before = x
+        for i in range(v["num_hidden_layers"]):
+            before = x
+            x = ClipLayer(
+                v["num_attention_heads"],
+                v["intermediate_size"],
+                v["hidden_act"],
+                v["num_hidden_layers"],
+                v["layer_norm_eps"],
+                self.causal,
+                self.dtype,
+                name=f"layers_{i}",
+            )(x)
+        return x, before
+
+
+class TokenEmbeddings(nn.Module):
+    """Token plus position embedding."""
+
+    values: Any
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens: Int[Array, "b n"]) -> Float[Array, "b n c"]:
+        v, init = self.values, nn.initializers.normal(0.02)
+        longest = v["max_position_embeddings"]
+        if tokens.shape[1] > longest:
+            raise ValueError(f"{tokens.shape[1]} tokens, but the encoder has {longest} positions")
+        words = nn.Embed(
+            v["vocab_size"], v["hidden_size"], embedding_init=init, name="token_embedding"
+        )(tokens)
+        places = nn.Embed(longest, v["hidden_size"], embedding_init=init, name="position_embedding")
+        return (words + places(jnp.arange(tokens.shape[1]))).astype(self.dtype)
+
+
+class TextTransformer(nn.Module):
+    """Embeddings, encoder, final norm and the state at the end token."""
+
+    values: Any
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens: Int[Array, "b n"]) -> tuple[Array, Array, Array]:
+        v = self.values
+        x = TokenEmbeddings(v, self.dtype, name="embeddings")(tokens)
+        x, before = ClipEncoder(v, True, self.dtype, name="encoder")(x)
+        x = LayerNorm(v["layer_norm_eps"], self.dtype, name="final_layer_norm")(x)
+        # Configs written before transformers 4.31 say 2: the end token is then the largest id.
+        is_end = tokens if v["eos_token_id"] == 2 else tokens == v["eos_token_id"]
+        pooled = jnp.take_along_axis(x, is_end.argmax(-1)[:, None, None], axis=1)[:, 0]
+        return x, before, pooled
+
+
+class ClipTextModel(nn.Module):
+    """CLIPTextModel, or CLIPTextModelWithProjection where `architectures` says so."""
+
+    source: str
+    dtype: Any = jnp.float32
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The config.json it was made from."""
+        return json.loads(self.source)
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """Settings with defaults filled in."""
+        return _settings(self.config)
+
+    @property
+    def has_projection(self) -> bool:
+        """True for CLIPTextModelWithProjection."""
+        return self.values["architectures"] == ("CLIPTextModelWithProjection",)
+
+    @nn.compact
+    def __call__(self, tokens: Int[AnyArray, "b n"]) -> ClipTextOutput:
+        """States of token ids [b, n]; padding is attended to, as in Stable Diffusion."""
+        v = self.values
+        if "lora" in self.variables:
+            check_lora(
+                self.variables["lora"], self.variables["params"], tokens.shape[0], "text_encoder."
+            )
+        last, before, pooled = TextTransformer(v, self.dtype, name="text_model")(
+            jnp.asarray(tokens)
+        )
+        if self.has_projection:
+            init = nn.initializers.normal(1 / math.sqrt(v["hidden_size"]))
+            project = Dense(
+                v["projection_dim"], False, self.dtype, kernel_init=init, name="text_projection"
+            )
+            pooled = project(pooled)
+        return ClipTextOutput(last, before, pooled)
+
+    def dummy_inputs(self) -> tuple:
+        """Zero inputs of batch 1, enough to initialise or trace."""
+        return (jnp.zeros((1, 1), jnp.int32),)
+
+
+def text_model_from_config(config: Mapping[str, Any], dtype: Any = jnp.float32) -> ClipTextModel:
+    """Text encoder of a transformers config.json. Raises UserError naming what is unsupported."""
+    _settings(config)
+    return ClipTextModel(to_json(config), dtype)

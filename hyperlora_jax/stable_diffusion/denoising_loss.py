@@ -1,0 +1,83 @@
+"""The denoising loss of Stable Diffusion, per example.
+
+    L(x0) = w_t mean((model(a_t x0 + s_t eps, t, text) - target)²)
+
+w_t = 1, or the min-SNR weight of Hang et al. 2023 (equation 4 and its v-prediction form).
+"""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from hyperlora_jax.array_types import AnyArray, Array, Float, Int, Params, PRNGKey
+from hyperlora_jax.diffusion.schedule import NoiseSchedule, add_noise, target
+from hyperlora_jax.stable_diffusion.unet import UNet
+
+
+def denoising_loss(
+    unet: UNet,
+    params: Params,
+    schedule: NoiseSchedule,
+    latents: Float[AnyArray, "b h w z"],
+    text_states: Float[AnyArray, "b n e"],
+    key: PRNGKey,
+    lora: Params | None = None,
+    min_snr_gamma: float | None = None,
+    added_cond_kwargs: Mapping[str, AnyArray] | None = None,
+) -> Float[Array, " b"]:
+    """Loss of every example at a timestep and noise drawn from `key`.
+
+    `latents` are scaled; L LoRAs serve the b examples, example k uses LoRA k // (b / L).
+    """
+    time_key, noise_key = jax.random.split(key)
+    timesteps = jax.random.randint(time_key, latents.shape[:1], 0, schedule.num_train_timesteps)
+    noise = jax.random.normal(noise_key, latents.shape)
+    return denoising_error(
+        unet,
+        params,
+        schedule,
+        latents,
+        text_states,
+        timesteps,
+        noise,
+        lora,
+        min_snr_gamma,
+        added_cond_kwargs,
+    )
+
+
+def denoising_error(
+    unet: UNet,
+    params: Params,
+    schedule: NoiseSchedule,
+    latents: Float[AnyArray, "b h w z"],
+    text_states: Float[AnyArray, "b n e"],
+    timesteps: Int[AnyArray, " b"],
+    noise: Float[AnyArray, "b h w z"],
+    lora: Params | None = None,
+    min_snr_gamma: float | None = None,
+    added_cond_kwargs: Mapping[str, AnyArray] | None = None,
+) -> Float[Array, " b"]:
+    """`denoising_loss` at given timesteps and noise."""
+    variables = {"params": params} if lora is None else {"params": params, "lora": lora}
+    latents = jnp.asarray(latents, jnp.float32)
+    noisy = add_noise(schedule, latents, noise, timesteps)
+    prediction = unet.apply(variables, noisy, timesteps, text_states, added_cond_kwargs)
+    error = prediction.astype(jnp.float32) - target(schedule, latents, noise, timesteps)
+    losses = jnp.square(error).mean((1, 2, 3))
+    if min_snr_gamma is None:
+        return losses
+    return losses * min_snr_weight(schedule, timesteps, min_snr_gamma)
+
+
+def min_snr_weight(
+    schedule: NoiseSchedule, timesteps: Int[AnyArray, " b"], gamma: float
+) -> Float[Array, " b"]:
+    """min(SNR, gamma) divided by the SNR power that the prediction type already weighs with."""
+    snr = schedule.snr(timesteps)
+    clipped = jnp.minimum(snr, gamma)
+    if schedule.prediction_type == "sample":
+        return clipped
+    divisor = snr if schedule.prediction_type == "epsilon" else snr + 1.0
+    return clipped / divisor

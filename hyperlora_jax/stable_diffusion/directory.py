@@ -1,0 +1,117 @@
+"""The diffusers directory layout: component folders with config.json and safetensors."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hyperlora_jax.array_types import Params
+from hyperlora_jax.errors import UserError
+from hyperlora_jax.stable_diffusion.checkpoint import flax_to_torch
+
+WEIGHT_STEMS = {
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "text_encoder": "model",
+    "text_encoder_2": "model",
+    "image_encoder": "model",
+}
+_HASH_FILE = "base_hash.json"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises UserError naming the file when it is missing or no JSON object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: file not found") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a readable JSON file ({error})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: found {type(content).__name__}, expected a JSON object")
+    return content
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a JSON object, creating the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(dict(content), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def weight_files(folder: Path, component: str, variant: str | None = None) -> list[Path]:
+    """Safetensors files of a component. Raises UserError when there are none."""
+    stem = WEIGHT_STEMS[component]
+    path = folder / (f"{stem}.{variant}.safetensors" if variant else f"{stem}.safetensors")
+    if not path.is_file():
+        raise UserError(f"{path}: file not found (weights of the {component})")
+    return [path]
+
+
+def read_tensors(files: list[Path]) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
+    """(name, loader) of every tensor of safetensors files, one tensor in memory at a time."""
+    from safetensors import SafetensorError, safe_open
+
+    for path in files:
+        try:
+            with safe_open(path, framework="numpy") as handle:
+                for name in handle.keys():  # noqa: SIM118 (safe_open is no mapping)
+                    yield name, lambda name=name, handle=handle: handle.get_tensor(name)
+        except SafetensorError as error:
+            raise UserError(f"{path}: not a readable safetensors file ({error})") from error
+
+
+def write_component(
+    folder: Path, component: str, config: Mapping[str, Any], params: Params, dtype: str
+) -> None:
+    """Writes config.json and one safetensors file."""
+    from safetensors.numpy import save_file
+
+    write_json(folder / "config.json", config)
+    tensors = {
+        name: array.astype(jnp.dtype(dtype)) for name, array in flax_to_torch(params).items()
+    }
+    save_file(tensors, folder / f"{WEIGHT_STEMS[component]}.safetensors", {"format": "pt"})
+
+
+def hash_of_params(params: Params) -> str:
+    """sha256 of a model's tensors: see `hash_tensors`."""
+    return hash_tensors(flax_to_torch(jax.device_get(params)))
+
+
+def hash_tensors(tensors: Mapping[str, np.ndarray]) -> str:
+    """sha256 over name, shape and float16 bytes of every tensor in name order.
+
+    float16, so that a base and its fp16 variant, or its export, have one identity.
+    """
+    digest = hashlib.sha256()
+    with np.errstate(over="ignore"):
+        for name, array in sorted(tensors.items()):
+            digest.update(f"{name}{array.shape}".encode())
+            digest.update(np.ascontiguousarray(array.astype(np.float16)).tobytes())
+    return digest.hexdigest()
+
+
+def hash_of_files(files: list[Path]) -> str:
+    """sha256 of a model's tensors on disk: see `hash_tensors`."""
+    return hash_tensors({name: load() for name, load in read_tensors(files)})
+
+
+def cached_hash(folder: Path, files: list[Path], compute: Callable[[], str]) -> str:
+    """`compute()`, kept in `folder`/base_hash.json while sizes and times of `files` stay."""
+    stamp = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+    cache = folder / _HASH_FILE
+    if cache.is_file():
+        found = json.loads(cache.read_text())
+        if found.get("files") == stamp:
+            return found["sha256"]
+    value = compute()
+    try:
+        cache.write_text(json.dumps({"files": stamp, "sha256": value}) + "\n")
+    except OSError:
+        return value  # a read-only model folder: computed again next time
+    return value

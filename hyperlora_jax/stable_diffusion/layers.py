@@ -1,0 +1,185 @@
+"""Dense, convolution and norm layers whose names and sums match PyTorch's, with a LoRA each.
+
+A layer looks for the variables "down" and "up" of its own path in the `lora` collection. When they
+are there it adds x · down · up without ever forming down · up, so that every example of a batch can
+carry another LoRA. L LoRAs serve b examples: example k uses LoRA k // (b / L).
+"""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from hyperlora_jax.array_types import Array, Float
+
+# U(-1/sqrt(fan_in), 1/sqrt(fan_in)), PyTorch's default for linear layers and convolutions.
+torch_kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def torch_bias_init(fan_in: int):
+    """PyTorch's default bias distribution of a layer with this fan-in."""
+    bound = 1 / math.sqrt(fan_in)
+
+    def init(key, shape, dtype=jnp.float32):
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+def lora_linear(
+    x: Float[Array, "b ... i"], down: Float[Array, "*l i r"], up: Float[Array, "*l r o"]
+) -> Float[Array, "b ... o"]:
+    """x · down · up with one LoRA for all examples, or LoRA k // (b/l) for example k."""
+    if down.ndim == 2:
+        return (x @ down) @ up
+    grouped = x.reshape(*group_shape(x.shape[0], down.shape[0])[:1], -1, x.shape[-1])
+    inner = jnp.einsum("lni,lir->lnr", grouped, down)
+    return jnp.einsum("lnr,lro->lno", inner, up).reshape(*x.shape[:-1], up.shape[-1])
+
+
+def lora_conv(
+    x: Float[Array, "b h w i"],
+    down: Float[Array, "*l kh kw i r"],
+    up: Float[Array, "*l r o"],
+    stride: int,
+    padding: tuple[tuple[int, int], tuple[int, int]],
+) -> Float[Array, "b hh ww o"]:
+    """A kh×kw convolution with `down`, then 1×1 with `up`, per example.
+
+    With a leading axis l the convolution is a sum of kh·kw shifted, strided products: a vmapped
+    convolution would become a grouped one, and im2col would cost kh·kw times the memory.
+    """
+    if down.ndim == 4:
+        return conv2d(x, down, stride, padding) @ up
+    kh, kw = down.shape[1:3]
+    padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    rows = (padded.shape[1] - kh) // stride + 1
+    columns = (padded.shape[2] - kw) // stride + 1
+    num_loras, per_lora = group_shape(x.shape[0], down.shape[0])
+    inner = 0.0
+    for i in range(kh):
+        for j in range(kw):
+            last = (i + (rows - 1) * stride + 1, j + (columns - 1) * stride + 1)
+            shifted = padded[:, i : last[0] : stride, j : last[1] : stride]
+            grouped = shifted.reshape(num_loras, -1, x.shape[-1])
+            inner = inner + jnp.einsum("lni,lir->lnr", grouped, down[:, i, j])
+    out = jnp.einsum("lnr,lro->lno", inner, up)
+    return out.reshape(num_loras * per_lora, rows, columns, up.shape[-1])
+
+
+def group_shape(batch: int, num_loras: int) -> tuple[int, int]:
+    """(L, b / L). Raises ValueError when L does not divide b."""
+    if batch % num_loras:
+        raise ValueError(f"{num_loras} LoRAs cannot serve a batch of {batch}: not divisible")
+    return num_loras, batch // num_loras
+
+
+def conv2d(
+    x: Float[Array, "b h w i"],
+    kernel: Float[Array, "kh kw i o"],
+    stride: int,
+    padding: tuple[tuple[int, int], tuple[int, int]],
+) -> Float[Array, "b hh ww o"]:
+    """Convolution in NHWC with an HWIO kernel; 1×1 at stride 1 is one matrix product."""
+    if kernel.shape[:2] == (1, 1) and stride == 1 and not any(map(any, padding)):
+        return x @ kernel[0, 0]
+    return lax.conv_general_dilated(
+        x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+class Dense(nn.Module):
+    """Linear layer, kernel [in, out], with an optional LoRA."""
+
+    features: int
+    use_bias: bool = True
+    dtype: Any = jnp.float32
+    kernel_init: Any = torch_kernel_init
+    bias_init: Any = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b ... i"]) -> Float[Array, "b ... o"]:
+        fan_in = x.shape[-1]
+        x = x.astype(self.dtype)
+        kernel = self.param("kernel", self.kernel_init, (fan_in, self.features))
+        y = x @ kernel.astype(self.dtype)
+        if self.has_variable("lora", "down"):
+            down, up = self.get_variable("lora", "down"), self.get_variable("lora", "up")
+            y = y + lora_linear(x, down.astype(self.dtype), up.astype(self.dtype))
+        if self.use_bias:
+            bias_init = self.bias_init or torch_bias_init(fan_in)
+            y = y + self.param("bias", bias_init, (self.features,)).astype(self.dtype)
+        return y
+
+
+class Conv(nn.Module):
+    """2-D convolution, kernel [kh, kw, in, out], with an optional LoRA.
+
+    `padding` is ((top, bottom), (left, right)), or an int for all four.
+    """
+
+    features: int
+    kernel_size: int = 3
+    stride: int = 1
+    padding: int | tuple[tuple[int, int], tuple[int, int]] = 1
+    use_bias: bool = True
+    dtype: Any = jnp.float32
+    kernel_init: Any = torch_kernel_init
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b hh ww o"]:
+        p = self.padding
+        padding = ((p, p), (p, p)) if isinstance(p, int) else p
+        shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
+        x = x.astype(self.dtype)
+        kernel = self.param("kernel", self.kernel_init, shape)
+        y = conv2d(x, kernel.astype(self.dtype), self.stride, padding)
+        if self.has_variable("lora", "down"):
+            down, up = self.get_variable("lora", "down"), self.get_variable("lora", "up")
+            down, up = down.astype(self.dtype), up.astype(self.dtype)
+            y = y + lora_conv(x, down, up, self.stride, padding)
+        if self.use_bias:
+            bias_init = torch_bias_init(math.prod(shape[:3]))
+            y = y + self.param("bias", bias_init, (self.features,)).astype(self.dtype)
+        return y
+
+
+class GroupNorm(nn.Module):
+    """Group norm over [b, ..., c] with float32 statistics."""
+
+    num_groups: int
+    epsilon: float = 1e-5
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b ... c"]) -> Float[Array, "b ... c"]:
+        channels = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (channels,)).astype(jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (channels,)).astype(jnp.float32)
+        groups = x.astype(jnp.float32).reshape(
+            x.shape[0], -1, self.num_groups, channels // self.num_groups
+        )
+        mean = groups.mean((1, 3), keepdims=True)
+        centred = groups - mean
+        variance = jnp.square(centred).mean((1, 3), keepdims=True)
+        normed = (centred * lax.rsqrt(variance + self.epsilon)).reshape(x.shape)
+        return (normed * scale + bias).astype(self.dtype)
+
+
+class LayerNorm(nn.Module):
+    """Layer norm over the last axis with float32 statistics."""
+
+    epsilon: float = 1e-5
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... c"]) -> Float[Array, "... c"]:
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:]).astype(jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:]).astype(jnp.float32)
+        x = x.astype(jnp.float32)
+        centred = x - x.mean(-1, keepdims=True)
+        variance = jnp.square(centred).mean(-1, keepdims=True)
+        return (centred * lax.rsqrt(variance + self.epsilon) * scale + bias).astype(self.dtype)
