@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
             },
             "model": {
                 "encoder": {
-                    "widths": (32, 64, 128),
+                    "widths": (32, 64, 128, 128),
                     "blocks": 1,
                     "embedding_dim": 256,
                     "pool_channels": 16,

@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
             },
             "base": {
                 "autoencoder": {
-                    "block_out_channels": (32, 64, 96),
+                    "block_out_channels": (16, 32, 64),
                     "layers_per_block": 1,
                     "latent_channels": 8,
                     "norm_num_groups": 8,

@@ -19,7 +19,7 @@ import optax
 from hyperlora_jax.array_types import Array, Float, Params
 from hyperlora_jax.lora import factors
 from hyperlora_jax.lora.sites import LoraSpec
-from hyperlora_jax.stable_diffusion.denoising_loss import denoising_loss_at, draw_noise
+from hyperlora_jax.stable_diffusion.denoising_loss import denoising_error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +158,7 @@ def advance(
 
     def losses(lora, latents, text_states, noise, timesteps):
         flat = [x.reshape(-1, *x.shape[2:]) for x in (latents, text_states, noise, timesteps)]
-        values = denoising_loss_at(
+        values = denoising_error(
             unet,
             unet_params,
             schedule,
@@ -198,12 +198,13 @@ def folded(slots: Slots, index: int, recipe: Recipe, rank: int) -> Params:
 def _draw(key, latents, text_states, count, *, recipe: Recipe, schedule):
     """One slot's batch: G different images (with repetition only if there are fewer), their noise
     and timesteps."""
-    order_key, noise_key = jax.random.split(key)
+    order_key, time_key, noise_key = jax.random.split(key, 3)
     uniform = jax.random.uniform(order_key, (latents.shape[0],))
     order = jnp.argsort(jnp.where(jnp.arange(latents.shape[0]) < count, uniform, 2.0))
     chosen = order[jnp.arange(recipe.images_per_step) % jnp.maximum(count, 1)]
     latents, text_states = latents[chosen], text_states[chosen]
-    noise, timesteps = draw_noise(noise_key, latents.shape, schedule)
+    timesteps = jax.random.randint(time_key, latents.shape[:1], 0, schedule.num_train_timesteps)
+    noise = jax.random.normal(noise_key, latents.shape)
     return latents, text_states, noise, timesteps
 
 

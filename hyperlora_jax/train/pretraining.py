@@ -23,7 +23,7 @@ from hyperlora_jax.parallel.mesh import make_mesh
 from hyperlora_jax.stable_diffusion.autoencoder import AutoencoderKL, vae_from_config
 from hyperlora_jax.stable_diffusion.checkpoint import init_params
 from hyperlora_jax.stable_diffusion.clip_text import text_model_from_config
-from hyperlora_jax.stable_diffusion.pipeline import StableDiffusion
+from hyperlora_jax.stable_diffusion.model import StableDiffusion
 from hyperlora_jax.stable_diffusion.tokenizer_training import train_tokenizer
 from hyperlora_jax.stable_diffusion.unet import unet_from_config
 from hyperlora_jax.train import base_task
@@ -66,13 +66,11 @@ def pretrain(config: Any, workdir: str | Path) -> Path:
     state, modules = _train_unet(config, workdir, mesh, tokenizer_dir, captions, latents)
     trained = state.ema if state.ema is not None else state.params
     params = {**jax.device_get(trained), "vae": jax.device_get(vae_params)}
-    sd = StableDiffusion.from_parts(
-        unet=modules["unet"],
-        vae=vae,
-        text_encoder=modules["text_encoder"],
+    sd = StableDiffusion(
         params=params,
-        scheduler_config=SCHEDULER_CONFIG,
-        tokenizer_dir=tokenizer_dir,
+        schedule=NoiseSchedule.from_config(SCHEDULER_CONFIG),
+        vae=vae,
+        **modules,
     )
     out = Path(config.export.path)
     sd.save_pretrained(out, dtype="float16")
@@ -179,7 +177,7 @@ def _train_unet(
         facts={"unet": dict(unet.config), "text_encoder": dict(text.config)},
     )
     state = _fit(task, section, workdir, mesh, section.seed, config)
-    return state, {"unet": unet, "text_encoder": text}
+    return state, {"unet": unet, "text_encoder": text, "tokenizers": (tokenizer,)}
 
 
 def _fit(task: Any, section: Any, workdir: Path, mesh: Any, seed: int, config: Any) -> TrainState:
