@@ -6,7 +6,7 @@ fits under-shoot. It is chosen on validation identities (`choose_strength`) and 
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -19,6 +19,7 @@ TIED_TOP1 = 0.01  # identity scores this close count as equal when a strength is
 Sampler = Callable[[EvaluationSet, float], AnyArray]
 
 
+@runtime_checkable
 class Probe(Protocol):
     """What `AttributeProbe` offers: class index per caption part."""
 

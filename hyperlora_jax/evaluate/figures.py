@@ -8,7 +8,7 @@ picked them.
 import dataclasses
 import io
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -75,9 +75,9 @@ def draw_grid(
     height = TITLE + rows * (cell + below + GAP)
     page = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(page)
+    font = _fitting_font(draw, max(columns, key=len), cell)
     for k, (title, pictures) in enumerate(columns.items()):
         left = GAP + k * (cell + GAP)
-        font = _fitting_font(draw, title, cell)
         draw.text((left + cell / 2, TITLE / 2), title, INK, font, anchor="mm")
         for row, picture in enumerate(pictures):
             top = TITLE + row * (cell + below + GAP)
@@ -154,7 +154,7 @@ def strength_chart(results: Mapping[str, MethodResult]) -> bytes | None:
     curves = {name: result for name, result in results.items() if len(result.curve) > 1}
     if not curves:
         return None
-    figure, axes = _new_figure(2)
+    figure, axes = _new_figure(rows=2)  # above each other: side by side is unreadable on a phone
     for name, result in curves.items():
         strengths = sorted(result.curve)
         for axis, values in zip(axes, (_top1_means(result), _error_means(result)), strict=True):
@@ -164,20 +164,19 @@ def strength_chart(results: Mapping[str, MethodResult]) -> bytes | None:
     axes[0].set_ylabel("identity top-1")
     axes[0].set_ylim(bottom=0)
     axes[1].set_ylabel("error to the exact picture")
-    for axis in axes:
-        axis.set_xlabel("strength (● chosen)")
-    axes[0].legend(frameon=False, fontsize=9)
+    axes[1].set_xlabel("strength (● chosen)")
+    axes[1].legend(frameon=False, fontsize=9)
     return _png(figure)
 
 
 def line_chart(
-    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    series: Mapping[str, tuple[Sequence[Any], Sequence[Any]]],
     x_label: str,
     y_label: str,
     log_x: bool = False,
 ) -> bytes:
     """PNG of lines {name: (x, y)} with a legend."""
-    figure, (axis,) = _new_figure(1)
+    figure, (axis,) = _new_figure(rows=1)
     for name, (x, y) in series.items():
         axis.plot(x, y, marker=".", label=TITLES.get(name, name))
     if log_x:
@@ -188,11 +187,9 @@ def line_chart(
     return _png(figure)
 
 
-def histogram_chart(
-    series: Mapping[str, Sequence[float]], x_label: str, num_bins: int = 30
-) -> bytes:
+def histogram_chart(series: Mapping[str, Sequence[Any]], x_label: str, num_bins: int = 30) -> bytes:
     """PNG of overlaid histograms {name: values} over one range."""
-    figure, (axis,) = _new_figure(1)
+    figure, (axis,) = _new_figure(rows=1)
     everything = np.concatenate([np.asarray(values) for values in series.values()])
     bins = np.linspace(everything.min(), everything.max() + 1e-9, num_bins)
     for name, values in series.items():
@@ -236,11 +233,11 @@ def _fitting_font(draw, text: str, width: int):
     return ImageFont.load_default(8)
 
 
-def _new_figure(columns: int):
+def _new_figure(rows: int):
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.6 * columns, 3.4), dpi=110, layout="constrained")
-    axes = figure.subplots(1, columns, squeeze=False)[0]
+    figure = Figure(figsize=(5.6, 3.0 * rows), dpi=110, layout="constrained")
+    axes = figure.subplots(rows, 1, squeeze=False, sharex=True)[:, 0]
     for axis in axes:
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)

@@ -113,13 +113,13 @@ def clustered_mean(scores: Float[AnyArray, "i *rest"]) -> Estimate:
 
 
 def paired_difference(
-    first: Float[AnyArray, "i *rest"], second: Float[AnyArray, "i *rest"]
+    first: Float[AnyArray, "i *rest"], second: Float[AnyArray, "..."]
 ) -> Estimate:
     """Mean ± standard error of first - second on the same identities; equation 2."""
     return clustered_mean(_per_identity(first) - _same_length(first, second))
 
 
-def paired_ratio(first: Float[AnyArray, "i *rest"], second: Float[AnyArray, "i *rest"]) -> Estimate:
+def paired_ratio(first: Float[AnyArray, "i *rest"], second: Float[AnyArray, "..."]) -> Estimate:
     """Ratio of the means ± delta-method standard error; equation 3. NaN when mean(second) = 0."""
     numerator, denominator = _per_identity(first), _same_length(first, second)
     if denominator.mean() == 0.0:
@@ -131,7 +131,7 @@ def paired_ratio(first: Float[AnyArray, "i *rest"], second: Float[AnyArray, "i *
 
 def sign_flip_p_value(
     first: Float[AnyArray, "i *rest"],
-    second: Float[AnyArray, "i *rest"],
+    second: Float[AnyArray, "..."],
     num_draws: int = 10_000,
     seed: int = 0,
 ) -> float:

@@ -46,7 +46,7 @@ class SampleCache:
         unfinished = file.with_suffix(".unfinished")
         with unfinished.open("wb") as stream:
             np.save(stream, images)
-        unfinished.rename(file)
+        unfinished.replace(file)
         return images
 
 

@@ -122,7 +122,7 @@ def resize(images: Float[Array, "b h w c"], size: int) -> Float[Array, "b s s c"
 def init_encoder(module: ConvEncoder, key: PRNGKey) -> Params:
     """Random parameters of `module`."""
     shape = (1, module.image_size, module.image_size, 3)
-    return module.init(key, jnp.zeros(shape))["params"]
+    return jax.jit(module.init)(key, jnp.zeros(shape))["params"]
 
 
 def _standardise(x: Array) -> Array:

@@ -19,7 +19,13 @@ from hyperlora_jax.train.render_bundle import (
     render_bundle,
 )
 
-ENCODER = {"widths": (8, 16, 32), "embedding_dim": 64, "pool_channels": 8, "groups": 4}
+ENCODER = {
+    "image_size": 16,
+    "widths": (8, 16),
+    "embedding_dim": 64,
+    "pool_channels": 8,
+    "groups": 4,
+}
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,13 @@ from hyperlora_jax.train.loop import fit
 from hyperlora_jax.train.probe_task import Augmentation, augment
 from hyperlora_jax.train.render_bundle import ViewBatches, render_bundle
 
-ENCODER = {"widths": (8, 16, 32), "embedding_dim": 64, "pool_channels": 8, "groups": 4}
+ENCODER = {
+    "image_size": 16,
+    "widths": (8, 16),
+    "embedding_dim": 64,
+    "pool_channels": 8,
+    "groups": 4,
+}
 
 
 @pytest.fixture(scope="module")
@@ -23,11 +29,11 @@ def bundle():
 def test_augmentation():
     images = jnp.asarray(np.random.default_rng(0).random((6, 8, 8, 3)), jnp.float32)
     key = jax.random.key(0)
-    np.testing.assert_allclose(augment(images, key, Augmentation(0, 0, 0)), images, atol=1e-6)
+    np.testing.assert_allclose(augment(images, key, Augmentation(0.0, 0.0, 0.0)), images, atol=1e-6)
     disturbed = augment(images, key, Augmentation())
     assert 0.01 < float(jnp.abs(disturbed - images).mean()) < 0.3
     flat = jnp.full((2, 8, 8, 3), 0.4)
-    np.testing.assert_allclose(augment(flat, key, Augmentation(0, 1, 0)), 0.4, atol=1e-6)
+    np.testing.assert_allclose(augment(flat, key, Augmentation(0.0, 1.0, 0.0)), 0.4, atol=1e-6)
 
 
 def test_batches_pair_pictures_with_their_labels(bundle):
