@@ -34,6 +34,7 @@ def write_lora_targets(
     lora_dtype: str = "float32",
     split_of: Callable[[str], str] = split_by_hash,
     overwrite: bool = False,
+    extra_files: Mapping[str, Callable[[], str]] | None = None,
 ) -> Path:
     """Writes subjects (a `Spool`, a list, a generator) as a dataset folder at `path`.
 
@@ -42,10 +43,12 @@ def write_lora_targets(
         subjects: with a LoRA each, or (an empty spec) without.
         spec: what the vectors mean; its fingerprint and `base_hash` guard every reader.
         base_hash: of the base model that the LoRAs were fitted on.
-        facts: JSON-able: recipe, initialisation seed, avatar style, command, licence, ...
+        facts: JSON-able: recipe, initialisation seed, avatar style, command, licence, ...; read
+            at the end, so a generator of subjects may fill it.
         lora_dtype: "float32" or "bfloat16".
         split_of: split of an identity, for subjects that do not name theirs.
         overwrite: replace a dataset that is there.
+        extra_files: further text files by name, their content asked for at the end.
 
     Raises UserError for an existing or unwritable path, no subjects, or LoRAs of another size.
     """
@@ -62,6 +65,8 @@ def write_lora_targets(
         for subject in subjects:
             writer.add(subject)
         writer.finish(base_hash, dict(facts or {}))
+        for name, content in (extra_files or {}).items():
+            (partial / name).write_text(content(), encoding="utf-8")
         if path.exists():
             shutil.rmtree(path)
         partial.rename(path)
