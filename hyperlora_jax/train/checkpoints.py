@@ -11,9 +11,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from hyperlora_jax.array_types import Params
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.train.state import TrainState
 
@@ -81,6 +83,48 @@ def check_facts(saved: Mapping[str, Any], expected: Mapping[str, Any], where: st
             )
 
 
+def restore_params(
+    workdir: epath.PathLike, step: int | None = None, prefer_ema: bool = True
+) -> tuple[Params, dict[str, Any]]:
+    """(parameters as numpy arrays, {"facts", "config", "seed", "step"}), without the optimiser.
+
+    Takes the newest whole checkpoint of `workdir` unless `step` says which, and the moving average
+    if there is one and `prefer_ema`.
+
+    Raises:
+      UserError: there is no such checkpoint, or it cannot be read.
+    """
+    directory = epath.Path(workdir) / "checkpoints"
+    steps = complete_steps(directory)
+    if not steps or (step is not None and step not in steps):
+        raise UserError(
+            f"{directory}: found checkpoints of steps {steps}, expected {step or 'one'}"
+        )
+    step = steps[-1] if step is None else step
+    handler = ocp.PyTreeCheckpointHandler()
+    try:
+        folder = directory / str(step) / "state"
+        tree = handler.metadata(folder).tree
+        name = "ema" if prefer_ema and tree.get("ema") else "params"
+        item = {name: jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), tree[name])}
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+        restore = ocp.args.PyTreeRestore(item=item, restore_args=as_numpy, partial_restore=True)
+        params = handler.restore(folder, args=restore)[name]
+    except Exception as error:
+        raise UserError(_cannot_restore(directory / str(step), error)) from error
+    finally:
+        handler.close()
+    return params, {**read_meta(directory, step), "step": step}
+
+
+def _cannot_restore(folder: epath.Path, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else "no reason given"
+    return (
+        f"{folder}: cannot restore this checkpoint ({type(error).__name__}: {reason});"
+        " delete its folder to go on from the one before"
+    )
+
+
 class Checkpoints:
     """The checkpoints of one workdir, open for saving and restoring."""
 
@@ -132,12 +176,7 @@ class Checkpoints:
                 ),
             )
         except Exception as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-            raise UserError(
-                f"{folder}: cannot restore this checkpoint"
-                f" ({type(error).__name__}: {reason[:300]});"
-                " delete its folder to go on from the one before"
-            ) from error
+            raise UserError(_cannot_restore(folder, error)) from error
         return restored["state"], restored["data"]["iterator"]
 
     def wait(self) -> None:
