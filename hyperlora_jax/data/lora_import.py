@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from hyperlora_jax.data import lora_fitting, lora_sources
 from hyperlora_jax.data.lora_sources import Accepted, Rejected
@@ -13,6 +14,7 @@ from hyperlora_jax.data.lora_targets_writer import write_lora_targets
 from hyperlora_jax.data.subjects import Subject
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora.sites import LoraSpec
+from hyperlora_jax.lora_files import load_lora
 
 QUARANTINE = "quarantine.jsonl"
 
@@ -107,6 +109,31 @@ def import_loras(
         extra_files={QUARANTINE: lambda: _quarantine_text(report.rejected)},
     )
     return report
+
+
+def choose_spec(
+    paths: Sequence[str | Path], base: Any, preset: str | None = None, rank: int | None = None
+) -> LoraSpec:
+    """Layers and rank of the dataset: the preset's, or those of the first LoRA that is sound.
+
+    `base` is a StableDiffusion. A matrix alone is taken as weights2weights: q and v, rank 1.
+    """
+    if rank is not None and rank < 1:
+        raise UserError(f"rank is {rank}, expected at least 1")
+    files, matrices = _sort_paths(paths)
+    if preset is None and matrices:
+        preset = "w2w"
+    if preset is not None:
+        return base.lora_spec(preset, rank or (1 if matrices else 4))
+    problems = []
+    for _, path in files:
+        try:
+            found = load_lora(path, base)[1]
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        return found.with_rank(rank or found.max_rank)
+    raise UserError(f"none of {len(files)} LoRAs can be imported, first {problems[0]}")
 
 
 def _sort_paths(paths: Sequence[str | Path]) -> tuple[list[tuple[str, Path]], list[Path]]:

@@ -1,0 +1,47 @@
+"""`hyperlora inspect DATASET`: what a LoRA-target dataset holds."""
+
+import argparse
+import json
+from pathlib import Path
+
+from hyperlora_jax.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The dataset, how much of it to measure, and where to write more."""
+    parser.add_argument("path", help="dataset folder")
+    parser.add_argument("--limit", type=int, help="measure that many LoRAs, drawn at random")
+    parser.add_argument("--json", metavar="FILE", help="write the whole report, every site in it")
+    parser.add_argument("--sheet", metavar="FILE", help="write a picture of the first references")
+
+
+def is_dataset(path: str | Path) -> bool:
+    """Whether a path looks like a dataset, so that `inspect` can tell it from other things."""
+    return (Path(path) / "metadata.json").is_file() and (Path(path) / "index.json").is_file()
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the report."""
+    from PIL import Image
+
+    from hyperlora_jax.data import dataset_inspection
+    from hyperlora_jax.data.lora_targets import open_lora_targets
+
+    if args.limit is not None and args.limit < 1:
+        raise UserError(f"--limit is {args.limit}, expected at least 1")
+    targets = open_lora_targets(args.path)
+    report = dataset_inspection.inspect_targets(targets, args.limit)
+    print("\n".join(dataset_inspection.report_lines(report)))
+    try:
+        if args.json:
+            Path(args.json).write_text(json.dumps(report, indent=2), encoding="utf-8")
+            print(f"wrote {args.json}")
+        if args.sheet:
+            sheet = dataset_inspection.contact_sheet(targets)
+            if sheet is None:
+                raise UserError(f"--sheet: {args.path} has no pictures")
+            Image.fromarray(sheet).save(args.sheet)
+            print(f"wrote {args.sheet}")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{args.json or args.sheet}: cannot be written ({error})") from None
+    return 0

@@ -1,0 +1,137 @@
+"""Subjects as plain pictures and captions, from the avatar world or from a folder per concept."""
+
+import dataclasses
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from hyperlora_jax.array_types import UInt8
+from hyperlora_jax.data import image_folder
+from hyperlora_jax.data.avatars import Avatars
+from hyperlora_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SubjectPictures:
+    """N subjects, v pictures each.
+
+    Attributes:
+        ids: unique names; identities: who is shown (several subjects may show one identity).
+        images: uint8 [n, v, h, w, 3]; captions: captions[n][v].
+        facts: what they were made from, JSON-able.
+    """
+
+    ids: tuple[str, ...]
+    identities: tuple[str, ...]
+    images: UInt8[np.ndarray, "n v h w 3"]
+    captions: tuple[tuple[str, ...], ...]
+    facts: Mapping[str, Any]
+
+    def png(self, index: int) -> tuple[bytes, ...]:
+        """Pictures of one subject as PNG files."""
+        return tuple(_png(picture) for picture in self.images[index])
+
+
+def avatar_pictures(
+    avatars: Avatars,
+    num_identities: int,
+    num_views: int,
+    *,
+    split: str = "train",
+    start: int = 0,
+    cache_dir: str | Path | None = None,
+    progress: bool = True,
+) -> SubjectPictures:
+    """Identities `start` .. `start + num_identities` of a split, each in views of its own.
+
+    Raises:
+        UserError: the split has fewer identities.
+    """
+    available = avatars.num_identities(split)
+    if start + num_identities > available:
+        raise UserError(
+            f"data.num_identities: got {start + num_identities}, but {avatars.style} has "
+            f"{available} {split} identities"
+        )
+    people = [avatars.identity(split, start + i) for i in range(num_identities)]
+    views = [avatars.views("train", num_views, (start + i) * num_views) for i in range(len(people))]
+    pairs = [(person, view) for person, own in zip(people, views, strict=True) for view in own]
+    images = np.asarray(avatars.render_many(pairs, cache_dir, progress=progress))
+    names = tuple(person.id for person in people)
+    return SubjectPictures(
+        ids=names,
+        identities=names,
+        images=images.reshape(num_identities, num_views, *images.shape[1:]),
+        captions=tuple(tuple(avatars.caption(view) for view in own) for own in views),
+        facts={
+            "source": "avatars",
+            "style": avatars.style,
+            "size": avatars.size,
+            "split_seed": avatars.split_seed,
+            "split": split,
+            "start": start,
+            "num_identities": num_identities,
+            "num_views": num_views,
+            "licence": avatars.licence,
+        },
+    )
+
+
+def folder_pictures(path: str | Path, size: int, default_caption: str = "") -> SubjectPictures:
+    """One subject per sub-folder of `path` (`image_folder.read_concept`).
+
+    Folders with fewer pictures than the fullest repeat theirs in turn, so that arrays are dense.
+
+    Raises:
+        UserError: no folder, no pictures in one, a picture that cannot be read.
+    """
+    folders = image_folder.open_image_folder(path)
+    subjects = [image_folder.read_concept(folder, size, default_caption) for folder in folders]
+    most = max(len(subject.targets) for subject in subjects)
+    images, captions = [], []
+    for subject in subjects:
+        turn = [k % len(subject.targets) for k in range(most)]
+        decoded = [_pixels(png) for png in subject.targets]
+        images.append(np.stack([decoded[k] for k in turn]))
+        captions.append(tuple(subject.captions[k] for k in turn))
+    return SubjectPictures(
+        ids=tuple(subject.id for subject in subjects),
+        identities=tuple(subject.identity for subject in subjects),
+        images=np.stack(images),
+        captions=tuple(captions),
+        facts={"source": str(path), "size": size, "num_identities": len(subjects)},
+    )
+
+
+def load_pictures(
+    data: Any, count: int, size: int, cache_dir: str | Path | None = None
+) -> SubjectPictures:
+    """The training subjects of a config's `data` section: `source` "avatars" or a folder."""
+    if data.source == "avatars":
+        avatars = Avatars(data.style, data.size, data.split_seed)
+        if avatars.size != size:
+            raise UserError(
+                f"data.style {avatars.style} is drawn at {avatars.size} pixels, "
+                f"but the base model works at {size}"
+            )
+        return avatar_pictures(avatars, count, data.num_views, cache_dir=cache_dir)
+    pictures = folder_pictures(data.source, size)
+    if count > len(pictures.ids):
+        raise UserError(
+            f"{data.source}: has {len(pictures.ids)} folders of pictures, expected {count}"
+        )
+    return pictures
+
+
+def _png(picture: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(picture).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def _pixels(png: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
