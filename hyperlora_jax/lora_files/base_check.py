@@ -17,11 +17,14 @@ from hyperlora_jax.lora.sites import (
     spec_from_shapes,
     tree_from_sites,
 )
+from hyperlora_jax.lora_files.base_model import BaseModel
 from hyperlora_jax.lora_files.header import PREFIX
 
 
 def layers_per_block_of(base: Any) -> int:
     """Resnets of one down block of the base's UNet; 2 when the base is None or a spec."""
+    if isinstance(base, BaseModel):
+        return base.layers_per_block
     config = getattr(getattr(base, "unet", None), "config", None)
     number = config.get("layers_per_block") if isinstance(config, Mapping) else None
     return number if isinstance(number, int) else 2
@@ -36,13 +39,15 @@ def check_base(
 ) -> tuple[Params, LoraSpec]:
     """The LoRA as the base wants it (kinds, ranks, strides), or UserError naming both sides.
 
-    `base` is None, a LoraSpec, or an object with `.params` ({"unet": tree, "text_encoder": …})
-    and `.base_hash`, i.e. a StableDiffusion.
+    `base` is None, a LoraSpec, a BaseModel, or a StableDiffusion: anything with `.params`
+    ({"unet": tree, "text_encoder": …}) and `.base_hash`.
     """
     if base is None:
         return lora, spec
     if isinstance(base, LoraSpec):
         return _fit_spec(path, lora, spec, base)
+    if isinstance(base, BaseModel):
+        return _refit(path, lora, spec, base.layers, f"the base {base.name}")
     adapted = _fit_model(path, lora, spec, base.params)
     wanted = metadata.get(PREFIX + "base_hash")
     if wanted is not None and (found := base.base_hash) != wanted:

@@ -16,6 +16,13 @@ from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora.sites import LoraSite, LoraSpec, tree_from_sites
 from hyperlora_jax.lora_files import keys, safetensors_io
 from hyperlora_jax.lora_files.base_check import check_base, layers_per_block_of
+from hyperlora_jax.lora_files.peft_directory import (
+    WEIGHTS_NAME,
+    adapter_folders,
+    header_scales,
+    read_folder,
+    read_vector,
+)
 from hyperlora_jax.lora_files.writing import DIFFUSERS_NAME
 
 Groups = dict[str, dict[str, np.ndarray]]
@@ -24,25 +31,54 @@ Groups = dict[str, dict[str, np.ndarray]]
 def load_lora(path: str | os.PathLike[str], base: Any = None) -> tuple[Params, LoraSpec]:
     """(LoRA tree of float32 numpy arrays, its spec). Folded: alpha is multiplied into up.
 
-    `base` None reads by names alone; a StableDiffusion or a LoraSpec is checked against the
-    file: another base raises UserError that names both sides.
+    `path` is a .safetensors file, a PEFT or diffusers folder, or a weights2weights vector (.npy,
+    which needs a LoraSpec). `base` None reads by names alone; a StableDiffusion, a LoraSpec or a
+    `BaseModel` is checked against the file: another base raises UserError that names both sides.
     """
-    file = _file(Path(path))
-    tensors, metadata = safetensors_io.read(file)
-    sites = read_sites(file, tensors, layers_per_block_of(base))
-    lora, spec = fold(file, sites)
-    return check_base(file, lora, spec, metadata, base)
+    tensors, metadata = read_tensors(Path(path), base if isinstance(base, LoraSpec) else None)
+    sites = read_sites(path, tensors, layers_per_block_of(base))
+    lora, spec = fold(path, sites)
+    return check_base(path, lora, spec, metadata, base)
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
-    """The header's texts of a LoRA file ("hyperlora.*", "ss_*", …)."""
-    return safetensors_io.read_metadata(_file(Path(path)))
+    """The header's texts of a LoRA file or folder ("hyperlora.*", "ss_*", …)."""
+    path = Path(path)
+    folders = adapter_folders(path) if path.is_dir() else {}
+    if folders:
+        return safetensors_io.read_metadata(next(iter(folders.values())) / WEIGHTS_NAME)
+    return safetensors_io.read_metadata(_file(path))
+
+
+def read_tensors(
+    path: Path, spec: LoraSpec | None = None
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """(tensors with the scales of adapter configs put in as ".scale", header texts)."""
+    if path.suffix == ".npy":
+        if spec is None:
+            raise UserError(f"{path}: a vector has no names; a LoraSpec is needed to read it")
+        return read_vector(path, spec), {}
+    folders = adapter_folders(path) if path.is_dir() else {}
+    if folders:
+        tensors: dict[str, np.ndarray] = {}
+        metadata: dict[str, str] = {}
+        for component, folder in folders.items():
+            part, texts = read_folder(folder, component)
+            tensors |= part
+            metadata |= texts
+        return tensors, metadata
+    tensors, metadata = safetensors_io.read(_file(path))
+    if text := metadata.get("lora_adapter_metadata"):
+        tensors |= header_scales(path, tensors, text)
+    return tensors, metadata
 
 
 def _file(path: Path) -> Path:
     if path.is_dir():
         if not (path / DIFFUSERS_NAME).exists():
-            raise UserError(f"{path}: a folder without {DIFFUSERS_NAME}, expected a LoRA file")
+            raise UserError(
+                f"{path}: a folder without {DIFFUSERS_NAME} or {WEIGHTS_NAME}, expected a LoRA"
+            )
         return path / DIFFUSERS_NAME
     if not path.exists():
         raise UserError(f"{path}: no such file, expected a LoRA (.safetensors)")

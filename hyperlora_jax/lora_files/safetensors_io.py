@@ -68,6 +68,11 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str,
     return tensors, metadata
 
 
+def read_shapes(path: str | os.PathLike[str]) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+    """{name: (dtype, shape)}; touches no data."""
+    return {name: (array.dtype, array.shape) for name, array in read(path)[0].items()}
+
+
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     """The header's string metadata, {} when there is none."""
     return read(path)[1]

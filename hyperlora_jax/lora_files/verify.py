@@ -20,9 +20,12 @@ import numpy as np
 from hyperlora_jax.array_types import Params
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora.sites import LoraSite, LoraSpec, site_factors
+from hyperlora_jax.lora_files.peft_directory import VECTOR_NAME, W2W_ADAPTER, adapter_folders
 from hyperlora_jax.lora_files.reading import load_lora
+from hyperlora_jax.lora_files.writing import DIFFUSERS_NAME
 
 ADAPTER = "hyperlora_verify"
+ADAPTERS = (ADAPTER, W2W_ADAPTER)
 _NO_KEYS = re.compile(r"^No LoRA keys associated to \w+ found")
 
 
@@ -85,13 +88,11 @@ def verify(
     modules = dict(base) if isinstance(base, Mapping) else load_modules(base)
     if lora is None or spec is None:
         lora, spec = load_lora(path)
-    pipeline = _pipeline(modules)
     with torch.no_grad(), _heard() as heard:
         plain = _outputs(modules)
-        _load(pipeline, Path(path))
-        found = _loaded_deltas(modules)
-        adapted = _outputs(modules)
-        pipeline.unload_lora_weights()
+        with _adapted(modules, Path(path)):
+            found = _loaded_deltas(modules)
+            adapted = _outputs(modules)
         expected = {site.path: _delta(lora, site) for site in spec.sites}
         with _merged(modules, expected) as absent:
             merged = _outputs(modules)
@@ -142,18 +143,35 @@ def _pipeline(modules: Mapping[str, Any]) -> Any:
         return StableDiffusionPipeline(**shared, **parts, **unused, requires_safety_checker=False)
 
 
-def _load(pipeline: Any, path: Path) -> None:
-    if path.is_dir():
-        path = path / "pytorch_lora_weights.safetensors"
+@contextlib.contextmanager
+def _adapted(modules: Mapping[str, Any], path: Path) -> Iterator[None]:
+    """The modules with the file's adapter in them, put there by PyTorch's own loaders."""
+    folders = adapter_folders(path) if path.is_dir() else {}
+    loaded, pipeline = [], None
     try:
-        pipeline.load_lora_weights(
-            str(path.parent.resolve()), weight_name=path.name, adapter_name=ADAPTER
-        )
+        if folders:
+            from peft import PeftModel
+
+            name = W2W_ADAPTER if (path / VECTOR_NAME).exists() else ADAPTER
+            for component, folder in folders.items():
+                model = modules[component or "unet"]
+                loaded.append(PeftModel.from_pretrained(model, str(folder), adapter_name=name))
+        else:
+            if path.is_dir():
+                path = path / DIFFUSERS_NAME
+            pipeline = _pipeline(modules)
+            pipeline.load_lora_weights(
+                str(path.parent.resolve()), weight_name=path.name, adapter_name=ADAPTER
+            )
+        yield
     except (ValueError, RuntimeError, KeyError) as error:
-        reason = str(error).strip().splitlines()
-        raise UserError(
-            f"{path}: PyTorch refuses it: {reason[0] if reason else error!r}"
-        ) from error
+        lines = str(error).strip().splitlines()
+        raise UserError(f"{path}: PyTorch refuses it: {lines[0] if lines else error!r}") from error
+    finally:
+        for model in loaded:
+            model.unload()
+        if pipeline is not None:
+            pipeline.unload_lora_weights()
 
 
 def _canonical(component: str, name: str) -> str:
@@ -170,10 +188,11 @@ def _loaded_deltas(modules: Mapping[str, Any]) -> dict[str, np.ndarray]:
     deltas = {}
     for component, model in modules.items():
         for name, module in model.named_modules():
-            if ADAPTER not in getattr(module, "lora_A", {}):
+            adapter = next((n for n in ADAPTERS if n in getattr(module, "lora_A", {})), None)
+            if adapter is None:
                 continue
-            a, b = module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight
-            product = (b.double().flatten(1) @ a.double().flatten(1)) * module.scaling[ADAPTER]
+            a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+            product = (b.double().flatten(1) @ a.double().flatten(1)) * module.scaling[adapter]
             deltas[_canonical(component, name)] = product.numpy().reshape(b.shape[0], *a.shape[1:])
     return deltas
 

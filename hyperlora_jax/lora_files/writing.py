@@ -20,7 +20,8 @@ from hyperlora_jax.array_types import Params
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora.sites import LoraSite, LoraSpec, site_factors, validate
 from hyperlora_jax.lora_files import family as families
-from hyperlora_jax.lora_files import header, keys, safetensors_io
+from hyperlora_jax.lora_files import header, keys, peft_directory, safetensors_io
+from hyperlora_jax.lora_files.peft_directory import W2W_SCALE
 
 Format = Literal["kohya", "diffusers", "peft", "weights2weights"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -50,30 +51,40 @@ def save_lora(
 
     `family` ("sd1", "sd2", "sdxl") decides names and header; None recognises it from the sites.
     `metadata` is stored under "hyperlora.*". For "diffusers" a path without suffix is a folder
-    that gets `pytorch_lora_weights.safetensors`. `layers_per_block` matters only for SDXL names.
+    that gets `pytorch_lora_weights.safetensors`; "peft" and "weights2weights" always write a
+    folder. `layers_per_block` matters only for SDXL names.
     Raises UserError naming the site for NaN, Inf, values that overflow the dtype, and sites that
     the common tools cannot load (conv_in, conv_out, time and add embeddings).
     """
     if format not in FORMATS:
         raise UserError(f"LoRA format {format!r} is unknown; expected one of {list(FORMATS)}")
-    sites, spec = normal_form(lora, spec, dtype), spec.with_rank(spec.max_rank)
+    # A weights2weights vector comes back bit for bit: nothing is balanced there.
+    scale = W2W_SCALE if format == "weights2weights" else 1
+    sites = normal_form(lora, spec, dtype, balance=scale == 1, scale=scale)
+    spec = spec.with_rank(spec.max_rank)
     kind = families.check(family, spec)
     target = Path(path)
-    if format in ("peft", "weights2weights"):
-        raise UserError(f"LoRA format {format!r} cannot be written yet")
+    texts = header.build(spec, kind, metadata, format == "kohya")
+    if format == "peft":
+        return peft_directory.write_peft(target, sites, spec, texts)
+    if format == "weights2weights":
+        return peft_directory.write_weights2weights(target, sites, spec, texts)
     if format == "diffusers":
         target = target if target.suffix else target / DIFFUSERS_NAME
         tensors = diffusers_tensors(sites)
     else:
         tensors = kohya_tensors(sites, spec, kind, layers_per_block)
-    safetensors_io.write(target, tensors, header.build(spec, kind, metadata, format == "kohya"))
+    safetensors_io.write(target, tensors, texts)
     return target
 
 
 def normal_form(
-    lora: Params, spec: LoraSpec, dtype: str = "float32"
+    lora: Params, spec: LoraSpec, dtype: str = "float32", balance: bool = True, scale: int = 1
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """{path: (A [r, in, (kh, kw)], B [out, r, (1, 1)])} in PyTorch layout, padded and balanced."""
+    """{path: (A [r, in, (kh, kw)], B [out, r, (1, 1)])} in PyTorch layout, padded and balanced.
+
+    B is divided by `scale`, which the file then carries itself.
+    """
     validate(lora, spec)
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} is unknown; expected one of {sorted(DTYPES)}")
@@ -89,25 +100,26 @@ def normal_form(
     host = jax.device_get(lora)
     rank = spec.max_rank
     return {
-        site.path: _site_arrays(site_factors(host, site), site, rank, DTYPES[dtype])
+        site.path: _site_arrays(site_factors(host, site), site, rank, DTYPES[dtype], balance, scale)
         for site in spec.sites
     }
 
 
 def _site_arrays(
-    pair: Params, site: LoraSite, rank: int, dtype: np.dtype
+    pair: Params, site: LoraSite, rank: int, dtype: np.dtype, balance: bool, scale: int
 ) -> tuple[np.ndarray, np.ndarray]:
     down = np.asarray(pair["down"], np.float32).reshape(site.down_shape)
     up = np.asarray(pair["up"], np.float32)
     peak_down, peak_up = float(np.abs(down).max()), float(np.abs(up).max())
     if not (np.isfinite(peak_down) and np.isfinite(peak_up)):
         raise UserError(f"LoRA site {site.path} has NaN or Inf; nothing was written")
-    if peak_down > 0 and peak_up > 0:
+    if balance and peak_down > 0 and peak_up > 0:
         # Within 2^±1.5 nothing moves, so that rewriting a rounded file changes no byte.
         imbalance = (np.log2(peak_up) - np.log2(peak_down)) / 2
         if abs(imbalance) > 0.75:
             power = int(np.round(imbalance))
             down, up = np.ldexp(down, power), np.ldexp(up, -power)
+    up = up if scale == 1 else _divided(up, np.float32(scale))
     if dtype != np.float32:
         limit = float(ml_dtypes.finfo(dtype).max)
         if max(np.abs(down).max(), np.abs(up).max()) > limit:
@@ -118,6 +130,14 @@ def _site_arrays(
     order = (1, 0) if site.kind == "linear" else (3, 2, 0, 1)
     b = up.T if site.kind == "linear" else up.T[:, :, None, None]
     return np.ascontiguousarray(down.transpose(order), dtype), np.ascontiguousarray(b, dtype)
+
+
+def _divided(up: np.ndarray, scale: np.float32) -> np.ndarray:
+    """up / scale, nudged by at most an ulp to what reading and dividing again leaves alone."""
+    result = up / scale
+    for _ in range(4):
+        result = (result * scale) / scale
+    return result
 
 
 def diffusers_tensors(sites: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:

@@ -1,10 +1,15 @@
+import json
+
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora.sites import LoraSite, LoraSpec, site_factors
 from hyperlora_jax.lora_files import load_lora, read_metadata, save_lora
+from hyperlora_jax.lora_files.safetensors_io import read
+from hyperlora_jax.lora_files.writing import FORMATS
 from tests.lora_files.conftest import random_lora
 
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0."
@@ -28,20 +33,63 @@ def deltas(lora, spec):
     return result
 
 
-@pytest.mark.parametrize("format", ["kohya", "diffusers"])
+def contents(path):
+    """All bytes of a file or a folder."""
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    return [file.read_bytes() for file in files if file.is_file()]
+
+
+@pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_write_read_write(tmp_path, format, dtype):
-    lora = random_lora(SPEC)
-    first = save_lora(tmp_path / "a.safetensors", lora, SPEC, format, dtype)
+    given = SPEC.component("unet") if format == "weights2weights" else SPEC
+    lora = random_lora(given)
+    first = save_lora(tmp_path / "a", lora, given, format, dtype)
     back, spec = load_lora(first)
-    assert spec == SPEC.with_rank(3)
+    assert spec == given.with_rank(3)
     assert read_metadata(first)["hyperlora.spec"] == spec.fingerprint
     error = {"float32": 0, "float16": 2e-3, "bfloat16": 2e-2}[dtype]
+    if format == "weights2weights":
+        error += 3e-7
     for name, value in deltas(back, spec).items():
-        wanted = deltas(lora, SPEC)[name]
+        wanted = deltas(lora, given)[name]
         assert np.abs(value - wanted).max() <= error * np.abs(wanted).max(), name
-    second = save_lora(tmp_path / "b.safetensors", back, spec, format, dtype)
-    assert first.read_bytes() == second.read_bytes()
+    second = save_lora(tmp_path / "b", back, spec, format, dtype)
+    assert contents(first) == contents(second)
+
+
+def test_weights2weights_vectors_come_back_bit_for_bit(tmp_path):
+    block = "mid_block.attentions.0.transformer_blocks.0."
+    spec = LoraSpec(
+        tuple(
+            LoraSite(f"{block}attn{k}.to_{p}", 8 if k == "1" else 6, 8, 1)
+            for k in "12"
+            for p in "qv"
+        )
+    )
+    vector = np.random.default_rng(0).standard_normal(spec.num_parameters).astype(np.float32)
+    vector = vector.astype(ml_dtypes.bfloat16).astype(np.float32)
+    np.save(tmp_path / "given.npy", vector[None])
+    lora, _ = load_lora(tmp_path / "given.npy", spec)
+    pair = site_factors(lora, spec.sites[0])
+    np.testing.assert_array_equal(pair["down"][:, 0], vector[:8])
+    np.testing.assert_array_equal(pair["up"][0], 27 * vector[8:16])
+    folder = save_lora(tmp_path / "out", lora, spec, "weights2weights", "float32")
+    np.testing.assert_array_equal(np.load(folder / "weights.npy"), vector)
+    jax.tree.map(np.testing.assert_array_equal, load_lora(folder)[0], lora)
+    config = json.loads((folder / "unet" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (1, 27)
+    keys = read(folder / "unet" / "adapter_model.safetensors")[0]
+    assert f"base_model.model.{block}attn1.to_q.lora_A.identity1.weight" in keys
+    with pytest.raises(UserError, match="a LoraSpec is needed"):
+        load_lora(tmp_path / "given.npy")
+    with pytest.raises(UserError, match=r"60 numbers of float32, the spec has"):
+        load_lora(tmp_path / "given.npy", spec.with_rank(2))
+    (tmp_path / "bad.npy").write_bytes(b"no array")
+    with pytest.raises(UserError, match=r"bad\.npy: no readable"):
+        load_lora(tmp_path / "bad.npy", spec)
+    with pytest.raises(UserError, match=r"q_proj cannot be carried by weights2weights"):
+        save_lora(tmp_path / "t", random_lora(SPEC), SPEC, "weights2weights")
 
 
 def test_the_expected_spec_gets_its_own_ranks_back(tmp_path):

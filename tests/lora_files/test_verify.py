@@ -8,14 +8,16 @@ from hyperlora_jax.lora.factors import zeros
 from hyperlora_jax.lora_files import save_lora
 from hyperlora_jax.lora_files.safetensors_io import read, write
 from hyperlora_jax.lora_files.verify import load_modules, verify
+from hyperlora_jax.lora_files.writing import FORMATS
 from tests.lora_files.conftest import random_lora, spec_of
 
 
-@pytest.mark.parametrize("format", ["kohya", "diffusers"])
+@pytest.mark.parametrize("format", FORMATS)
 def test_pytorch_loads_what_we_write(tmp_path, family, modules, format):
-    spec = spec_of(modules)
+    spec = spec_of(modules, text=format != "weights2weights")
     lora = random_lora(spec)
-    path = save_lora(tmp_path / "a.safetensors", lora, spec, format, "float32")
+    name = "a.safetensors" if format == "kohya" else "a"
+    path = save_lora(tmp_path / name, lora, spec, format, "float32")
     result = verify(path, modules, lora, spec)
     assert (result.missing_keys, result.unexpected_keys, result.warnings) == ((), (), ())
     assert result.num_sites == len(spec)

@@ -1,0 +1,220 @@
+"""PEFT adapter directories, weights2weights exports, and the scale that a LoraConfig implies.
+
+A directory is adapter_config.json + adapter_model.safetensors; a LoRA of several models has one
+folder for each ("unet", "text_encoder", "text_encoder_2"). Text encoder modules are named as
+transformers >= 5.6 names them (no "text_model." in CLIPTextModel); both namings are read.
+weights2weights: folder "unet" with keys that carry the adapter name "identity1" and lora_alpha
+27 · rank, so 1/27 of the up factor is stored, beside the same numbers as one vector, weights.npy.
+"""
+
+import io
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hyperlora_jax.errors import UserError
+from hyperlora_jax.lora.sites import TEXT_ENCODERS, LoraSpec
+from hyperlora_jax.lora_files import safetensors_io
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+CONFIG_NAME = "adapter_config.json"
+VECTOR_NAME = "weights.npy"
+W2W_SCALE = 27
+W2W_ADAPTER = "identity1"
+COMPONENTS = ("unet", *TEXT_ENCODERS)
+Arrays = Mapping[str, tuple[np.ndarray, np.ndarray]]
+
+
+def adapter_folders(path: Path) -> dict[str, Path]:
+    """{component: folder} of a PEFT directory or a folder of them; {} when it is neither.
+
+    A directory without sub-folders belongs to the component that its keys name: "" here.
+    """
+    if (path / CONFIG_NAME).exists() or (path / WEIGHTS_NAME).exists():
+        return {"": path}
+    return {name: path / name for name in COMPONENTS if (path / name / WEIGHTS_NAME).exists()}
+
+
+def read_folder(path: Path, component: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Tensors with the keys of a single file, plus a ".scale" for every module; metadata."""
+    if not (path / WEIGHTS_NAME).exists():
+        raise UserError(f"{path}: has {CONFIG_NAME} but no {WEIGHTS_NAME}")
+    tensors, metadata = safetensors_io.read(path / WEIGHTS_NAME)
+    config_path = path / CONFIG_NAME
+    if not config_path.exists():
+        raise UserError(f"{path}: has {WEIGHTS_NAME} but no {CONFIG_NAME}, which holds the scale")
+    try:
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{config_path}: no valid JSON") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{config_path}: expected a JSON object")
+    result = {}
+    for key, array in tensors.items():
+        bare = key.removeprefix("base_model.model.")
+        name = f"{component}.{bare}" if component else key
+        result[name] = array
+        stem, found, _ = name.rpartition(".lora_A")
+        if found and array.ndim >= 1:
+            module = bare.rpartition(".lora_A")[0]
+            scale = config_scale(config_path, config, module, array.shape[0])
+            result[f"{stem}.scale"] = np.array(scale, np.float64)
+    return result, metadata
+
+
+def config_scale(
+    path: str | os.PathLike[str], config: Mapping[str, Any], module: str, rank: int
+) -> float:
+    """alpha/r (alpha/√r with rslora) of one module by a LoraConfig, patterns included.
+
+    Raises UserError for adapters that are no plain LoRA or whose rank is another one.
+    """
+    kind = config.get("peft_type", "LORA")
+    if kind != "LORA":
+        raise UserError(f"{path}: peft_type {kind!r} is not supported, only LORA is")
+    for flag in ("use_dora", "fan_in_fan_out", "lora_bias", "modules_to_save", "use_qalora"):
+        if config.get(flag):
+            raise UserError(f"{path}: {flag} is not supported, only plain LoRA is")
+    if config.get("bias", "none") != "none":
+        raise UserError(f"{path}: bias {config['bias']!r} is not supported, only 'none' is")
+    wanted = _pattern(config.get("rank_pattern"), module, config.get("r", 8))
+    alpha = _pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
+    if not _is_number(wanted) or not _is_number(alpha) or alpha == 0:
+        raise UserError(f"{path}: r {wanted!r}, lora_alpha {alpha!r} of {module}, expected numbers")
+    if wanted != rank:
+        raise UserError(f"{path}: rank of {module} is {wanted}, its factors have {rank}")
+    return float(alpha) / (float(rank) ** 0.5 if config.get("use_rslora") else float(rank))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e9
+
+
+def _pattern(patterns: Any, module: str, default: Any) -> Any:
+    for pattern, value in (patterns or {}).items() if isinstance(patterns, dict) else ():
+        if module == pattern or module.endswith("." + pattern):
+            return value
+        try:
+            if re.fullmatch(rf"(.*\.)?({pattern})", module):
+                return value
+        except re.error:
+            continue
+    return default
+
+
+def header_scales(
+    path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray], text: str
+) -> dict[str, np.ndarray]:
+    """ ".scale" entries from the header's `lora_adapter_metadata` of a diffusers file."""
+    try:
+        flat = json.loads(text)
+        configs: dict[str, dict[str, Any]] = {}
+        for key, value in flat.items():
+            component, _, field = key.partition(".")
+            configs.setdefault(component, {})[field] = value
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path}: lora_adapter_metadata is no JSON object") from error
+    scales = {}
+    for key, array in tensors.items():
+        stem, found, _ = key.rpartition(".lora_A")
+        component, _, module = stem.partition(".")
+        if found and component in configs and array.ndim >= 1:
+            scale = config_scale(path, configs[component], module, array.shape[0])
+            scales[f"{stem}.scale"] = np.array(scale, np.float64)
+    return scales
+
+
+def write_peft(path: Path, sites: Arrays, spec: LoraSpec, metadata: Mapping[str, str]) -> Path:
+    """Adapter directory; a folder for each model when there are several."""
+    models = [name for name in COMPONENTS if spec.component(name).sites]
+    for name in models:
+        folder = path if models == ["unet"] else path / name
+        part = spec.component(name)
+        _write_folder(folder, {s.path: sites[s.path] for s in part}, part, metadata)
+    return path
+
+
+def write_weights2weights(
+    path: Path, sites: Arrays, spec: LoraSpec, metadata: Mapping[str, str]
+) -> Path:
+    """unet/ with weights2weights' keys and alpha, and the flat float32 vector weights.npy.
+
+    The B factors come divided by `W2W_SCALE`.
+    """
+    for site in spec.sites:
+        if site.component != "unet":
+            raise UserError(f"LoRA site {site.path} cannot be carried by weights2weights files")
+    parts = [matrix.astype(np.float32).ravel() for name in sorted(sites) for matrix in sites[name]]
+    buffer = io.BytesIO()
+    np.save(buffer, np.concatenate(parts), allow_pickle=False)
+    _write_folder(path / "unet", sites, spec, metadata, W2W_SCALE, f".{W2W_ADAPTER}")
+    safetensors_io.atomic_write(path / VECTOR_NAME, buffer.getvalue())
+    return path
+
+
+def _write_folder(
+    folder: Path,
+    sites: Arrays,
+    spec: LoraSpec,
+    metadata: Mapping[str, str],
+    scale: int = 1,
+    adapter: str = "",
+) -> None:
+    tensors, modules = {}, []
+    for name, (a, b) in sites.items():
+        module = _module(name)
+        modules.append(module)
+        tensors[f"base_model.model.{module}.lora_A{adapter}.weight"] = a
+        tensors[f"base_model.model.{module}.lora_B{adapter}.weight"] = b
+    config = {
+        "base_model_name_or_path": None,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "lora_alpha": scale * spec.max_rank,
+        "lora_dropout": 0.0,
+        "peft_type": "LORA",
+        "r": spec.max_rank,
+        "target_modules": sorted(modules),
+        "task_type": None,
+    }
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    safetensors_io.write(folder / WEIGHTS_NAME, tensors, metadata)
+    safetensors_io.atomic_write(folder / CONFIG_NAME, text.encode())
+
+
+def _module(path: str) -> str:
+    """PyTorch module name inside its own model, as transformers >= 5.6 has it."""
+    if path.startswith("text_encoder."):
+        return path.removeprefix("text_encoder.").removeprefix("text_model.")
+    return path.removeprefix("text_encoder_2.")
+
+
+def read_vector(path: Path, spec: LoraSpec) -> dict[str, np.ndarray]:
+    """PEFT tensors and scales of a weights2weights vector (.npy, [d] or [1, d])."""
+    try:
+        vector = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: no readable .npy array") from error
+    if vector.size != spec.num_parameters or vector.dtype.kind != "f":
+        raise UserError(
+            f"{path}: {vector.size} numbers of {vector.dtype}, the spec has {spec.num_parameters}"
+        )
+    vector, start, tensors = vector.reshape(-1), 0, {}
+    for site in spec.sites:
+        window = site.kernel_size if site.kind == "conv" else ()
+        ones = (1, 1) if site.kind == "conv" else ()
+        for name, shape in (
+            ("lora_A", (site.rank, site.in_features, *window)),
+            ("lora_B", (site.out_features, site.rank, *ones)),
+        ):
+            size = int(np.prod(shape))
+            tensors[f"unet.{site.path}.{name}.weight"] = vector[start : start + size].reshape(shape)
+            start += size
+        tensors[f"unet.{site.path}.scale"] = np.array(W2W_SCALE, np.float64)
+    return tensors
