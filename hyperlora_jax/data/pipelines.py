@@ -55,9 +55,9 @@ def array_batches(
     `batch_size` is that of all shards together; a batch holds batch_size / num_shards rows of
     every array and their numbers under "record_id".
     """
-    num_records = _common_length(arrays)
+    num_records = common_length(arrays)
     order = Order(num_records, seed)
-    first, count = _slice(batch_size, shard_index, num_shards)
+    first, count = shard_slice(batch_size, shard_index, num_shards)
 
     def make_batch(step: int) -> Batch:
         start = step * batch_size + first
@@ -98,7 +98,7 @@ def subject_batches(
     "record_id" [b], the subjects' numbers.
     """
     per_subject = per_subject or {}
-    num_records = _common_length({**references, **targets, **per_subject})
+    num_records = common_length({**references, **targets, **per_subject})
     chosen = np.arange(num_records) if subjects is None else np.asarray(subjects, np.int64)
     least, most = (
         num_references if isinstance(num_references, tuple) else (num_references, num_references)
@@ -109,7 +109,7 @@ def subject_batches(
     if not (1 <= num_targets <= shown or not targets):
         raise UserError(f"num_targets is {num_targets}, subjects have {shown} targets")
     order = Order(len(chosen), seed)
-    first, count = _slice(batch_size, shard_index, num_shards)
+    first, count = shard_slice(batch_size, shard_index, num_shards)
 
     def make_batch(step: int) -> Batch:
         start = step * batch_size + first
@@ -130,7 +130,8 @@ def subject_batches(
     return step_batches(make_batch)
 
 
-def _common_length(arrays: Mapping[str, Any]) -> int:
+def common_length(arrays: Mapping[str, Any]) -> int:
+    """Length of the first axis of all arrays; ValueError when they differ."""
     lengths = {name: len(array) for name, array in arrays.items()}
     if len(set(lengths.values())) != 1:
         raise ValueError(f"arrays of one length expected, got {lengths}")
@@ -144,7 +145,8 @@ def _second_length(arrays: Mapping[str, np.ndarray]) -> int:
     return next(iter(lengths.values()), 0)
 
 
-def _slice(batch_size: int, shard_index: int, num_shards: int) -> tuple[int, int]:
+def shard_slice(batch_size: int, shard_index: int, num_shards: int) -> tuple[int, int]:
+    """(first, count) of a shard's rows in every global batch; UserError if it cannot be divided."""
     if not 0 <= shard_index < num_shards:
         raise ValueError(f"shard_index {shard_index} of {num_shards} shards")
     if batch_size < 1 or batch_size % num_shards:
