@@ -139,9 +139,9 @@ def target(
 ) -> Float[Array, "b ..."]:
     """What the model is trained to predict: eps, v of equation (2), or x0."""
     if schedule.prediction_type == "epsilon":
-        return noise
+        return jnp.asarray(noise)
     if schedule.prediction_type == "sample":
-        return x0
+        return jnp.asarray(x0)
     signal, sigma = schedule.coefficients(timesteps, x0.ndim)
     return signal * noise - sigma * x0
 
@@ -154,7 +154,7 @@ def to_x0(
 ) -> Float[Array, "b ..."]:
     """x0 that a prediction stands for."""
     if schedule.prediction_type == "sample":
-        return prediction
+        return jnp.asarray(prediction)
     signal, sigma = schedule.coefficients(timesteps, x_t.ndim)
     if schedule.prediction_type == "epsilon":
         return (x_t - sigma * prediction) / signal
@@ -169,7 +169,7 @@ def to_eps(
 ) -> Float[Array, "b ..."]:
     """Noise that a prediction stands for."""
     if schedule.prediction_type == "epsilon":
-        return prediction
+        return jnp.asarray(prediction)
     signal, sigma = schedule.coefficients(timesteps, x_t.ndim)
     if schedule.prediction_type == "sample":
         return (x_t - signal * prediction) / sigma

@@ -37,6 +37,7 @@ class Attention(nn.Module):
     def __call__(
         self, x: Float[Array, "b n c"], context: Float[Array, "b m e"] | None = None
     ) -> Float[Array, "b n c"]:
+        """Attends to `context`, or to itself without one."""
         source = x if context is None else context
         width = x.shape[-1]
 
@@ -58,6 +59,7 @@ class GatedGelu(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n f"]:
+        """Projects and gates."""
         hidden, gate = jnp.split(Dense(2 * self.features, dtype=self.dtype, name="proj")(x), 2, -1)
         return hidden * jax.nn.gelu(gate, approximate=False)
 
@@ -69,6 +71,7 @@ class FeedForward(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
+        """Applied to every token."""
         hidden = GatedGelu(4 * x.shape[-1], self.dtype, name="net_0")(x)
         return Dense(x.shape[-1], dtype=self.dtype, name="net_2")(hidden)
 
@@ -83,6 +86,8 @@ class BasicTransformerBlock(nn.Module):
     def __call__(
         self, x: Float[Array, "b n c"], context: Float[Array, "b m e"]
     ) -> Float[Array, "b n c"]:
+        """Tokens in, tokens out."""
+
         def norm(name: str) -> LayerNorm:
             return LayerNorm(dtype=self.dtype, name=name)
 
@@ -104,6 +109,7 @@ class Transformer2D(nn.Module):
     def __call__(
         self, x: Float[Array, "b h w c"], context: Float[Array, "b m e"]
     ) -> Float[Array, "b h w c"]:
+        """Positions become tokens and come back with a residual."""
         channels = x.shape[-1]
 
         def projection(name: str, states: Array) -> Array:

@@ -66,6 +66,7 @@ class SpatialAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        """Every position attends to every other."""
         channels = x.shape[-1]
         hidden = GroupNorm(self.num_groups, _EPSILON, self.dtype, name="group_norm")(x)
         hidden = hidden.reshape(x.shape[0], -1, channels)
@@ -90,6 +91,7 @@ class CoderBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b hh ww f"]:
+        """One resolution."""
         for i in range(self.num_resnets):
             if i == 1 and self.attention:
                 x = SpatialAttention(self.num_groups, self.dtype, name="attentions_0")(x)
@@ -116,6 +118,7 @@ class Coder(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b hh ww o"]:
+        """Image to moments, or latents to image."""
         x = Conv(self.channels[0], dtype=self.dtype, name="conv_in")(x)
         if not self.is_encoder:
             x = self._mid(self.channels[0])(x)
@@ -168,6 +171,7 @@ class AutoencoderKL(nn.Module):
         return 2 ** (len(self.values["block_out_channels"]) - 1)
 
     def setup(self):
+        """Creates the encoder, the decoder and the 1×1 convolutions between them."""
         v = self.values
         latents, channels = v["latent_channels"], v["block_out_channels"]
         layers, groups, attention = (

@@ -18,6 +18,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from hyperlora_jax.array_types import Params, PRNGKey
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora.sites import module_path, torch_path
+from hyperlora_jax.stable_diffusion.initialization import draw_params
 
 # Buffers of old files: nothing that a model computes with.
 _BUFFERS = re.compile(r"(^|\.)position_ids$")
@@ -42,8 +43,8 @@ def param_shapes(module: nn.Module) -> dict[str, Any]:
 
 
 def init_params(module: nn.Module, key: PRNGKey) -> Params:
-    """Parameters of a new model, drawn as PyTorch and transformers draw them."""
-    return jax.jit(module.init)(key, *module.dummy_inputs())["params"]
+    """Parameters of a new model, drawn as PyTorch and transformers draw them. Traceable."""
+    return draw_params(param_shapes(module), key)
 
 
 def today_name(name: str, component: str) -> str | None:

@@ -4,7 +4,6 @@ Parameter paths are those of the files: `text_model.encoder.layers.0...`, `text_
 """
 
 import json
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -49,7 +48,63 @@ _ACTIVATIONS = {
 }
 # Bookkeeping of transformers and generation settings: nothing that the encoder computes with.
 _IGNORED = frozenset(
-    ["bos_token_id", "pad_token_id", "initializer_range", "initializer_factor", "torch_dtype", "dtype", "transformers_version", "return_dict", "output_attentions", "output_hidden_states", "use_cache", "gradient_checkpointing", "chunk_size_feed_forward", "pruned_heads", "problem_type", "id2label", "label2id", "finetuning_task", "task_specific_params", "tokenizer_class", "prefix", "sep_token_id", "decoder_start_token_id", "cross_attention_hidden_size", "is_encoder_decoder", "tf_legacy_loss", "use_bfloat16", "torchscript", "num_labels", "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "output_scores", "return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens", "attn_implementation"]
+    [
+        "bos_token_id",
+        "pad_token_id",
+        "initializer_range",
+        "initializer_factor",
+        "torch_dtype",
+        "dtype",
+        "transformers_version",
+        "return_dict",
+        "output_attentions",
+        "output_hidden_states",
+        "use_cache",
+        "gradient_checkpointing",
+        "chunk_size_feed_forward",
+        "pruned_heads",
+        "problem_type",
+        "id2label",
+        "label2id",
+        "finetuning_task",
+        "task_specific_params",
+        "tokenizer_class",
+        "prefix",
+        "sep_token_id",
+        "decoder_start_token_id",
+        "cross_attention_hidden_size",
+        "is_encoder_decoder",
+        "tf_legacy_loss",
+        "use_bfloat16",
+        "torchscript",
+        "num_labels",
+        "max_length",
+        "min_length",
+        "do_sample",
+        "early_stopping",
+        "num_beams",
+        "num_beam_groups",
+        "diversity_penalty",
+        "temperature",
+        "top_k",
+        "top_p",
+        "typical_p",
+        "repetition_penalty",
+        "length_penalty",
+        "no_repeat_ngram_size",
+        "encoder_no_repeat_ngram_size",
+        "bad_words_ids",
+        "num_return_sequences",
+        "output_scores",
+        "return_dict_in_generate",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "remove_invalid_values",
+        "exponential_decay_length_penalty",
+        "suppress_tokens",
+        "begin_suppress_tokens",
+        "attn_implementation",
+    ]
 )
 
 
@@ -81,27 +136,19 @@ class ClipAttention(nn.Module):
     """Self-attention with biases; causal for text."""
 
     num_heads: int
-    num_layers: int
     causal: bool
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
+        """Tokens in, tokens out."""
         length, width = x.shape[-2:]
-        in_init = nn.initializers.normal(width**-0.5 * (2 * self.num_layers) ** -0.5)
-        out_init = nn.initializers.normal(width**-0.5)
 
-        def project(name: str, states: Array, init: Any) -> Array:
-            return Dense(
-                width,
-                dtype=self.dtype,
-                kernel_init=init,
-                bias_init=nn.initializers.zeros,
-                name=name,
-            )(states)
+        def project(name: str, states: Array) -> Array:
+            return Dense(width, dtype=self.dtype, name=name)(states)
 
         query, key, value = (
-            project(name, x, in_init).reshape(*x.shape[:-1], self.num_heads, -1)
+            project(name, x).reshape(*x.shape[:-1], self.num_heads, -1)
             for name in ("q_proj", "k_proj", "v_proj")
         )
         bias = None
@@ -109,7 +156,7 @@ class ClipAttention(nn.Module):
             allowed = jnp.tril(jnp.ones((length, length), bool))
             bias = jnp.where(allowed, 0.0, jnp.finfo(jnp.float32).min)
         mixed = dot_product_attention(query, key, value, bias).reshape(x.shape)
-        return project("out_proj", mixed, out_init)
+        return project("out_proj", mixed)
 
 
 class ClipMlp(nn.Module):
@@ -117,28 +164,14 @@ class ClipMlp(nn.Module):
 
     features: int
     activation: str
-    num_layers: int
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
+        """Applied to every token."""
         width = x.shape[-1]
-        zeros = nn.initializers.zeros
-        first, second = (2 * width) ** -0.5, width**-0.5 * (2 * self.num_layers) ** -0.5
-        hidden = Dense(
-            self.features,
-            dtype=self.dtype,
-            kernel_init=nn.initializers.normal(first),
-            bias_init=zeros,
-            name="fc1",
-        )(x)
-        return Dense(
-            width,
-            dtype=self.dtype,
-            kernel_init=nn.initializers.normal(second),
-            bias_init=zeros,
-            name="fc2",
-        )(_ACTIVATIONS[self.activation](hidden))
+        hidden = Dense(self.features, dtype=self.dtype, name="fc1")(x)
+        return Dense(width, dtype=self.dtype, name="fc2")(_ACTIVATIONS[self.activation](hidden))
 
 
 class ClipLayer(nn.Module):
@@ -147,20 +180,18 @@ class ClipLayer(nn.Module):
     num_heads: int
     features: int
     activation: str
-    num_layers: int
     epsilon: float
     causal: bool
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
+        """Tokens in, tokens out."""
         hidden = LayerNorm(self.epsilon, self.dtype, name="layer_norm1")(x)
-        attention = ClipAttention(
-            self.num_heads, self.num_layers, self.causal, self.dtype, name="self_attn"
-        )
+        attention = ClipAttention(self.num_heads, self.causal, self.dtype, name="self_attn")
         x = x + attention(hidden)
         hidden = LayerNorm(self.epsilon, self.dtype, name="layer_norm2")(x)
-        mlp = ClipMlp(self.features, self.activation, self.num_layers, self.dtype, name="mlp")
+        mlp = ClipMlp(self.features, self.activation, self.dtype, name="mlp")
         return x + mlp(hidden)
 
 
@@ -175,6 +206,7 @@ class ClipEncoder(nn.Module):
     def __call__(
         self, x: Float[Array, "b n c"]
     ) -> tuple[Float[Array, "b n c"], Float[Array, "b n c"]]:
+        """(output, input of the last layer)."""
         v = self.values
         before = x
         for i in range(v["num_hidden_layers"]):
@@ -183,7 +215,6 @@ class ClipEncoder(nn.Module):
                 v["num_attention_heads"],
                 v["intermediate_size"],
                 v["hidden_act"],
-                v["num_hidden_layers"],
                 v["layer_norm_eps"],
                 self.causal,
                 self.dtype,
@@ -200,14 +231,13 @@ class TokenEmbeddings(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: Int[Array, "b n"]) -> Float[Array, "b n c"]:
-        v, init = self.values, nn.initializers.normal(0.02)
+        """Embeds token ids. Raises ValueError for more tokens than positions."""
+        v = self.values
         longest = v["max_position_embeddings"]
         if tokens.shape[1] > longest:
             raise ValueError(f"{tokens.shape[1]} tokens, but the encoder has {longest} positions")
-        words = nn.Embed(
-            v["vocab_size"], v["hidden_size"], embedding_init=init, name="token_embedding"
-        )(tokens)
-        places = nn.Embed(longest, v["hidden_size"], embedding_init=init, name="position_embedding")
+        words = nn.Embed(v["vocab_size"], v["hidden_size"], name="token_embedding")(tokens)
+        places = nn.Embed(longest, v["hidden_size"], name="position_embedding")
         return (words + places(jnp.arange(tokens.shape[1]))).astype(self.dtype)
 
 
@@ -219,6 +249,7 @@ class TextTransformer(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: Int[Array, "b n"]) -> tuple[Array, Array, Array]:
+        """(last state, penultimate state, state at the end token)."""
         v = self.values
         x = TokenEmbeddings(v, self.dtype, name="embeddings")(tokens)
         x, before = ClipEncoder(v, True, self.dtype, name="encoder")(x)
@@ -262,10 +293,7 @@ class ClipTextModel(nn.Module):
             jnp.asarray(tokens)
         )
         if self.has_projection:
-            init = nn.initializers.normal(1 / math.sqrt(v["hidden_size"]))
-            project = Dense(
-                v["projection_dim"], False, self.dtype, kernel_init=init, name="text_projection"
-            )
+            project = Dense(v["projection_dim"], False, self.dtype, name="text_projection")
             pooled = project(pooled)
         return ClipTextOutput(last, before, pooled)
 

@@ -5,28 +5,16 @@ are there it adds x · down · up without ever forming down · up, so that every
 carry another LoRA. L LoRAs serve b examples: example k uses LoRA k // (b / L).
 """
 
-import math
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax import lax
 
 from hyperlora_jax.array_types import Array, Float
 
-# U(-1/sqrt(fan_in), 1/sqrt(fan_in)), PyTorch's default for linear layers and convolutions.
-torch_kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-
-
-def torch_bias_init(fan_in: int):
-    """PyTorch's default bias distribution of a layer with this fan-in."""
-    bound = 1 / math.sqrt(fan_in)
-
-    def init(key, shape, dtype=jnp.float32):
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    return init
+# Parameters are drawn by `initialization`, never by these modules.
+_zeros = nn.initializers.zeros
 
 
 def lora_linear(
@@ -35,9 +23,10 @@ def lora_linear(
     """x · down · up with one LoRA for all examples, or LoRA k // (b/l) for example k."""
     if down.ndim == 2:
         return (x @ down) @ up
-    grouped = x.reshape(*group_shape(x.shape[0], down.shape[0])[:1], -1, x.shape[-1])
+    group_shape(x.shape[0], down.shape[0])
+    grouped = x.reshape(down.shape[0], -1, x.shape[-1])
     inner = jnp.einsum("lni,lir->lnr", grouped, down)
-    return jnp.einsum("lnr,lro->lno", inner, up).reshape(*x.shape[:-1], up.shape[-1])
+    return lora_up(inner, up).reshape(*x.shape[:-1], up.shape[-1])
 
 
 def lora_conv(
@@ -49,25 +38,33 @@ def lora_conv(
 ) -> Float[Array, "b hh ww o"]:
     """A kh×kw convolution with `down`, then 1×1 with `up`, per example.
 
-    With a leading axis l the convolution is a sum of kh·kw shifted, strided products: a vmapped
-    convolution would become a grouped one, and im2col would cost kh·kw times the memory.
+    With a leading axis l, the products with all kh·kw taps are one thin einsum, and the taps are
+    shifted and summed afterwards, when only r channels are left: a vmapped convolution would become
+    a grouped one, and shifting x first (im2col) would cost kh·kw times its memory.
     """
     if down.ndim == 4:
         return conv2d(x, down, stride, padding) @ up
-    kh, kw = down.shape[1:3]
-    padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-    rows = (padded.shape[1] - kh) // stride + 1
-    columns = (padded.shape[2] - kw) // stride + 1
-    num_loras, per_lora = group_shape(x.shape[0], down.shape[0])
-    inner = 0.0
-    for i in range(kh):
-        for j in range(kw):
-            last = (i + (rows - 1) * stride + 1, j + (columns - 1) * stride + 1)
-            shifted = padded[:, i : last[0] : stride, j : last[1] : stride]
-            grouped = shifted.reshape(num_loras, -1, x.shape[-1])
-            inner = inner + jnp.einsum("lni,lir->lnr", grouped, down[:, i, j])
-    out = jnp.einsum("lnr,lro->lno", inner, up)
-    return out.reshape(num_loras * per_lora, rows, columns, up.shape[-1])
+    (batch, height, width, channels), (num_loras, kh, kw, _, rank) = x.shape, down.shape
+    group_shape(batch, num_loras)
+    taps = down.transpose(0, 3, 1, 2, 4).reshape(num_loras, channels, kh * kw * rank)
+    products = jnp.einsum("lni,lik->lnk", x.reshape(num_loras, -1, channels), taps)
+    products = products.reshape(batch, height, width, kh * kw * rank)
+    products = jnp.pad(products, ((0, 0), *padding, (0, 0)))
+    rows = (height + sum(padding[0]) - kh) // stride + 1
+    columns = (width + sum(padding[1]) - kw) // stride + 1
+    inner = jnp.zeros((batch, rows, columns, rank), x.dtype)
+    for tap in range(kh * kw):
+        i, j = divmod(tap, kw)
+        down_to, right_to = i + (rows - 1) * stride + 1, j + (columns - 1) * stride + 1
+        part = products[..., tap * rank : (tap + 1) * rank]
+        inner = inner + part[:, i:down_to:stride, j:right_to:stride]
+    return lora_up(inner, up)
+
+
+def lora_up(inner: Float[Array, "b ... r"], up: Float[Array, "l r o"]) -> Float[Array, "b ... o"]:
+    """inner · up, LoRA k // (b/l) for example k."""
+    grouped = inner.reshape(up.shape[0], -1, inner.shape[-1])
+    return jnp.einsum("lnr,lro->lno", grouped, up).reshape(*inner.shape[:-1], up.shape[-1])
 
 
 def group_shape(batch: int, num_loras: int) -> tuple[int, int]:
@@ -97,21 +94,18 @@ class Dense(nn.Module):
     features: int
     use_bias: bool = True
     dtype: Any = jnp.float32
-    kernel_init: Any = torch_kernel_init
-    bias_init: Any = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "b ... i"]) -> Float[Array, "b ... o"]:
-        fan_in = x.shape[-1]
+        """x · kernel + x · down · up + bias."""
         x = x.astype(self.dtype)
-        kernel = self.param("kernel", self.kernel_init, (fan_in, self.features))
+        kernel = self.param("kernel", _zeros, (x.shape[-1], self.features))
         y = x @ kernel.astype(self.dtype)
         if self.has_variable("lora", "down"):
             down, up = self.get_variable("lora", "down"), self.get_variable("lora", "up")
             y = y + lora_linear(x, down.astype(self.dtype), up.astype(self.dtype))
         if self.use_bias:
-            bias_init = self.bias_init or torch_bias_init(fan_in)
-            y = y + self.param("bias", bias_init, (self.features,)).astype(self.dtype)
+            y = y + self.param("bias", _zeros, (self.features,)).astype(self.dtype)
         return y
 
 
@@ -127,23 +121,22 @@ class Conv(nn.Module):
     padding: int | tuple[tuple[int, int], tuple[int, int]] = 1
     use_bias: bool = True
     dtype: Any = jnp.float32
-    kernel_init: Any = torch_kernel_init
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b hh ww o"]:
+        """Convolution plus its LoRA and bias."""
         p = self.padding
         padding = ((p, p), (p, p)) if isinstance(p, int) else p
         shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
         x = x.astype(self.dtype)
-        kernel = self.param("kernel", self.kernel_init, shape)
+        kernel = self.param("kernel", _zeros, shape)
         y = conv2d(x, kernel.astype(self.dtype), self.stride, padding)
         if self.has_variable("lora", "down"):
             down, up = self.get_variable("lora", "down"), self.get_variable("lora", "up")
             down, up = down.astype(self.dtype), up.astype(self.dtype)
             y = y + lora_conv(x, down, up, self.stride, padding)
         if self.use_bias:
-            bias_init = torch_bias_init(math.prod(shape[:3]))
-            y = y + self.param("bias", bias_init, (self.features,)).astype(self.dtype)
+            y = y + self.param("bias", _zeros, (self.features,)).astype(self.dtype)
         return y
 
 
@@ -156,9 +149,10 @@ class GroupNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b ... c"]) -> Float[Array, "b ... c"]:
+        """Normalises over positions and the channels of a group."""
         channels = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (channels,)).astype(jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, (channels,)).astype(jnp.float32)
+        bias = self.param("bias", _zeros, (channels,)).astype(jnp.float32)
         groups = x.astype(jnp.float32).reshape(
             x.shape[0], -1, self.num_groups, channels // self.num_groups
         )
@@ -177,8 +171,9 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "... c"]) -> Float[Array, "... c"]:
+        """Normalises every vector."""
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:]).astype(jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:]).astype(jnp.float32)
+        bias = self.param("bias", _zeros, x.shape[-1:]).astype(jnp.float32)
         x = x.astype(jnp.float32)
         centred = x - x.mean(-1, keepdims=True)
         variance = jnp.square(centred).mean(-1, keepdims=True)

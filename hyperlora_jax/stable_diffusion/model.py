@@ -148,7 +148,7 @@ class StableDiffusion:
     def encode_images(
         self, images: AnyArray, key: PRNGKey | None = None
     ) -> Float[Array, "b hh ww z"]:
-        """Scaled latents of images [b, h, w, 3] in [0, 1]: a posterior sample, or without key its mean."""
+        """Scaled latents of images [b, h, w, 3] in [0, 1]: a sample, or the mean without a key."""
         return inference.encode_images(
             self._component("vae"), self.params["vae"], jnp.asarray(images, jnp.float32), key
         )

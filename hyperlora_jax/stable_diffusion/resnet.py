@@ -22,6 +22,7 @@ class ResnetBlock(nn.Module):
     def __call__(
         self, x: Float[Array, "b h w c"], time: Float[Array, "b t"] | None = None
     ) -> Float[Array, "b h w f"]:
+        """`time` is the embedded timestep; the autoencoder has none."""
         hidden = GroupNorm(self.num_groups, self.epsilon, self.dtype, name="norm1")(x)
         hidden = Conv(self.features, dtype=self.dtype, name="conv1")(jax.nn.silu(hidden))
         if time is not None:
@@ -42,6 +43,7 @@ class Downsample(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b hh ww c"]:
+        """Halves height and width."""
         return Conv(x.shape[-1], 3, 2, self.padding, dtype=self.dtype, name="conv")(x)
 
 
@@ -54,6 +56,7 @@ class Upsample(nn.Module):
     def __call__(
         self, x: Float[Array, "b h w c"], size: tuple[int, int] | None = None
     ) -> Float[Array, "b hh ww c"]:
+        """`size` is (height, width) of the output."""
         x = nearest_resize(x, size or (2 * x.shape[1], 2 * x.shape[2]))
         return Conv(x.shape[-1], dtype=self.dtype, name="conv")(x)
 

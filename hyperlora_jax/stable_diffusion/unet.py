@@ -41,6 +41,7 @@ class EmbeddingMlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b i"]) -> Float[Array, "b o"]:
+        """Embeds a row of numbers."""
         hidden = jax.nn.silu(Dense(self.features, dtype=self.dtype, name="linear_1")(x))
         return Dense(self.features, dtype=self.dtype, name="linear_2")(hidden)
 

@@ -1,0 +1,73 @@
+import functools
+
+import jax
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler
+
+from hyperlora_jax.diffusion.samplers import SAMPLERS
+from hyperlora_jax.diffusion.schedule import NoiseSchedule
+from hyperlora_jax.errors import UserError
+
+SD15 = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+ZERO_SNR = {
+    **SD15,
+    "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True,
+    "timestep_spacing": "trailing",
+}
+CONFIGS = {
+    "epsilon": SD15,
+    "offset": {**SD15, "steps_offset": 1, "set_alpha_to_one": False},
+    "velocity": {**SD15, "prediction_type": "v_prediction", "timestep_spacing": "linspace"},
+    "sample": {**SD15, "prediction_type": "sample", "timestep_spacing": "trailing"},
+    "zero-snr": ZERO_SNR,
+}
+NOISE = np.random.default_rng(0).standard_normal((2, 4, 4, 3)).astype(np.float32)
+
+
+def model(x, timestep):
+    """Smooth stand-in for a UNet; works on torch and jax arrays."""
+    return 0.3 * x + 0.1 * x * x / (1 + x * x) + timestep / 4000.0
+
+
+def diffusers_sample(scheduler, num_steps):
+    scheduler.set_timesteps(num_steps)
+    x = torch.from_numpy(NOISE) * scheduler.init_noise_sigma
+    for timestep in scheduler.timesteps:
+        prediction = model(scheduler.scale_model_input(x, timestep), float(timestep))
+        x = scheduler.step(prediction, timestep, x).prev_sample
+    return x.numpy()
+
+
+def our_sample(name, config, num_steps):
+    schedule = NoiseSchedule.from_config(config)
+
+    @jax.jit
+    def run(noise):
+        def denoise(x, t):
+            return model(x, t[:, None, None, None])
+
+        return SAMPLERS[name](denoise, schedule, noise, num_steps)
+
+    return run(NOISE)
+
+
+def check(name, scheduler_class, config, num_steps, **options):
+    scheduler = scheduler_class(**config, **options)
+    theirs = diffusers_sample(scheduler, num_steps)
+    ours = our_sample(name, config, num_steps)
+    assert np.abs(ours - theirs).max() <= 1e-4 * np.abs(theirs).max()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("num_steps", [1, 7])
+def test_ddim_equals_diffusers(name, num_steps):
+    ddim = functools.partial(DDIMScheduler, clip_sample=False)
+    check("ddim", ddim, CONFIGS[name], num_steps)
+
+
+def test_number_of_steps_is_checked():
+    with pytest.raises(UserError, match="num_steps is 1001, expected 1 to 1000"):
+        our_sample("ddim", SD15, 1001)
