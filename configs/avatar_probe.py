@@ -5,7 +5,7 @@
 Writes hyperlora_jax/assets/avatar-probe (about 1.5 MB). `export.path` says where.
 """
 
-from ml_collections import ConfigDict, config_dict
+from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
@@ -14,15 +14,15 @@ def get_config() -> ConfigDict:
             "task": "avatar_probe",
             "data": {
                 "style": "pixel-art",
-                "size": config_dict.placeholder(int),
+                "size": 16,
                 "split_seed": 0,
                 "num_identities": 4096,
-                "num_views": 12,
+                "num_views": 8,
                 "bundle": "",  # an .npz file of pictures drawn before; empty = draw them
             },
             "model": {
                 "encoder": {
-                    "widths": (32, 64, 128, 128),
+                    "widths": (16, 64, 128),
                     "blocks": 1,
                     "embedding_dim": 256,
                     "pool_channels": 16,
@@ -30,15 +30,15 @@ def get_config() -> ConfigDict:
             },
             "train": {
                 "seed": 0,
-                "num_steps": 4000,
-                "batch_size": 256,
-                "log_every_steps": 100,
-                "checkpoint_every_steps": 1000,
+                "num_steps": 1500,
+                "batch_size": 128,
+                "log_every_steps": 50,
+                "checkpoint_every_steps": 500,
                 "ema_decay": 0.999,
                 "optimizer": {
                     "learning_rate": 1e-3,
                     "schedule": "cosine",
-                    "warmup_steps": 200,
+                    "warmup_steps": 100,
                     "weight_decay": 0.01,
                     "clip_norm": 1.0,
                 },

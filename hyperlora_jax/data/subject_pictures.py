@@ -1,16 +1,14 @@
 """Subjects as plain pictures and captions, from the avatar world or from a folder per concept."""
 
 import dataclasses
-import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from hyperlora_jax.array_types import UInt8
-from hyperlora_jax.data import image_folder
+from hyperlora_jax.data import image_folder, pictures
 from hyperlora_jax.data.avatars import Avatars
 from hyperlora_jax.errors import UserError
 
@@ -33,7 +31,7 @@ class SubjectPictures:
 
     def png(self, index: int) -> tuple[bytes, ...]:
         """Pictures of one subject as PNG files."""
-        return tuple(_png(picture) for picture in self.images[index])
+        return tuple(pictures.encode_png(picture) for picture in self.images[index])
 
 
 def avatar_pictures(
@@ -95,7 +93,7 @@ def folder_pictures(path: str | Path, size: int, default_caption: str = "") -> S
     images, captions = [], []
     for subject in subjects:
         turn = [k % len(subject.targets) for k in range(most)]
-        decoded = [_pixels(png) for png in subject.targets]
+        decoded = [pictures.decode(png) for png in subject.targets]
         images.append(np.stack([decoded[k] for k in turn]))
         captions.append(tuple(subject.captions[k] for k in turn))
     return SubjectPictures(
@@ -119,19 +117,7 @@ def load_pictures(
                 f"but the base model works at {size}"
             )
         return avatar_pictures(avatars, count, data.num_views, cache_dir=cache_dir)
-    pictures = folder_pictures(data.source, size)
-    if count > len(pictures.ids):
-        raise UserError(
-            f"{data.source}: has {len(pictures.ids)} folders of pictures, expected {count}"
-        )
-    return pictures
-
-
-def _png(picture: np.ndarray) -> bytes:
-    stream = io.BytesIO()
-    Image.fromarray(picture).save(stream, "PNG")
-    return stream.getvalue()
-
-
-def _pixels(png: bytes) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+    found = folder_pictures(data.source, size)
+    if count > len(found.ids):
+        raise UserError(f"{data.source}: has {len(found.ids)} folders of pictures, expected {count}")
+    return found
