@@ -43,6 +43,7 @@ setup(
         "numpy>=2.0",
         "pillow>=11.0",
         "safetensors>=0.5",
+        "matplotlib>=3.9",
         "scipy>=1.14",
         "tqdm>=4.66",
         "rich>=13.0",

@@ -1,0 +1,20 @@
+"""`hyperlora evaluate`: scores on held-out identities, figures, report."""
+
+import argparse
+
+from hyperlora_jax.cli.config import add_config_arguments, load_config
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """--config and --workdir."""
+    add_config_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compares all methods and writes WORKDIR/report."""
+    from hyperlora_jax.evaluate.run import evaluate
+
+    config = load_config(args.config, args.overrides)
+    files = evaluate(config, args.workdir)
+    print(f"wrote {files.page} and {files.metrics}")
+    return 0

@@ -1,0 +1,41 @@
+"""`hyperlora generate`: checkpoint + reference images → LoRA files."""
+
+import argparse
+
+from hyperlora_jax.errors import UserError
+
+FORMATS = ("kohya", "diffusers", "peft", "weights2weights")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Checkpoint, references or subjects, output."""
+    parser.add_argument("--checkpoint", metavar="DIR", required=True, help="workdir of `train`")
+    parser.add_argument("--reference", metavar="IMG", nargs="+", help="pictures of one subject")
+    parser.add_argument("--subjects", metavar="DIR", help="a folder of pictures per subject")
+    parser.add_argument("--out", metavar="PATH", required=True, help="file, or folder for many")
+    parser.add_argument("--format", choices=FORMATS, default="kohya")
+    parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16")
+    parser.add_argument("--strength", type=float, help="default: the checkpoint's own")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Writes one file per subject."""
+    from hyperlora_jax import generate
+    from hyperlora_jax.hypernet.model import Hypernetwork
+
+    if bool(args.reference) == bool(args.subjects):
+        raise UserError("expected --reference IMG… for one subject or --subjects DIR for many")
+    hyper = Hypernetwork.restore(args.checkpoint)
+    options = {
+        "strength": args.strength,
+        "seed": args.seed,
+        "format": args.format,
+        "dtype": args.dtype,
+    }
+    if args.reference:
+        print(f"wrote {generate.generate_one(hyper, args.reference, args.out, **options)}")
+    else:
+        written = generate.generate_many(hyper, args.subjects, args.out, **options)
+        print(f"wrote {len(written)} files to {args.out}")
+    return 0

@@ -1,0 +1,88 @@
+"""`hyperlora inspect`: looks at a path, says what it is and what it holds."""
+
+import argparse
+import importlib
+from pathlib import Path
+
+from hyperlora_jax.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The path comes first; the other options depend on what it is."""
+    parser.add_argument("path", help="LoRA file, dataset, hypernetwork, workdir or base model")
+    parser.add_argument("options", nargs=argparse.REMAINDER, help="options for that kind of thing")
+
+
+def kind_of(path: Path) -> str:
+    """"dataset", "hypernetwork", "workdir", "base" or "lora".
+
+    Raises:
+        UserError: there is nothing at the path.
+    """
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder")
+    if (path / "metadata.json").is_file() and (path / "index.json").is_file():
+        return "dataset"
+    if (path / "unet" / "config.json").is_file():
+        return "base"
+    if (path / "checkpoints").is_dir() or (path / "metrics.jsonl").is_file():
+        return "workdir"
+    if (path / "model.safetensors").is_file() and (path / "config.json").is_file():
+        return "hypernetwork"
+    return "lora"
+
+
+def run(args: argparse.Namespace) -> int:
+    """Hands over to the command for that kind."""
+    path = Path(args.path)
+    kind = kind_of(path)
+    if kind == "hypernetwork":
+        return _hypernetwork(path)
+    if kind == "base":
+        return _base(path, args.options)
+    name = {"dataset": "inspect_dataset", "workdir": "inspect_workdir", "lora": "inspect_lora"}[kind]
+    module = importlib.import_module(f"hyperlora_jax.cli.{name}")
+    parser = argparse.ArgumentParser(prog=f"hyperlora inspect {path}")
+    module.add_arguments(parser)
+    try:
+        known = parser.parse_args([str(path), *args.options])
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return module.run(known)
+
+
+def _hypernetwork(path: Path) -> int:
+    import jax
+
+    from hyperlora_jax.hypernet.model import Hypernetwork
+
+    hyper = Hypernetwork.restore(path)
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(hyper.params))
+    trained = hyper.facts.get("trained_on", ())
+    for name, value in (
+        ("kind", "hypernetwork"),
+        ("parameters", f"{parameters:,}"),
+        ("writes", f"{len(hyper.spec.sites)} sites, {hyper.spec.num_parameters:,} numbers a LoRA"),
+        ("base", f"{hyper.facts.get('base')} ({str(hyper.facts.get('base_hash'))[:12]})"),
+        ("encoder", f"{hyper.encoder.name} ({hyper.encoder.hash[:12]})"),
+        ("trained", f"{hyper.facts.get('num_steps')} steps on {len(trained)} subjects"),
+        ("strength", f"{hyper.default_strength:g}"),
+    ):
+        print(f"{name:<12}{value}")
+    return 0
+
+
+def _base(path: Path, options: list[str]) -> int:
+    import jax
+
+    from hyperlora_jax.stable_diffusion.embedded import load_base
+
+    if options:
+        raise UserError(f"inspect {path}: unknown option {options[0]!r} for a base model")
+    sd = load_base(str(path))
+    print(f"{'kind':<12}Stable Diffusion base")
+    for name, params in sd.params.items():
+        print(f"{name:<12}{sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters")
+    print(f"{'prediction':<12}{sd.schedule.prediction_type}")
+    print(f"{'hash':<12}{sd.base_hash}")
+    return 0

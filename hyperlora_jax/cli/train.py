@@ -1,0 +1,21 @@
+"""`hyperlora train`: LoRA-target dataset and images → hypernetwork."""
+
+import argparse
+
+from hyperlora_jax.cli.config import add_config_arguments, load_config
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """--config and --workdir."""
+    add_config_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Trains, or goes on where an earlier run of the same workdir stopped."""
+    from hyperlora_jax.hypernet.model import FOLDER
+    from hyperlora_jax.train.hypernet_training import train_hypernetwork
+
+    config = load_config(args.config, args.overrides)
+    train_hypernetwork(config, args.workdir)
+    print(f"wrote {args.workdir}/{FOLDER}")
+    return 0
