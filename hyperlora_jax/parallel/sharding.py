@@ -152,6 +152,26 @@ def put_batch(host_batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax
     }
 
 
+def place(tree: ArrayTree, shardings: ArrayTree) -> ArrayTree:
+    """`tree`, whole on every host, as global arrays; no communication."""
+    if jax.process_count() == 1:
+        return jax.device_put(tree, shardings)
+    return jax.tree.map(
+        lambda leaf, where: jax.make_array_from_callback(
+            tuple(leaf.shape), where, lambda index: np.asarray(leaf)[index]
+        ),
+        tree,
+        shardings,
+    )
+
+
+def gather(tree: ArrayTree, mesh: Mesh) -> ArrayTree:
+    """Numpy arrays, whole on every host, of a tree that may be spread over hosts."""
+    if jax.process_count() > 1:
+        tree = jax.jit(lambda leaves: leaves, out_shardings=replicated(mesh))(tree)
+    return jax.device_get(tree)
+
+
 def describe(shapes: ArrayTree, shardings: ArrayTree) -> str:
     """The resolved table as text: per distinct placement, how many parameters and of what size."""
     rows: dict[str, list] = {}

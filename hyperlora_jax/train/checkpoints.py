@@ -5,9 +5,10 @@ the run's facts (what it was trained on) and its resolved config. A checkpoint t
 written is skipped with a warning; one that is whole but cannot be read stops the run.
 """
 
+import contextlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from etils import epath
 
 from hyperlora_jax.array_types import Params
 from hyperlora_jax.errors import UserError
+from hyperlora_jax.parallel import multihost
 from hyperlora_jax.train.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -131,7 +133,9 @@ class Checkpoints:
     def __init__(self, workdir: epath.PathLike, keep: int):
         self.directory = epath.Path(workdir).resolve() / "checkpoints"
         self.directory.mkdir(parents=True, exist_ok=True)
-        self._steps = complete_steps(self.directory)
+        # All processes go by what the first one found: a listing can differ between hosts.
+        found = json.dumps(complete_steps(self.directory) if jax.process_index() == 0 else [])
+        self._steps = json.loads(multihost.agree(f"checkpoints/{self.directory}", found))
         _set_aside(self.directory, self._steps)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
@@ -139,6 +143,7 @@ class Checkpoints:
             cleanup_tmp_directories=True,
             step_name_format=ocp.path.step.standard_name_format(),
         )
+        self._failed = False
         self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=ITEMS)
 
     @property
@@ -147,18 +152,20 @@ class Checkpoints:
         return self._steps[-1] if self._steps else None
 
     def save(self, step: int, state: TrainState, data: Any, meta: Mapping[str, Any]) -> None:
-        """Starts writing; returns when the arrays are copied off the device."""
+        """Starts writing; returns when the arrays are copied off the device.
+
+        Raises:
+          UserError: this one or the one before could not be written (full disk, lost bucket).
+        """
         if step in self._steps:
             return
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state),
-                data=ocp.args.JsonSave({"iterator": data}),
-                meta=ocp.args.JsonSave(dict(meta)),
-            ),
-            force=True,
+        arguments = ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            data=ocp.args.JsonSave({"iterator": data}),
+            meta=ocp.args.JsonSave(dict(meta)),
         )
+        with self._writing():
+            self._manager.save(step, args=arguments, force=True)
         self._steps.append(step)
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, Any]:
@@ -180,9 +187,27 @@ class Checkpoints:
         return restored["state"], restored["data"]["iterator"]
 
     def wait(self) -> None:
-        """Returns when everything saved is on disk; raises what the writer raised."""
-        self._manager.wait_until_finished()
+        """Returns when everything saved is on disk.
+
+        Raises:
+          UserError: it could not be written.
+        """
+        with self._writing():
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self._failed = True
+            reason = (str(error).strip().splitlines() or ["no reason given"])[0][:300]
+            raise UserError(
+                f"{self.directory}: cannot write a checkpoint ({type(error).__name__}: {reason});"
+                f" whole checkpoints: {complete_steps(self.directory)}"
+            ) from error
 
     def close(self) -> None:
-        """Waits and closes."""
-        self._manager.close()
+        """Waits and closes; a failed writer is not asked again."""
+        if not self._failed:
+            self._manager.close()

@@ -1,9 +1,9 @@
-"""The training loop. Read this file first: everything else in the package serves one line of it."""
+"""The training loop. Read this file first: everything else in the folder serves one line of it."""
 
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -14,26 +14,28 @@ from jax.sharding import Mesh
 
 from hyperlora_jax.array_types import Array, ArrayTree
 from hyperlora_jax.errors import UserError
-from hyperlora_jax.parallel import sharding
+from hyperlora_jax.parallel import multihost, sharding
 from hyperlora_jax.parallel.mesh import make_mesh
 from hyperlora_jax.train.checkpoints import Checkpoints, check_facts, read_meta
-from hyperlora_jax.train.metrics import MetricsLog, Progress, Throughput
+from hyperlora_jax.train.events import EventLog, as_text, goodput
 from hyperlora_jax.train.optimizer import make_optimizer
 from hyperlora_jax.train.preemption import Preempted, PreemptionGuard
+from hyperlora_jax.train.reporting import PendingStep, Report, TrainingDiverged
 from hyperlora_jax.train.state import TrainState, abstract_state, state_builder, state_shardings
 from hyperlora_jax.train.step import Loss, jit_step
+from hyperlora_jax.train.watchdog import Watchdog
 
+__all__ = ["Batches", "Task", "TrainingDiverged", "fit", "open_workdir"]
 log = logging.getLogger(__name__)
 
 
 class Batches(Protocol):
     """An endless iterator over this process's part of each batch, whose position can be kept.
 
-    A batch is {name: array [b, ...]}. "record_id" (strings or integers) stays on the host and is
-    named when a loss is not finite. The state is JSON, the same on every host (Grain's is).
+    A batch is {name: array [b, ...]}. "record_id" stays on the host and is named when a loss is not
+    finite. The state is JSON, the same on every host (it counts batches).
     """
 
-    def __iter__(self) -> Iterator[Mapping[str, np.ndarray]]: ...
     def __next__(self) -> Mapping[str, np.ndarray]: ...
     def get_state(self) -> Any:
         """The position after the last batch given out."""
@@ -56,6 +58,8 @@ class Task:
       batches: where batches come from, at its start; the loop moves it to the saved position.
       facts: JSON-able identity of the run (spec fingerprint, base hash), compared on restore.
       rules, frozen_rules: sharding tables of both trees (`parallel/sharding.py`).
+      units: {"images": 4, "loras": 1}: what one example of a batch counts for, for images/s.
+      flops_per_example: model FLOPs of one example of training, for MFU.
     """
 
     name: str
@@ -66,19 +70,8 @@ class Task:
     facts: Mapping[str, Any] = field(default_factory=dict)
     rules: Sequence[sharding.Rule] = sharding.DEFAULT_RULES
     frozen_rules: Sequence[sharding.Rule] = sharding.REPLICATED_RULES
-
-
-class TrainingDiverged(Exception):
-    """The loss or its gradient is not finite. The last checkpoint is from before."""
-
-
-@dataclass
-class _Pending:
-    """A dispatched step whose metrics are still on the device."""
-
-    step: int
-    metrics: Mapping[str, Array]
-    record_ids: Any
+    units: Mapping[str, float | int] = field(default_factory=dict)
+    flops_per_example: float | int | None = None
 
 
 def open_workdir(workdir: epath.PathLike) -> epath.Path:
@@ -115,11 +108,15 @@ def fit(
     keep: int = 2,
     config: Mapping[str, Any] | None = None,
     progress: bool = True,
+    tensorboard: bool = False,
+    profile_steps: tuple[int, int] | None = None,
+    stall_timeout_seconds: float | int = 1800,
 ) -> TrainState:
     """Trains `task` up to `num_steps`, from the newest checkpoint in `workdir` if there is one.
 
-    `optimizer` are the keyword arguments of `make_optimizer` without num_steps; `config` is the
-    resolved config, kept beside the checkpoints. A finished workdir gives its state at once.
+    `optimizer` are the keyword arguments of `make_optimizer`, `config` the resolved config, kept
+    beside the checkpoints, `profile_steps` the (first, last) step of a profile in WORKDIR/profile.
+    A finished workdir gives its state at once.
 
     Raises:
       UserError: unusable workdir, checkpoint of other facts, indivisible batch, data that ends.
@@ -130,7 +127,8 @@ def fit(
     workdir = open_workdir(workdir)
     mesh = make_mesh() if mesh is None else mesh
     transform, rate = make_optimizer(num_steps=num_steps, **optimizer)
-    key = jax.device_put(jax.random.key(seed), sharding.replicated(mesh))
+    replicated = sharding.replicated(mesh)
+    key = jax.jit(lambda: jax.random.key(seed), out_shardings=replicated)()
 
     # ---- Shapes and shardings, before any array exists
     build = state_builder(task.init, transform, with_ema=ema_decay is not None)
@@ -139,147 +137,164 @@ def fit(
     meta = {"facts": dict(task.facts), "config": dict(config or {}), "seed": seed}
 
     # ---- State: the newest whole checkpoint, or a new one
+    primary = jax.process_index() == 0
     checkpoints = Checkpoints(workdir, keep=keep)
     start_step = checkpoints.latest_step
+    finished = start_step is not None and start_step >= num_steps
+    events = EventLog(workdir / "events.jsonl" if primary and not finished else None)
     if start_step is None:
+        events.switch("compile")
         state, start_step = jax.jit(build, out_shardings=shardings)(key), 0
+        log.info("%s\n%s", task.name, sharding.describe(shapes.params, shardings.params))
     else:
+        events.switch("restore")
         where = str(checkpoints.directory / str(start_step))
         check_facts(read_meta(checkpoints.directory, start_step)["facts"], meta["facts"], where)
         state, position = checkpoints.restore(start_step, abstract_state(shapes, shardings))
         log.info("%s: restored step %d", task.name, start_step)
-        if start_step >= num_steps:
+        if finished:
             checkpoints.close()
             return state
         task.batches.set_state(position)
+    events.event("resume", step=start_step)
 
     # ---- Frozen base, placed once; the jitted step
+    events.switch("start")
     frozen_places = sharding.param_shardings(task.frozen, mesh, task.frozen_rules)
-    frozen = jax.device_put(task.frozen, frozen_places)
+    frozen = sharding.place(task.frozen, frozen_places)
     step_fn = jit_step(
         mesh, shardings, frozen_places,
         loss=task.loss, optimizer=transform, rate=rate, ema_decay=ema_decay,
     )  # fmt: skip
 
-    # ---- Logs, then the steps
-    primary = jax.process_index() == 0
+    # ---- The steps
     if primary:
         (workdir / "config.json").write_text(json.dumps(meta, indent=1))
-    report = _Report(task, workdir, start_step, num_steps, log_every_steps, primary, progress)
+    report = Report(
+        task.name, workdir, events, start_step, num_steps,
+        log_every_steps=log_every_steps, units=task.units,
+        flops_per_example=task.flops_per_example, progress=progress, tensorboard=tensorboard,
+    )  # fmt: skip
+    profile = _Profile(workdir / "profile", profile_steps) if profile_steps else None
+    run = _Run(task, mesh, step_fn, frozen, key, checkpoints, meta, events, report, profile)
     try:
-        with PreemptionGuard() as guard:
-            return _run_steps(
-                task, state, frozen, key, mesh, step_fn, checkpoints, meta, guard, report,
-                range(start_step, num_steps), checkpoint_every_steps,
-            )  # fmt: skip
+        with PreemptionGuard() as guard, Watchdog(stall_timeout_seconds) as watchdog:
+            state = run.steps(
+                state, range(start_step, num_steps), checkpoint_every_steps, guard, watchdog
+            )
+        events.event("end", step=num_steps)
     finally:
         report.close()
+        events.close()
         checkpoints.close()
-
-
-def _next_batch(task: Task, step: int, mesh: Mesh) -> tuple[dict[str, Array], Any, int]:
-    """(global batch, record ids, number of examples read by this process)."""
-    try:
-        batch = dict(next(task.batches))
-    except StopIteration:
-        raise UserError(
-            f"{task.name}: the data ended before step {step}; expected an iterator that repeats"
-        ) from None
-    record_ids = batch.pop("record_id", None)
-    size = len(next(iter(batch.values())))
-    return sharding.put_batch(batch, mesh), record_ids, size
-
-
-def _run_steps(
-    task: Task,
-    state: TrainState,
-    frozen: ArrayTree,
-    key: Array,
-    mesh: Mesh,
-    step_fn: Any,
-    checkpoints: Checkpoints,
-    meta: Mapping[str, Any],
-    guard: PreemptionGuard,
-    report: "_Report",
-    steps: range,
-    checkpoint_every_steps: int,
-) -> TrainState:
-    """The loop itself: while the device computes step N, the host reads batch N + 1."""
-    pending: _Pending | None = None
-    for step in steps:
-        waited = time.perf_counter()
-        batch, record_ids, size = _next_batch(task, step + 1, mesh)
-        report.throughput.add(size * jax.process_count(), time.perf_counter() - waited)
-        if step == steps.start:
-            report.progress.say("compiling train step…")
-        state, metrics = step_fn(state, frozen, batch, key)
-        if step == steps.start:
-            jax.block_until_ready(metrics)
-            report.progress.say("")
-            report.throughput.reset()
-        # Metrics of the step before are fetched only now, with this one already dispatched.
-        report.finish(pending)
-        pending = _Pending(step + 1, metrics, record_ids)
-        report.progress.advance()
-        preempted = guard.reached(step + 1)
-        last = step + 1 == steps.stop
-        if preempted or last or (step + 1) % checkpoint_every_steps == 0:
-            report.finish(pending)  # nothing that is not finite is ever saved
-            pending = None
-            checkpoints.save(step + 1, state, task.batches.get_state(), meta)
-        if preempted and not last:
-            checkpoints.wait()
-            raise Preempted(step + 1, str(checkpoints.directory.parent))
-    checkpoints.wait()
+    if primary:
+        log.info("%s: %s", task.name, as_text(goodput(workdir / "events.jsonl")))
     return state
 
 
-class _Report:
-    """Everything the loop shows and writes; on other processes than the first only the checks."""
+@dataclass(frozen=True)
+class _Profile:
+    """JAX's profiler around steps first … last."""
 
-    def __init__(
+    folder: epath.Path
+    window: tuple[int, int]
+
+    def before(self, step: int) -> None:
+        if step == self.window[0]:
+            jax.profiler.start_trace(str(self.folder))
+
+    def after(self, step: int, state: TrainState) -> None:
+        if step == self.window[1]:
+            jax.block_until_ready(state)
+            jax.profiler.stop_trace()
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What stays the same from step to step."""
+
+    task: Task
+    mesh: Mesh
+    step_fn: Any
+    frozen: ArrayTree
+    key: Array
+    checkpoints: Checkpoints
+    meta: Mapping[str, Any]
+    events: EventLog
+    report: Report
+    profile: _Profile | None
+
+    def steps(
         self,
-        task: Task,
-        workdir: epath.Path,
-        start_step: int,
-        num_steps: int,
-        every_steps: int,
-        primary: bool,
-        progress: bool,
-    ):
-        self._every, self._last = every_steps, num_steps
-        self._name = task.name
-        self._finished = start_step
-        self._log = MetricsLog(workdir / "metrics.jsonl", start_step) if primary else None
-        self.throughput = Throughput()
-        self.progress = Progress(task.name, start_step, num_steps, shown=primary and progress)
+        state: TrainState,
+        steps: range,
+        checkpoint_every_steps: int,
+        guard: PreemptionGuard,
+        watchdog: Watchdog,
+    ) -> TrainState:
+        """While the device computes a step, the host reads the next batch."""
+        events, report = self.events, self.report
+        pending: PendingStep | None = None
+        for step in range(steps.start + 1, steps.stop + 1):
+            # ---- Data
+            batch, record_ids = self._next_batch(step)
+            if self.profile:
+                self.profile.before(step)
 
-    def finish(self, pending: _Pending | None) -> None:
-        """Waits for a step's metrics, checks them, and writes them if the step is a logged one."""
-        if pending is None:
-            return
-        values = {name: float(value) for name, value in jax.device_get(pending.metrics).items()}
-        if not (np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"])):
-            raise TrainingDiverged(
-                f"{self._name}: loss {values['loss']}, gradient norm {values['grad_norm']} at step"
-                f" {pending.step} (last finite: {self._finished}); records of that step:"
-                f" {_short(pending.record_ids)}. The last checkpoint is from before."
-            )
-        self._finished = pending.step
-        if pending.step % self._every and pending.step not in (1, self._last):
-            return
-        row = {"step": pending.step, "loss": values.pop("loss"), **values, **self.throughput.take()}
-        if self._log:
-            self._log.write(row)
-        self.progress.show(row)
+            # ---- Dispatch
+            first = step == steps.start + 1
+            events.switch("compile" if first else "step")
+            if first:
+                report.progress.say("compiling train step…")
+            state, metrics = self.step_fn(state, self.frozen, batch, self.key)
+            if first:
+                jax.block_until_ready(metrics)
+                report.progress.say("")
+                report.throughput.reset()
+                events.event("compiled", step=step)
+                events.switch("step")
 
-    def close(self) -> None:
-        self.progress.close()
-        if self._log:
-            self._log.close()
+            # ---- Metrics of the step before are fetched only now, with this one dispatched
+            report.finish(pending)
+            pending = PendingStep(step, metrics, record_ids)
+            report.progress.advance()
+            watchdog.beat(step)
+            if self.profile:
+                self.profile.after(step, state)
 
+            # ---- Save: at intervals, at the end, and when the machine is taken away
+            preempted = guard.reached(step)
+            if preempted or step == steps.stop or step % checkpoint_every_steps == 0:
+                report.finish(pending)  # nothing that is not finite is ever saved
+                pending = None
+                watchdog.pause()
+                self._save(step, state, wait=preempted or step == steps.stop)
+                watchdog.beat(step)
+            if preempted and step < steps.stop:
+                events.event("preempted", step=step)
+                raise Preempted(step, str(self.checkpoints.directory.parent))
+        return state
 
-def _short(record_ids: Any) -> str:
-    if record_ids is None:
-        return "not named by the data"
-    return ", ".join(str(record) for record in np.asarray(record_ids).ravel()[:64].tolist())
+    def _next_batch(self, step: int) -> tuple[dict[str, Array], Any]:
+        """(global batch, record ids) of one step."""
+        self.events.switch("data")
+        waited = time.perf_counter()
+        try:
+            batch = dict(next(self.task.batches))
+        except StopIteration:
+            ended = f"{self.task.name}: the data ended before step {step}, expected it to repeat"
+            raise UserError(ended) from None
+        record_ids = batch.pop("record_id", None)
+        placed = sharding.put_batch(batch, self.mesh)
+        waited = time.perf_counter() - waited
+        self.report.throughput.add(len(next(iter(placed.values()))), waited)
+        return placed, record_ids
+
+    def _save(self, step: int, state: TrainState, wait: bool) -> None:
+        self.events.switch("save")
+        self.checkpoints.save(step, state, self.task.batches.get_state(), self.meta)
+        if wait:
+            self.checkpoints.wait()
+            multihost.barrier(f"saved/{step}")
+        self.events.event("save", step=step)
+        self.events.switch("step")

@@ -1,58 +1,62 @@
-"""metrics.jsonl (one row per logged step, that step's own values) and the progress bar."""
+"""What a run shows and writes: metrics.jsonl, the progress bar, TensorBoard.
 
-import json
-import math
+metrics.jsonl has one row per logged step, with that step's own values, never running means.
+"""
+
 import sys
 import time
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 from etils import epath
 from tqdm import tqdm
 
-
-class MetricsLog:
-    """Appends rows to `path`; rows after `start_step` (of a run that lost them) are dropped."""
-
-    def __init__(self, path: epath.PathLike, start_step: int):
-        self._path = epath.Path(path)
-        rows = [row for row in read_rows(self._path) if row["step"] <= start_step]
-        self._text = "".join(json.dumps(row) + "\n" for row in rows)
-        self._path.write_text(self._text)
-        self._file = self._path.open("a")
-
-    def write(self, row: Mapping[str, Any]) -> None:
-        """One row; numbers that JSON cannot hold become null."""
-        clean = {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in row.items()
-        }
-        self._file.write(json.dumps(clean) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
+from hyperlora_jax.errors import UserError
+from hyperlora_jax.parallel.topology import peak_flops
+from hyperlora_jax.train.json_lines import JsonLines, read_rows
 
 
-def read_rows(path: epath.PathLike) -> list[dict[str, Any]]:
-    """The rows of a metrics file; a last line cut off by a kill is left out; none if no file."""
-    path = epath.Path(path)
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+def open_metrics(path: epath.PathLike, start_step: int) -> JsonLines:
+    """The metrics file of a run that goes on from `start_step`: rows of lost steps are dropped."""
+    return JsonLines(path, [row for row in read_rows(path) if row["step"] <= start_step])
+
+
+def open_tensorboard(folder: epath.PathLike) -> Any:
+    """A TensorBoard writer.
+
+    Raises:
+      UserError: the optional package is not installed.
+    """
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise UserError(
+            "tensorboard: package tensorboardX is not installed; pip install tensorboardX"
+        ) from error
+    return SummaryWriter(str(folder))
+
+
+def device_memory_gib() -> float | None:
+    """Peak memory in use on the first local device; None where the backend does not say."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    peak = stats.get("peak_bytes_in_use")
+    return None if peak is None else peak / 2**30
 
 
 class Throughput:
-    """Examples per second and the share of time spent waiting for data, since the last `take`."""
+    """Examples per second and the share of time spent waiting for data, since the last `take`.
 
-    def __init__(self) -> None:
+    Args:
+      units: {"images": 4}: what one example counts for; reported as images_per_second.
+      flops_per_example: model FLOPs of one training example (a frozen base counts twice its
+        forward pass, not three times), for MFU where the chip's peak is known.
+    """
+
+    def __init__(self, units: Mapping[str, float | int], flops_per_example: float | int | None):
+        self._units = units
+        peak = peak_flops(jax.devices()[0].device_kind) * jax.device_count()
+        self._mfu_per_rate = flops_per_example / peak if flops_per_example and peak else None
         self.reset()
 
     def reset(self) -> None:
@@ -69,10 +73,14 @@ class Throughput:
     def take(self) -> dict[str, float]:
         """The window's figures; starts the next window."""
         seconds = max(time.perf_counter() - self._start, 1e-9)
-        figures = {
-            "examples_per_second": self._examples / seconds,
-            "data_wait": self._wait / seconds,
-        }
+        rate = self._examples / seconds
+        figures = {"examples_per_second": rate, "data_wait": self._wait / seconds}
+        figures |= {f"{name}_per_second": rate * count for name, count in self._units.items()}
+        if self._mfu_per_rate is not None:
+            figures["mfu"] = rate * self._mfu_per_rate
+        memory = device_memory_gib()
+        if memory is not None:
+            figures["memory_gib"] = memory
         self.reset()
         return figures
 
@@ -94,7 +102,7 @@ class Progress:
         )
 
     def say(self, what: str) -> None:
-        """Shows `what` in place of the loss, at once."""
+        """Shows `what` beside the name, at once."""
         self._bar.set_description_str(f"{self._name}: {what}" if what else self._name)
 
     def advance(self) -> None:
@@ -102,12 +110,17 @@ class Progress:
         self._bar.update(1)
 
     def show(self, row: Mapping[str, Any]) -> None:
-        """Loss and examples/s of a logged step."""
-        self._bar.set_postfix_str(
-            f"loss {row['loss']:.4g}, {row['examples_per_second']:.3g} examples/s,"
-            f" data wait {100 * row['data_wait']:.0f}%",
-            refresh=False,
-        )
+        """Loss and speed of a logged step."""
+        parts = [f"loss {row['loss']:.4g}"]
+        parts += [
+            f"{value:.3g} {name.removesuffix('_per_second')}/s"
+            for name, value in row.items()
+            if name.endswith("_per_second")
+        ]
+        if "mfu" in row:
+            parts.append(f"MFU {row['mfu']:.1%}")
+        parts.append(f"data wait {row['data_wait']:.0%}")
+        self._bar.set_postfix_str(", ".join(parts), refresh=False)
 
     def close(self) -> None:
         """Leaves the bar as it is."""

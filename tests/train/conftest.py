@@ -22,24 +22,40 @@ def compiled_programs(tmp_path_factory):
 
 
 @pytest.fixture
-def run_toy():
-    """Runs toy_task.py in a process of its own with some simulated devices."""
+def start_toy():
+    """Starts toy_task.py in a process of its own with some simulated devices."""
 
-    def run(*arguments, devices=1, check=True, timeout=120):
-        environment = {
+    def start(*arguments, devices=1, environment=None):
+        settings = {
             **os.environ,
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"
             " --xla_cpu_collective_call_terminate_timeout_seconds=300",
+            **(environment or {}),
         }
-        done = subprocess.run(
+        return subprocess.Popen(
             [sys.executable, str(HERE / "toy_task.py"), *map(str, arguments)],
-            env=environment,
-            capture_output=True,
+            env=settings,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=timeout,
         )
-        assert not check or done.returncode == 0, done.stderr
-        return done
+
+    return start
+
+
+@pytest.fixture
+def run_toy(start_toy):
+    """Runs toy_task.py to its end."""
+
+    def run(*arguments, devices=1, check=True, timeout=150):
+        process = start_toy(*arguments, devices=devices)
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+        assert not check or process.returncode == 0, err
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     return run

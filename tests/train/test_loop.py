@@ -11,8 +11,8 @@ import pytest
 from toy_task import ToyBatches, fit_toy, loss, toy_task
 
 from hyperlora_jax.errors import UserError
+from hyperlora_jax.train.json_lines import read_rows
 from hyperlora_jax.train.loop import TrainingDiverged
-from hyperlora_jax.train.metrics import read_rows
 from hyperlora_jax.train.preemption import Preempted
 
 

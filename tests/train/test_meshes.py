@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from hyperlora_jax.train.metrics import read_rows
+from hyperlora_jax.train.json_lines import read_rows
 
 MESHES = ["1,1,1,1", "8,1,1,8", "2,4,1,8", "2,2,2,8", "1,1,8,8"]
 

@@ -3,14 +3,19 @@
 import argparse
 import json
 import os
+import resource
 import signal
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hyperlora_jax.errors import UserError
+from hyperlora_jax.parallel import multihost
 from hyperlora_jax.parallel.mesh import make_mesh
+from hyperlora_jax.parallel.sharding import gather, host_shard
 from hyperlora_jax.train.loop import Task, fit
 from hyperlora_jax.train.preemption import EXIT_CODE, Preempted
 
@@ -79,33 +84,85 @@ def fit_toy(workdir, task=None, num_steps=12, **overrides):
     return fit(task or toy_task(), workdir=workdir, **{**arguments, **overrides})
 
 
-def main():
-    """Trains in a process of its own; --mesh may be given several times, one workdir each."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--workdir", required=True)
-    parser.add_argument("--mesh", action="append", default=[], help="data,fsdp,tensor,devices")
-    parser.add_argument("--num_steps", type=int, default=20)
-    parser.add_argument("--kill_at", type=int, default=-1, help="SIGKILL before this batch")
-    parser.add_argument("--terminate_at", type=int, default=-1, help="SIGTERM before this batch")
-    args = parser.parse_args()
+class HostBatches(ToyBatches):
+    """One process's part of each batch."""
+
+    def __init__(self, hook, mesh, global_size=16):
+        super().__init__(global_size, hook)
+        self.part, self.parts = host_shard(mesh)
+
+    def __next__(self):
+        size = self.size // self.parts
+        rows = slice(self.part * size, (self.part + 1) * size)
+        return {name: leaf[rows] for name, leaf in super().__next__().items()}
+
+
+def misfortune(args):
+    """What befalls this process before a batch."""
 
     def hook(n):
         if n == args.kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
         if n == args.terminate_at:
             os.kill(os.getpid(), signal.SIGTERM)
+        if n == args.hang_at:
+            time.sleep(600)
+        if n == args.full_at:  # what writes see as a full disk: no file may grow beyond this
+            while not os.path.exists(f"{args.workdir}/checkpoints/5"):
+                time.sleep(0.05)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+        if args.step_seconds:
+            time.sleep(args.step_seconds)
 
+    return hook
+
+
+def main():
+    """Trains in a process of its own; --mesh may be given several times, one workdir each."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--workdir", required=True)
+    parser.add_argument("--mesh", action="append", default=[], help="data,fsdp,tensor,devices")
+    parser.add_argument("--flat", action="store_true", help="one mesh: no folder of its own")
+    parser.add_argument("--num_steps", type=int, default=20)
+    for name in ("kill_at", "terminate_at", "hang_at", "full_at"):
+        parser.add_argument(f"--{name}", type=int, default=-1)
+    parser.add_argument("--stall_timeout", type=int, default=0)
+    parser.add_argument("--step_seconds", type=float, default=0.0)
+    args = parser.parse_args()
+    multihost.start(timeout_seconds=60, heartbeat_seconds=10)
     for text in args.mesh or ["-1,1,1,1"]:
         data, fsdp, tensor, devices = (int(part) for part in text.split(","))
         mesh = make_mesh(data, fsdp, tensor, jax.devices()[:devices])
-        workdir = args.workdir + (f"/{text.replace(',', '-')}" if args.mesh else "")
+        workdir = args.workdir + (
+            f"/{text.replace(',', '-')}" if args.mesh and not args.flat else ""
+        )
+        task = toy_task(batches=HostBatches(misfortune(args), mesh))
+        every = 1 if args.full_at < 0 else 1000
         try:
-            state = fit_toy(workdir, toy_task(hook), mesh=mesh, num_steps=args.num_steps)
+            state = fit_toy(
+                workdir,
+                task,
+                mesh=mesh,
+                num_steps=args.num_steps,
+                log_every_steps=every,
+                stall_timeout_seconds=args.stall_timeout,
+            )
         except Preempted as error:
             print(error, file=sys.stderr)
             return EXIT_CODE
+        except UserError as error:
+            print(error, file=sys.stderr)
+            os._exit(2)  # as a thread of the failed writer may still hold the process
         placed = {str(tuple(leaf.sharding.spec)) for leaf in jax.tree.leaves(state.params)}
-        print(json.dumps({"mesh": text, "step": int(state.step), "placed": sorted(placed)}))
+        whole = gather(state.params, mesh)
+        report = {
+            "mesh": text,
+            "step": int(state.step),
+            "placed": sorted(placed),
+            "host_shard": list(host_shard(mesh)),
+            "norm": float(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(whole))),
+        }
+        print(json.dumps(report))
     return 0
 
 

@@ -1,0 +1,147 @@
+"""Several processes as one run: start with time-outs, agreement through the coordination service.
+
+Nothing here uses a device collective: a host that hangs must not hang the decision about it.
+"""
+
+import logging
+import os
+import sys
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from hyperlora_jax.errors import UserError
+
+log = logging.getLogger(__name__)
+
+ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+SWITCH = "HYPERLORA_DISTRIBUTED"  # 1: always start, 0: never, unset: as the environment says
+
+
+def settings(environment: Mapping[str, str]) -> dict[str, Any] | None:
+    """Arguments of `jax.distributed.initialize` for this environment; None: a single process.
+
+    Three variables say everything (JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID), or
+    none does and JAX detects SLURM, GKE and TPU pods itself.
+
+    Raises:
+      UserError: some of the three are missing or no numbers.
+    """
+    given = [name for name in (ADDRESS, COUNT, INDEX) if environment.get(name)]
+    if environment.get(SWITCH) == "0":
+        return None
+    if len(given) == 3:
+        try:
+            count, index = int(environment[COUNT]), int(environment[INDEX])
+        except ValueError as error:
+            raise UserError(f"{COUNT}, {INDEX}: expected integers ({error})") from error
+        if not 0 <= index < count:
+            raise UserError(f"{INDEX}={index}: expected 0..{count - 1} ({COUNT}={count})")
+        return {
+            "coordinator_address": environment[ADDRESS],
+            "num_processes": count,
+            "process_id": index,
+        }
+    if COUNT in given or INDEX in given:
+        missing = [name for name in (ADDRESS, COUNT, INDEX) if name not in given]
+        raise UserError(f"{' and '.join(given)} given, but not {' and '.join(missing)}")
+    pod = "," in environment.get("TPU_WORKER_HOSTNAMES", "")
+    slices = int(environment.get("MEGASCALE_NUM_SLICES", "1")) > 1
+    slurm = "SLURM_STEP_ID" in environment and int(environment.get("SLURM_NTASKS", "1")) > 1
+    return {} if environment.get(SWITCH) == "1" or pod or slices or slurm else None
+
+
+def start(timeout_seconds: int = 300, heartbeat_seconds: int = 100) -> bool:
+    """Joins the other processes if the environment names any; True if it did. Call it first.
+
+    A process that does not arrive within `timeout_seconds` ends all the others by SIGABRT, with
+    this process's view of the matter on stderr; one that dies later does so after
+    `heartbeat_seconds`. Launchers restart on both.
+    """
+    arguments = settings(os.environ)
+    if arguments is None:
+        return False
+    if (jax.config.jax_platforms or os.environ.get("JAX_PLATFORMS", "")).startswith("cpu"):
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    who = (
+        f"process {arguments['process_id']} of {arguments['num_processes']}"
+        f" (coordinator {arguments['coordinator_address']})"
+        if arguments
+        else "this process (addresses from the cluster's environment)"
+    )
+    # The runtime ends the process when time is up, so the reason is said one second before.
+    timer = threading.Timer(
+        max(timeout_seconds - 1, 0.5),
+        lambda: print(
+            f"multi-host start: {who} waited {timeout_seconds} s and not all processes arrived;"
+            " look for the ones that did not start, or that have another coordinator address",
+            file=sys.stderr,
+            flush=True,
+        ),
+    )
+    timer.daemon = True
+    timer.start()
+    try:
+        jax.distributed.initialize(
+            **arguments,
+            initialization_timeout=timeout_seconds,
+            heartbeat_timeout_seconds=heartbeat_seconds,
+        )
+    finally:
+        timer.cancel()
+    log.info("%s has joined: %d devices", who, jax.device_count())
+    return True
+
+
+def client() -> Any:
+    """The coordination service's client, None in a single process."""
+    from jax._src import distributed  # the only door to the key-value store
+
+    return distributed.global_state.client
+
+
+def agree(name: str, value: str, timeout_seconds: int = 300) -> str:
+    """Process 0's `value` on every process. `name` must be used once in a run.
+
+    Raises:
+      UserError: process 0 did not say within `timeout_seconds`.
+    """
+    service = client()
+    if service is None or jax.process_count() == 1:
+        return value
+    if jax.process_index() == 0:
+        service.key_value_set(f"hyperlora/{name}", value)
+        return value
+    try:
+        return service.blocking_key_value_get(f"hyperlora/{name}", timeout_seconds * 1000)
+    except Exception as error:
+        raise UserError(
+            f"process {jax.process_index()}: process 0 did not announce {name!r}"
+            f" within {timeout_seconds} s"
+        ) from error
+
+
+def barrier(name: str, timeout_seconds: int = 300) -> None:
+    """Waits for all processes; the error of a time-out names the missing ones."""
+    service = client()
+    if service is not None and jax.process_count() > 1:
+        service.wait_at_barrier(f"hyperlora/{name}", timeout_seconds * 1000)
+
+
+def announce_step(step: int) -> None:
+    """Writes this process's last finished step where the others can read it."""
+    service = client()
+    if service is not None and jax.process_count() > 1:
+        key = f"hyperlora/steps/{jax.process_index()}"
+        service.key_value_set(key, str(step), allow_overwrite=True)
+
+
+def announced_steps() -> dict[int, int]:
+    """The last finished step of every process that announced one."""
+    service = client()
+    if service is None or jax.process_count() == 1:
+        return {}
+    pairs = service.key_value_dir_get("hyperlora/steps/")
+    return {int(key.rsplit("/", 1)[1]): int(value) for key, value in pairs}

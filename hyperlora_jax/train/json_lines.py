@@ -1,0 +1,77 @@
+"""JSONL files that only grow. Buckets cannot append: there, a local copy is uploaded."""
+
+import json
+import math
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+UPLOAD_SECONDS = 60.0
+
+
+def read_rows(path: epath.PathLike) -> list[dict[str, Any]]:
+    """The rows of a file; a line cut off by a kill ends it; no rows if there is no file."""
+    path = epath.Path(path)
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def is_bucket(path: epath.PathLike) -> bool:
+    """Whether `path` lies in an object store."""
+    return "://" in str(path)
+
+
+class JsonLines:
+    """Appends rows to `path`, starting from `rows` (what an earlier run left and is kept)."""
+
+    def __init__(
+        self,
+        path: epath.PathLike,
+        rows: list[dict[str, Any]],
+        upload: bool | None = None,
+    ):
+        self._target = epath.Path(path)
+        self._upload = is_bucket(path) if upload is None else upload
+        if self._upload:
+            self._folder = tempfile.TemporaryDirectory(prefix="hyperlora-")
+            self._local = Path(self._folder.name) / self._target.name
+        else:
+            self._local = Path(str(self._target))
+        fresh = self._local.with_name(self._local.name + ".new")
+        fresh.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        fresh.replace(self._local)
+        self._file = self._local.open("a")
+        self._uploaded = 0.0
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """One row; numbers that JSON cannot hold become null."""
+        clean = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in row.items()
+        }
+        self._file.write(json.dumps(clean) + "\n")
+        self._file.flush()
+        if self._upload and time.monotonic() - self._uploaded > UPLOAD_SECONDS:
+            self._send()
+
+    def _send(self) -> None:
+        self._target.write_text(self._local.read_text())
+        self._uploaded = time.monotonic()
+
+    def close(self) -> None:
+        """Closes the file, in a bucket after its last upload."""
+        self._file.close()
+        if self._upload:
+            self._send()
+            self._folder.cleanup()

@@ -1,0 +1,101 @@
+"""The loop's ears and mouth: checks every step's metrics, writes the logged ones, times everything.
+
+Only the first process writes; the checks run on all of them, on the same replicated numbers.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from hyperlora_jax.array_types import Array
+from hyperlora_jax.train.events import EventLog
+from hyperlora_jax.train.metrics import Progress, Throughput, open_metrics, open_tensorboard
+
+
+class TrainingDiverged(Exception):
+    """The loss or its gradient is not finite. The last checkpoint is from before."""
+
+
+@dataclass
+class PendingStep:
+    """A dispatched step whose metrics are still on the device."""
+
+    step: int
+    metrics: Mapping[str, Array]
+    record_ids: Any
+
+
+class Report:
+    """Metrics, progress bar, TensorBoard and events of one run."""
+
+    def __init__(
+        self,
+        name: str,
+        workdir: epath.Path,
+        events: EventLog,
+        start_step: int,
+        num_steps: int,
+        *,
+        log_every_steps: int,
+        units: Mapping[str, float | int],
+        flops_per_example: float | int | None,
+        progress: bool,
+        tensorboard: bool,
+    ):
+        primary = jax.process_index() == 0
+        self.name, self.events = name, events
+        self._every, self._last = log_every_steps, num_steps
+        self._finished = start_step
+        self._rows = open_metrics(workdir / "metrics.jsonl", start_step) if primary else None
+        self._board = open_tensorboard(workdir / "tensorboard") if tensorboard and primary else None
+        self.throughput = Throughput(units, flops_per_example)
+        self.progress = Progress(name, start_step, num_steps, shown=primary and progress)
+
+    def finish(self, pending: PendingStep | None) -> None:
+        """Waits for a step's metrics, checks them, and writes them if the step is a logged one.
+
+        Raises:
+          TrainingDiverged: names the window of steps and the records of the batch.
+        """
+        if pending is None:
+            return
+        values = {name: float(value) for name, value in jax.device_get(pending.metrics).items()}
+        if not (np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"])):
+            self.events.event("diverged", step=pending.step)
+            raise TrainingDiverged(
+                f"{self.name}: loss {values['loss']}, gradient norm {values['grad_norm']} at step"
+                f" {pending.step} (last finite: {self._finished}); records of that step:"
+                f" {_short(pending.record_ids)}. The last checkpoint is from before."
+            )
+        self._finished = pending.step
+        if pending.step % self._every == 0 or pending.step in (1, self._last):
+            self.events.switch("log")
+            self._write(pending.step, values)
+            self.events.switch("step")
+
+    def _write(self, step: int, values: dict[str, float]) -> None:
+        row = {"step": step, "loss": values.pop("loss"), **values, **self.throughput.take()}
+        if self._rows is not None:
+            self._rows.write(row)
+            self.events.alive(step)
+        if self._board is not None:
+            for name, value in row.items():
+                self._board.add_scalar(name, value, step)
+        self.progress.show(row)
+
+    def close(self) -> None:
+        """Closes what is open."""
+        self.progress.close()
+        for writer in (self._rows, self._board):
+            if writer is not None:
+                writer.close()
+
+
+def _short(record_ids: Any) -> str:
+    if record_ids is None:
+        return "not named by the data"
+    return ", ".join(str(record) for record in np.asarray(record_ids).ravel()[:64].tolist())

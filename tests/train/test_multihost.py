@@ -1,0 +1,80 @@
+"""Two processes with four devices each, over the real collectives and coordination service."""
+
+import json
+import signal
+import socket
+import subprocess
+
+import numpy as np
+import pytest
+
+from hyperlora_jax.train.checkpoints import complete_steps
+from hyperlora_jax.train.json_lines import read_rows
+from hyperlora_jax.train.preemption import EXIT_CODE
+
+
+@pytest.fixture
+def start_two(start_toy):
+    """Starts two processes of one run; `first` and `second` are their own further arguments."""
+
+    def start(*arguments, first=(), second=(), devices=4):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{probe.getsockname()[1]}"
+        running = [
+            start_toy(
+                *arguments,
+                *own,
+                devices=devices,
+                environment={
+                    "JAX_COORDINATOR_ADDRESS": address,
+                    "JAX_NUM_PROCESSES": "2",
+                    "JAX_PROCESS_ID": str(index),
+                },
+            )
+            for index, own in enumerate((first, second))
+        ]
+        results = []
+        for process in running:
+            try:
+                out, err = process.communicate(timeout=150)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                out, err = process.communicate()
+            results.append((process.returncode, out, err))
+        return results
+
+    return start
+
+
+def losses(workdir):
+    return np.asarray([row["loss"] for row in read_rows(workdir / "metrics.jsonl")])
+
+
+def test_two_hosts_train_as_one_and_agree_on_preemption(tmp_path, start_two, run_toy):
+    run_toy("--workdir", tmp_path / "alone", "--num_steps", 20)
+    mesh = ("--mesh", "2,2,2,8", "--flat", "--num_steps", 20, "--workdir", tmp_path / "pod")
+    results = start_two(*mesh, second=("--terminate_at", 7))
+    assert [code for code, *_ in results] == [EXIT_CODE, EXIT_CODE], results
+    saved = complete_steps(tmp_path / "pod" / "checkpoints")[-1]
+    assert 7 <= saved < 20
+    results = start_two(*mesh)
+    assert [code for code, *_ in results] == [0, 0], results
+    reports = [json.loads(out.splitlines()[-1]) for _, out, _ in results]
+    assert reports[0]["host_shard"] == [0, 2]
+    assert reports[1]["host_shard"] == [1, 2]
+    assert reports[0]["norm"] == reports[1]["norm"]
+    alone, pod = losses(tmp_path / "alone"), losses(tmp_path / "pod")
+    np.testing.assert_allclose(pod[:5], alone[:5], rtol=1e-5)
+    np.testing.assert_allclose(pod, alone, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_a_worker_that_stalls_is_named(tmp_path, start_two):
+    results = start_two(
+        *("--mesh", "-1,1,1,8", "--flat", "--workdir", tmp_path, "--stall_timeout", 4),
+        second=("--hang_at", 6),
+    )
+    assert all(code < 0 for code, *_ in results)
+    assert -signal.SIGABRT in [code for code, *_ in results]
+    assert "behind are processes [1]" in results[0][2]
