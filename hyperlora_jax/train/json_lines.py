@@ -1,6 +1,8 @@
 """JSONL files that only grow. Buckets cannot append: there, a local copy is uploaded."""
 
+import contextlib
 import json
+import logging
 import math
 import tempfile
 import time
@@ -9,6 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from etils import epath
+
+from hyperlora_jax.errors import UserError
+
+log = logging.getLogger(__name__)
 
 UPLOAD_SECONDS = 60.0
 
@@ -55,23 +61,34 @@ class JsonLines:
         self._uploaded = 0.0
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """One row; numbers that JSON cannot hold become null."""
+        """One row; numbers that JSON cannot hold become null.
+
+        Raises:
+          UserError: the disk is full or gone.
+        """
         clean = {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in row.items()
         }
-        self._file.write(json.dumps(clean) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(clean) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise UserError(f"{self._local}: cannot write ({error.strerror or error})") from error
         if self._upload and time.monotonic() - self._uploaded > UPLOAD_SECONDS:
             self._send()
 
     def _send(self) -> None:
-        self._target.write_text(self._local.read_text())
         self._uploaded = time.monotonic()
+        try:
+            self._target.write_text(self._local.read_text())
+        except OSError as error:  # the next upload carries these rows too
+            log.warning("%s: upload failed (%s)", self._target, error)
 
     def close(self) -> None:
         """Closes the file, in a bucket after its last upload."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # a full disk was reported by `write`
+            self._file.close()
         if self._upload:
             self._send()
             self._folder.cleanup()

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import pathlib
 import resource
 import signal
 import sys
@@ -108,7 +109,7 @@ def misfortune(args):
         if n == args.hang_at:
             time.sleep(600)
         if n == args.full_at:  # what writes see as a full disk: no file may grow beyond this
-            while not os.path.exists(f"{args.workdir}/checkpoints/5"):
+            while not pathlib.Path(args.workdir, "checkpoints", "5").exists():
                 time.sleep(0.05)
             resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
         if args.step_seconds:
