@@ -35,9 +35,7 @@ def read_base_model(path: str | Path) -> BaseModel:
     layers: dict[str, LoraSite] = {}
     for component in ("unet", *TEXT_ENCODERS):
         if (folder / component / "config.json").exists():
-            prefix = "" if component == "unet" else f"{component}."
-            for site in _layers(folder / component, prefix):
-                layers[site.path] = site
+            layers |= {site.path: site for site in _layers(folder / component, component)}
     family: Family = "sd1"
     if config.get("addition_embed_type") == "text_time":
         family = "sdxl"
@@ -66,15 +64,31 @@ def weight_files(folder: Path) -> list[Path]:
     return plain or files
 
 
-def _layers(folder: Path, prefix: str) -> list[LoraSite]:
+def tensor_files(folder: Path, component: str) -> list[tuple[Path, dict[str, str]]]:
+    """[(file, {site path: tensor name})] of every 2-D and 4-D weight of a model folder."""
+    return [
+        (file, {path: name for path, (name, _) in _named(file, component).items()})
+        for file in weight_files(folder)
+    ]
+
+
+def _named(file: Path, component: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+    prefix = "" if component == "unet" else f"{component}."
+    found = {}
+    for name, (_, shape) in safetensors_io.read_shapes(file).items():
+        if not name.endswith(".weight") or len(shape) not in (2, 4) or "embedding.w" in name:
+            continue
+        path = name.removesuffix(".weight")
+        if prefix:
+            path = prefix + _TEXT_PREFIX.sub("text_model.", path)
+        found[path] = (name, shape)
+    return found
+
+
+def _layers(folder: Path, component: str) -> list[LoraSite]:
     sites = []
     for file in weight_files(folder):
-        for name, (_, shape) in safetensors_io.read_shapes(file).items():
-            if not name.endswith(".weight") or len(shape) not in (2, 4) or "embedding.w" in name:
-                continue
-            path = name.removesuffix(".weight")
-            if prefix:
-                path = prefix + _TEXT_PREFIX.sub("text_model.", path)
+        for path, (_, shape) in _named(file, component).items():
             window = (shape[2], shape[3]) if len(shape) == 4 else (1, 1)
             kind = "conv" if len(shape) == 4 else "linear"
             stride = (2, 2) if ".downsamplers." in path else (1, 1)

@@ -12,7 +12,7 @@ import json
 import mmap
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,34 +87,63 @@ def write(
 
 def encode(tensors: Mapping[str, AnyArray], metadata: Mapping[str, str]) -> bytes:
     """The bytes of the file. Adds `sshs_model_hash` when the metadata has ss_ keys."""
-    arrays = {name: np.ascontiguousarray(np.asarray(tensors[name])) for name in tensors}
-    # 0-d arrays become 1-d in ascontiguousarray; wide dtypes first keeps everything aligned.
-    arrays = {name: array.reshape(np.shape(tensors[name])) for name, array in arrays.items()}
-    order = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
-    header: dict[str, Any] = {}
-    offset = 0
-    for name in order:
-        array = arrays[name]
-        if array.dtype not in _NAMES:
-            raise ValueError(f"safetensors cannot hold dtype {array.dtype} of {name}")
-        size = array.nbytes
-        header[name] = {
-            "dtype": _NAMES[array.dtype],
-            "shape": list(array.shape),
-            "data_offsets": [offset, offset + size],
-        }
-        offset += size
+    arrays = {name: np.asarray(value) for name, value in tensors.items()}
+    order, entries = _layout(arrays)
+    # tobytes copies in C order, whatever the strides of the array are.
     body = b"".join(arrays[name].tobytes() for name in order)
     texts = dict(metadata)
     if any(key.startswith("ss_") for key in texts):
         texts["sshs_model_hash"] = hashlib.sha256(body).hexdigest()
-    if not all(isinstance(key, str) and isinstance(text, str) for key, text in texts.items()):
-        raise ValueError(f"safetensors metadata must be strings, got {texts!r}")
-    if texts:
-        header = {"__metadata__": dict(sorted(texts.items())), **header}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return _header_bytes(entries, texts) + body
+
+
+def write_streamed(
+    path: str | os.PathLike[str],
+    like: Mapping[str, np.ndarray],
+    make: Callable[[str], np.ndarray],
+    metadata: Mapping[str, str],
+) -> None:
+    """Writes `make(name)` for every name of `like` (same shape and dtype), one at a time."""
+    order, entries = _layout(like)
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.partial")
+    with temporary.open("wb") as file:
+        file.write(_header_bytes(entries, metadata))
+        for name in order:
+            array = make(name)
+            if array.shape != like[name].shape or array.dtype != like[name].dtype:
+                raise ValueError(f"{name}: {array.dtype}{array.shape}, expected that of `like`")
+            file.write(array.tobytes())
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(target)
+
+
+def _layout(arrays: Mapping[str, np.ndarray]) -> tuple[list[str], dict[str, Any]]:
+    """(order of the data, header entries); wide dtypes first keeps every tensor aligned."""
+    order = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
+    entries, offset = {}, 0
+    for name in order:
+        array = arrays[name]
+        if array.dtype not in _NAMES:
+            raise ValueError(f"safetensors cannot hold dtype {array.dtype} of {name}")
+        entries[name] = {
+            "dtype": _NAMES[array.dtype],
+            "shape": list(array.shape),
+            "data_offsets": [offset, offset + array.nbytes],
+        }
+        offset += array.nbytes
+    return order, entries
+
+
+def _header_bytes(entries: Mapping[str, Any], metadata: Mapping[str, str]) -> bytes:
+    if not all(isinstance(key, str) and isinstance(text, str) for key, text in metadata.items()):
+        raise ValueError(f"safetensors metadata must be strings, got {metadata!r}")
+    header = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    text = json.dumps({**header, **entries}, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + body
+    return len(text).to_bytes(8, "little") + text
 
 
 def atomic_write(path: str | os.PathLike[str], content: bytes) -> None:

@@ -1,0 +1,101 @@
+"""`hyperlora convert`: LoRA files from one program's form into another's, one or a folder."""
+
+import argparse
+from pathlib import Path
+
+from hyperlora_jax.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Input, output, form."""
+    from hyperlora_jax.lora_files.writing import DTYPES, FORMATS
+
+    parser.add_argument("source", metavar="IN", help="LoRA file, adapter folder, or folder of them")
+    parser.add_argument("target", metavar="OUT", help="file or folder to write")
+    parser.add_argument("--to", choices=FORMATS, required=True, help="form of the output")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="float16")
+    parser.add_argument(
+        "--base", help="diffusers directory, or sd1, sd2, sdxl; default: told from the layers"
+    )
+    parser.add_argument("--verify", action="store_true", help="load the result with PyTorch too")
+    parser.add_argument("--workers", type=int, help="files at a time (default: one per core)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Converts, prints what came out and which tools load it."""
+    from hyperlora_jax.lora_files import compatibility, convert
+    from hyperlora_jax.lora_files.base_model import BaseModel
+
+    source = Path(args.source)
+    base = convert.open_base(args.base)
+    if args.verify and not isinstance(base, BaseModel):
+        raise UserError("--verify needs --base DIR, a diffusers directory to load the LoRA into")
+    if args.workers is not None and args.workers < 1:
+        raise UserError(f"--workers is {args.workers}, expected at least 1")
+    if source.is_dir() and not _is_one_lora(source):
+        done = _folder(args, base)
+    else:
+        done = [convert.convert_file(source, args.target, args.to, args.dtype, base)]
+    good = [result for result in done if not result.error]
+    if args.verify:
+        _verify(args.base, good)
+    if good:
+        first = good[0]
+        print(f"wrote {len(good)} LoRA(s), e.g. {first.target}")
+        print(f"{len(first.spec)} sites, rank {first.spec.max_rank}, {first.family}"
+              f" ({first.evidence})")  # fmt: skip
+        form = compatibility.written_form(args.to, first.family)
+        rows = compatibility.report(first.spec, first.family, form)
+        print("\n".join(compatibility.lines(rows, len(first.spec))))
+    bad = [result for result in done if result.error]
+    for result in bad:
+        print(f"left out: {result.error}")
+    if bad:
+        raise UserError(f"{len(bad)} of {len(done)} LoRAs could not be converted, see above")
+    return 0
+
+
+def _is_one_lora(path: Path) -> bool:
+    from hyperlora_jax.lora_files.peft_directory import adapter_folders
+    from hyperlora_jax.lora_files.writing import DIFFUSERS_NAME
+
+    return bool(adapter_folders(path)) or (path / DIFFUSERS_NAME).exists()
+
+
+def _folder(args: argparse.Namespace, base) -> list:
+    from tqdm import tqdm
+
+    from hyperlora_jax.lora_files import convert
+
+    total = len(convert.find_loras(Path(args.source)))
+    with tqdm(total=total, unit="LoRA", desc="convert") as bar:
+        return convert.convert_folder(
+            args.source, args.target, args.to, args.dtype, base, args.workers,
+            lambda result: bar.update(),
+        )  # fmt: skip
+
+
+def _verify(base: str, done: list) -> None:
+    from tqdm import tqdm
+
+    from hyperlora_jax.lora_files.reading import load_lora
+    from hyperlora_jax.lora_files.verify import load_modules, verify
+
+    modules = load_modules(base)
+    worst_output = worst_delta = 0.0
+    for result in tqdm(done, unit="LoRA", desc="verify"):
+        found = verify(result.target, modules, *load_lora(result.target))
+        problems = [*found.missing_keys, *found.unexpected_keys, *found.warnings]
+        if problems:
+            raise UserError(f"{result.target}: PyTorch says: {problems[0]}")
+        worst_output = max(worst_output, found.max_abs_diff)
+        worst_delta = max(worst_delta, found.max_delta_error)
+        if found.max_delta_error > 1e-5 or found.max_abs_diff > 1e-3:
+            raise UserError(
+                f"{result.target}: PyTorch differs: delta {found.max_delta_error:.1e}, output "
+                f"{found.max_abs_diff:.1e}"
+            )
+    print(
+        f"PyTorch: {len(done)} loaded, no missing and no unexpected key, largest difference of "
+        f"deltas {worst_delta:.1e}, of outputs {worst_output:.1e}"
+    )

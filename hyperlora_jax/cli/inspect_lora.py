@@ -1,0 +1,44 @@
+"""`hyperlora inspect LORA`: form, sites, ranks, norms, spectrum, and which tools load it."""
+
+import argparse
+import json
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The file and how much to show."""
+    parser.add_argument("path", help="LoRA file or adapter folder")
+    parser.add_argument("--base", help="diffusers directory, or sd1, sd2, sdxl")
+    parser.add_argument("--sites", action="store_true", help="one line for each site")
+    parser.add_argument("--json", metavar="FILE", help="write the whole report")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the report."""
+    from hyperlora_jax.lora_files import compatibility, safetensors_io
+    from hyperlora_jax.lora_files.inspection import inspect_lora
+
+    found = inspect_lora(args.path, args.base)
+    ranks = sorted({site["rank"] for site in found["sites"]})
+    print(f"{'kind':<12}LoRA, {found['form']} keys, {found['family']} ({found['evidence']})")
+    print(f"{'sites':<12}{len(found['sites'])}, {found['num_parameters']:,} numbers")
+    print(f"{'ranks':<12}{', '.join(map(str, ranks))}")
+    print(f"{'dtypes':<12}{', '.join(found['dtypes'])}")
+    print(f"{'delta norm':<12}{found['norm']:.4g}")
+    print(f"{'spectrum':<12}{found['effective_rank']:.2f} effective rank on average")
+    print(f"{'spec':<12}{found['fingerprint'][:12]}")
+    for key, text in sorted(found["metadata"].items()):
+        print(f"  {key} = {text[:100]}")
+    for note in found["notes"]:
+        print(f"note: {note}")
+    if args.sites:
+        for site in found["sites"]:
+            values = " ".join(f"{value:.3g}" for value in site["singular_values"][:6])
+            print(f"  {site['path']}  {site['size']}  rank {site['rank']}  σ {values}")
+    print("loads in")
+    rows = [compatibility.ToolReport(**row) for row in found["tools"]]
+    print("\n".join(compatibility.lines(rows, len(found["sites"]))))
+    if args.json:
+        text = json.dumps(found, indent=1, sort_keys=True) + "\n"
+        safetensors_io.atomic_write(Path(args.json), text.encode())
+    return 0

@@ -1,0 +1,128 @@
+"""Conversion of LoRA files, one or a folder of them in parallel."""
+
+import concurrent.futures
+import dataclasses
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from hyperlora_jax.errors import UserError
+from hyperlora_jax.lora.sites import PRESETS, LoraSpec
+from hyperlora_jax.lora_files import family as families
+from hyperlora_jax.lora_files.base_model import BaseModel, read_base_model
+from hyperlora_jax.lora_files.header import PREFIX
+from hyperlora_jax.lora_files.peft_directory import adapter_folders
+from hyperlora_jax.lora_files.reading import load_lora, read_metadata
+from hyperlora_jax.lora_files.writing import DIFFUSERS_NAME, save_lora
+
+
+@dataclasses.dataclass(frozen=True)
+class Converted:
+    """One conversion: `error` is "" when it worked, `evidence` tells how the family was found."""
+
+    source: Path
+    target: Path
+    spec: LoraSpec | None = None
+    family: families.Family = "sd1"
+    evidence: str = ""
+    error: str = ""
+
+
+def open_base(base: str | None) -> BaseModel | families.Family | None:
+    """`--base`: a family's name, a diffusers directory, or None."""
+    if base is None or base in families.FAMILIES:
+        return base  # type: ignore[return-value]
+    return read_base_model(base)
+
+
+def convert_file(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    to: str,
+    dtype: str = "float16",
+    base: BaseModel | families.Family | None = None,
+) -> Converted:
+    """Reads any form and writes another; our own header texts are kept.
+
+    `base` checks the layers and decides the family; without it the sites do. Raises UserError.
+    """
+    source = Path(source)
+    model = base if isinstance(base, BaseModel) else None
+    lora, spec = load_lora(
+        source, _vector_spec(source, model) if source.suffix == ".npy" else model
+    )
+    if model is not None:
+        family, evidence = model.family, f"from the base {model.name}"
+    elif isinstance(base, str):
+        family, evidence = families.check(base, spec), "given"
+    else:
+        family, evidence = families.recognise(spec)
+    own = {} if source.suffix == ".npy" else read_metadata(source)
+    own = {key: text for key, text in own.items() if key.startswith(PREFIX)}
+    layers = model.layers_per_block if model else 2
+    written = save_lora(target, lora, spec, to, dtype, family, own, layers)
+    return Converted(source, written, spec.with_rank(spec.max_rank), family, evidence)
+
+
+def _vector_spec(source: Path, base: BaseModel | None) -> LoraSpec:
+    if base is None:
+        raise UserError(f"{source}: a vector has no names; give --base DIR to read it")
+    rules = [re.compile(rule) for rule in PRESETS["w2w"]]
+    sites = [site for path, site in base.layers.items() if any(r.search(path) for r in rules)]
+    return LoraSpec(tuple(sites))
+
+
+def find_loras(folder: Path) -> list[Path]:
+    """LoRA files and adapter folders below a folder, in name order; hidden ones left out."""
+    found: list[Path] = []
+    for path in sorted(folder.rglob("*")):
+        inside = any(parent in found for parent in path.parents)
+        if inside or any(part.startswith(".") for part in path.relative_to(folder).parts):
+            continue
+        if bool(adapter_folders(path)) if path.is_dir() else path.suffix == ".safetensors":
+            found.append(path)
+    if not found:
+        raise UserError(f"{folder}: no LoRA file (.safetensors) or adapter folder in it")
+    return found
+
+
+def convert_folder(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    to: str,
+    dtype: str = "float16",
+    base: BaseModel | families.Family | None = None,
+    num_workers: int | None = None,
+    progress: Callable[[Converted], None] | None = None,
+) -> list[Converted]:
+    """Converts every LoRA below a folder; the results keep its structure and order.
+
+    A file that cannot be converted does not stop the others: its `error` says why.
+    """
+    root, out = Path(source), Path(target)
+    jobs = []
+    for path in find_loras(root):
+        relative = path.relative_to(root)
+        if relative.name == DIFFUSERS_NAME and relative.parent != Path():
+            relative = relative.parent
+        name = relative.with_suffix("") if path.is_file() else relative
+        jobs.append((path, out / (name if to in _FOLDERS else f"{name}.safetensors")))
+
+    def one(job: tuple[Path, Path]) -> Converted:
+        try:
+            return convert_file(*job, to, dtype, base)
+        except UserError as error:
+            return Converted(*job, error=str(error))
+
+    workers = num_workers or len(os.sched_getaffinity(0))
+    results = []
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        for result in pool.map(one, jobs):
+            results.append(result)
+            if progress is not None:
+                progress(result)
+    return results
+
+
+_FOLDERS = ("peft", "weights2weights")
