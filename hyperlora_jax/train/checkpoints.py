@@ -210,4 +210,5 @@ class Checkpoints:
     def close(self) -> None:
         """Waits and closes; a failed writer is not asked again."""
         if not self._failed:
-            self._manager.close()
+            with self._writing():
+                self._manager.close()
