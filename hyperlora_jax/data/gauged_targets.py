@@ -8,9 +8,9 @@ The result can be cached as a memory-mapped .npy, so that training draws from it
 """
 
 import dataclasses
+import functools
 import hashlib
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -24,7 +24,7 @@ from hyperlora_jax.lora import gauge, vectorize
 from hyperlora_jax.lora.sites import LoraSpec
 
 GAUGES = ("raw", "svd", "procrustes")
-CHUNK = 32  # vectors turned by one call
+CHUNK = 64  # vectors turned by one call
 REFERENCE_VECTORS = 512  # of the training split, for the mean of the svd gauge
 
 
@@ -75,44 +75,52 @@ def gauge_reference(targets: LoraTargets, kind: str) -> Float[np.ndarray, " d"] 
     if kind == "procrustes":
         return targets.whitening().mean
     some = _training(targets)[:REFERENCE_VECTORS]
-    turn = gauge_function(targets.spec, "svd", None)
-    return _by_chunks(turn, targets.loras(some)).mean(axis=0)
+    return turn_vectors(targets.loras(some), targets.spec, "svd").mean(axis=0)
 
 
-def gauge_function(
-    spec: LoraSpec, kind: str, reference: Float[np.ndarray, " d"] | None
-) -> Callable[[np.ndarray], jax.Array]:
-    """Jitted [n, d] -> [n, d] that turns vectors into a gauge."""
-    target = None if reference is None else vectorize.unflatten(reference, spec)
+def turn_vectors(
+    vectors: Float[np.ndarray, "n d"],
+    spec: LoraSpec,
+    kind: str,
+    reference: Float[np.ndarray, " d"] | None = None,
+) -> Float[np.ndarray, "n d"]:
+    """Flat vectors in a gauge, site by site; sites of one shape share their program.
 
-    @jax.jit
-    def turn(vectors):
-        lora = vectorize.unflatten(vectors, spec)
-        return vectorize.flatten(gauge.canonical(lora, spec, kind, target), spec)
-
-    return turn
-
-
-def _by_chunks(turn: Callable, vectors: np.ndarray) -> np.ndarray:
-    """Applies `turn` to equal chunks, the last one padded, so that it is compiled once."""
-    size = min(CHUNK, len(vectors))
+    Vectors are turned one after another inside the program, not as one batch: two batched QR
+    decompositions that run at once wait for each other for ever in XLA's CPU thread pool (jaxlib
+    0.10, two cores), an unbatched one needs no pool.
+    """
     out = np.empty_like(vectors)
-    for start in range(0, len(vectors), size):
-        chunk = vectors[start : start + size]
-        padded = np.concatenate([chunk, np.repeat(chunk[:1], size - len(chunk), axis=0)])
-        out[start : start + len(chunk)] = np.asarray(turn(padded))[: len(chunk)]
+    start = 0
+    for site in spec.sites:
+        stop = start + site.num_parameters
+        alone = LoraSpec((dataclasses.replace(site, path="site"),))
+        target = None if reference is None else reference[start:stop]
+        out[:, start:stop] = _turn_site(vectors[:, start:stop], target, alone, kind)
+        start = stop
     return out
 
 
+@functools.partial(jax.jit, static_argnames=("spec", "kind"))
+def _turn_site(vectors, reference, spec: LoraSpec, kind: str):
+    target = None if reference is None else vectorize.unflatten(reference, spec)
+
+    def turn(vector):
+        lora = vectorize.unflatten(vector, spec)
+        return vectorize.flatten(gauge.canonical(lora, spec, kind, target), spec)
+
+    return jax.lax.map(turn, vectors)
+
+
 def _fill(out: np.ndarray, targets: LoraTargets, kind: str, reference) -> None:
-    turn = None if kind == "raw" else gauge_function(targets.spec, kind, reference)
-    for start in range(0, len(targets), CHUNK):
-        stop = min(start + CHUNK, len(targets))
-        # The first rows again at the end of a short chunk: one shape for the compiled function.
-        indices = [*range(start, stop), *([start] * (min(CHUNK, len(targets)) - (stop - start)))]
-        vectors = targets.loras(indices)
-        turned = vectors if turn is None else np.asarray(turn(vectors))
-        out[start:stop] = turned[: stop - start]
+    size = min(CHUNK, len(targets))
+    for start in range(0, len(targets), size):
+        stop = min(start + size, len(targets))
+        # The first rows again at the end of a short chunk: one shape for the compiled functions.
+        vectors = targets.loras([*range(start, stop), *([start] * (size - (stop - start)))])
+        if kind != "raw":
+            vectors = turn_vectors(vectors, targets.spec, kind, reference)
+        out[start:stop] = vectors[: stop - start]
 
 
 def _training(targets: LoraTargets) -> np.ndarray:

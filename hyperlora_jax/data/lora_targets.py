@@ -6,11 +6,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import grain.python as grain
 import numpy as np
 
 from hyperlora_jax.array_types import Float, Int
 from hyperlora_jax.data import lora_target_records as record_format
 from hyperlora_jax.data.lora_targets_writer import FORMAT
+from hyperlora_jax.data.pipelines import Batch, Order, shard_slice, step_batches
 from hyperlora_jax.data.subjects import SPLITS, Subject
 from hyperlora_jax.data.vector_statistics import RunningWhitening, VectorWhitening
 from hyperlora_jax.errors import UserError
@@ -147,6 +149,32 @@ class LoraTargets:
             raise UserError(
                 f"{self.path}: subject {i} cannot be read, the file is damaged ({error})"
             ) from None
+
+
+def vector_batches(
+    targets: LoraTargets,
+    batch_size: int,
+    seed: int,
+    subjects: Int[np.ndarray, " n"] | None = None,
+    shard_index: int = 0,
+    num_shards: int = 1,
+    num_threads: int = 2,
+) -> grain.DatasetIterator:
+    """Endless shuffled batches {"lora": float32 [b, d], "record_id": [b]} read from the disk.
+
+    For datasets that do not fit into memory; `subjects` are the numbers to draw from (a split),
+    else all. Order, shards and state as in `pipelines.array_batches`.
+    """
+    chosen = np.arange(len(targets)) if subjects is None else subjects
+    order = Order(len(chosen), seed)
+    first, count = shard_slice(batch_size, shard_index, num_shards)
+
+    def make_batch(step: int) -> Batch:
+        start = step * batch_size + first
+        records = chosen[order.records(start, start + count)]
+        return {"lora": targets.loras(records), "record_id": records}
+
+    return step_batches(make_batch, num_threads)
 
 
 def _describe(spec: LoraSpec) -> str:

@@ -119,5 +119,7 @@ def load_pictures(
         return avatar_pictures(avatars, count, data.num_views, cache_dir=cache_dir)
     found = folder_pictures(data.source, size)
     if count > len(found.ids):
-        raise UserError(f"{data.source}: has {len(found.ids)} folders of pictures, expected {count}")
+        raise UserError(
+            f"{data.source}: has {len(found.ids)} folders of pictures, expected {count}"
+        )
     return found

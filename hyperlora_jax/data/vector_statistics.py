@@ -57,7 +57,8 @@ class RunningWhitening:
         """Adds a batch of vectors."""
         n = len(vectors)
         batch_mean = vectors.mean(axis=0, dtype=np.float64)
-        squares = np.square(vectors - batch_mean).sum(axis=0)
+        centred = vectors - batch_mean.astype(np.float32)
+        squares = np.einsum("nd,nd->d", centred, centred)
         shift = batch_mean - self.mean
         total = self.count + n
         self.squares += squares + shift**2 * (self.count * n / total)

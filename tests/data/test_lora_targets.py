@@ -8,7 +8,7 @@ import pytest
 from targets_fixture import SPEC, assert_same, picture, subject
 
 from hyperlora_jax.data import lora_target_records, spool
-from hyperlora_jax.data.lora_targets import open_lora_targets
+from hyperlora_jax.data.lora_targets import open_lora_targets, vector_batches
 from hyperlora_jax.data.lora_targets_writer import write_lora_targets
 from hyperlora_jax.data.subjects import Subject, split_by_hash
 from hyperlora_jax.data.vector_statistics import factor_slices
@@ -64,6 +64,21 @@ def test_vectors_and_statistics_are_those_of_the_tree_functions(dataset, subject
     again = targets.whitening()
     (dataset / "moved").rename(dataset / "whitening.safetensors")
     np.testing.assert_allclose(again.mean, stats.mean, atol=1e-7)
+
+
+def test_batches_from_the_disk_resume(dataset, subjects):
+    targets = open_lora_targets(dataset)
+    train = targets.split_indices("train")
+    iterator = vector_batches(targets, 8, seed=0, subjects=train)
+    batches = [next(iterator) for _ in range(10)]
+    for batch in batches:
+        expected = [subjects[k].lora for k in batch["record_id"]]
+        np.testing.assert_array_equal(batch["lora"], expected)
+    seen = np.concatenate([batch["record_id"] for batch in batches[:5]])
+    assert sorted(seen) == train.tolist()
+    again = vector_batches(targets, 8, 0, train, shard_index=1, num_shards=2)
+    again.set_state({"next_index": 9})
+    np.testing.assert_array_equal(next(again)["record_id"], batches[9]["record_id"][4:])
 
 
 def test_tfds_alone_opens_it(dataset, subjects):
