@@ -1,14 +1,13 @@
-"""Pictures for the report: comparison grids, the worst cases, strength curves.
+"""Pictures for the report: comparison grids and the worst cases.
 
-Grids are drawn with Pillow in plain pixels (nearest neighbour, so that nothing is smoothed over),
-charts with matplotlib. Rows are the first identities of the test set in its own order: nobody
-picked them.
+Drawn with Pillow in plain pixels: nearest neighbour, so that nothing is smoothed over. Rows are
+the first identities of the test set in its own order: nobody picked them.
 """
 
 import dataclasses
 import io
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -146,73 +145,11 @@ def worst_grid(
     return draw_grid(columns, notes)
 
 
-def strength_chart(results: Mapping[str, MethodResult]) -> bytes | None:
-    """PNG: identity top-1 and error against strength, on validation identities; None if no curve.
-
-    The chosen strength of every method is marked.
-    """
-    curves = {name: result for name, result in results.items() if len(result.curve) > 1}
-    if not curves:
-        return None
-    figure, axes = _new_figure(rows=2)  # above each other: side by side is unreadable on a phone
-    for name, result in curves.items():
-        strengths = sorted(result.curve)
-        for axis, values in zip(axes, (_top1_means(result), _error_means(result)), strict=True):
-            y = [values[s] for s in strengths]
-            (line,) = axis.plot(strengths, y, marker=".", label=TITLES.get(name, name))
-            axis.plot([result.strength], [values[result.strength]], "o", color=line.get_color())
-    axes[0].set_ylabel("identity top-1")
-    axes[0].set_ylim(bottom=0)
-    axes[1].set_ylabel("error to the exact picture")
-    axes[1].set_xlabel("strength (● chosen)")
-    axes[1].legend(frameon=False, fontsize=9)
-    return _png(figure)
-
-
-def line_chart(
-    series: Mapping[str, tuple[Sequence[Any], Sequence[Any]]],
-    x_label: str,
-    y_label: str,
-    log_x: bool = False,
-) -> bytes:
-    """PNG of lines {name: (x, y)} with a legend."""
-    figure, (axis,) = _new_figure(rows=1)
-    for name, (x, y) in series.items():
-        axis.plot(x, y, marker=".", label=TITLES.get(name, name))
-    if log_x:
-        axis.set_xscale("symlog", linthresh=1.0)
-    axis.set_xlabel(x_label)
-    axis.set_ylabel(y_label)
-    axis.legend(frameon=False, fontsize=9)
-    return _png(figure)
-
-
-def histogram_chart(series: Mapping[str, Sequence[Any]], x_label: str, num_bins: int = 30) -> bytes:
-    """PNG of overlaid histograms {name: values} over one range."""
-    figure, (axis,) = _new_figure(rows=1)
-    everything = np.concatenate([np.asarray(values) for values in series.values()])
-    bins = np.linspace(everything.min(), everything.max() + 1e-9, num_bins)
-    for name, values in series.items():
-        axis.hist(np.asarray(values), bins=bins, alpha=0.55, density=True, label=name)
-    axis.set_xlabel(x_label)
-    axis.set_ylabel("density")
-    axis.legend(frameon=False, fontsize=9)
-    return _png(figure)
-
-
 def to_png(image: "Image.Image") -> bytes:
     """A picture as PNG bytes."""
     stream = io.BytesIO()
     image.save(stream, "PNG", optimize=True)
     return stream.getvalue()
-
-
-def _top1_means(result: MethodResult) -> dict[float, float]:
-    return {strength: float(scores.top1.mean()) for strength, scores in result.curve.items()}
-
-
-def _error_means(result: MethodResult) -> dict[float, float]:
-    return {strength: float(scores.error.mean()) for strength, scores in result.curve.items()}
 
 
 def _enlarged(picture: Float[AnyArray, "h w 3"], side: int) -> "Image.Image":
@@ -231,20 +168,3 @@ def _fitting_font(draw, text: str, width: int):
         if draw.textlength(text, font) <= width:
             return font
     return ImageFont.load_default(8)
-
-
-def _new_figure(rows: int):
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.6, 3.0 * rows), dpi=110, layout="constrained")
-    axes = figure.subplots(rows, 1, squeeze=False, sharex=True)[:, 0]
-    for axis in axes:
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def _png(figure) -> bytes:
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png")
-    return stream.getvalue()

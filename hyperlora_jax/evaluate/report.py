@@ -12,7 +12,7 @@ from typing import Any
 
 from etils import epath
 
-from hyperlora_jax.evaluate import figures, wording
+from hyperlora_jax.evaluate import charts, figures, wording
 from hyperlora_jax.evaluate.compare import MethodResult
 from hyperlora_jax.evaluate.protocol import EvaluationSet
 
@@ -111,7 +111,7 @@ def standard_figures(
         page = figures.worst_grid(test, results["generated"], cases)
         note = "“Taken for” is the candidate whose exact render is nearest to the generated one."
         found.append(Figure("worst", figures.to_png(page), note, place="worst"))
-    chart = figures.strength_chart(results)
+    chart = charts.strength_chart(results)
     if chart is not None:
         note = "On validation identities, who are not among those scored above."
         found.append(Figure("strength", chart, note, "Strength, chosen per method"))

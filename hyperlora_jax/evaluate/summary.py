@@ -23,6 +23,7 @@ def summarise(
     torch_parity: Mapping[str, Any] | None = None,
     seconds: Mapping[str, float] | None = None,
     facts: Mapping[str, Any] | None = None,
+    sections: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Everything that was measured, JSON-able.
 
@@ -32,6 +33,7 @@ def summarise(
       torch_parity: {"max_abs_diff", "unexpected_keys", "missing_keys"} of the exported files.
       seconds: per stage, and generate_one_lora and fit_one_lora.
       facts: more to record (base hash, checkpoint, seeds).
+      sections: {name: numbers} of `sections.py` (memorisation, weights, steps_to_quality).
     """
     names = list(results)
     scores = {name: results[name].scores for name in names}
@@ -52,7 +54,7 @@ def summarise(
         "facts": dict(facts or {}),
         "versions": versions(),
     }
-    return summary
+    return {**summary, **(sections or {})}
 
 
 def paired(scores: Mapping[str, Scores]) -> dict[str, Any]:

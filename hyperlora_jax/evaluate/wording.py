@@ -120,6 +120,7 @@ def verdicts(summary: Summary) -> list[dict[str, str]]:
         )
         found.append(_verdict(all(better), text))
     found += _copy_verdict(summary) + _paired_verdict(summary) + _parity_verdict(summary)
+    found += _memorisation_verdict(summary) + _steps_verdict(summary)
     failures = {n: k for n, k in summary["failures"].items() if k}
     text = (
         "No method failed to make a picture."
@@ -244,3 +245,32 @@ def _parity_verdict(summary: Summary) -> list[dict[str, str]]:
         f"most {parity['max_abs_diff']:.1e}."
     )
     return [_verdict(good, text)]
+
+
+def _memorisation_verdict(summary: Summary) -> list[dict[str, str]]:
+    found = []
+    for space, audit in summary.get("memorisation", {}).get("weights", {}).items():
+        text = (
+            f"Memorisation audit ({space}): generated LoRAs are {audit['median_ratio']:.2f} times "
+            "as far from the nearest training LoRA as training LoRAs are from each other; noisy "
+            f"copies would be {audit['noisy_copy'] / audit['median_leave_one_out']:.2f} times."
+        )
+        found.append(_verdict(audit["passed"], text))
+    return found
+
+
+def _steps_verdict(summary: Summary) -> list[dict[str, str]]:
+    headline = summary.get("steps_to_quality", {}).get("headline", {})
+    if "hypernetwork" not in headline or "zero" not in headline:
+        return []
+    ours, theirs = headline["hypernetwork"], headline["zero"]
+    text = f"95 % of the full conventional LoRA’s identity score is reached {_when(ours)} from the "
+    text += f"generated LoRA and {_when(theirs)} from nothing."
+    good = ours["steps"] is not None and ours["steps"] <= 25
+    return [_verdict(good, text)]
+
+
+def _when(headline: Mapping[str, Any]) -> str:
+    if headline["steps"] is None:
+        return "never"
+    return f"after {headline['steps']} steps ({duration(headline['seconds_per_lora'])} per LoRA)"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hyperlora_jax.evaluate import compare, figures, report, wording
+from hyperlora_jax.evaluate import charts, compare, figures, report, wording
 from hyperlora_jax.evaluate.compare import Method
 from hyperlora_jax.evaluate.summary import summarise
 
@@ -49,7 +49,7 @@ def summary(results, test_set, validation_set):
 @pytest.fixture(scope="module")
 def files(results, summary, test_set, tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
-    chart = figures.histogram_chart({"a": [0.0, 1.0], "b": [1.0, 2.0]}, "distance")
+    chart = charts.histogram_chart({"a": [0.0, 1.0], "b": [1.0, 2.0]}, "distance")
     return report.write_report(
         folder,
         summary,
@@ -139,7 +139,7 @@ def test_unknown_place():
 
 
 def test_charts_are_pictures():
-    chart = figures.line_chart({"zero": ([0, 5, 100], [0.1, 0.2, 0.5])}, "steps", "top-1", True)
+    chart = charts.line_chart({"zero": ([0, 5, 100], [0.1, 0.2, 0.5])}, "steps", "top-1", True)
     assert Image.open(io.BytesIO(chart)).size[0] > 300
 
 

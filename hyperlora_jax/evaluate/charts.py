@@ -1,0 +1,101 @@
+"""Charts for the report, drawn by matplotlib: PNG bytes, one above the other where there are two
+(side by side is unreadable on a phone).
+"""
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from hyperlora_jax.evaluate.compare import MethodResult
+from hyperlora_jax.evaluate.figures import TITLES
+
+
+def strength_chart(results: Mapping[str, MethodResult]) -> bytes | None:
+    """PNG: identity top-1 and error against strength, on validation identities; None if no curve.
+
+    The chosen strength of every method is marked.
+    """
+    curves = {name: result for name, result in results.items() if len(result.curve) > 1}
+    if not curves:
+        return None
+    figure, axes = _new_figure(rows=2)
+    for name, result in curves.items():
+        strengths = sorted(result.curve)
+        for axis, values in zip(axes, (_top1_means(result), _error_means(result)), strict=True):
+            y = [values[s] for s in strengths]
+            (line,) = axis.plot(strengths, y, marker=".", label=TITLES.get(name, name))
+            axis.plot([result.strength], [values[result.strength]], "o", color=line.get_color())
+    axes[0].set_ylabel("identity top-1")
+    axes[0].set_ylim(bottom=0)
+    axes[1].set_ylabel("error to the exact picture")
+    axes[1].set_xlabel("strength (● chosen)")
+    axes[1].legend(frameon=False, fontsize=9)
+    return _png(figure)
+
+
+def line_chart(
+    series: Mapping[str, tuple[Sequence[Any], Sequence[Any]]],
+    x_label: str,
+    y_label: str,
+    log_x: bool = False,
+) -> bytes:
+    """PNG of lines {name: (x, y)} with a legend."""
+    figure, (axis,) = _new_figure(rows=1)
+    for name, (x, y) in series.items():
+        axis.plot(x, y, marker=".", label=TITLES.get(name, name))
+    if log_x:
+        axis.set_xscale("symlog", linthresh=1.0)
+    axis.set_xlabel(x_label)
+    axis.set_ylabel(y_label)
+    axis.legend(frameon=False, fontsize=9)
+    return _png(figure)
+
+
+def histogram_chart(series: Mapping[str, Any], x_label: str, num_bins: int = 30) -> bytes:
+    """PNG of overlaid histograms {name: values} over one range."""
+    figure, (axis,) = _new_figure(rows=1)
+    everything = np.concatenate([np.asarray(values) for values in series.values()])
+    bins = np.linspace(everything.min(), everything.max() + 1e-9, num_bins)
+    for name, values in series.items():
+        axis.hist(np.asarray(values), bins=bins, alpha=0.55, density=True, label=name)
+    axis.set_xlabel(x_label)
+    axis.set_ylabel("density")
+    axis.legend(frameon=False, fontsize=9)
+    return _png(figure)
+
+
+def bar_chart(values: Mapping[str, float], x_label: str) -> bytes:
+    """PNG of horizontal bars {name: length}, in the order given from top to bottom."""
+    figure, (axis,) = _new_figure(rows=1, height=max(2.4, 0.16 * len(values) + 0.8))
+    positions = np.arange(len(values))[::-1]
+    axis.barh(positions, list(values.values()))
+    axis.set_yticks(positions, list(values), fontsize=6 if len(values) > 12 else 9)
+    axis.set_xlabel(x_label)
+    return _png(figure)
+
+
+def _top1_means(result: MethodResult) -> dict[float, float]:
+    return {strength: float(scores.top1.mean()) for strength, scores in result.curve.items()}
+
+
+def _error_means(result: MethodResult) -> dict[float, float]:
+    return {strength: float(scores.error.mean()) for strength, scores in result.curve.items()}
+
+
+def _new_figure(rows: int, height: float = 3.0):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.6, height * rows), dpi=110, layout="constrained")
+    axes = figure.subplots(rows, 1, squeeze=False, sharex=True)[:, 0]
+    for axis in axes:
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _png(figure) -> bytes:
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png")
+    return stream.getvalue()
