@@ -96,8 +96,49 @@ def parse(
 
 
 def parse_vector(record: bytes, lora_dtype: str) -> np.ndarray:
-    """Only the LoRA vector of a record, float32 [d]."""
-    return decode_vector(_features_of(record)["lora"].bytes_list.value[0], lora_dtype)
+    """Only the LoRA vector of a record, float32 [d]; a view of the record where it is float32.
+
+    Raises KeyError when the record has none, IndexError or ValueError when it is damaged.
+    """
+    start, stop = _find(record, b"lora")
+    return decode_vector(memoryview(record)[start:stop], lora_dtype)
+
+
+def _find(record: bytes, name: bytes) -> tuple[int, int]:
+    """Where the bytes of a feature lie. Walks the message without decoding it.
+
+    Example = {1: Features}, Features = {1: entry}*, entry = {1: name, 2: Feature},
+    Feature = {1: BytesList}, BytesList = {1: bytes}; every field is (tag, length, content).
+    """
+    _, position, end = _field(record, 0)
+    while position < end:
+        _, entry, next_entry = _field(record, position)
+        _, key, key_end = _field(record, entry)
+        if record[key:key_end] == name:
+            _, feature, _ = _field(record, key_end)
+            tag, values, _ = _field(record, feature)
+            if tag == 1:
+                return _field(record, values)[1:]
+        position = next_entry
+    raise KeyError(name.decode())
+
+
+def _field(record: bytes, position: int) -> tuple[int, int, int]:
+    """(field number, start, end) of the length-delimited field at a position."""
+    tag = record[position]
+    if tag & 7 != 2:
+        raise ValueError(f"wire type {tag & 7} at byte {position}, expected 2")
+    length = shift = 0
+    while True:
+        position += 1
+        byte = record[position]
+        length |= (byte & 127) << shift
+        shift += 7
+        if byte < 128:
+            break
+    if position + 1 + length > len(record):
+        raise ValueError(f"field of {length} bytes at byte {position} of {len(record)}")
+    return tag >> 3, position + 1, position + 1 + length
 
 
 def _features_of(record: bytes):
@@ -115,7 +156,7 @@ def encode_vector(vector: np.ndarray, lora_dtype: str) -> bytes:
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16).tobytes()
 
 
-def decode_vector(encoded: bytes, lora_dtype: str) -> np.ndarray:
+def decode_vector(encoded: bytes | memoryview, lora_dtype: str) -> np.ndarray:
     """Inverse of `encode_vector`, as float32 [d]."""
     if lora_dtype == "float32":
         return np.frombuffer(encoded, np.float32)

@@ -126,6 +126,20 @@ def test_records_equal_those_of_tfds_own_serializer(subjects):
     assert_same(lora_target_records.parse(record, "float32", {"tiny": 3}), one)
 
 
+def test_vectors_are_found_without_decoding(subjects):
+    for one in (*subjects[:5], subject(7, references=(), embeddings={}, targets=(), captions=())):
+        for dtype in ("float32", "bfloat16"):
+            record = lora_target_records.serialize(one, dtype)
+            whole = lora_target_records.parse(record, dtype, {}).lora
+            np.testing.assert_array_equal(lora_target_records.parse_vector(record, dtype), whole)
+    with pytest.raises(KeyError):
+        record = lora_target_records.serialize(subject(0, lora=False), "float32")
+        lora_target_records.parse_vector(record, "float32")
+    for cut in range(1, 400, 13):
+        with pytest.raises((ValueError, IndexError, KeyError)):
+            lora_target_records.parse_vector(record[:cut], "float32")
+
+
 def _file(encoded):
     import io
 
