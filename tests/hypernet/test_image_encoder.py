@@ -29,10 +29,17 @@ def test_pictures_do_not_influence_each_other(params):
     np.testing.assert_allclose(together[2:3], alone, atol=1e-4)
 
 
+def test_enlarged_pixels_encode_like_the_original(params):
+    small = np.random.default_rng(0).random((1, 16, 16, 3), np.float32)
+    large = small.repeat(3, axis=1).repeat(3, axis=2)
+    expected = SMALL.apply({"params": params}, small)[0]
+    np.testing.assert_allclose(SMALL.apply({"params": params}, large)[0], expected, atol=1e-4)
+
+
 def test_other_sizes_are_resized(params):
-    large = np.repeat(np.repeat(np.full((1, 16, 16, 3), 0.3, np.float32), 2, axis=1), 2, axis=2)
-    small, _ = SMALL.apply({"params": params}, large[:, ::2, ::2])
-    np.testing.assert_allclose(SMALL.apply({"params": params}, large)[0], small, atol=1e-4)
+    grey = np.full((1, 21, 21, 3), 0.3, np.float32)
+    expected = SMALL.apply({"params": params}, grey[:, :16, :16])[0]
+    np.testing.assert_allclose(SMALL.apply({"params": params}, grey)[0], expected, atol=1e-4)
 
 
 def test_embedding_knows_where(params):

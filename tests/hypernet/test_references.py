@@ -27,6 +27,12 @@ def test_centre_crop_resize_and_transparency(tmp_path):
     np.testing.assert_allclose(image[4, 6], (1, 1, 1), atol=0.02)
 
 
+def test_whole_factors_stay_crisp(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3))
+    path = save(tmp_path / "a.png", pixels.repeat(4, axis=0).repeat(4, axis=1))
+    np.testing.assert_allclose(read_reference(path, size=8), pixels / 255.0, atol=1e-6)
+
+
 def test_refused(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         read_reference(tmp_path / "none.png")
