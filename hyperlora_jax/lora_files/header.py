@@ -11,6 +11,7 @@ from typing import Any
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora.sites import LoraSpec
 from hyperlora_jax.lora_files.family import Family
+from hyperlora_jax.lora_files.safetensors_io import KOHYA_HASH, OWN_HASH, OWN_MARK
 
 PREFIX = "hyperlora."
 _ARCHITECTURES: dict[Family, str] = {
@@ -21,7 +22,7 @@ _ARCHITECTURES: dict[Family, str] = {
 _VERSIONS: dict[Family, str] = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
 _RESOLUTIONS: dict[Family, str] = {"sd1": "512x512", "sd2": "512x512", "sdxl": "1024x1024"}
 _FOREIGN = ("ss_", "sshs_", "modelspec.", PREFIX)
-_DERIVED = ("format", "lora_adapter_metadata", "sshs_model_hash", "sshs_legacy_hash")
+_DERIVED = ("format", "lora_adapter_metadata", KOHYA_HASH, "sshs_legacy_hash", OWN_HASH, OWN_MARK)
 
 
 def own_metadata(metadata: Mapping[str, Any] | None) -> dict[str, str]:
@@ -72,4 +73,4 @@ def build(
         if name := own.get(PREFIX + "name"):
             texts["ss_output_name"] = name
     kept = {key: text for key, text in own.items() if key.startswith(PREFIX)}
-    return texts | kept | {PREFIX + "spec": spec.fingerprint}
+    return texts | kept | {OWN_MARK: spec.fingerprint}

@@ -132,11 +132,22 @@ def header_scales(
 def write_peft(path: Path, sites: Arrays, spec: LoraSpec, metadata: Mapping[str, str]) -> Path:
     """Adapter directory; a folder for each model when there are several."""
     models = [name for name in COMPONENTS if spec.component(name).sites]
-    for name in models:
-        folder = path if models == ["unet"] else path / name
+    folders = {name: path if models == ["unet"] else path / name for name in models}
+    _remove_stale(path, set(folders.values()))
+    for name, folder in folders.items():
         part = spec.component(name)
         _write_folder(folder, {s.path: sites[s.path] for s in part}, part, metadata)
     return path
+
+
+def _remove_stale(path: Path, kept: set[Path]) -> None:
+    """Adapter files of an earlier write that the new one would not replace."""
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path}: is a file, expected a folder for the adapter")
+    for folder in {path, *(path / name for name in COMPONENTS)} - kept:
+        for name in (WEIGHTS_NAME, CONFIG_NAME):
+            (folder / name).unlink(missing_ok=True)
+    (path / VECTOR_NAME).unlink(missing_ok=True)
 
 
 def write_weights2weights(
@@ -152,6 +163,7 @@ def write_weights2weights(
     parts = [matrix.astype(np.float32).ravel() for name in sorted(sites) for matrix in sites[name]]
     buffer = io.BytesIO()
     np.save(buffer, np.concatenate(parts), allow_pickle=False)
+    _remove_stale(path, {path / "unet"})
     _write_folder(path / "unet", sites, spec, metadata, W2W_SCALE, f".{W2W_ADAPTER}")
     safetensors_io.atomic_write(path / VECTOR_NAME, buffer.getvalue())
     return path

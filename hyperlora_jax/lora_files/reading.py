@@ -38,6 +38,14 @@ def load_lora(path: str | os.PathLike[str], base: Any = None) -> tuple[Params, L
     tensors, metadata = read_tensors(Path(path), base if isinstance(base, LoraSpec) else None)
     sites = read_sites(path, tensors, layers_per_block_of(base))
     lora, spec = fold(path, sites)
+    written = metadata.get(safetensors_io.OWN_MARK)
+    # One folder of an adapter directory carries the fingerprint of the whole.
+    single = not (Path(path).is_dir() and adapter_folders(Path(path)))
+    if single and written is not None and written != spec.fingerprint:
+        raise UserError(
+            f"{path}: damaged or of another block layout: its names give spec "
+            f"{spec.fingerprint[:12]}…, its header says {written[:12]}…"
+        )
     return check_base(path, lora, spec, metadata, base)
 
 

@@ -24,6 +24,7 @@ from hyperlora_jax.errors import UserError
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_DIMENSIONS = 8
+OWN_MARK, OWN_HASH, KOHYA_HASH = "hyperlora.spec", "hyperlora.sha256", "sshs_model_hash"
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
@@ -51,7 +52,8 @@ _OTHER_KINDS = (
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """(tensors by name, metadata). Arrays are read-only views of the file.
 
-    Raises UserError with the file and the reason for everything that is not a sound file.
+    Files of our own carry a hash of their data, which is compared. Raises UserError with the file
+    and the reason for everything that is not a sound file.
     """
     data = _bytes(path)
     header, start = _header(path, data)
@@ -65,6 +67,10 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str,
         count = (end - begin) // dtype.itemsize
         tensors[name] = np.frombuffer(data, dtype, count, start + begin).reshape(shape)
     _check_spans(path, sorted(spans), len(data) - start)
+    if OWN_MARK in metadata:
+        wanted = metadata.get(OWN_HASH, metadata.get(KOHYA_HASH))
+        if wanted is None or hashlib.sha256(memoryview(data)[start:]).hexdigest() != wanted:
+            raise UserError(f"{path}: damaged or edited: its data is not what its header hashed")
     return tensors, metadata
 
 
@@ -86,14 +92,20 @@ def write(
 
 
 def encode(tensors: Mapping[str, AnyArray], metadata: Mapping[str, str]) -> bytes:
-    """The bytes of the file. Adds `sshs_model_hash` when the metadata has ss_ keys."""
+    """The bytes of the file.
+
+    Adds the sha256 of the data: as `sshs_model_hash` to a header with ss_ keys, as `OWN_HASH` to
+    any other header with our `OWN_MARK`.
+    """
     arrays = {name: np.asarray(value) for name, value in tensors.items()}
     order, entries = _layout(arrays)
     # tobytes copies in C order, whatever the strides of the array are.
     body = b"".join(arrays[name].tobytes() for name in order)
     texts = dict(metadata)
     if any(key.startswith("ss_") for key in texts):
-        texts["sshs_model_hash"] = hashlib.sha256(body).hexdigest()
+        texts[KOHYA_HASH] = hashlib.sha256(body).hexdigest()
+    elif OWN_MARK in texts:
+        texts[OWN_HASH] = hashlib.sha256(body).hexdigest()
     return _header_bytes(entries, texts) + body
 
 

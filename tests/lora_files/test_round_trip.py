@@ -102,6 +102,14 @@ def test_the_expected_spec_gets_its_own_ranks_back(tmp_path):
         load_lora(path, SPEC.with_rank(1))
 
 
+def test_another_block_layout_is_noticed(tmp_path):
+    spec = LoraSpec((LoraSite("up_blocks.1.attentions.0.proj_in", 8, 8, 2),))
+    path = tmp_path / "a.safetensors"
+    save_lora(path, random_lora(spec), spec, family="sdxl", layers_per_block=1)
+    with pytest.raises(UserError, match="damaged or of another block layout"):
+        load_lora(path)
+
+
 def test_another_base_is_refused_naming_both_sides(tmp_path):
     path = save_lora(tmp_path / "a.safetensors", random_lora(SPEC), SPEC, metadata={"seed": 1})
     wider = LoraSpec(tuple(LoraSite(s.path, 16, s.out_features, s.rank, s.kind, s.kernel_size)
@@ -215,5 +223,7 @@ def test_files_that_are_not_there_or_folders(tmp_path):
     assert path == tmp_path / "folder" / "pytorch_lora_weights.safetensors"
     assert load_lora(tmp_path / "folder")[1] == SPEC.with_rank(3)
     (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="is a file, expected a folder"):
+        save_lora(tmp_path / "file", random_lora(SPEC), SPEC, "peft")
     with pytest.raises(UserError, match="cannot write here"):
         save_lora(tmp_path / "file" / "a.safetensors", random_lora(SPEC), SPEC)
