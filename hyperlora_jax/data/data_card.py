@@ -22,6 +22,7 @@ Splits are by identity: no identity is in two of them.
 import tensorflow_datasets as tfds
 source = tfds.builder_from_directory("THIS FOLDER").as_data_source(split="{first}")
 example = source[0]{decode}
+picture = PIL.Image.open(io.BytesIO(example["references"][0]))   # where there is one
 ```
 or, with hyperlora_jax: `from hyperlora_jax.data.lora_targets import open_lora_targets`.
 
@@ -29,7 +30,7 @@ or, with hyperlora_jax: `from hyperlora_jax.data.lora_targets import open_lora_t
 |---|---|
 | `lora` | folded factors (delta = down · up, no alpha) as one vector: sites in spec order, lora_A \
 (r, in) row by row, then lora_B (out, r) |
-| `references`, `targets` | PNG pictures; every target has a caption |
+| `references`, `targets` | bytes of PNG files; every target has a caption |
 | `embeddings/ENCODER` | one row per reference |
 | `identity`, `seed`, `num_steps`, `loss_curve` | who is shown, and how the LoRA was fitted |
 
