@@ -35,6 +35,8 @@ class EncoderLossWeights:
       contrast, picture, parts: weights; 0 leaves a loss out.
       temperature: of InfoNCE, on cosines.
       noise: standard deviation of the pixel noise added to the encoder's input.
+      recolour: share of identities whose pictures all get the same random order of colour
+        channels: shapes in colours that no training identity has. Their parts are not asked for.
     """
 
     contrast: float = 1.0
@@ -42,6 +44,7 @@ class EncoderLossWeights:
     parts: float = 0.5
     temperature: float = 0.1
     noise: float = 0.03
+    recolour: float = 0.0
 
 
 class PictureDecoder(nn.Module):
@@ -128,26 +131,44 @@ def encoder_loss(
       weights: see `EncoderLossWeights`.
       params: its parameters.
       batch: first, second, neutral [b, h, w, 3] uint8 and labels [b, p].
-      key: for the pixel noise.
+      key: for the pixel noise and the colours.
 
     Returns:
       losses [b] and metrics contrast, pair_top1, picture_error and part_accuracy, each [b].
     """
-    pictures = jnp.concatenate([batch["first"], batch["second"]]).astype(jnp.float32) / 255.0
-    noisy = pictures + weights.noise * jax.random.normal(key, pictures.shape)
+    noise_key, colour_key = jax.random.split(key)
+    order, changed = channel_orders(colour_key, len(batch["first"]), weights.recolour)
+
+    def picture(name: str) -> Array:
+        pixels = batch[name].astype(jnp.float32) / 255.0
+        return jnp.take_along_axis(pixels, order[:, None, None, :], axis=3)
+
+    pictures = jnp.concatenate([picture("first"), picture("second")])
+    noisy = pictures + weights.noise * jax.random.normal(noise_key, pictures.shape)
     output = module.apply({"params": params}, noisy)
     first, second = jnp.split(output["projection"], 2)
     contrast, top1 = info_nce(first, second, weights.temperature)
-    neutral = jnp.tile(batch["neutral"].astype(jnp.float32) / 255.0, (2, 1, 1, 1))
+    neutral = jnp.tile(picture("neutral"), (2, 1, 1, 1))
     error = _pair_mean(jnp.square(output["picture"] - neutral).mean(axis=(1, 2, 3)))
     metrics = {"contrast": contrast, "pair_top1": top1, "picture_error": error}
     losses = weights.contrast * contrast + weights.picture * error
     if output["parts"]:
         labels = jnp.tile(batch["labels"], (2, 1))
         entropy, accuracy = part_losses(output["parts"], labels)
-        losses = losses + weights.parts * _pair_mean(entropy.mean(axis=1))
+        losses = losses + weights.parts * _pair_mean(entropy.mean(axis=1)) * (1.0 - changed)
         metrics["part_accuracy"] = _pair_mean(accuracy.mean(axis=1))
     return losses, metrics
+
+
+def channel_orders(
+    key: PRNGKey, count: int, share: float
+) -> tuple[Int[Array, "b 3"], Float[Array, " b"]]:
+    """An order of the three colour channels per identity, and 1.0 where it was drawn."""
+    order_key, which_key = jax.random.split(key)
+    drawn = jnp.argsort(jax.random.uniform(order_key, (count, 3)), axis=1)
+    changed = jax.random.uniform(which_key, (count,)) < share
+    order = jnp.where(changed[:, None], drawn, jnp.arange(3))
+    return order, changed.astype(jnp.float32)
 
 
 def _pair_mean(values: Array) -> Array:

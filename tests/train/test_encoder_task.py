@@ -127,6 +127,16 @@ def test_training_lowers_every_loss_and_exports(bundle, tmp_path):
     assert encoder.facts["data"]["style"] == "pixel-art"
 
 
+def test_channel_orders():
+    order, changed = encoder_task.channel_orders(jax.random.key(0), 64, 0.5)
+    assert set(map(tuple, np.sort(order, axis=1).tolist())) == {(0, 1, 2)}
+    assert 0.3 < float(changed.mean()) < 0.7
+    kept = np.asarray(order)[np.asarray(changed) == 0.0]
+    np.testing.assert_array_equal(kept, np.broadcast_to(np.arange(3), kept.shape))
+    order, changed = encoder_task.channel_orders(jax.random.key(0), 64, 0.0)
+    assert float(changed.max()) == 0.0
+
+
 def test_heads_are_optional(bundle):
     weights = EncoderLossWeights(parts=0.0)
     module = encoder_task.make_network(bundle, ENCODER, weights)
