@@ -16,13 +16,15 @@ from hyperlora_jax.errors import UserError
 class Chip:
     """Figures of one chip: vendor's peak bf16 FLOP/s, memory, bandwidths in bytes per second.
 
+    `memory_gib` is what libtpu's compiler says is available to a program.
+
     `link_bandwidth` is one chip's total inter-chip bandwidth in one direction over all its links;
     `network_bandwidth` is its share of its host's data-centre network.
     """
 
     name: str
     peak_flops: float
-    memory_gb: float
+    memory_gib: float
     memory_bandwidth: float
     link_bandwidth: float
     network_bandwidth: float
@@ -32,11 +34,11 @@ class Chip:
 
 
 CHIPS = {
-    "v4": Chip("v4", 275e12, 32.0, 1228e9, 300e9, 3.1e9, 3, 2, 1),
-    "v5e": Chip("v5e", 197e12, 16.0, 819e9, 200e9, 3.1e9, 2, 1, 1),
-    "v5p": Chip("v5p", 459e12, 95.0, 2765e9, 600e9, 6.2e9, 3, 2, 1),
-    "v6e": Chip("v6e", 918e12, 32.0, 1640e9, 448e9, 6.2e9, 2, 1, 1),
-    "tpu7x": Chip("tpu7x", 2307e12, 192.0, 7380e9, 600e9, 12.5e9, 3, 1, 2),
+    "v4": Chip("v4", 275e12, 30.75, 1228e9, 300e9, 3.1e9, 3, 2, 1),
+    "v5e": Chip("v5e", 197e12, 15.75, 819e9, 200e9, 3.1e9, 2, 1, 1),
+    "v5p": Chip("v5p", 459e12, 95.74, 2765e9, 600e9, 6.2e9, 3, 2, 1),
+    "v6e": Chip("v6e", 918e12, 31.25, 1640e9, 448e9, 6.2e9, 2, 1, 1),
+    "tpu7x": Chip("tpu7x", 2307e12, 189.5, 7380e9, 600e9, 12.5e9, 3, 1, 2),
 }
 ALIASES = {"v5litepod": "v5e", "v5": "v5p", "7x": "tpu7x", "v7x": "tpu7x"}
 GRIDS_2D = {1: (1, 1), 4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8), 128: (8, 16)}
@@ -88,13 +90,14 @@ def peak_flops(device_kind: str) -> float:
 
 
 def _cubic_grid(chips: int) -> tuple[int, int, int]:
-    """a ≤ b ≤ c with a·b·c = chips, as near to a cube as possible."""
-    best = (1, 1, chips)
-    for a in range(1, round(chips ** (1 / 3)) + 1):
-        for b in range(a, math.isqrt(chips // a) + 1):
-            if chips % (a * b) == 0 and chips // (a * b) - a < best[2] - best[0]:
-                best = (a, b, chips // (a * b))
-    return best
+    """a ≤ b with a·b·c = chips, as near to a cube as hosts of 2x2x1 chips allow."""
+    grids = [
+        (a, b, chips // (a * b))
+        for a in range(2, math.isqrt(chips) + 1, 2)
+        for b in range(a, chips // a + 1, 2)
+        if chips % (a * b) == 0
+    ]
+    return min(grids, key=lambda grid: (max(grid) - min(grid), grid), default=(1, 1, chips))
 
 
 def _grid(name: str, chip: Chip, size: str) -> tuple[int, ...]:

@@ -1,0 +1,104 @@
+"""`hyperlora compile`: does the training step of a config fit a TPU slice? Needs no TPU."""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hyperlora_jax.cli.config import load_config
+from hyperlora_jax.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """--config, --topology and what to do with them."""
+    parser.add_argument("--config", metavar="FILE", required=True, help="a config of train")
+    parser.add_argument(
+        "--topology",
+        metavar="NAMES",
+        required=True,
+        help="slices, separated by commas: v5p-128, v5e-16, v6e:4x4, 2xv5e-256",
+    )
+    parser.add_argument(
+        "--search", action="store_true", help="the largest batch per chip that fits"
+    )
+    parser.add_argument("--batch_per_device", type=int, help="instead of the config's batch size")
+    parser.add_argument("--effort", choices=("full", "low"), default="full", help="of the compiler")
+    parser.add_argument("--json", metavar="FILE", help="write one record per topology")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compiles for every topology; 0 if the step fits all of them, else 1."""
+    from hyperlora_jax.train import ahead_of_time
+
+    ahead_of_time.prepare_environment()
+    from hyperlora_jax.parallel.topology import parse
+    from hyperlora_jax.train import compile_search, workloads
+
+    config = load_config(args.config, getattr(args, "overrides", ()))
+    topologies = [parse(name) for name in args.topology.split(",") if name.strip()]
+    batch = args.batch_per_device or _config_batch(config)
+    axes = dict(config.mesh)
+    records = []
+    for topology in topologies:
+        print(f"compiling for {topology.name} ({topology.num_chips} chips)…", file=sys.stderr)
+        if args.search:
+            options = [workloads.hypernetwork_workload(config, name) for name in workloads.REMAT]
+            record = compile_search.search(
+                options, topology, mesh_axes=axes, report=lambda r: print(_trial(r), flush=True)
+            )
+            record = record or {"topology": topology.name, "fits": False, "reason": "batch 1"}
+        else:
+            record = ahead_of_time.compile_for(
+                workloads.hypernetwork_workload(config),
+                topology,
+                mesh_axes=axes,
+                batch_per_device=batch,
+                low_effort=args.effort == "low",
+            )
+        records.append(record)
+        print(as_text(record))
+    if args.json:
+        try:
+            Path(args.json).write_text(json.dumps(records, indent=1) + "\n")
+        except OSError as error:
+            raise UserError(f"--json {args.json}: {error.strerror}") from error
+    return 0 if all(record["fits"] for record in records) else 1
+
+
+def _config_batch(config: Any) -> int:
+    """Examples per device that the config asks for; a global batch is taken as per device."""
+    return int(config.train.batch_size)
+
+
+def _trial(record: Mapping[str, Any]) -> str:
+    fits = "fits" if record["fits"] else "does not fit"
+    return f"  batch {record['batch_per_chip']} per chip, remat {record['remat']}: {fits}"
+
+
+def as_text(record: Mapping[str, Any]) -> str:
+    """One record as a few lines."""
+    if "bytes" not in record:
+        return (
+            f"{record['topology']}: does NOT fit: {record.get('reason', '')}\n"
+            "  try a smaller batch, remat, more fsdp or tensor, or --search"
+        )
+    size = {name: value / 2**30 for name, value in record["bytes"].items()}
+    verdict = "fits" if record["fits"] else "does NOT fit (try a smaller batch, remat or more fsdp)"
+    seconds = record["seconds_estimate"]
+    lines = [
+        f"{record['topology']}: {verdict}; {record['chips']} chips, mesh {record['mesh']},"
+        f" batch {record['batch_per_chip']} per chip, remat {record['remat']}",
+        f"  memory GiB per device: {size['peak']:.2f} of {size['limit']:.2f} (arguments"
+        f" {size['arguments']:.2f}, temporaries {size['temporaries']:.2f})",
+        f"  {record['flops_per_chip'] / 1e12:.3g} TFLOP per chip and step, compiled in"
+        f" {record['compile_seconds']:.0f} s ({record['effort']} effort)",
+        f"  estimate: {record['step_seconds_estimate'] * 1e3:.3g} ms a step (compute"
+        f" {seconds['compute'] * 1e3:.3g}, memory {seconds['memory'] * 1e3:.3g}, network"
+        f" {seconds['network'] * 1e3:.3g}), MFU at most {record['mfu_estimate']:.0%}",
+    ]
+    for operation, axes in record["collective_bytes"].items():
+        moved = ", ".join(f"{axis} {value / 2**20:.1f} MiB" for axis, value in axes.items())
+        lines.append(f"  {operation}: {moved}")
+    return "\n".join(lines)

@@ -1,0 +1,101 @@
+"""The step that `hyperlora train --config …` would run, from shapes alone: no weights, no pictures.
+
+The base may be a full model folder, or one that holds nothing but config.json files.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from hyperlora_jax.diffusion.schedule import NoiseSchedule
+from hyperlora_jax.errors import UserError
+from hyperlora_jax.hypernet.conditioning import load_condition_encoder
+from hyperlora_jax.hypernet.model import build_network
+from hyperlora_jax.hypernet.objectives import ObjectiveWeights
+from hyperlora_jax.lora.sites import spec_from_shapes
+from hyperlora_jax.stable_diffusion import directory
+from hyperlora_jax.stable_diffusion.checkpoint import param_shapes
+from hyperlora_jax.stable_diffusion.embedded import base_path
+from hyperlora_jax.stable_diffusion.unet import unet_from_config
+from hyperlora_jax.train.ahead_of_time import Workload
+from hyperlora_jax.train.hypernet_task import hypernet_task
+
+REMAT = ("none", "block", "full")  # from cheap to frugal
+NUM_TEXTS = 1024  # text states kept on the device; the caption table of a dataset is of this order
+
+
+def hypernetwork_workload(config: Any, remat: str = "none") -> Workload:
+    """The workload of a `hyperlora train` config; `remat` recomputes parts of the UNet
+    and, unless it is "none", the blocks of the backbone.
+
+    Raises:
+      UserError: the base's configs are missing, or a config value is bad.
+    """
+    root = Path(base_path(config.base))
+    unet_config = directory.read_json(root / "unet" / "config.json")
+    vae_config = directory.read_json(root / "vae" / "config.json")
+    schedule = directory.read_json(root / "scheduler" / "scheduler_config.json")
+    unet = unet_from_config(unet_config).clone(remat=remat)
+    weights = param_shapes(unet)
+    spec = spec_from_shapes(weights, config.model.preset, config.model.rank)
+    network = {**config.model.network.to_dict(), "remat": remat != "none"}
+    encoder = load_condition_encoder(config.model.encoder)
+    pooled, tokens = _condition_shapes(encoder)
+    section = config.train
+    try:
+        objectives = ObjectiveWeights(**dict(section.objectives))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"config.train.objectives: {error}") from error
+    text = (NUM_TEXTS, _num_text_tokens(root), int(unet_config["cross_attention_dim"]))
+    task = hypernet_task(
+        build_network(spec, network),
+        {"unet": weights, "text_states": jax.ShapeDtypeStruct(text, jnp.float32)},
+        None,
+        weights=objectives,
+        condition_shapes=(pooled, tokens),
+        unet=unet,
+        schedule=NoiseSchedule.from_config(schedule),
+        min_snr_gamma=section.min_snr_gamma,
+    )
+    side = int(config.data.size) // 2 ** (len(vae_config["block_out_channels"]) - 1)
+    latent = (section.images_per_subject, side, side, int(unet_config["in_channels"]))
+    refs = section.num_references
+
+    def batch(size: int) -> dict[str, jax.ShapeDtypeStruct]:
+        shapes = {
+            "pooled": ((size, refs, *pooled), jnp.float32),
+            "tokens": ((size, refs, *tokens), jnp.float32),
+            "latents": ((size, *latent), jnp.float32),
+            "text_index": ((size, latent[0]), jnp.int32),
+        }
+        if objectives.delta or objectives.whitened:
+            shapes["target"] = ((size, spec.num_parameters), jnp.float32)
+        return {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
+
+    return Workload(
+        name="train",
+        init=task.init,
+        loss=task.loss,
+        frozen=task.frozen,
+        batch=batch,
+        optimizer=dict(section.optimizer),
+        ema_decay=section.ema_decay,
+        rules=task.rules,
+        frozen_rules=task.frozen_rules,
+        remat=remat,
+    )
+
+
+def _condition_shapes(encoder: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    size = int(getattr(encoder, "image_size", 32))
+    pooled, tokens = jax.eval_shape(
+        encoder.encode, jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    )
+    return tuple(pooled.shape[1:]), tuple(tokens.shape[1:])
+
+
+def _num_text_tokens(root: Path) -> int:
+    file = root / "tokenizer" / "tokenizer_config.json"
+    return int(directory.read_json(file)["model_max_length"]) if file.exists() else 77
