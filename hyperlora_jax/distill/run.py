@@ -36,7 +36,7 @@ def make_recipe(section: Any, **overrides: Any) -> Recipe:
         UserError: an unknown key.
     """
     try:
-        return Recipe(num_steps=section.num_steps, **{**dict(section.recipe), **overrides})
+        return Recipe(**{"num_steps": section.num_steps, **dict(section.recipe), **overrides})
     except TypeError as error:
         raise UserError(f"config.distill.recipe: {error}") from error
 

@@ -91,7 +91,8 @@ class Hypernetwork:
         folder.mkdir(parents=True, exist_ok=True)
         encoder: dict[str, Any] = {"name": self.encoder.name, "hash": self.encoder.hash}
         if isinstance(self.encoder, conditioning.FlaxImageEncoder):
-            conditioning.save_encoder(
+            # Kept in float32, so its hash is that of the copy, whatever the original's dtype was.
+            encoder["hash"] = conditioning.save_encoder(
                 folder / "encoder",
                 self.encoder.module,
                 self.encoder.params,
