@@ -30,7 +30,7 @@ ENCODER = {
 
 @pytest.fixture(scope="module")
 def bundle():
-    return render_bundle(Avatars(), 24, 3, progress=False)
+    return render_bundle(Avatars(size=16), 24, 3, progress=False)
 
 
 def test_bundle_round_trip(bundle, tmp_path):
@@ -42,7 +42,7 @@ def test_bundle_round_trip(bundle, tmp_path):
 
 
 def test_bundle_agrees_with_avatars(bundle):
-    avatars = Avatars()
+    avatars = Avatars(size=16)
     person = avatars.identity("train", 5)
     np.testing.assert_array_equal(bundle.neutral[5], avatars.render(person, neutral_view(avatars)))
     view = avatars.view("train", 5 * 3 + 2)
@@ -57,7 +57,7 @@ def test_bad_bundles(bundle, tmp_path):
     with pytest.raises(UserError, match="expected at least 100"):
         PairBatches(bundle, 100, 0)
     with pytest.raises(UserError, match="train identities"):
-        render_bundle(Avatars(), 10**7, 1)
+        render_bundle(Avatars(size=16), 10**7, 1)
 
 
 def test_pairs_are_two_views_of_one_identity(bundle):

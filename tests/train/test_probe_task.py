@@ -23,7 +23,7 @@ ENCODER = {
 
 @pytest.fixture(scope="module")
 def bundle():
-    return render_bundle(Avatars(), 8, 4, progress=False)
+    return render_bundle(Avatars(size=16), 8, 4, progress=False)
 
 
 def test_augmentation():
