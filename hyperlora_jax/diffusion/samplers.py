@@ -1,7 +1,7 @@
 """Samplers as one `lax.scan` over precomputed per-step numbers.
 
-A sampler is made of two parts: `plan` computes on the host, in float64, the timesteps and the
-coefficients of every step; `sample` runs them on the device.
+The timesteps and coefficients of every step are computed on the host, in float64. All samplers
+take standard normal noise and return x0. `timestep_spacing` None means each sampler's own default.
 
 DDIM with eta = 0 (Song et al. 2021, equation 12):
     (1) x_prev = a_prev x0 + s_prev eps
@@ -62,4 +62,107 @@ def ddim(
     return lax.scan(step, noise.astype(jnp.float32), inputs)[0]
 
 
-SAMPLERS: dict[str, Callable] = {"ddim": ddim}
+def sigmas_at(schedule: NoiseSchedule, timesteps: np.ndarray) -> Float[np.ndarray, " s1"]:
+    """sqrt((1 - ā) / ā) at (fractional) timesteps, and a final 0. Zero signal counts as 2^-24."""
+    alphas = schedule.alphas_cumprod.astype(np.float64)
+    if schedule.rescale_betas_zero_snr:
+        alphas = np.append(alphas[:-1], 2.0**-24)
+    sigmas = np.sqrt((1 - alphas) / alphas)
+    return np.append(np.interp(timesteps, np.arange(len(sigmas)), sigmas), 0.0)
+
+
+def _denoised(schedule: NoiseSchedule, prediction: Array, x: Array, sigma: Array) -> Array:
+    """x0 from a prediction at x_t = x0 + sigma eps, scaled by 1 / sqrt(sigma² + 1)."""
+    signal = 1 / jnp.sqrt(sigma**2 + 1)
+    if schedule.prediction_type == "sample":
+        return prediction
+    if schedule.prediction_type == "epsilon":
+        return (x - sigma * signal * prediction) / signal
+    return signal * x - sigma * signal * prediction
+
+
+def euler(
+    denoise: Denoiser,
+    schedule: NoiseSchedule,
+    noise: Float[Array, "b ..."],
+    num_steps: int,
+) -> Float[Array, "b ..."]:
+    """Euler steps of the probability flow in sigma (Karras et al. 2022, algorithm 1, no churn).
+
+    (2) y_prev = y + (y - x0) / sigma (sigma_prev - sigma), y = sqrt(sigma² + 1) x_t
+    """
+    spacing = schedule.timestep_spacing or "linspace"
+    timesteps = timesteps_of(schedule, num_steps, "linspace").astype(np.float32)
+    if spacing == "linspace":  # not rounded: sigmas are interpolated
+        timesteps = np.linspace(0, schedule.num_train_timesteps - 1, num_steps)[::-1]
+    sigmas = sigmas_at(schedule, timesteps)
+    first = np.sqrt(sigmas.max() ** 2 + 1) if spacing == "leading" else sigmas.max()
+
+    def step(y, inputs):
+        timestep, sigma, after = inputs
+        x = y / jnp.sqrt(sigma**2 + 1)
+        prediction = denoise(x, jnp.full(noise.shape[:1], timestep)).astype(jnp.float32)
+        x0 = _denoised(schedule, prediction, x, sigma)
+        return y + (y - x0) / sigma * (after - sigma), None  # (2)
+
+    inputs = _float32(timesteps, sigmas[:-1], sigmas[1:])
+    return lax.scan(step, noise.astype(jnp.float32) * jnp.float32(first), inputs)[0]
+
+
+def dpmpp_2m(
+    denoise: Denoiser,
+    schedule: NoiseSchedule,
+    noise: Float[Array, "b ..."],
+    num_steps: int,
+) -> Float[Array, "b ..."]:
+    """DPM-Solver++(2M), midpoint form, first and last step of order one (Lu et al. 2022, alg. 2).
+
+    With lambda = log(a / s), h = lambda_prev - lambda and r = h_before / h:
+    (3) x_prev = s_prev / s x - a_prev (exp(-h) - 1) (x0 + (x0 - x0_before) / (2 r))
+    """
+    timesteps = _dpm_timesteps(schedule, num_steps)
+    sigmas = sigmas_at(schedule, timesteps)
+    signal = 1 / np.sqrt(sigmas**2 + 1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        h = -np.diff(np.log(sigmas))  # lambda = -log(sigma); the last is infinite
+        correction = 0.5 * h[1:] / h[:-1]
+    correction = np.append(0.0, correction)
+    correction[-1] = 0.0
+    inputs = _float32(
+        timesteps,
+        sigmas[:-1],
+        (sigmas * signal)[1:] / (sigmas * signal)[:-1],
+        -signal[1:] * np.expm1(-h),
+        correction,
+    )
+
+    def step(carry, inputs):
+        x, before = carry
+        timestep, sigma, keep, gain, correct = inputs
+        times = jnp.full(noise.shape[:1], timestep)
+        prediction = denoise(x, times).astype(jnp.float32)
+        x0 = _denoised(schedule, prediction, x, sigma)
+        return (keep * x + gain * (x0 + correct * (x0 - before)), x0), None  # (3)
+
+    start = noise.astype(jnp.float32)
+    return lax.scan(step, (start, jnp.zeros_like(start)), inputs)[0][0]
+
+
+def _dpm_timesteps(schedule: NoiseSchedule, num_steps: int) -> np.ndarray:
+    """DPM-Solver cuts the range into one part more than there are steps."""
+    total = schedule.num_train_timesteps
+    steps = timesteps_of(schedule, num_steps, "linspace")  # checks num_steps
+    spacing = schedule.timestep_spacing or "linspace"
+    if spacing == "linspace":
+        return np.linspace(0, total - 1, num_steps + 1).round()[:0:-1]
+    if spacing == "leading":
+        ratio = total // (num_steps + 1)
+        return (np.arange(num_steps + 1) * ratio)[:0:-1] + schedule.steps_offset
+    return steps
+
+
+def _float32(*arrays: np.ndarray) -> tuple[Array, ...]:
+    return tuple(jnp.asarray(array, jnp.float32) for array in arrays)
+
+
+SAMPLERS: dict[str, Callable] = {"ddim": ddim, "euler": euler, "dpmpp_2m": dpmpp_2m}

@@ -1,37 +1,26 @@
 """Attention, feed-forward and transformer blocks of the UNet, named as in diffusers."""
 
-import math
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
 
 from hyperlora_jax.array_types import Array, Float
+from hyperlora_jax.stable_diffusion.attention_kernels import attend
 from hyperlora_jax.stable_diffusion.layers import Conv, Dense, GroupNorm, LayerNorm
-
-
-def dot_product_attention(
-    query: Float[Array, "b n h d"],
-    key: Float[Array, "b m h d"],
-    value: Float[Array, "b m h d"],
-    bias: Float[Array, "n m"] | None = None,
-) -> Float[Array, "b n h d"]:
-    """softmax(q kᵀ / sqrt(d) + bias) v; scores and softmax in float32."""
-    scale = 1 / math.sqrt(query.shape[-1])
-    scores = jnp.einsum("bnhd,bmhd->bhnm", query, key, preferred_element_type=jnp.float32) * scale
-    if bias is not None:
-        scores = scores + bias
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return jnp.einsum("bhnm,bmhd->bnhd", weights, value)
+from hyperlora_jax.stable_diffusion.rematerialisation import ATTENTION_OUTPUT, rematerialised
 
 
 class Attention(nn.Module):
     """Multi-head attention with the projections to_q, to_k, to_v, to_out.0."""
 
     num_heads: int
-    use_qkv_bias: bool = False
     dtype: Any = jnp.float32
+    implementation: str = "auto"
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(
@@ -42,12 +31,17 @@ class Attention(nn.Module):
         width = x.shape[-1]
 
         def heads(name: str, states: Array) -> Array:
-            projected = Dense(width, self.use_qkv_bias, self.dtype, name=name)(states)
+            projected = Dense(width, False, self.dtype, name=name)(states)
             return projected.reshape(*states.shape[:-1], self.num_heads, width // self.num_heads)
 
-        mixed = dot_product_attention(
-            heads("to_q", x), heads("to_k", source), heads("to_v", source)
+        mixed = attend(
+            heads("to_q", x),
+            heads("to_k", source),
+            heads("to_v", source),
+            self.implementation,
+            self.mesh,
         )
+        mixed = checkpoint_name(mixed, ATTENTION_OUTPUT)
         return Dense(width, dtype=self.dtype, name="to_out_0")(mixed.reshape(x.shape))
 
 
@@ -81,6 +75,8 @@ class BasicTransformerBlock(nn.Module):
 
     num_heads: int
     dtype: Any = jnp.float32
+    attention: str = "auto"
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(
@@ -91,8 +87,11 @@ class BasicTransformerBlock(nn.Module):
         def norm(name: str) -> LayerNorm:
             return LayerNorm(dtype=self.dtype, name=name)
 
-        x = x + Attention(self.num_heads, dtype=self.dtype, name="attn1")(norm("norm1")(x))
-        x = x + Attention(self.num_heads, dtype=self.dtype, name="attn2")(norm("norm2")(x), context)
+        def attention(name: str) -> Attention:
+            return Attention(self.num_heads, self.dtype, self.attention, self.mesh, name=name)
+
+        x = x + attention("attn1")(norm("norm1")(x))
+        x = x + attention("attn2")(norm("norm2")(x), context)
         return x + FeedForward(self.dtype, name="ff")(norm("norm3")(x))
 
 
@@ -104,6 +103,9 @@ class Transformer2D(nn.Module):
     num_groups: int
     use_linear_projection: bool
     dtype: Any = jnp.float32
+    attention: str = "auto"
+    remat: str = "none"
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(
@@ -119,9 +121,13 @@ class Transformer2D(nn.Module):
 
         hidden = GroupNorm(self.num_groups, 1e-6, self.dtype, name="norm")(x)
         hidden = projection("proj_in", hidden).reshape(x.shape[0], -1, channels)
+        block_class = rematerialised(BasicTransformerBlock, self.remat)
         for i in range(self.depth):
-            block = BasicTransformerBlock(
-                self.num_heads, self.dtype, name=f"transformer_blocks_{i}"
-            )
-            hidden = block(hidden, context)
+            hidden = block_class(
+                self.num_heads,
+                self.dtype,
+                self.attention,
+                self.mesh,
+                name=f"transformer_blocks_{i}",
+            )(hidden, context)
         return x + projection("proj_out", hidden.reshape(x.shape))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from hyperlora_jax.array_types import AnyArray, Array, Float
 from hyperlora_jax.errors import UserError
-from hyperlora_jax.stable_diffusion.attention import dot_product_attention
+from hyperlora_jax.stable_diffusion.attention_kernels import xla_attention
 from hyperlora_jax.stable_diffusion.configs import read_config, to_json
 from hyperlora_jax.stable_diffusion.layers import Conv, Dense, GroupNorm
 from hyperlora_jax.stable_diffusion.resnet import Downsample, ResnetBlock, Upsample
@@ -74,7 +74,7 @@ class SpatialAttention(nn.Module):
             Dense(channels, dtype=self.dtype, name=name)(hidden)[:, :, None]
             for name in ("to_q", "to_k", "to_v")
         )
-        mixed = dot_product_attention(query, key, value)[:, :, 0]
+        mixed = xla_attention(query, key, value)[:, :, 0]
         mixed = Dense(channels, dtype=self.dtype, name="to_out_0")(mixed)
         return x + mixed.reshape(x.shape)
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from hyperlora_jax.array_types import AnyArray, Array, Float, Int
 from hyperlora_jax.errors import UserError
-from hyperlora_jax.stable_diffusion.attention import dot_product_attention
+from hyperlora_jax.stable_diffusion.attention_kernels import causal_attention, xla_attention
 from hyperlora_jax.stable_diffusion.configs import read_config, to_json
 from hyperlora_jax.stable_diffusion.layers import Dense, LayerNorm
 from hyperlora_jax.stable_diffusion.lora_argument import check_lora
@@ -142,7 +142,7 @@ class ClipAttention(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
         """Tokens in, tokens out."""
-        length, width = x.shape[-2:]
+        width = x.shape[-1]
 
         def project(name: str, states: Array) -> Array:
             return Dense(width, dtype=self.dtype, name=name)(states)
@@ -151,11 +151,8 @@ class ClipAttention(nn.Module):
             project(name, x).reshape(*x.shape[:-1], self.num_heads, -1)
             for name in ("q_proj", "k_proj", "v_proj")
         )
-        bias = None
-        if self.causal:
-            allowed = jnp.tril(jnp.ones((length, length), bool))
-            bias = jnp.where(allowed, 0.0, jnp.finfo(jnp.float32).min)
-        mixed = dot_product_attention(query, key, value, bias).reshape(x.shape)
+        attention = causal_attention if self.causal else xla_attention
+        mixed = attention(query, key, value).reshape(x.shape)
         return project("out_proj", mixed)
 
 
@@ -279,7 +276,12 @@ class ClipTextModel(nn.Module):
     @property
     def has_projection(self) -> bool:
         """True for CLIPTextModelWithProjection."""
-        return self.values["architectures"] == ("CLIPTextModelWithProjection",)
+        return self.class_name == "CLIPTextModelWithProjection"
+
+    @property
+    def class_name(self) -> str:
+        """Its class in transformers."""
+        return self.values["architectures"][0]
 
     @nn.compact
     def __call__(self, tokens: Int[AnyArray, "b n"]) -> ClipTextOutput:

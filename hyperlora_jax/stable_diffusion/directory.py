@@ -44,12 +44,36 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def weight_files(folder: Path, component: str, variant: str | None = None) -> list[Path]:
-    """Safetensors files of a component. Raises UserError when there are none."""
+    """Weight files of a component: one safetensors file, its shards, or a .bin file.
+
+    Raises UserError when there are none, or when a shard of the index is missing.
+    """
     stem = WEIGHT_STEMS[component]
-    path = folder / (f"{stem}.{variant}.safetensors" if variant else f"{stem}.safetensors")
-    if not path.is_file():
-        raise UserError(f"{path}: file not found (weights of the {component})")
-    return [path]
+    suffix = f".{variant}" if variant else ""
+    single = folder / f"{stem}{suffix}.safetensors"
+    if single.is_file():
+        return [single]
+    indices = (f"{stem}.safetensors.index{suffix}.json", f"{stem}{suffix}.safetensors.index.json")
+    for index in (folder / name for name in indices):
+        if index.is_file():
+            names = sorted(set(read_json(index).get("weight_map", {}).values()))
+            for name in names:
+                if not (folder / name).is_file():
+                    raise UserError(f"{folder / name}: file not found, named by {index.name}")
+            return [folder / name for name in names]
+    pickles = {"model": "pytorch_model"}
+    pickled = folder / f"{pickles.get(stem, stem)}{suffix}.bin"
+    if pickled.is_file():
+        return [pickled]
+    raise UserError(f"{single}: file not found (weights of the {component})")
+
+
+def any_weight_files(folder: Path, component: str) -> list[Path]:
+    """Weight files of whichever variant is there: full precision first."""
+    try:
+        return weight_files(folder, component)
+    except UserError:
+        return weight_files(folder, component, "fp16")
 
 
 def read_tensors(files: list[Path]) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
@@ -57,12 +81,32 @@ def read_tensors(files: list[Path]) -> Iterator[tuple[str, Callable[[], np.ndarr
     from safetensors import SafetensorError, safe_open
 
     for path in files:
+        if path.suffix == ".bin":
+            yield from _read_pickle(path)
+            continue
         try:
             with safe_open(path, framework="numpy") as handle:
                 for name in handle.keys():  # noqa: SIM118 (safe_open is no mapping)
                     yield name, lambda name=name, handle=handle: handle.get_tensor(name)
         except SafetensorError as error:
             raise UserError(f"{path}: not a readable safetensors file ({error})") from error
+
+
+def _read_pickle(path: Path) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
+    """Tensors of a PyTorch file; `weights_only=True` runs no code from it."""
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError(
+            f"{path}: reading a .bin file needs PyTorch, install hyperlora-jax[torch] or use "
+            "safetensors"
+        ) from error
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(f"{path}: not a file of plain tensors ({type(error).__name__})") from error
+    for name, tensor in tensors.items():
+        yield name, lambda tensor=tensor: tensor.float().numpy()
 
 
 def write_component(

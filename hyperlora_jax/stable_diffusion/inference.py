@@ -5,6 +5,7 @@ are never baked into a program.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,19 +13,36 @@ import jax.numpy as jnp
 from hyperlora_jax.array_types import AnyArray, Array, Float, Int, Params, PRNGKey
 from hyperlora_jax.diffusion.samplers import SAMPLERS
 from hyperlora_jax.diffusion.schedule import NoiseSchedule
-from hyperlora_jax.lora.factors import scale as scale_lora
 from hyperlora_jax.stable_diffusion.autoencoder import AutoencoderKL
 from hyperlora_jax.stable_diffusion.clip_text import ClipTextModel
 from hyperlora_jax.stable_diffusion.unet import UNet
 
 
-@functools.partial(jax.jit, static_argnames=("encoder",))
+class TextConditions(NamedTuple):
+    """What a UNet is told about prompts."""
+
+    states: Float[Array, "b n e"]
+    pooled: Float[Array, "b p"] | None  # SDXL only
+
+
+@functools.partial(jax.jit, static_argnames=("encoders", "is_xl"))
 def encode_tokens(
-    encoder: ClipTextModel, params: Params, tokens: Int[AnyArray, "b n"], lora: Params | None
-) -> Float[Array, "b n e"]:
-    """Last hidden states after the final norm."""
-    variables = {"params": params} if lora is None else {"params": params, "lora": lora}
-    return encoder.apply(variables, tokens).last_hidden_state
+    encoders: tuple[ClipTextModel, ...],
+    params: tuple[Params, ...],
+    tokens: tuple[Int[AnyArray, "b n"], ...],
+    loras: tuple[Params | None, ...],
+    is_xl: bool = False,
+) -> TextConditions:
+    """SD 1.x and 2.x: last state after the final norm. SDXL: penultimate states of all encoders,
+    concatenated, without the final norm, and the projected pooled state of the last one."""
+    outputs = [
+        encoder.apply({"params": p} if not lora else {"params": p, "lora": lora}, t)
+        for encoder, p, t, lora in zip(encoders, params, tokens, loras, strict=True)
+    ]
+    if not is_xl:
+        return TextConditions(outputs[0].last_hidden_state, None)
+    states = jnp.concatenate([output.penultimate for output in outputs], axis=-1)
+    return TextConditions(states, outputs[-1].pooled)
 
 
 @functools.partial(jax.jit, static_argnames=("vae",))
@@ -60,24 +78,30 @@ def sample_images(
     guided: bool,
     params: dict[str, Params],
     noise: Float[Array, "b hh ww z"],
-    text_states: Float[Array, "g n e"],
+    text: TextConditions,
     guidance: Float[Array, ""],
     lora: Params | None,
-    strength: Float[Array, "*l"],
 ) -> Float[Array, "b h w 3"]:
     """The whole sampling loop and the decoding.
 
-    `text_states` has b rows, or 2 b rows (negative, positive, negative, ...) when `guided`.
+    `text` has b rows, or 2 b rows (negative, positive, negative, ...) when `guided`.
     """
     variables = {"params": params["unet"]}
     if lora is not None:
-        variables["lora"] = scale_lora(lora, strength)
+        variables["lora"] = lora
+
+    added = None
+    if text.pooled is not None:
+        height, width = (size * vae.downsampling for size in noise.shape[1:3])
+        ids = jnp.asarray([height, width, 0, 0, height, width], jnp.float32)
+        time_ids = jnp.broadcast_to(ids, (text.pooled.shape[0], 6))
+        added = {"text_embeds": text.pooled, "time_ids": time_ids}
 
     def denoise(x: Array, timesteps: Array) -> Array:
         if not guided:
-            return unet.apply(variables, x, timesteps, text_states)
+            return unet.apply(variables, x, timesteps, text.states, added)
         doubled = jnp.repeat(x, 2, axis=0), jnp.repeat(timesteps, 2, axis=0)
-        both = unet.apply(variables, *doubled, text_states).astype(jnp.float32)
+        both = unet.apply(variables, *doubled, text.states, added).astype(jnp.float32)
         both = both.reshape(-1, 2, *x.shape[1:])
         negative, positive = both[:, 0], both[:, 1]
         return negative + guidance * (positive - negative)

@@ -15,22 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from hyperlora_jax.array_types import AnyArray, Array, Float, Int, Params, PRNGKey
+from hyperlora_jax.diffusion.samplers import SAMPLERS
 from hyperlora_jax.diffusion.schedule import NoiseSchedule
 from hyperlora_jax.errors import UserError
+from hyperlora_jax.lora.factors import scale as scale_lora
 from hyperlora_jax.lora.sites import LoraSpec, component_tree, spec_from_shapes
-from hyperlora_jax.stable_diffusion import directory, inference
-from hyperlora_jax.stable_diffusion.autoencoder import AutoencoderKL, vae_from_config
-from hyperlora_jax.stable_diffusion.checkpoint import param_shapes, torch_to_flax
-from hyperlora_jax.stable_diffusion.clip_text import ClipTextModel, text_model_from_config
+from hyperlora_jax.stable_diffusion import directory, inference, loading
+from hyperlora_jax.stable_diffusion.autoencoder import AutoencoderKL
+from hyperlora_jax.stable_diffusion.clip_text import ClipTextModel
 from hyperlora_jax.stable_diffusion.lora_argument import check_lora
-from hyperlora_jax.stable_diffusion.unet import UNet, unet_from_config
-
-_CONSTRUCTORS = {
-    "unet": unet_from_config,
-    "vae": vae_from_config,
-    "text_encoder": text_model_from_config,
-    "text_encoder_2": text_model_from_config,
-}
+from hyperlora_jax.stable_diffusion.unet import UNet
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -50,86 +44,64 @@ class StableDiffusion:
     def from_pretrained(
         path: str | Path, dtype: Any = jnp.float32, variant: str | None = None
     ) -> "StableDiffusion":
-        """Reads a diffusers directory; parameters and arithmetic in `dtype`.
+        """Reads a diffusers directory or hub id; parameters and arithmetic in `dtype`.
+
+        `variant` "fp16" reads `*.fp16.safetensors`.
 
         Raises UserError naming the file for anything missing, unknown or unsupported in it.
         """
-        root = Path(path)
-        if not root.is_dir():
-            raise UserError(f"{path}: not a directory, expected a diffusers model directory")
-        modules: dict[str, Any] = {}
-        params: dict[str, Params] = {}
-        for name, construct in _CONSTRUCTORS.items():
-            folder = root / name
-            if not folder.is_dir():
-                continue
-            config = directory.read_json(folder / "config.json")
-            try:
-                module = construct(config, dtype)
-            except UserError as error:
-                raise UserError(f"{folder / 'config.json'}: {error}") from error
-            files = directory.weight_files(folder, name, variant)
-            modules[name] = module
-            params[name] = torch_to_flax(
-                directory.read_tensors(files),
-                param_shapes(module),
-                name,
-                str(files[0]),
-                lambda _, array: jnp.asarray(array, dtype),
-            )
-        if "unet" not in modules:
-            raise UserError(f"{root / 'unet'}: folder not found, expected the UNet of the model")
-        schedule_file = root / "scheduler" / "scheduler_config.json"
-        schedule = NoiseSchedule.from_config(directory.read_json(schedule_file))
+        root = loading.local_directory(path)
+        modules, params, schedule = loading.load_directory(root, dtype, variant)
         return StableDiffusion(**modules, params=params, schedule=schedule, path=root)
 
     def save_pretrained(self, path: str | Path, dtype: str = "float16") -> None:
-        """Writes a directory that PyTorch diffusers' StableDiffusionPipeline loads."""
-        root = Path(path)
-        index: dict[str, Any] = {
-            "_class_name": "StableDiffusionPipeline",
-            "_diffusers_version": "0.33.0",
-            "feature_extractor": [None, None],
-            "safety_checker": [None, None],
-            "requires_safety_checker": False,
-        }
-        classes = {
-            "unet": ["diffusers", "UNet2DConditionModel"],
-            "vae": ["diffusers", "AutoencoderKL"],
-            "text_encoder": ["transformers", "CLIPTextModel"],
-        }
-        for name, component_class in classes.items():
-            module = getattr(self, name)
-            if module is not None:
-                directory.write_component(
-                    root / name, name, module.config, self.params[name], dtype
-                )
-                index[name] = component_class
-        directory.write_json(root / "scheduler/scheduler_config.json", self.schedule.to_config())
-        index["scheduler"] = ["diffusers", "DDIMScheduler"]
-        if self.text_encoder is not None:
-            self.tokenizer.save_pretrained(str(root / "tokenizer"))
-            index["tokenizer"] = ["transformers", "CLIPTokenizer"]
-        directory.write_json(root / "model_index.json", index)
+        """Writes a directory that PyTorch diffusers' pipeline of the family loads."""
+        names = {"tokenizer": "text_encoder", "tokenizer_2": "text_encoder_2"}
+        components = ("unet", "vae", "text_encoder", "text_encoder_2")
+        loading.save_directory(
+            Path(path),
+            {name: getattr(self, name) for name in components if getattr(self, name) is not None},
+            self.params,
+            self.schedule,
+            {n: getattr(self, n) for n, encoder in names.items() if getattr(self, encoder)},
+            dtype,
+            self.is_xl,
+        )
+
+    @property
+    def is_xl(self) -> bool:
+        """True for SDXL: the UNet's config decides, not the pipeline class."""
+        return self.unet.settings.addition_time_width is not None
 
     @functools.cached_property
     def tokenizer(self) -> Any:
-        """transformers' CLIPTokenizer, read when first used."""
-        if self.tokenizers:
-            return self.tokenizers[0]
-        folder = (self.path or Path()) / "tokenizer"
+        """transformers' CLIPTokenizer of the first text encoder, read when first used."""
+        return self._tokenizer(0)
+
+    @functools.cached_property
+    def tokenizer_2(self) -> Any:
+        """transformers' CLIPTokenizer of SDXL's second text encoder."""
+        return self._tokenizer(1)
+
+    def _tokenizer(self, i: int) -> Any:
+        if len(self.tokenizers) > i:
+            return self.tokenizers[i]
+        folder = (self.path or Path()) / ("tokenizer", "tokenizer_2")[i]
         if self.path is None or not folder.is_dir():
             raise UserError(f"{folder}: folder not found, expected the tokenizer of the model")
         from transformers import CLIPTokenizer
 
         return CLIPTokenizer.from_pretrained(str(folder))
 
-    def tokenize(self, prompts: Sequence[str]) -> Int[np.ndarray, "b n"]:
+    def tokenize(
+        self, prompts: Sequence[str], tokenizer: Any | None = None
+    ) -> Int[np.ndarray, "b n"]:
         """Token ids, padded or cut to the tokenizer's model_max_length."""
-        tokens = self.tokenizer(
+        tokenizer = tokenizer or self.tokenizer
+        tokens = tokenizer(
             list(prompts),
             padding="max_length",
-            max_length=self.tokenizer.model_max_length,
+            max_length=tokenizer.model_max_length,
             truncation=True,
             return_tensors="np",
         )
@@ -139,11 +111,52 @@ class StableDiffusion:
         self, prompts: Sequence[str], lora: Params | None = None
     ) -> Float[Array, "b n e"]:
         """Text states of the prompts, as the UNet takes them."""
-        encoder = self._component("text_encoder")
-        lora = component_tree(lora, "text_encoder") if lora else None
+        return self.encode_conditions(prompts, lora).states
+
+    def encode_conditions(
+        self, prompts: Sequence[str], lora: Params | None = None
+    ) -> inference.TextConditions:
+        """Text states, and for SDXL the pooled state (added_cond_kwargs["text_embeds"]).
+
+        `lora` is a whole LoRA tree: only its text encoder sites count here.
+        """
+        names = ("text_encoder", "text_encoder_2") if self.is_xl else ("text_encoder",)
+        if self.is_xl and self.text_encoder is None:
+            names = ("text_encoder_2",)
+        tokenizers = [
+            self.tokenizer if name == "text_encoder" else self.tokenizer_2 for name in names
+        ]
         return inference.encode_tokens(
-            encoder, self.params["text_encoder"], self.tokenize(prompts), lora or None
+            tuple(self._component(name) for name in names),
+            tuple(self.params[name] for name in names),
+            tuple(self.tokenize(prompts, tokenizer) for tokenizer in tokenizers),
+            tuple(component_tree(lora, name) if lora else None for name in names),
+            self.is_xl,
         )
+
+    def _guided_conditions(
+        self, prompts: Sequence[str], negative: Sequence[str] | None, lora: Params | None
+    ) -> inference.TextConditions:
+        """Rows negative, positive, negative, ...: both branches of image k use its LoRA.
+
+        SDXL without negative prompts takes zeros for them, as its pipeline does.
+        """
+        if negative is None and self.is_xl and self._zeros_for_no_prompt():
+            positive = self.encode_conditions(prompts, lora)
+            return jax.tree.map(
+                lambda x: jnp.stack([jnp.zeros_like(x), x], 1).reshape(-1, *x.shape[1:]), positive
+            )
+        negative = [""] * len(prompts) if negative is None else list(negative)
+        if len(negative) != len(prompts):
+            raise UserError(f"{len(negative)} negative prompts for {len(prompts)} prompts")
+        pairs = [text for pair in zip(negative, prompts, strict=True) for text in pair]
+        return self.encode_conditions(pairs, lora)
+
+    def _zeros_for_no_prompt(self) -> bool:
+        index = self.path / "model_index.json" if self.path else None
+        if index is None or not index.is_file():
+            return True
+        return directory.read_json(index).get("force_zeros_for_empty_prompt", True)
 
     def encode_images(
         self, images: AnyArray, key: PRNGKey | None = None
@@ -183,14 +196,15 @@ class StableDiffusion:
         if latents is None:
             c = self.unet.settings
             latents = jax.random.normal(key, (batch, *c.sample_size, c.in_channels))
+        if sampler not in SAMPLERS:
+            raise UserError(f"sampler is {sampler!r}, expected one of {sorted(SAMPLERS)}")
+        if lora is not None:
+            lora = scale_lora(lora, strength)
         guided = guidance != 1.0
         if guided:
-            negative = list(negative_prompts or [""] * batch)
-            if len(negative) != batch:
-                raise UserError(f"{len(negative)} negative prompts for {batch} prompts")
-            # Pairs lie side by side, so that image k's two branches both use LoRA k // (b / L).
-            prompts = [text for pair in zip(negative, prompts, strict=True) for text in pair]
-        states = self.encode_prompt(prompts, lora)
+            text = self._guided_conditions(prompts, negative_prompts, lora)
+        else:
+            text = self.encode_conditions(prompts, lora)
         return inference.sample_images(
             self.unet,
             self._component("vae"),
@@ -200,10 +214,9 @@ class StableDiffusion:
             guided,
             {"unet": self.params["unet"], "vae": self.params["vae"]},
             jnp.asarray(latents, jnp.float32),
-            states,
+            text,
             jnp.asarray(guidance, jnp.float32),
             component_tree(lora, "unet") if lora else None,
-            jnp.asarray(strength, jnp.float32),
         )
 
     @functools.cached_property
@@ -212,7 +225,7 @@ class StableDiffusion:
         if self.path is None:
             return directory.hash_of_params(self.params["unet"])
         folder = self.path / "unet"
-        files = directory.weight_files(folder, "unet")
+        files = directory.any_weight_files(folder, "unet")
         return directory.cached_hash(folder, files, lambda: directory.hash_of_files(files))
 
     def lora_spec(self, preset: str | Sequence[str] = "attn-qkvo", rank: int = 4) -> LoraSpec:
@@ -221,7 +234,9 @@ class StableDiffusion:
 
     def replace_params(self, params: Mapping[str, Params]) -> "StableDiffusion":
         """The same model with other parameters for some components; no longer tied to its files."""
-        tokenizers = self.tokenizers or ((self.tokenizer,) if self.text_encoder else ())
+        tokenizers = self.tokenizers
+        if not tokenizers and self.text_encoder is not None:
+            tokenizers = (self.tokenizer, self.tokenizer_2) if self.is_xl else (self.tokenizer,)
         return dataclasses.replace(
             self, params={**self.params, **params}, tokenizers=tokenizers, path=None
         )

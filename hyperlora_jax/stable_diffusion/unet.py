@@ -9,11 +9,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from hyperlora_jax.array_types import AnyArray, Array, Float, Int
 from hyperlora_jax.stable_diffusion.attention import Transformer2D
 from hyperlora_jax.stable_diffusion.layers import Conv, Dense, GroupNorm
 from hyperlora_jax.stable_diffusion.lora_argument import check_lora
+from hyperlora_jax.stable_diffusion.rematerialisation import check_remat, rematerialised
 from hyperlora_jax.stable_diffusion.resnet import Downsample, ResnetBlock, Upsample
 from hyperlora_jax.stable_diffusion.unet_config import UNetConfig
 
@@ -57,6 +59,9 @@ class UNetBlock(nn.Module):
     resample: str | None = None  # "down", "up"
     is_mid: bool = False
     dtype: Any = jnp.float32
+    attention: str = "auto"
+    remat: str = "none"
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(
@@ -88,7 +93,8 @@ class UNetBlock(nn.Module):
 
     def _resnet(self, i: int) -> ResnetBlock:
         c = self.config
-        return ResnetBlock(self.features, c.num_groups, c.epsilon, self.dtype, name=f"resnets_{i}")
+        block_class = rematerialised(ResnetBlock, self.remat)
+        return block_class(self.features, c.num_groups, c.epsilon, self.dtype, name=f"resnets_{i}")
 
     def _transformer(self, i: int) -> Transformer2D:
         c = self.config
@@ -98,15 +104,26 @@ class UNetBlock(nn.Module):
             c.num_groups,
             c.use_linear_projection,
             self.dtype,
+            self.attention,
+            self.remat,
+            self.mesh,
             name=f"attentions_{i}",
         )
 
 
 class UNet(nn.Module):
-    """Noise (or velocity) predictor. Apply with {"params": P} or {"params": P, "lora": L}."""
+    """Noise (or velocity) predictor. Apply with {"params": P} or {"params": P, "lora": L}.
+
+    `attention` is one of attention_kernels.IMPLEMENTATIONS, `remat` one of
+    rematerialisation.REMAT_POLICIES; `mesh` is needed by splash attention on several devices only.
+    `unet.clone(remat="block")` gives the same UNet with another policy.
+    """
 
     settings: UNetConfig
     dtype: Any = jnp.float32
+    attention: str = "auto"
+    remat: str = "none"
+    mesh: Mesh | None = None
 
     @property
     def config(self) -> dict[str, Any]:
@@ -123,6 +140,7 @@ class UNet(nn.Module):
     ) -> Float[Array, "b h w o"]:
         """Prediction for noisy latents; `added_cond_kwargs` = {text_embeds, time_ids} for SDXL."""
         c = self.settings
+        check_remat(self.remat)
         if "lora" in self.variables:
             check_lora(self.variables["lora"], self.variables["params"], latents.shape[0])
         time = self._time(jnp.asarray(timesteps), added_cond_kwargs)
@@ -168,14 +186,25 @@ class UNet(nn.Module):
             depth = c.up_depths[up_index] if c.up_attention[up_index] else 0
         else:
             depth = c.depths[level] if c.down_attention[level] else 0
-        return UNetBlock(
+        return self._make(name, level, num_resnets, depth, resample, False)
+
+    def _make(
+        self, name: str, level: int, num_resnets: int, depth: int, resample: str | None, mid: bool
+    ) -> UNetBlock:
+        c = self.settings
+        block_class = nn.remat(UNetBlock, static_argnums=5) if self.remat == "full" else UNetBlock
+        return block_class(
             c,
             c.channels[level],
             num_resnets,
             depth,
             c.num_heads[level],
             resample,
-            dtype=self.dtype,
+            mid,
+            self.dtype,
+            self.attention,
+            self.remat,
+            self.mesh,
             name=name,
         )
 
@@ -184,16 +213,7 @@ class UNet(nn.Module):
         if c.mid_block is None:
             return x
         depth = c.depths[-1] if c.mid_block == "UNetMidBlock2DCrossAttn" else 0
-        block = UNetBlock(
-            c,
-            c.channels[-1],
-            2,
-            depth,
-            c.num_heads[-1],
-            is_mid=True,
-            dtype=self.dtype,
-            name="mid_block",
-        )
+        block = self._make("mid_block", c.num_levels - 1, 2, depth, None, True)
         return block(x, time, context)[0]
 
     def _up(

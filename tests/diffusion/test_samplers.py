@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 
 from hyperlora_jax.diffusion.samplers import SAMPLERS
 from hyperlora_jax.diffusion.schedule import NoiseSchedule
@@ -66,6 +66,25 @@ def check(name, scheduler_class, config, num_steps, **options):
 def test_ddim_equals_diffusers(name, num_steps):
     ddim = functools.partial(DDIMScheduler, clip_sample=False)
     check("ddim", ddim, CONFIGS[name], num_steps)
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "sample"])
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
+def test_euler_equals_diffusers(name, spacing):
+    config = {k: v for k, v in CONFIGS[name].items() if k != "set_alpha_to_one"}
+    check("euler", EulerDiscreteScheduler, {**config, "timestep_spacing": spacing}, 7)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
+def test_dpm_solver_equals_diffusers(name, spacing):
+    config = {k: v for k, v in CONFIGS[name].items() if k != "set_alpha_to_one"}
+    check("dpmpp_2m", DPMSolverMultistepScheduler, {**config, "timestep_spacing": spacing}, 7)
+
+
+@pytest.mark.parametrize("name", ["euler", "dpmpp_2m"])
+def test_one_step_goes_to_x0(name):
+    assert np.isfinite(our_sample(name, SD15, 1)).all()
 
 
 def test_number_of_steps_is_checked():

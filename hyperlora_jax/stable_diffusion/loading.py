@@ -1,0 +1,127 @@
+"""Whole models from and to diffusers directories."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from hyperlora_jax.array_types import Params
+from hyperlora_jax.diffusion.schedule import NoiseSchedule
+from hyperlora_jax.errors import UserError
+from hyperlora_jax.stable_diffusion import directory
+from hyperlora_jax.stable_diffusion.autoencoder import vae_from_config
+from hyperlora_jax.stable_diffusion.checkpoint import param_shapes, torch_to_flax
+from hyperlora_jax.stable_diffusion.clip_text import text_model_from_config
+from hyperlora_jax.stable_diffusion.unet import unet_from_config
+
+CONSTRUCTORS = {
+    "unet": unet_from_config,
+    "vae": vae_from_config,
+    "text_encoder": text_model_from_config,
+    "text_encoder_2": text_model_from_config,
+}
+
+
+def local_directory(source: str | Path) -> Path:
+    """The directory itself, or a hub id's files after downloading them.
+
+    Raises UserError when `source` is neither.
+    """
+    root = Path(source)
+    if root.is_dir():
+        return root
+    parts = str(source).split("/")
+    if root.exists() or len(parts) != 2 or not all(parts) or str(source).startswith("."):
+        raise UserError(f"{source}: not a directory, expected a diffusers model directory")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.txt", "*.safetensors"]
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=patterns))
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{source}: not a directory, and not found on the hub ({reason})"
+        ) from error
+
+
+def load_directory(
+    root: Path, dtype: Any, variant: str | None
+) -> tuple[dict[str, Any], dict[str, Params], NoiseSchedule]:
+    """Modules, parameters and schedule of a diffusers directory. Raises UserError naming files."""
+    modules: dict[str, Any] = {}
+    params: dict[str, Params] = {}
+    for name in CONSTRUCTORS:
+        if (root / name).is_dir():
+            modules[name], params[name] = load_component(root / name, name, dtype, variant)
+    if "unet" not in modules:
+        raise UserError(f"{root / 'unet'}: folder not found, expected the UNet of the model")
+    schedule_file = root / "scheduler" / "scheduler_config.json"
+    schedule = NoiseSchedule.from_config(directory.read_json(schedule_file))
+    return modules, params, schedule
+
+
+def load_component(
+    folder: Path, name: str, dtype: Any, variant: str | None = None
+) -> tuple[Any, Params]:
+    """Module and parameters of one component folder, one tensor in host memory at a time."""
+    config = directory.read_json(folder / "config.json")
+    dtype = component_dtype(name, config, dtype)
+    try:
+        module = CONSTRUCTORS[name](config, dtype)
+    except UserError as error:
+        raise UserError(f"{folder / 'config.json'}: {error}") from error
+    files = directory.weight_files(folder, name, variant)
+    params = torch_to_flax(
+        directory.read_tensors(files),
+        param_shapes(module),
+        name,
+        str(files[0]),
+        lambda _, array: jnp.asarray(array.astype(dtype)),
+    )
+    return module, params
+
+
+def component_dtype(name: str, config: Mapping[str, Any], dtype: Any) -> Any:
+    """float32 for an autoencoder that overflows in float16 (SDXL's), else `dtype`."""
+    overflows = name == "vae" and config.get("force_upcast", True)
+    return np.float32 if overflows and dtype == jnp.float16 else dtype
+
+
+def save_directory(
+    root: Path,
+    modules: Mapping[str, Any],
+    params: Mapping[str, Params],
+    schedule: NoiseSchedule,
+    tokenizers: Mapping[str, Any],
+    dtype: str,
+    is_xl: bool,
+) -> None:
+    """Writes a directory that diffusers' StableDiffusion(XL)Pipeline loads.
+
+    `tokenizers` = {"tokenizer": ..., "tokenizer_2": ...}.
+    """
+    index: dict[str, Any] = {
+        "_class_name": "StableDiffusionXLPipeline" if is_xl else "StableDiffusionPipeline",
+        "_diffusers_version": "0.33.0",
+        "feature_extractor": [None, None],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+    }
+    if is_xl:
+        index["force_zeros_for_empty_prompt"] = True
+        index["image_encoder"] = [None, None]
+    else:
+        index |= {"safety_checker": [None, None], "requires_safety_checker": False}
+    for name, module in modules.items():
+        directory.write_component(root / name, name, module.config, params[name], dtype)
+        index[name] = {
+            "unet": ["diffusers", "UNet2DConditionModel"],
+            "vae": ["diffusers", "AutoencoderKL"],
+        }.get(name) or ["transformers", module.class_name]
+    directory.write_json(root / "scheduler" / "scheduler_config.json", schedule.to_config())
+    for name, tokenizer in tokenizers.items():
+        tokenizer.save_pretrained(str(root / name))
+        index[name] = ["transformers", "CLIPTokenizer"]
+    directory.write_json(root / "model_index.json", index)
