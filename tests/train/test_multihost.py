@@ -72,7 +72,7 @@ def test_two_hosts_train_as_one_and_agree_on_preemption(tmp_path, start_two, run
 @pytest.mark.slow
 def test_a_worker_that_stalls_is_named(tmp_path, start_two):
     results = start_two(
-        *("--mesh", "-1,1,1,8", "--flat", "--workdir", tmp_path, "--stall_timeout", 4),
+        *("--mesh=-1,1,1,8", "--flat", "--workdir", tmp_path, "--stall_timeout", 4),
         second=("--hang_at", 6),
     )
     assert all(code < 0 for code, *_ in results)

@@ -104,6 +104,10 @@ def misfortune(args):
     def hook(n):
         if n == args.kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
+        once = pathlib.Path(args.workdir, "was-terminated")
+        if n == args.terminate_once_at and jax.process_index() == 1 and not once.exists():
+            once.write_text("")
+            os.kill(os.getpid(), signal.SIGTERM)
         if n == args.terminate_at:
             os.kill(os.getpid(), signal.SIGTERM)
         if n == args.hang_at:
@@ -125,7 +129,7 @@ def main():
     parser.add_argument("--mesh", action="append", default=[], help="data,fsdp,tensor,devices")
     parser.add_argument("--flat", action="store_true", help="one mesh: no folder of its own")
     parser.add_argument("--num_steps", type=int, default=20)
-    for name in ("kill_at", "terminate_at", "hang_at", "full_at"):
+    for name in ("kill_at", "terminate_at", "terminate_once_at", "hang_at", "full_at"):
         parser.add_argument(f"--{name}", type=int, default=-1)
     parser.add_argument("--stall_timeout", type=int, default=0)
     parser.add_argument("--step_seconds", type=float, default=0.0)
