@@ -88,6 +88,21 @@ def torch_text(config, seed=2, projection=False):
     return randomise(cls(CLIPTextConfig(**config)), seed)
 
 
+def nchw(array):
+    """PyTorch tensor of an NHWC array."""
+    import torch
+
+    return torch.from_numpy(np.ascontiguousarray(np.asarray(array).transpose(0, 3, 1, 2)))
+
+
+def flax_params(module, flax_module, component="unet"):
+    """Our tree of a PyTorch module's weights."""
+    from hyperlora_jax.stable_diffusion.checkpoint import param_shapes, torch_to_flax
+
+    tensors = [(name, value.numpy) for name, value in module.state_dict().items()]
+    return torch_to_flax(tensors, param_shapes(flax_module), component, "module")
+
+
 def write_tokenizer(folder, max_length=16):
     """A CLIP tokenizer of single characters and three words."""
     from transformers import CLIPTokenizer

@@ -7,6 +7,8 @@ from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora import factors
 from hyperlora_jax.stable_diffusion.model import StableDiffusion
 
+from .conftest import nchw
+
 PROMPTS = ["a cat on", "dog", "zebra cat dog a a a a a a"]
 
 
@@ -14,10 +16,6 @@ PROMPTS = ["a cat on", "dog", "zebra cat dog a a a a a a"]
 def models(tiny_pipeline):
     root, pipe = tiny_pipeline
     return StableDiffusion.from_pretrained(root), pipe
-
-
-def nchw(array):
-    return torch.from_numpy(np.ascontiguousarray(np.asarray(array).transpose(0, 3, 1, 2)))
 
 
 def random_lora(spec, num=None, seed=0):
