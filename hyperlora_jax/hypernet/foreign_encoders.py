@@ -122,7 +122,8 @@ def load_onnx(
 def load_transformers(path: epath.PathLike, image_size: int | None = None) -> ForeignImageEncoder:
     """A transformers vision model (ViT, DINOv2, CLIP vision, ...) read from a local folder.
 
-    Pooled is `image_embeds` or `pooler_output` if the model has one, else the first token.
+    Pooled is the pooler's output, or else the first token. CLIP's embedding and tokens are
+    projected into the space that it shares with texts.
 
     Raises:
       UserError: torch is not installed or the folder holds no vision model.
@@ -135,15 +136,11 @@ def load_transformers(path: epath.PathLike, image_size: int | None = None) -> Fo
             f"encoder {path}: needs PyTorch, install the extra: pip install hyperlora-jax[torch]"
         ) from error
     try:
-        config = transformers.AutoConfig.from_pretrained(str(path))
-        if hasattr(config, "vision_config"):
-            from transformers import CLIPVisionModelWithProjection
-
-            model = CLIPVisionModelWithProjection.from_pretrained(str(path)).eval()
-        else:
-            model = transformers.AutoModel.from_pretrained(str(path), use_safetensors=True).eval()
+        model = transformers.AutoModel.from_pretrained(str(path), use_safetensors=True).eval()
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"encoder {path}: holds no transformers vision model") from error
+    projection = getattr(model, "visual_projection", None)  # CLIP: into the space of texts
+    model = getattr(model, "vision_model", model)
     if model.main_input_name != "pixel_values":
         raise UserError(
             f"encoder {path}: found a model of {model.main_input_name}, expected a vision model"
@@ -159,6 +156,9 @@ def load_transformers(path: epath.PathLike, image_size: int | None = None) -> Fo
             tokens = tokens.flatten(2).transpose(1, 2)
         pooled = output.get("pooler_output")
         pooled = tokens[:, 0] if pooled is None else pooled.flatten(1)
+        if projection is not None:
+            with torch.no_grad():
+                pooled, tokens = projection(pooled), projection(model.post_layernorm(tokens))
         return pooled.numpy(), tokens.numpy()
 
     pooled, _ = run(np.zeros((1, 3, size, size), np.float32))
