@@ -1,0 +1,91 @@
+"""`hyperlora inspect WORKDIR`: how far a run is, how fast it goes, and where its time went."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from hyperlora_jax.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The workdir."""
+    parser.add_argument("workdir", metavar="WORKDIR", help="the --workdir of a run")
+    parser.add_argument("--json", metavar="FILE", help="write the same as JSON")
+
+
+def is_workdir(path: str | Path) -> bool:
+    """Whether `path` is the workdir of a training run."""
+    root = Path(path)
+    return (root / "checkpoints").is_dir() or (root / "metrics.jsonl").is_file()
+
+
+def summary(path: str | Path) -> dict[str, Any]:
+    """The state of a run, JSON-able.
+
+    Raises:
+      UserError: `path` is no workdir.
+    """
+    from hyperlora_jax.train.checkpoints import complete_steps, read_meta
+    from hyperlora_jax.train.events import goodput
+    from hyperlora_jax.train.json_lines import read_rows
+
+    root = Path(path)
+    if not is_workdir(root):
+        raise UserError(
+            f"{path}: no checkpoints and no metrics.jsonl, expected the workdir of a run"
+        )
+    steps = complete_steps(root / "checkpoints")
+    rows = read_rows(root / "metrics.jsonl")
+    events = read_rows(root / "events.jsonl")
+    meta = read_meta(root / "checkpoints", steps[-1]) if steps else {}
+    if not meta and (root / "config.json").exists():
+        meta = json.loads((root / "config.json").read_text())
+    return {
+        "workdir": str(path),
+        "checkpoints": steps,
+        "last_row": rows[-1] if rows else None,
+        "lowest_loss": min((row for row in rows if row["loss"] is not None), default=None,
+                           key=lambda row: row["loss"]),
+        "starts": len({row["run"] for row in events}),
+        "last_event": events[-1]["event"] if events else None,
+        "goodput": goodput(root / "events.jsonl"),
+        "facts": meta.get("facts", {}),
+    }  # fmt: skip
+
+
+def as_text(found: dict[str, Any]) -> str:
+    """A summary as a few lines."""
+    from hyperlora_jax.train.events import as_text as buckets_text
+
+    lines = [
+        f"{found['workdir']}: {found['starts']} start(s), last event {found['last_event']}",
+        f"  checkpoints at steps {found['checkpoints'] or 'none'}",
+    ]
+    if found["last_row"]:
+        shown = {
+            name: round(value, 6) if isinstance(value, float) else value
+            for name, value in found["last_row"].items()
+        }
+        lines.append("  last row: " + ", ".join(f"{name} {v}" for name, v in shown.items()))
+    if found["lowest_loss"]:
+        lowest = found["lowest_loss"]
+        lines.append(f"  lowest logged loss {lowest['loss']:.6g} at step {lowest['step']}")
+    if found["goodput"]:
+        lines.append("  " + buckets_text(found["goodput"]))
+    for name, value in found["facts"].items():
+        text = json.dumps(value)
+        lines.append(f"  {name}: {text if len(text) <= 80 else text[:77] + '...'}")
+    return "\n".join(lines)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the summary."""
+    found = summary(args.workdir)
+    print(as_text(found))
+    if args.json:
+        try:
+            Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
+        except OSError as error:
+            raise UserError(f"--json {args.json}: {error.strerror}") from error
+    return 0
