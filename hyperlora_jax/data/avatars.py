@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from hyperlora_jax.array_types import UInt8
-from hyperlora_jax.data import avatar_render, avatar_styles
+from hyperlora_jax.data import avatar_render, avatar_styles, stable_random
 from hyperlora_jax.errors import UserError
 
 SPLITS = ("train", "validation", "test")
@@ -259,7 +259,9 @@ class Avatars:
             for part, index in zip(parts, indices, strict=True):
                 weight *= np.asarray(part.weights)[index[members]]
             seed = int(self._uniform("identity", split) * 2**53)
-            self._orders[split] = members[np.argsort(-np.log(_uniforms(seed, members)) / weight)]
+            self._orders[split] = members[
+                np.argsort(-np.log(stable_random.uniforms(seed, members)) / weight)
+            ]
         return self._orders[split]
 
     def _uniform(self, *key: object) -> float:
@@ -279,16 +281,6 @@ def _pick(part: avatar_styles.Part, u: float) -> str:
 
 def _class_indices(parts: Sequence[avatar_styles.Part], classes: Sequence[str]) -> dict[str, int]:
     return {p.name: p.classes.index(c) for p, c in zip(parts, classes, strict=True)}
-
-
-def _uniforms(seed: int, numbers: np.ndarray) -> np.ndarray:
-    """Uniform (0, 1] values, a hash (splitmix64) of seed and number: the same everywhere."""
-    with np.errstate(over="ignore"):
-        z = np.uint64(seed) + np.uint64(0x9E3779B97F4A7C15) * (numbers.astype(np.uint64) + 1)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        z ^= z >> np.uint64(31)
-    return ((z >> np.uint64(11)).astype(np.float64) + 1.0) / 2.0**53
 
 
 def _check_split(split: str) -> None:

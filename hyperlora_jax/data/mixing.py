@@ -6,6 +6,7 @@ import grain.python as grain
 import numpy as np
 
 from hyperlora_jax.array_types import Float, Int
+from hyperlora_jax.data import stable_random
 from hyperlora_jax.data.pipelines import Batch, Order, common_length, shard_slice, step_batches
 from hyperlora_jax.errors import UserError
 
@@ -27,7 +28,7 @@ class MixedOrder:
             raise UserError(f"dataset weights are {list(weights)}, expected positive numbers")
         counts = _apportion(shares / shares.sum())
         pattern = np.repeat(np.arange(len(counts)), counts)
-        self.pattern = np.random.default_rng(seed).permutation(pattern)
+        self.pattern = pattern[stable_random.permutation(seed, 0, PATTERN)]
         self.counts = counts
         self.rank = np.zeros(PATTERN, np.int64)
         for k in range(len(counts)):
@@ -36,14 +37,14 @@ class MixedOrder:
 
     def records(self, start: int, stop: int) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
         """(dataset numbers, record numbers in them) from position start to stop."""
-        datasets, records = [], []
-        for position in range(start, stop):
-            block, offset = divmod(position, PATTERN)
-            k = int(self.pattern[offset])
-            i = block * int(self.counts[k]) + int(self.rank[offset])
-            datasets.append(k)
-            records.append(self.orders[k].records(i, i + 1)[0])
-        return np.array(datasets, np.int64), np.array(records, np.int64)
+        blocks, offsets = np.divmod(np.arange(start, stop), PATTERN)
+        datasets = self.pattern[offsets]
+        positions = blocks * self.counts[datasets] + self.rank[offsets]
+        records = np.empty(stop - start, np.int64)
+        for k in np.unique(datasets):
+            mine = datasets == k
+            records[mine] = self.orders[k].at(positions[mine])
+        return datasets, records
 
 
 def _apportion(shares: Float[np.ndarray, " k"]) -> Int[np.ndarray, " k"]:
