@@ -39,6 +39,7 @@ _LISTS = (
 _STRIDED = re.compile(r"(^|\.)downsamplers\.\d+\.conv$")
 
 
+@functools.lru_cache(maxsize=1 << 16)
 def module_path(path: str) -> tuple[str, ...]:
     """Flax path of a diffusers module path: "a.0.b" -> ("a_0", "b")."""
     return tuple(re.sub(r"\.(\d+)(?=\.|$)", r"_\1", path).split("."))
@@ -136,6 +137,8 @@ class LoraSpec:
 
     def with_rank(self, rank: int) -> "LoraSpec":
         """The same sites, all of this rank."""
+        if all(site.rank == rank for site in self.sites):
+            return self
         return LoraSpec(tuple(dataclasses.replace(site, rank=rank) for site in self.sites))
 
     def component(self, name: str) -> "LoraSpec":

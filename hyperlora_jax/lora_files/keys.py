@@ -9,6 +9,7 @@ Forms of the UNet path P = down_blocks.0.attentions.0.transformer_blocks.0.attn1
     F6  diffusion_model.input_blocks.1.1.....lora_A.weight   ComfyUI generic
 """
 
+import functools
 import re
 
 from hyperlora_jax.lora.sites import TEXT_ENCODERS
@@ -91,6 +92,7 @@ TRANSFORMER_ONLY = re.compile(
 )
 
 
+@functools.lru_cache(maxsize=1 << 16)
 def split_role(key: str) -> tuple[str, str] | None:
     """(stem, role) of a key; None when the ending is none that belongs to a LoRA file."""
     for pattern, role in ROLES:
@@ -106,6 +108,7 @@ def _unprocessed(stem: str, key: str) -> str:
     return f"{stem}.0" if stem.endswith(".to_out") else stem
 
 
+@functools.lru_cache(maxsize=1 << 16)
 def canonical_path(stem: str, layers_per_block: int = 2) -> str | None:
     """Diffusers path of a key's stem, with "text_encoder." for text encoders; None if unknown."""
     for prefix, component in _TEXT_PREFIX.items():

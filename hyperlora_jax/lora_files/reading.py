@@ -190,11 +190,13 @@ def _folded(
         factor = _number(path, site.path, "alpha", group["alpha"]) / site.rank
     with np.errstate(over="ignore", invalid="ignore"):
         order = (1, 0) if site.kind == "linear" else (2, 3, 1, 0)
-        down = np.ascontiguousarray(group["down"].transpose(order), np.float32)
-        up = group["up"].reshape(site.out_features, site.rank).T
-        up = np.ascontiguousarray(up, np.float32)
-        up = up if factor == 1.0 else up * np.float32(factor)
-        total = float(np.abs(down).max()) * float(np.abs(up).max())
+        # Converted in the order of the file (fast), then turned as views. Always copies: nothing
+        # returned refers to the file.
+        down = group["down"].astype(np.float32).transpose(order)
+        up = group["up"].astype(np.float32).reshape(site.out_features, site.rank).T
+        if factor != 1.0:
+            up *= np.float32(factor)
+        total = sum(float(side.max()) - float(side.min()) for side in (down, up))
     if not np.isfinite(total):
         raise UserError(f"{path}: layer {site.path} has NaN or Inf, or overflows float32")
     return {"down": down, "up": up}

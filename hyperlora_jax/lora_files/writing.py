@@ -6,6 +6,7 @@ scale folded into the up factor, convolution factors 4-D, both factors balanced 
 the others no alpha: the effective scale is 1 for every reader.
 """
 
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -30,6 +31,7 @@ DTYPES: dict[str, np.dtype] = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float32": np.dtype(np.float32),
 }
+_LIMITS = {dtype: float(ml_dtypes.finfo(dtype).max) for dtype in DTYPES.values()}
 CARRIED = re.compile(
     r"(^|\.)(attentions|resnets|downsamplers|upsamplers)\.\d+\.|\.(self_attn|mlp)\.[a-z0-9_]+$"
 )
@@ -110,26 +112,33 @@ def _site_arrays(
 ) -> tuple[np.ndarray, np.ndarray]:
     down = np.asarray(pair["down"], np.float32).reshape(site.down_shape)
     up = np.asarray(pair["up"], np.float32)
-    peak_down, peak_up = float(np.abs(down).max()), float(np.abs(up).max())
+    peak_down, peak_up = _peak(down), _peak(up)
     if not (np.isfinite(peak_down) and np.isfinite(peak_up)):
         raise UserError(f"LoRA site {site.path} has NaN or Inf; nothing was written")
     if balance and peak_down > 0 and peak_up > 0:
         # Within 2^±1.5 nothing moves, so that rewriting a rounded file changes no byte.
-        imbalance = (np.log2(peak_up) - np.log2(peak_down)) / 2
+        imbalance = (math.log2(peak_up) - math.log2(peak_down)) / 2
         if abs(imbalance) > 0.75:
-            power = int(np.round(imbalance))
+            power = round(imbalance)
             down, up = np.ldexp(down, power), np.ldexp(up, -power)
-    up = up if scale == 1 else _divided(up, np.float32(scale))
-    if dtype != np.float32:
-        limit = float(ml_dtypes.finfo(dtype).max)
-        if max(np.abs(down).max(), np.abs(up).max()) > limit:
-            raise UserError(f"LoRA site {site.path} overflows {dtype.name}; write float32 instead")
+            peak_down, peak_up = _peak(down), _peak(up)
+    if scale != 1:
+        up = _divided(up, np.float32(scale))
+        peak_up = _peak(up)
+    if max(peak_down, peak_up) > _LIMITS[dtype]:
+        raise UserError(f"LoRA site {site.path} overflows {dtype.name}; write float32 instead")
+    down, up = down.astype(dtype, copy=False), up.astype(dtype, copy=False)
     more = rank - site.rank
     down = np.pad(down, [(0, 0)] * (down.ndim - 1) + [(0, more)]) if more else down
     up = np.pad(up, [(0, more), (0, 0)]) if more else up
     order = (1, 0) if site.kind == "linear" else (3, 2, 0, 1)
     b = up.T if site.kind == "linear" else up.T[:, :, None, None]
-    return np.ascontiguousarray(down.transpose(order), dtype), np.ascontiguousarray(b, dtype)
+    return np.ascontiguousarray(down.transpose(order)), np.ascontiguousarray(b)
+
+
+def _peak(array: np.ndarray) -> float:
+    """Largest magnitude; NaN when there is one."""
+    return float(np.maximum(array.max(), -array.min()))
 
 
 def _divided(up: np.ndarray, scale: np.float32) -> np.ndarray:
