@@ -158,6 +158,16 @@ def encode_vector(vector: np.ndarray, lora_dtype: str) -> bytes:
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16).tobytes()
 
 
+def parse_bfloat16(record: bytes, lora_dtype: str) -> np.ndarray:
+    """Only the LoRA vector, as bfloat16 [d]: half the bytes to send to a device."""
+    import ml_dtypes
+
+    if lora_dtype == "float32":
+        return parse_vector(record, lora_dtype).astype(ml_dtypes.bfloat16)
+    start, stop = _find(record, b"lora")
+    return np.frombuffer(memoryview(record)[start:stop], ml_dtypes.bfloat16)
+
+
 def decode_vector(encoded: bytes | memoryview, lora_dtype: str) -> np.ndarray:
     """Inverse of `encode_vector`, as float32 [d]."""
     if lora_dtype == "float32":

@@ -85,15 +85,22 @@ class LoraTargets:
         k = self.splits.index(split)
         return np.arange(self._ends[k] - len(self.split_ids[split]), self._ends[k])
 
-    def loras(self, indices: Sequence[int] | np.ndarray) -> Float[np.ndarray, "n d"]:
-        """The vectors of some subjects, float32."""
+    def loras(
+        self, indices: Sequence[int] | np.ndarray, dtype: str = "float32"
+    ) -> Float[np.ndarray, "n d"]:
+        """The vectors of some subjects, as float32 or bfloat16."""
         if not len(self.spec):
             raise UserError(f"{self.path}: holds pictures only, expected a dataset with LoRAs")
-        out = np.empty((len(indices), self.spec.num_parameters), np.float32)
+        parsers = {
+            "float32": record_format.parse_vector,
+            "bfloat16": record_format.parse_bfloat16,
+        }
+        if dtype not in parsers:
+            raise UserError(f"dtype of LoRAs is {dtype!r}, expected float32 or bfloat16")
+        out = np.empty((len(indices), self.spec.num_parameters), dtype)
+        parse = parsers[dtype]
         for row, i in enumerate(indices):
-            out[row] = self._read(
-                int(i), lambda record, _: record_format.parse_vector(record, self.lora_dtype)
-            )
+            out[row] = self._read(int(i), lambda record, _: parse(record, self.lora_dtype))
         return out
 
     def matrix(self, split: str | None = None) -> Float[np.ndarray, "n d"]:
@@ -117,6 +124,7 @@ class LoraTargets:
     @functools.cached_property
     def _sources(self) -> list:
         import tensorflow_datasets as tfds
+        from google.protobuf.json_format import ParseError
 
         try:
             builder = tfds.builder_from_directory(str(self.path))
@@ -124,7 +132,7 @@ class LoraTargets:
             shards = [
                 shard for split in self.splits for shard in builder.info.splits[split].filenames
             ]
-        except (OSError, ValueError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, AttributeError, ParseError) as error:
             raise UserError(f"{self.path}: the dataset cannot be read ({error})") from None
         if lost := [shard for shard in shards if not (self.path / shard).exists()]:
             raise UserError(
@@ -159,8 +167,9 @@ def vector_batches(
     shard_index: int = 0,
     num_shards: int = 1,
     num_threads: int = 2,
+    dtype: str = "float32",
 ) -> grain.DatasetIterator:
-    """Endless shuffled batches {"lora": float32 [b, d], "record_id": [b]} read from the disk.
+    """Endless shuffled batches {"lora": [b, d], "record_id": [b]} read from the disk.
 
     For datasets that do not fit into memory; `subjects` are the numbers to draw from (a split),
     else all. Order, shards and state as in `pipelines.array_batches`.
@@ -172,7 +181,7 @@ def vector_batches(
     def make_batch(step: int) -> Batch:
         start = step * batch_size + first
         records = chosen[order.records(start, start + count)]
-        return {"lora": targets.loras(records), "record_id": records}
+        return {"lora": targets.loras(records, dtype), "record_id": records}
 
     return step_batches(make_batch, num_threads)
 

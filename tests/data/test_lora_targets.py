@@ -146,7 +146,15 @@ def test_bfloat16_halves_the_numbers_and_rounds_to_nearest(subjects, tmp_path):
 
     path = write_lora_targets(tmp_path / "t", subjects[:3], SPEC, BASE, lora_dtype="bfloat16")
     expected = subjects[1].lora.astype(ml_dtypes.bfloat16).astype(np.float32)
-    np.testing.assert_array_equal(open_lora_targets(path)[1].lora, expected)
+    targets = open_lora_targets(path)
+    np.testing.assert_array_equal(targets[1].lora, expected)
+    halves = targets.loras([1], dtype="bfloat16")
+    assert halves.dtype == ml_dtypes.bfloat16
+    np.testing.assert_array_equal(halves[0].astype(np.float32), expected)
+    whole = open_lora_targets(write_lora_targets(tmp_path / "w", subjects[:3], SPEC, BASE))
+    np.testing.assert_array_equal(whole.loras([1], dtype="bfloat16"), halves)
+    with pytest.raises(UserError, match="dtype of LoRAs is 'int8'"):
+        targets.loras([0], dtype="int8")
     assert "bfloat16 bits" in (path / "README.md").read_text()
 
 
@@ -254,6 +262,14 @@ def test_lost_and_cut_shards_are_named(subjects, tmp_path):
     shard.unlink()
     with pytest.raises(UserError, match="1 of 3 files are missing, first lora_targets-test"):
         open_lora_targets(path)[0]
+    info = path / "dataset_info.json"
+    for content in ("{", "{}"):
+        saved = info.read_text()
+        shard.write_bytes(whole)
+        info.write_text(content)
+        with pytest.raises(UserError, match="the dataset cannot be read"):
+            open_lora_targets(path)[0]
+        info.write_text(saved)
     for cut in (0, 100, len(whole) // 2):
         shard.write_bytes(whole[:cut])
         with pytest.raises(UserError, match="cannot be read"):
