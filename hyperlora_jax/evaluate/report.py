@@ -139,6 +139,7 @@ def render_page(
         tiles=wording.tiles(summary),
         table=wording.score_table(summary),
         differences=wording.difference_table(summary),
+        judges=wording.judge_table(summary),
         verdicts=wording.verdicts(summary),
         timings=wording.timings(summary),
         provenance=wording.provenance(summary),

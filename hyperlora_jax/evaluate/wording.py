@@ -102,6 +102,29 @@ def difference_table(summary: Summary) -> dict[str, Any]:
     return {"columns": columns, "rows": rows, "note": note}
 
 
+def judge_table(summary: Summary) -> dict[str, Any]:
+    """Methods × judges: similarity to the reference; no rows when there are no judges."""
+    judges = summary.get("judges", {})
+    names = method_order(sorted({n for judge in judges.values() for n in judge["similarity"]}))
+    rows = [
+        {
+            "name": title(name),
+            "mark": name == "generated",
+            "cells": [estimate(judge["similarity"][name], 3) for judge in judges.values()],
+        }
+        for name in names
+    ]
+    columns = [
+        name + (" (condition encoder)" if judge["is_condition_encoder"] else "")
+        for name, judge in judges.items()
+    ]
+    note = (
+        "Cosine of the embeddings of generated picture and reference; an undetected subject counts "
+        "0. The condition encoder is a leaky judge: the hypernetwork was trained to listen to it."
+    )
+    return {"columns": columns, "rows": rows, "note": note}
+
+
 def verdicts(summary: Summary) -> list[dict[str, str]]:
     """What the numbers say, good and bad, one sentence each."""
     found = []

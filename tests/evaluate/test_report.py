@@ -108,6 +108,15 @@ def test_verdicts_follow_the_numbers(summary):
     assert any("generated LoRA 7" in text for text in bad)
 
 
+def test_judges_get_a_table(summary):
+    assert wording.judge_table(summary)["rows"] == []
+    judged = {"similarity": {"generated": {"mean": 0.5, "stderr": 0.1, "n": 3}}}
+    judges = {"dino": {**judged, "is_condition_encoder": False, "hash": "x"}}
+    judges["own"] = {**judges["dino"], "is_condition_encoder": True}
+    page = report.render_page({**summary, "judges": judges}, [], title="t", lead="l", done=[])
+    assert "own (condition encoder)" in page and "0.500" in page and "Other judges" in page
+
+
 def test_speed_up(summary):
     assert wording.speed_up(summary) == pytest.approx(5000.0)
     assert wording.duration(0.004) == "4 ms" and wording.duration(300.0) == "5.0 min"

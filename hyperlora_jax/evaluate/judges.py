@@ -1,0 +1,142 @@
+"""Judges that the user brings: encoders for identity and style, CLIP for prompts.
+
+  1. encoder similarity: cosine of the embeddings of a generated picture and of the reference
+     (identity, DINO, CLIP-I, depending on the encoder)                     `encoder_similarity`
+  2. prompt similarity: cosine of CLIP's picture and text embeddings (CLIP-T) `clip_text_similarity`
+
+The encoder that conditions the hypernetwork is a leaky judge of it: report it as such and beside
+it one that training never saw. A picture in which a detector finds no subject, or that is not
+finite, scores 0 and stays in the mean.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from hyperlora_jax.array_types import AnyArray, Bool, Float
+from hyperlora_jax.errors import UserError
+from hyperlora_jax.evaluate.compare import MethodResult
+from hyperlora_jax.evaluate.metrics import clustered_mean, is_finite
+from hyperlora_jax.evaluate.protocol import EvaluationSet
+from hyperlora_jax.hypernet.conditioning import ImageEncoder
+
+BATCH = 64
+
+# Picture [h, w, 3] in [0, 1] -> whether it shows exactly one subject.
+Detects = Callable[[np.ndarray], bool]
+
+
+def encoder_similarity(
+    encoder: ImageEncoder,
+    generated: Float[AnyArray, "i c h w 3"],
+    references: Float[AnyArray, "i h w 3"],
+    detects: Detects | None = None,
+) -> Float[np.ndarray, "i c"]:
+    """Equation 1; failures and undetected subjects score 0."""
+    usable = detected(generated, detects)
+    pictures = np.clip(np.nan_to_num(np.asarray(generated, np.float32)), 0.0, 1.0)
+    ours = _embed(encoder, pictures.reshape(-1, *pictures.shape[2:])).reshape(*usable.shape, -1)
+    theirs = _embed(encoder, np.asarray(references, np.float32))
+    return np.where(usable, np.einsum("ice,ie->ic", ours, theirs), 0.0)
+
+
+def clip_text_similarity(
+    clip: epath.PathLike,
+    generated: Float[AnyArray, "i c h w 3"],
+    captions: Sequence[Sequence[str]],
+) -> Float[np.ndarray, "i c"]:
+    """Equation 2 with a CLIP model and its tokenizer from a local transformers folder.
+
+    Raises:
+      UserError: torch is missing or the folder holds no CLIP model with a tokenizer.
+    """
+    from hyperlora_jax.hypernet.foreign_encoders import load_transformers
+
+    vision = load_transformers(clip)
+    try:
+        import torch
+        import transformers
+
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(clip))
+        model = transformers.CLIPModel.from_pretrained(str(clip), use_safetensors=True).eval()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"clip {clip}: holds no CLIP model with a tokenizer") from error
+    length = model.config.text_config.max_position_embeddings
+    texts = [text for row in captions for text in row]
+    tokens = tokenizer(
+        texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+    )
+    with torch.no_grad():
+        pooled = model.text_model(**tokens).pooler_output
+        found = _unit(model.text_projection(pooled).numpy())
+    theirs = found.reshape(len(captions), -1, found.shape[-1])
+    usable = detected(generated, None)
+    pictures = np.clip(np.nan_to_num(np.asarray(generated, np.float32)), 0.0, 1.0)
+    ours = _embed(vision, pictures.reshape(-1, *pictures.shape[2:])).reshape(*usable.shape, -1)
+    return np.where(usable, (ours * theirs).sum(axis=-1), 0.0)
+
+
+def detected(
+    generated: Float[AnyArray, "i c h w 3"], detects: Detects | None
+) -> Bool[np.ndarray, "i c"]:
+    """Pictures that are finite and, with a detector, show exactly one subject."""
+    usable = is_finite(generated)
+    if detects is None:
+        return usable
+    pictures = np.clip(np.nan_to_num(np.asarray(generated, np.float32)), 0.0, 1.0)
+    seen = [bool(detects(pictures[at])) for at in np.ndindex(*usable.shape)]
+    return usable & np.array(seen).reshape(usable.shape)
+
+
+def similarity_numbers(
+    results: Mapping[str, MethodResult],
+    test: EvaluationSet,
+    judges: Mapping[str, ImageEncoder],
+    *,
+    condition_hash: str | None = None,
+    detects: Detects | None = None,
+) -> dict[str, Any]:
+    """{judge: {"hash", "is_condition_encoder", "similarity": {method: estimate}}}.
+
+    Args:
+      results: of `compare.compare`.
+      test: the set they were made on.
+      judges: encoders by name.
+      condition_hash: hash of the encoder that conditioned the hypernetwork; marks it as leaky.
+      detects: see `detected`.
+    """
+    found = {}
+    for name, encoder in judges.items():
+        similarity = {
+            method: clustered_mean(
+                encoder_similarity(
+                    encoder,
+                    result.images,
+                    test.references[: len(result.images)],
+                    detects,
+                )
+            ).to_json()
+            for method, result in results.items()
+        }
+        found[name] = {
+            "hash": encoder.hash,
+            "is_condition_encoder": encoder.hash == condition_hash,
+            "similarity": similarity,
+        }
+    return found
+
+
+def _embed(encoder: ImageEncoder, pictures: np.ndarray) -> np.ndarray:
+    """Unit embeddings, in batches of one size so that one program serves all."""
+    count = -(-len(pictures) // BATCH) * BATCH
+    padded = np.concatenate([pictures, np.zeros((count - len(pictures), *pictures.shape[1:]))])
+    padded = padded.astype(np.float32)
+    parts = [encoder.encode(padded[i : i + BATCH])[0] for i in range(0, count, BATCH)]
+    return _unit(np.concatenate([np.asarray(part) for part in parts])[: len(pictures)])
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    values = np.asarray(vectors, np.float64)
+    return values / np.maximum(np.linalg.norm(values, axis=-1, keepdims=True), 1e-12)
