@@ -55,6 +55,8 @@ def write_lora_targets(
     path = Path(path)
     if lora_dtype not in lora_target_records.LORA_DTYPES:
         raise UserError(f"lora_dtype is {lora_dtype!r}, expected float32 or bfloat16")
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path}: is a file, expected a new dataset folder")
     if path.exists() and not overwrite and any(path.iterdir()):
         raise UserError(f"{path}: exists and is not empty; expected a new dataset folder")
     partial = path.with_name(f".{path.name}.partial")
@@ -67,9 +69,12 @@ def write_lora_targets(
         writer.finish(base_hash, dict(facts or {}))
         for name, content in (extra_files or {}).items():
             (partial / name).write_text(content(), encoding="utf-8")
+        old = path.with_name(f".{path.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
         if path.exists():
-            shutil.rmtree(path)
+            path.rename(old)
         partial.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise UserError(f"{path}: cannot write the dataset ({error})") from None
     finally:

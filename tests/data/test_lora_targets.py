@@ -1,7 +1,9 @@
 import json
+import signal
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -201,6 +203,27 @@ def test_many_shards(subjects, tmp_path, monkeypatch):
         assert targets[k].id == subjects[k].id
 
 
+def test_a_killed_build_is_not_seen_and_does_not_disturb_the_next(subjects, tmp_path):
+    code = """
+        import os, signal, sys
+        sys.path.insert(0, sys.argv[1])
+        from targets_fixture import SPEC, subject
+        from hyperlora_jax.data.lora_targets_writer import write_lora_targets
+
+        def killed():
+            yield from map(subject, range(3))
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        write_lora_targets(sys.argv[2], killed(), SPEC, "")
+    """
+    here = str(Path(__file__).parent)
+    command = [sys.executable, "-c", textwrap.dedent(code), here, str(tmp_path / "t")]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    assert not (tmp_path / "t").exists() and list(tmp_path.iterdir())
+    targets = open_lora_targets(write_lora_targets(tmp_path / "t", subjects, SPEC, BASE))
+    assert len(targets) == 45 and [p.name for p in tmp_path.iterdir()] == ["t"]
+
+
 def test_a_failed_build_leaves_nothing(subjects, tmp_path):
     def broken():
         yield subjects[0]
@@ -237,7 +260,10 @@ def test_existing_folder_is_kept_unless_told(subjects, tmp_path):
         write_lora_targets(path, subjects, SPEC, BASE)
     write_lora_targets(path, subjects[:3], SPEC, BASE, overwrite=True)
     assert len(open_lora_targets(path)) == 3
+    assert [p.name for p in tmp_path.iterdir()] == ["t"]
     (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="file: is a file, expected a new dataset folder"):
+        write_lora_targets(tmp_path / "file", subjects, SPEC, BASE)
     with pytest.raises(UserError, match="cannot write the dataset"):
         write_lora_targets(tmp_path / "file" / "t", subjects, SPEC, BASE)
 
