@@ -68,7 +68,8 @@ def find_lora_files(paths: Sequence[str | Path]) -> list[tuple[str, Path]]:
             subfolders.sort()
             if _is_adapter(here):
                 subfolders.clear()
-                found.append((str(here.relative_to(given)), here))
+                named = here.parent if here.name == "unet" and here.parent != given else here
+                found.append((str(named.relative_to(given)), here))
                 continue
             for name in sorted(names):
                 if name.endswith(LORA_SUFFIXES) and not name.startswith("."):

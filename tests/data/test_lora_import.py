@@ -33,16 +33,19 @@ def test_mixed_formats_become_one_dataset(tmp_path):
         "deep/bert": good(tmp_path / "in/deep/bert.safetensors", 2, format="kohya"),
     }
     good(tmp_path / "in/carl/pytorch_lora_weights.safetensors", 3)
+    vectors["doris"] = good(tmp_path / "in/doris", 4, format="peft")
+    (tmp_path / "in/eva").mkdir()
+    vectors["eva"] = good(tmp_path / "in/eva/unet", 5, format="peft")
     (tmp_path / "in/readme.txt").write_text("about these")
     report = run([tmp_path / "in"], tmp_path / "out")
     targets = open_lora_targets(tmp_path / "out", SPEC, BASE)
-    assert report.imported == 3 and not report.rejected
+    assert report.imported == 5 and not report.rejected
     assert set(targets.ids) == {*vectors, "carl/pytorch_lora_weights"}
     for k, name in enumerate(targets.ids):
         if name in vectors:
             assert_same_deltas(targets[k].lora, vectors[name], rtol=1e-6)
     assert (tmp_path / "out/quarantine.jsonl").read_text() == ""
-    assert targets.facts["import"]["imported"] == 3
+    assert targets.facts["import"]["imported"] == 5
 
 
 def test_every_damage_is_listed_with_its_reason_and_the_rest_imported(tmp_path):
