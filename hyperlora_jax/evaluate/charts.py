@@ -47,6 +47,8 @@ def line_chart(
         axis.plot(x, y, marker=".", label=TITLES.get(name, name))
     if log_x:
         axis.set_xscale("symlog", linthresh=1.0)
+    elif all(float(value).is_integer() for x, _ in series.values() for value in x):
+        axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set_xlabel(x_label)
     axis.set_ylabel(y_label)
     axis.legend(frameon=False, fontsize=9)
@@ -73,6 +75,7 @@ def bar_chart(values: Mapping[str, float], x_label: str) -> bytes:
     axis.barh(positions, list(values.values()))
     axis.set_yticks(positions, list(values), fontsize=6 if len(values) > 12 else 9)
     axis.set_xlabel(x_label)
+    axis.margins(y=0.01)
     return _png(figure)
 
 

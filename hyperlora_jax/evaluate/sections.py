@@ -7,6 +7,7 @@ write_report(..., extra_figures=section.figures)
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -53,7 +54,7 @@ def weight_section(predicted: Params, target: Params) -> Section:
     errors = weight_errors(predicted, target)
     ours, theirs = (_mean_spectrum(lora) for lora in (predicted, target))
     ranks = list(range(1, 1 + max(len(ours), len(theirs))))
-    per_site = {path: float(v.mean()) for path, v in errors.site_cosine.items()}
+    per_site = grouped({path: float(v.mean()) for path, v in errors.site_cosine.items()})
     site_chart = charts.bar_chart(per_site, "cosine of generated and fitted delta")
     series = {"generated": (ranks[: len(ours)], ours), "fitted": (ranks[: len(theirs)], theirs)}
     rank_chart = charts.line_chart(series, "component", "mean singular value")
@@ -69,6 +70,27 @@ def weight_section(predicted: Params, target: Params) -> Section:
     )
     numbers = {**errors.to_json(), "spectrum": {"generated": ours, "fitted": theirs}}
     return Section("weights", numbers, shown)
+
+
+def grouped(values: Mapping[str, float], most: int = 40) -> dict[str, float]:
+    """Values by a short name of their site; sites of one level are averaged if there are many.
+
+    "down_blocks_1/attentions_0/transformer_blocks_0/attn2/to_out_0" becomes
+    "down 1.0 attn2 out", or "down 1 attn2 out" when averaged.
+    """
+
+    def name(path: str, whole: bool) -> str:
+        block, *inner, last = path.split("/")
+        place = re.sub(r"_blocks?_?", " ", block).strip()
+        index = ".".join(re.findall(r"attentions_(\d+)", path)) if whole else ""
+        kind = [part for part in inner if part.startswith("attn")] or inner[-1:]
+        words = [f"{place}.{index}" if index else place, *kind, re.sub(r"^to_|_0$", "", last)]
+        return " ".join(words)
+
+    found: dict[str, list[float]] = {}
+    for path, value in values.items():
+        found.setdefault(name(path, whole=len(values) <= most), []).append(value)
+    return {short: float(np.mean(group)) for short, group in found.items()}
 
 
 def steps_section(curves: Mapping[str, Curve], full: Float[AnyArray, "l *rest"]) -> Section:

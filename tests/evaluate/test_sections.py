@@ -45,6 +45,15 @@ def test_weights():
     assert len(numbers["spectrum"]["fitted"]) == 2
 
 
+def test_site_names_are_short():
+    paths = [f"down_blocks_1/attentions_{k}/transformer_blocks_0/attn2/to_out_0" for k in (0, 1)]
+    values = dict(zip(paths, (1.0, 3.0), strict=True))
+    assert sections.grouped(values) == {"down 1.0 attn2 out": 1.0, "down 1.1 attn2 out": 3.0}
+    assert sections.grouped(values, most=1) == {"down 1 attn2 out": 2.0}
+    middle = "mid_block/attentions_0/transformer_blocks_0/attn1/to_q"
+    assert list(sections.grouped({middle: 1.0}, most=0)) == ["mid attn1 q"]
+
+
 def test_steps():
     def advance(loras, done, steps):
         return {"x": loras["x"] + 0.01 * (steps - done)}, float(steps - done)
