@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from hyperlora_jax.errors import UserError
@@ -45,7 +46,24 @@ def make_mesh(
     tensor: int = 1,
     devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-    """A mesh data × fsdp × tensor over `devices` (default: all of them); −1 takes the rest."""
+    """A mesh data × fsdp × tensor over `devices` (default: all of them); −1 takes the rest.
+
+    Several TPU slices divide the data axis: only the reduction of gradients crosses between them.
+
+    Raises:
+      UserError: sizes that do not fit the devices, or data no multiple of the slices.
+    """
     devices = list(jax.devices() if devices is None else devices)
     shape = resolve_axes(len(devices), data, fsdp, tensor)
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    types = (AxisType.Auto,) * len(AXES)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+    if shape[0] % slices:
+        raise UserError(
+            f"mesh data={shape[0]}: expected a multiple of the {slices} slices; fsdp and tensor"
+            " stay within a slice"
+        )
+    within = (shape[0] // slices, *shape[1:])
+    grid = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices)
+    return Mesh(grid, AXES, axis_types=types)

@@ -17,12 +17,12 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 
 from hyperlora_jax.array_types import Array, ArrayTree
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.parallel import sharding
-from hyperlora_jax.parallel.mesh import AXES, resolve_axes
+from hyperlora_jax.parallel.mesh import make_mesh
 from hyperlora_jax.parallel.topology import Topology
 from hyperlora_jax.train.flop_count import of_jaxpr
 from hyperlora_jax.train.hlo_report import collective_bytes
@@ -69,7 +69,7 @@ def prepare_environment() -> None:
 
 
 def topology_mesh(topology: Topology, data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """A mesh over the slice's (abstract) devices; several slices split the data axis.
+    """A mesh over the slice's devices, which exist only as a description.
 
     Raises:
       UserError: libtpu is missing or does not know the slice, or the axes do not fit.
@@ -87,19 +87,7 @@ def topology_mesh(topology: Topology, data: int = -1, fsdp: int = 1, tensor: int
             f"--topology {topology.name}: libtpu cannot describe {topology.description} ({reason});"
             ' needs pip install "jax[tpu]"'
         ) from error
-    devices = list(described.devices)
-    shape = resolve_axes(len(devices), data, fsdp, tensor)
-    if topology.num_slices == 1:
-        grid = topologies.make_mesh(described, shape, AXES).devices
-    else:
-        if shape[0] % topology.num_slices:
-            raise UserError(
-                f"--topology {topology.name}: data={shape[0]} must be a multiple of"
-                f" {topology.num_slices} slices; only data may cross slices"
-            )
-        devices.sort(key=lambda device: (device.slice_index, device.id))
-        grid = np.asarray(devices).reshape(shape)
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return make_mesh(data, fsdp, tensor, devices=described.devices)
 
 
 def trace(workload: Workload, mesh: Mesh, batch_per_device: int) -> Any:

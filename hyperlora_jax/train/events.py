@@ -74,7 +74,8 @@ def goodput(path: epath.PathLike) -> dict[str, float]:
     if not runs:
         return {}
     total = {**dict.fromkeys(BUCKETS, 0.0), "down": 0.0, "lost": 0.0}
-    previous_end = previous_step = previous_step_seconds = None
+    previous_end = previous_step = None
+    previous_step_seconds = 0.0
     for rows in runs.values():
         last = rows[-1]
         for bucket, value in last["buckets"].items():

@@ -119,8 +119,9 @@ def _trip_counts(blocks: dict[str, list[str]]) -> dict[str, int]:
 
 def _transfer(line: str, mesh: Mesh, num_slices: int) -> tuple[str, str, int] | None:
     """(operation, axes, bytes) of a line that moves data between devices, else None."""
-    if "_xla_megascale_transfer_type=" in line and " send(" in line:
-        operation = _BETWEEN_SLICES.search(line)[1].lower().replace("_", "-")
+    crossing = _BETWEEN_SLICES.search(line) if " send(" in line else None
+    if crossing:
+        operation = crossing[1].lower().replace("_", "-")
         return operation, "slices", _array_sizes(line.split(" send(")[0])[0]
     found = _INSTRUCTION.search(line)
     if not found:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
+import hyperlora_jax
 from hyperlora_jax.array_types import Array, ArrayTree
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.parallel import multihost, sharding
@@ -27,12 +29,13 @@ from hyperlora_jax.train.watchdog import Watchdog
 
 __all__ = ["Batches", "Task", "TrainingDiverged", "fit", "open_workdir"]
 log = logging.getLogger(__name__)
+VERSIONS = {"versions": {"hyperlora_jax": hyperlora_jax.__version__, "jax": jax.__version__}}
 
 
 class Batches(Protocol):
     """An endless iterator over this process's part of each batch, whose position can be kept.
 
-    A batch is {name: array [b, ...]}. "record_id" stays on the host and is named when a loss is not
+    A batch is {name: array [b, ...]}; "record_id" stays on the host and is named when a loss is not
     finite. The state is JSON, the same on every host (it counts batches).
     """
 
@@ -134,7 +137,7 @@ def fit(
     build = state_builder(task.init, transform, with_ema=ema_decay is not None)
     shapes = jax.eval_shape(build, key)
     shardings = state_shardings(shapes, mesh, transform, task.rules)
-    meta = {"facts": dict(task.facts), "config": dict(config or {}), "seed": seed}
+    meta = {"facts": dict(task.facts), "config": dict(config or {}), "seed": seed, **VERSIONS}
 
     # ---- State: the newest whole checkpoint, or a new one
     primary = jax.process_index() == 0
@@ -145,7 +148,8 @@ def fit(
     if start_step is None:
         events.switch("compile")
         state, start_step = jax.jit(build, out_shardings=shardings)(key), 0
-        log.info("%s\n%s", task.name, sharding.describe(shapes.params, shardings.params))
+        if primary and progress and mesh.size > 1:
+            print(sharding.describe(shapes.params, shardings.params), file=sys.stderr)
     else:
         events.switch("restore")
         where = str(checkpoints.directory / str(start_step))
@@ -194,8 +198,6 @@ def fit(
 
 @dataclass(frozen=True)
 class _Profile:
-    """JAX's profiler around steps first … last."""
-
     folder: epath.Path
     window: tuple[int, int]
 
@@ -211,8 +213,6 @@ class _Profile:
 
 @dataclass(frozen=True)
 class _Run:
-    """What stays the same from step to step."""
-
     task: Task
     mesh: Mesh
     step_fn: Any
