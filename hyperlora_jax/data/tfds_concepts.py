@@ -90,10 +90,10 @@ def _rows(path: Path, builder: Any, split: str) -> Iterator[dict]:
 def _image_field(path: Path, fields: Any) -> str:
     import tensorflow_datasets as tfds
 
-    for name, feature in fields.items():
+    for name, feature in sorted(fields.items()):
         if isinstance(feature, tfds.features.Image):
             return name
-    raise UserError(f"{path}: has no picture field, its fields are {', '.join(fields)}")
+    raise UserError(f"{path}: has no picture field, its fields are {', '.join(sorted(fields))}")
 
 
 def _field(
@@ -101,7 +101,9 @@ def _field(
 ) -> str:
     if given is not None:
         if given not in fields:
-            raise UserError(f"{path}: has no field {given!r}, its fields are {', '.join(fields)}")
+            raise UserError(
+                f"{path}: has no field {given!r}, its fields are {', '.join(sorted(fields))}"
+            )
         return given
     for name in usual:
         if name in fields:
@@ -109,7 +111,7 @@ def _field(
     if needed is None:
         return ""
     raise UserError(
-        f"{path}: no {needed} field ({', '.join(usual)}) among {', '.join(fields)}; name one"
+        f"{path}: no {needed} field ({', '.join(usual)}) among {', '.join(sorted(fields))}; name one"
     )
 
 
