@@ -64,7 +64,7 @@ def is_site(tree: Any) -> bool:
 def num_loras(lora: Params) -> int | None:
     """Length of the leading axis, or None for a single LoRA."""
     pair = next(iter(jax.tree.leaves(lora, is_leaf=is_site)), None)
-    if not is_site(pair):
+    if pair is None or not is_site(pair):
         raise ValueError("num_loras expects a LoRA tree with at least one site, got an empty one")
     return pair["up"].shape[0] if pair["up"].ndim == 3 else None
 
