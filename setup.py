@@ -1,4 +1,4 @@
-"""Packaging of hyperlora_jax. Tool settings live in pyproject.toml, exact versions in constraints.txt."""
+"""Packaging. Tool settings live in pyproject.toml, exact versions in constraints.txt."""
 
 import pathlib
 

@@ -1,8 +1,8 @@
 """The avatar world on the embedded tiny base: distil, train, evaluate.
 
-    hyperlora distill  --config configs/avatars.py --workdir runs/avatars
-    hyperlora train    --config configs/avatars.py --workdir runs/avatars
-    hyperlora evaluate --config configs/avatars.py --workdir runs/avatars
+hyperlora distill  --config configs/avatars.py --workdir runs/avatars
+hyperlora train    --config configs/avatars.py --workdir runs/avatars
+hyperlora evaluate --config configs/avatars.py --workdir runs/avatars
 """
 
 from ml_collections import ConfigDict, config_dict

@@ -1,6 +1,6 @@
 """The demo: `configs/avatars.py` cut down to a few minutes on two CPU cores.
 
-    hyperlora demo --workdir demo
+hyperlora demo --workdir demo
 """
 
 import importlib.util

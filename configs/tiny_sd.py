@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
             "task": "base",
             "data": {
                 "style": "pixel-art",
-                "size": 16,  # pixel-art's own grid: at 32 pixels every pixel would be drawn four times
+                "size": 16,  # pixel-art's own grid: larger only repeats pixels
                 "split_seed": 0,
                 "num_identities": 4096,
                 "num_views": 8,

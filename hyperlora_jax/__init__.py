@@ -27,7 +27,7 @@ _HOMES = {
     "load_lora": "hyperlora_jax.lora_files",
     "save_lora": "hyperlora_jax.lora_files",
 }
-__all__ = [*_HOMES, "__version__"]  # noqa: PLE0604
+__all__ = [*_HOMES, "__version__"]
 
 if TYPE_CHECKING:
     from hyperlora_jax.diffusion.schedule import NoiseSchedule as NoiseSchedule

@@ -75,9 +75,7 @@ def generate_many(
         for k, i in enumerate(chunk):
             path = Path(out) / f"{folders[i].name}.safetensors"
             path.parent.mkdir(parents=True, exist_ok=True)
-            written.append(
-                _write(hyper, loras, k, files[i][:count], path, strength, seed, writing)
-            )
+            written.append(_write(hyper, loras, k, files[i][:count], path, strength, seed, writing))
     return written
 
 

@@ -1,4 +1,4 @@
-"""Config files: Python modules with `get_config() -> ConfigDict`, and overrides on the command line.
+"""Config files (Python modules with `get_config() -> ConfigDict`) and their overrides.
 
     hyperlora train --config configs/avatars.py --config.train.num_steps=2000
 
@@ -64,7 +64,8 @@ def _apply(config: ml_collections.ConfigDict, override: str) -> None:
             known = sorted(node) if isinstance(node, ml_collections.ConfigDict) else []
             where = ".".join(parts[:depth]) or "the config"
             raise UserError(
-                f"--config.{name}: unknown key {part!r}, {where} has {', '.join(known) or 'no keys'}"
+                f"--config.{name}: unknown key {part!r}, "
+                f"{where} has {', '.join(known) or 'no keys'}"
             )
         if depth < len(parts) - 1:
             node = node[part]

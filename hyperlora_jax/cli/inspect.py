@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def kind_of(path: Path) -> str:
-    """"dataset", "hypernetwork", "workdir", "base" or "lora".
+    """ "dataset", "hypernetwork", "workdir", "base" or "lora".
 
     Raises:
         UserError: there is nothing at the path.
@@ -40,7 +40,9 @@ def run(args: argparse.Namespace) -> int:
         return _hypernetwork(path)
     if kind == "base":
         return _base(path, args.options)
-    name = {"dataset": "inspect_dataset", "workdir": "inspect_workdir", "lora": "inspect_lora"}[kind]
+    name = {"dataset": "inspect_dataset", "workdir": "inspect_workdir", "lora": "inspect_lora"}[
+        kind
+    ]
     module = importlib.import_module(f"hyperlora_jax.cli.{name}")
     parser = argparse.ArgumentParser(prog=f"hyperlora inspect {path}")
     module.add_arguments(parser)

@@ -44,7 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     name = arguments[0]
     if name not in COMMANDS:
-        print(f"hyperlora: unknown command {name!r}, expected {', '.join(COMMANDS)}", file=sys.stderr)
+        print(
+            f"hyperlora: unknown command {name!r}, expected {', '.join(COMMANDS)}", file=sys.stderr
+        )
         return 2
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     from hyperlora_jax.parallel import compilation_cache
@@ -91,7 +93,9 @@ def run_command(name: str, arguments: Sequence[str]) -> int:
 def _overview() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {summary}" for name, (_, summary) in COMMANDS.items()]
-    return "\n".join(["usage: hyperlora COMMAND [options]", "", *lines, "", "hyperlora COMMAND --help"])
+    return "\n".join(
+        ["usage: hyperlora COMMAND [options]", "", *lines, "", "hyperlora COMMAND --help"]
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The scheduler of distillation: hands concepts to slots, advances all slots, collects what is done.
+"""The scheduler of distillation: hands concepts to slots, advances them, collects what is done.
 
     for concept in fit_loras(…):  save(concept.index, concept.lora)
 
@@ -103,7 +103,9 @@ def fit_loras(
         losses = np.asarray(losses)
         if not np.isfinite(losses).all():
             bad = [run.owners[s] for s in np.flatnonzero(~np.isfinite(losses).all(axis=0))]
-            raise UserError(f"distill: the loss of concepts {bad} is not finite; lower learning_rate")
+            raise UserError(
+                f"distill: the loss of concepts {bad} is not finite; lower learning_rate"
+            )
         bar.set_postfix_str(f"loss {losses[losses > 0].mean():.4f}")
         bar.update(steps_per_call * len(run.busy))
         run.record(losses)
@@ -218,7 +220,9 @@ class _Run:
             curve = self.curves[self.owners[slot]]
             arrays[f"curve/{slot}"] = np.concatenate(curve) if curve else np.zeros(0, np.float32)
         temporary = self.state_file.with_suffix(".tmp")
-        save_file(arrays, temporary, metadata={"run": self._facts(), "owners": json.dumps(self.owners)})
+        save_file(
+            arrays, temporary, metadata={"run": self._facts(), "owners": json.dumps(self.owners)}
+        )
         temporary.replace(self.state_file)
 
     def _restore(self, slots: Slots) -> Slots:

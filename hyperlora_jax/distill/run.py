@@ -104,9 +104,7 @@ def image_size(sd: Any) -> int:
     return int(sd.unet.settings.sample_size[0] * sd.vae.downsampling)
 
 
-def _subject(
-    fitted: FittedLora, pictures: SubjectPictures, spec: LoraSpec, seed: int
-) -> Subject:
+def _subject(fitted: FittedLora, pictures: SubjectPictures, spec: LoraSpec, seed: int) -> Subject:
     png = pictures.png(fitted.index)
     every = max(1, len(fitted.losses) // CURVE_POINTS)
     usable = len(fitted.losses) // every * every

@@ -1,7 +1,7 @@
 """Many LoRAs at once on one frozen base: the state of all slots, and the step that advances them.
 
 S slots × G images make one UNet batch of S·G; slot s owns images s·G … s·G+G−1 and LoRA s of the
-batch. The loss is a sum over slots, so that every slot gets exactly the gradient it would get alone;
+batch. The loss is a sum over slots, so that every slot gets the very gradient it would get alone;
 optimiser, step count, data order and keys are per slot (vmapped), so that a LoRA does not depend on
 its neighbours, on its slot, or on when it started. Slots shard over the whole mesh: no number ever
 crosses from one to another.
@@ -98,9 +98,7 @@ def initial_lora(spec: LoraSpec, recipe: Recipe, key: Array) -> Params:
     return factors.init(jax.random.fold_in(jax.random.wrap_key_data(key), 1), spec)
 
 
-def empty_slots(
-    spec: LoraSpec, recipe: Recipe, num_slots: int, latents_shape, text_shape
-) -> Slots:
+def empty_slots(spec: LoraSpec, recipe: Recipe, num_slots: int, latents_shape, text_shape) -> Slots:
     """S resting slots. Shapes are one concept's: latents [m, h, w, c], text states [m, n, e]."""
     template = initial_lora(spec, recipe, jax.random.key_data(jax.random.key(0)))
     lora = jax.tree.map(lambda leaf: jnp.repeat(leaf[None], num_slots, axis=0), template)

@@ -1,6 +1,6 @@
 """`hyperlora demo`: every stage on the embedded base and avatars, and proof by PyTorch.
 
-    render ─► distill ─► train ─► generate, compare ─► export ─► PyTorch diffusers ─► report
+render ─► distill ─► train ─► generate, compare ─► export ─► PyTorch diffusers ─► report
 """
 
 import importlib.util

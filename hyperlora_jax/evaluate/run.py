@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from hyperlora_jax.array_types import Params
+from hyperlora_jax.data import pictures
 from hyperlora_jax.data.avatars import Avatars
 from hyperlora_jax.data.lora_targets import open_lora_targets
-from hyperlora_jax.data import pictures
 from hyperlora_jax.distill.run import make_recipe
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.evaluate import methods as method_makers
@@ -151,9 +151,7 @@ class Evaluation:
 
     def measure_speed(self) -> None:
         """Seconds of one LoRA, generated (amortised over a batch) and fitted alone."""
-        recipe = make_recipe(
-            self.config.distill, **dict(self.config.evaluate.conventional.recipe)
-        )
+        recipe = make_recipe(self.config.distill, **dict(self.config.evaluate.conventional.recipe))
         repeats = -(-SPEED_BATCH // self.test.num_identities)
         references = np.tile(self.test.references, (repeats, 1, 1, 1))[:SPEED_BATCH]
         took = []
@@ -245,8 +243,6 @@ def evaluate(config: Any, workdir: str | Path) -> ReportFiles:
     evaluation.measure_speed()
     _, files = evaluation.report(results, evaluation.workdir / "report")
     return files
-
-
 
 
 def _repeat(lora: Params, questions: EvaluationSet) -> Params:

@@ -72,7 +72,11 @@ def compare_with_torch(
         lora, _ = load_lora(path, sd)
         batched = jax.tree.map(lambda leaf: leaf[None], lora)
         image = sd.sample(
-            jax.random.key(0), [prompts[k]], lora=batched, num_steps=num_steps, latents=noise[k, None]
+            jax.random.key(0),
+            [prompts[k]],
+            lora=batched,
+            num_steps=num_steps,
+            latents=noise[k, None],
         )
         jax_images.append(np.asarray(image)[0])
     with_lora, without = _torch_images(base_path(base), files, prompts, noise, num_steps)

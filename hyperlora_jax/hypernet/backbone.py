@@ -5,8 +5,8 @@ condition's tokens.
     h ← h + gate₂ · CrossAttention(modulate₂(LN(h)), condition tokens)
     h ← h + gate₃ · MLP(modulate₃(LN(h)))
 
-All modulations come from one zero-initialised linear map of the conditioning vector (Peebles & Xie,
-arXiv 2212.09748), so that every block starts as the identity. `conditioning="adalora"` adds, between
+All modulations come from one zero-initialised linear map of the conditioning vector (arXiv
+2212.09748), so that every block starts as the identity. `conditioning="adalora"` adds, between
 the two linears of the MLP, a low-rank map that the condition writes: x ← x + (x·Down)·Upᵀ
 (arXiv 2412.02352); its Up half starts at zero.
 """

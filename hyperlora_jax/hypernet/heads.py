@@ -2,7 +2,7 @@
 
 `dense`       one linear map per group, shared by its tokens;
 `per_token`   one linear map per token, for few sites: what a site needs differs from site to site;
-`basis`       coefficients of `basis_size` learned directions per token (HyperLoRA, arXiv 2503.16944);
+`basis`       coefficients of `basis_size` learned directions per token (HyperLoRA, 2503.16944);
 `orthogonal`  coefficients of a frozen orthonormal basis per group (HyperDreamBooth's lightweight
               basis, arXiv 2307.06949): few numbers to predict, none of them learned here.
 

@@ -1,9 +1,9 @@
 """What a written LoRA is judged by. Every loss is per LoRA, [l]; weights come from the config.
 
-    end-to-end     denoising loss of the subject's pictures through the frozen UNet with its LoRA
-    delta          gauge-free ‖UD − U'D'‖² against a target LoRA (`lora/losses.py`)
-    whitened       error of the raw factors, per matrix and in units of the dataset's spread
-    l2             mean square of the up side: keeps LoRAs small where data says nothing
+end-to-end     denoising loss of the subject's pictures through the frozen UNet with its LoRA
+delta          gauge-free ‖UD − U'D'‖² against a target LoRA (`lora/losses.py`)
+whitened       error of the raw factors, per matrix and in units of the dataset's spread
+l2             mean square of the up side: keeps LoRAs small where data says nothing
 """
 
 import dataclasses

@@ -2,8 +2,8 @@
 
 A token owns `components` consecutive rank components of one side (down or up) of one site, that is
 `components * width` numbers, width = fan-in of the down side or fan-out of the up side. Tokens of
-equal side and width form a group, so that every group is one dense array `[l, n, components, width]`
-and all shapes are static, whatever mixture of widths and ranks the LoRA has.
+equal side and width form a group: one dense array `[l, n, components, width]` of static shape,
+whatever mixture of widths and ranks the LoRA has.
 """
 
 import dataclasses

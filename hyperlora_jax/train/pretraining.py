@@ -1,4 +1,4 @@
-"""`hyperlora pretrain`: a base model of one's own, from pictures and captions to a diffusers folder.
+"""`hyperlora pretrain`: a base model of one's own, from pictures to a diffusers folder.
 
     pictures ─► tokenizer ─► autoencoder ─► latents ─► UNet (and text encoder) ─► export
 

@@ -1,0 +1,136 @@
+"""Many LoRAs at once are what each would be alone, and a killed run loses nothing."""
+
+import jax
+import numpy as np
+import pytest
+from hyperlora_jax.diffusion.schedule import NoiseSchedule
+from hyperlora_jax.distill import slots as slot_state
+from hyperlora_jax.distill.fit import fit_loras
+from hyperlora_jax.distill.slots import Recipe
+from hyperlora_jax.errors import UserError
+from hyperlora_jax.lora.sites import spec_from_shapes
+from hyperlora_jax.stable_diffusion.checkpoint import init_params
+from hyperlora_jax.stable_diffusion.unet import unet_from_config
+
+CONFIG = {
+    "sample_size": 4,
+    "in_channels": 3,
+    "out_channels": 3,
+    "block_out_channels": [8],
+    "layers_per_block": 1,
+    "down_block_types": ["CrossAttnDownBlock2D"],
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "up_block_types": ["CrossAttnUpBlock2D"],
+    "norm_num_groups": 4,
+    "cross_attention_dim": 8,
+    "attention_head_dim": 2,
+}
+RECIPE = Recipe(num_steps=50, images_per_step=2, learning_rate=1e-2, alpha=4.0)
+
+
+@pytest.fixture(name="world", scope="module")
+def _world():
+    unet = unet_from_config(CONFIG)
+    params = init_params(unet, jax.random.key(0))
+    spec = spec_from_shapes(params, "w2w", 2)
+    random = np.random.default_rng(0)
+    concepts = [
+        (
+            random.standard_normal((3 - k % 2, 4, 4, 3)).astype(np.float32),
+            random.standard_normal((3 - k % 2, 5, 8)).astype(np.float32),
+        )
+        for k in range(5)
+    ]
+    schedule = NoiseSchedule(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    return unet, params, schedule, spec, concepts
+
+
+def fit(world, concepts, num_slots, recipe=RECIPE, **kwargs):
+    unet, params, schedule, spec, arrays = world
+    return fit_loras(
+        unet,
+        params,
+        schedule,
+        spec,
+        recipe,
+        concepts,
+        lambda number: arrays[number],
+        num_slots=num_slots,
+        steps_per_call=25,
+        progress=None,
+        **kwargs,
+    )
+
+
+@pytest.fixture(name="alone", scope="module")
+def _alone(world):
+    return {k: next(iter(fit(world, [k], 1))) for k in (0, 1, 3)}
+
+
+def assert_same(first, second, atol):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol), first.lora, second.lora)
+
+
+def test_at_once_equals_one_at_a_time(world, alone):
+    together = {f.index: f for f in fit(world, range(5), 2)}
+    assert sorted(together) == [0, 1, 2, 3, 4]
+    for k, fitted in alone.items():  # 3 was handed a slot that another concept had used
+        assert_same(together[k], fitted, 1e-5)
+        np.testing.assert_allclose(together[k].losses, fitted.losses, rtol=1e-4)
+        assert len(fitted.losses) == 50
+    ups = [x["up"] for x in jax.tree.leaves(together[0].lora, is_leaf=lambda t: "up" in t)]
+    assert max(np.abs(up).max() for up in ups) > 1e-2, "nothing was learned"
+
+
+def test_restart_continues_unfinished_slots(world, alone, tmp_path):
+    state = tmp_path / "slots.safetensors"
+    running = fit(world, [0, 1], 2, state_file=state, save_every_steps=25)
+    real_advance, calls = slot_state.advance, []
+
+    def killed_after_one_save(*args, **kwargs):
+        if calls:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return real_advance(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(slot_state, "advance", killed_after_one_save)
+        with pytest.raises(KeyboardInterrupt):
+            next(running)
+    assert state.exists()
+    steps = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            slot_state,
+            "advance",
+            lambda *a, **k: (steps.append(k["num_steps"]), real_advance(*a, **k))[1],
+        )
+        resumed = {f.index: f for f in fit(world, [0, 1], 2, state_file=state)}
+    assert sum(steps) == 25, "the saved steps were not made again"
+    for k in (0, 1):
+        assert_same(resumed[k], alone[k], 1e-6)
+        np.testing.assert_allclose(resumed[k].losses, alone[k].losses, rtol=1e-4)
+    assert not state.exists()
+
+
+def test_state_of_another_run_is_refused(world, tmp_path):
+    state = tmp_path / "slots.safetensors"
+    with pytest.MonkeyPatch.context() as patch:
+        real_advance, calls = slot_state.advance, []
+
+        def once(*args, **kwargs):
+            if calls:
+                raise KeyboardInterrupt
+            calls.append(1)
+            return real_advance(*args, **kwargs)
+
+        patch.setattr(slot_state, "advance", once)
+        with pytest.raises(KeyboardInterrupt):
+            next(fit(world, [0, 1], 2, state_file=state, save_every_steps=25))
+    with pytest.raises(UserError, match="belongs to another run"):
+        next(fit(world, [0, 1], 2, state_file=state, seed=7))
+
+
+def test_steps_per_call_must_divide(world):
+    with pytest.raises(UserError, match="distill.num_steps: got 30, expected a multiple"):
+        next(fit(world, [0], 1, recipe=Recipe(num_steps=30)))

@@ -1,0 +1,132 @@
+"""The token hypernetwork on a small mixed spec: layout, zero start, heads, save and restore."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hyperlora_jax.errors import UserError
+from hyperlora_jax.hypernet import conditioning
+from hyperlora_jax.hypernet.image_encoder import ConvEncoder, init_encoder
+from hyperlora_jax.hypernet.model import Hypernetwork, build_network
+from hyperlora_jax.hypernet.token_layout import assemble, disassemble, make_layout, token_features
+from hyperlora_jax.lora import factors
+from hyperlora_jax.lora.sites import LoraSite, LoraSpec, validate
+
+SPEC = LoraSpec(
+    (
+        LoraSite("down_blocks.0.attentions.0.proj.attn1.to_q", 8, 8, 2, "linear"),
+        LoraSite("down_blocks.0.attentions.0.proj.attn2.to_k", 6, 8, 2, "linear"),
+        LoraSite("down_blocks.0.resnets.0.conv1", 4, 8, 2, "conv", (3, 3)),
+    )
+)
+SMALL = {"width": 16, "depth": 1, "num_heads": 2}
+
+
+def random_lora(key, num_loras=3):
+    lora = factors.init(key, SPEC, num_loras)
+    leaves, tree = jax.tree.flatten(lora)
+    keys = jax.random.split(key, len(leaves))
+    drawn = [jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(tree, drawn)
+
+
+@pytest.mark.parametrize("components", [1, 2, None])
+def test_tokens_hold_every_number_once(components):
+    layout = make_layout(SPEC, components)
+    lora = random_lora(jax.random.key(0))
+    back = assemble(layout, disassemble(layout, lora))
+    validate(back, SPEC)
+    jax.tree.map(np.testing.assert_array_equal, back, lora)
+    assert layout.num_tokens == 2 * 3 * (2 // (components or 2))
+    assert all(len(ids) == layout.num_tokens for ids in token_features(layout).values())
+
+
+def test_components_must_divide_the_rank():
+    with pytest.raises(ValueError, match="rank 2 is no multiple of components=3"):
+        make_layout(SPEC, 3)
+
+
+@pytest.mark.parametrize("head", ["dense", "per_token", "basis", "orthogonal"])
+@pytest.mark.parametrize("down", ["generated", "learned"])
+def test_starts_at_the_base_and_learns_from_the_condition(head, down):
+    net = build_network(SPEC, {**SMALL, "head": head, "down": down, "basis_size": 4})
+    key = jax.random.key(1)
+    pooled, tokens = jax.random.normal(key, (2, 5)), jax.random.normal(key, (2, 3, 5))
+    params = net.init(key, pooled, tokens)["params"]
+    lora = net.apply({"params": params}, pooled, tokens)
+    validate(lora, SPEC)
+    deltas = jax.tree.leaves(jax.tree.map(factors.delta, lora, is_leaf=factors.is_site))
+    assert all(not np.any(delta) for delta in deltas)
+
+    def size(params):
+        lora = net.apply({"params": params}, pooled, tokens)
+        return sum(jnp.sum(leaf**2) + jnp.sum(leaf) for leaf in jax.tree.leaves(lora))
+
+    moved = jax.tree.map(lambda p, g: p - 0.1 * g, params, jax.grad(size)(params))
+    moved = jax.tree.map(lambda p, g: p - 0.1 * g, moved, jax.grad(size)(moved))
+    lora = net.apply({"params": moved}, pooled, tokens)
+    ups = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(lora) if "up" in str(path)]
+    assert any(np.abs(up[0] - up[1]).max() > 1e-6 for up in ups), "the condition has no effect"
+
+
+@pytest.mark.parametrize("conditioning_kind", ["adanorm", "adalora"])
+def test_scan_equals_unrolled(conditioning_kind):
+    settings = {**SMALL, "depth": 2, "conditioning": conditioning_kind}
+    unrolled, scanned = (build_network(SPEC, {**settings, "scan": s}) for s in (False, True))
+    key = jax.random.key(2)
+    pooled, tokens = jax.random.normal(key, (1, 5)), jax.random.normal(key, (1, 3, 5))
+    params = unrolled.init(key, pooled, tokens)["params"]
+    params = jax.tree.map(
+        lambda leaf: leaf + 0.05 * jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape), params
+    )
+    blocks = params["backbone"]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), blocks["block_0"], blocks["block_1"])
+    other = {**params, "backbone": {"blocks": stacked}}
+    first = unrolled.apply({"params": params}, pooled, tokens)
+    second = scanned.apply({"params": other}, pooled, tokens)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), first, second)
+
+
+def test_unknown_setting_is_named():
+    with pytest.raises(UserError, match=r"config\.model: .*widht"):
+        build_network(SPEC, {"widht": 3})
+
+
+@pytest.fixture(name="hyper")
+def _hyper():
+    module = ConvEncoder(image_size=8, widths=(8, 8), embedding_dim=8, pool_channels=4)
+    params = init_encoder(module, jax.random.key(3))
+    encoder = conditioning.FlaxImageEncoder("e", module, params, conditioning.tree_hash(params))
+    net = build_network(SPEC, SMALL)
+    pooled, tokens = encoder.encode(jnp.zeros((1, 8, 8, 3)))
+    weights = net.init(jax.random.key(4), pooled, tokens)["params"]
+    weights = jax.tree.map(lambda leaf: leaf + 0.1, weights)
+    return Hypernetwork(net, weights, encoder, {"base_hash": "b", "base": "x"}, SMALL)
+
+
+def test_restored_generates_the_same(hyper, tmp_path):
+    hyper.save(tmp_path / "hypernetwork")
+    restored = Hypernetwork.restore(tmp_path)
+    pictures = jax.random.uniform(jax.random.key(5), (2, 3, 8, 8, 3))
+    key = jax.random.key(0)
+    first, second = hyper.generate(key, pictures), restored.generate(key, pictures)
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+    single = hyper.generate(key, pictures[:, 0])
+    same = hyper.generate(key, pictures[:, :1])
+    jax.tree.map(np.testing.assert_array_equal, single, same)
+
+
+def test_bad_checkpoints_are_named(hyper, tmp_path):
+    with pytest.raises(UserError, match="missing: does not exist"):
+        Hypernetwork.restore(tmp_path / "missing")
+    hyper.save(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"model.safetensors: damaged"):
+        Hypernetwork.restore(tmp_path)
+    (tmp_path / "config.json").write_text('{"format": "other"}')
+    hyper.save(tmp_path / "again")
+    (tmp_path / "again" / "config.json").write_text('{"format": "other"}')
+    with pytest.raises(UserError, match="is of format"):
+        Hypernetwork.restore(tmp_path / "again")
