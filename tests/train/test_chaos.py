@@ -12,7 +12,7 @@ from hyperlora_jax.train.checkpoints import restore_params
 from hyperlora_jax.train.events import goodput
 from hyperlora_jax.train.preemption import EXIT_CODE
 
-SHORT, LONG = 40, 1200
+SHORT, LONG = 40, 800
 
 
 def disturbed_run(start_toy, workdir, num_steps, kills, terminations, seed, devices=(1,)):
@@ -32,7 +32,7 @@ def disturbed_run(start_toy, workdir, num_steps, kills, terminations, seed, devi
             # Also before the first step, also in the middle of a save.
             time.sleep(chance.uniform(2.0, 6.0))
             process.send_signal(signals.pop())
-        process.communicate(timeout=200)
+        process.communicate(timeout=900)
         codes.append(process.returncode)
         assert process.returncode in (0, EXIT_CODE, -signal.SIGKILL, -signal.SIGTERM)
         if process.returncode == 0 and not signals:

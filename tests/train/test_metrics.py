@@ -1,0 +1,37 @@
+import sys
+
+import pytest
+from toy_task import fit_toy, toy_task
+
+from hyperlora_jax.errors import UserError
+from hyperlora_jax.train.json_lines import read_rows
+from hyperlora_jax.train.metrics import Throughput, open_tensorboard
+
+
+def test_units_and_mfu(monkeypatch):
+    monkeypatch.setattr("hyperlora_jax.train.metrics.peak_flops", lambda kind: 1e9)
+    meter = Throughput({"images": 4}, flops_per_example=1e6)
+    meter.add(100, 0.0)
+    figures = meter.take()
+    assert figures["images_per_second"] == pytest.approx(4 * figures["examples_per_second"])
+    assert figures["mfu"] > 0
+    assert "mfu" not in Throughput({}, None).take()
+
+
+def test_profile_and_units_of_a_run(tmp_path):
+    task = toy_task(units={"images": 4, "loras": 1})
+    fit_toy(tmp_path, task, num_steps=4, profile_steps=(2, 3))
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+    assert "loras_per_second" in read_rows(tmp_path / "metrics.jsonl")[0]
+
+
+def test_tensorboard(tmp_path):
+    pytest.importorskip("tensorboardX")
+    fit_toy(tmp_path, num_steps=2, tensorboard=True)
+    assert list((tmp_path / "tensorboard").glob("events.out.tfevents.*"))
+
+
+def test_tensorboard_that_is_not_installed(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with pytest.raises(UserError, match="tensorboardX is not installed"):
+        open_tensorboard(tmp_path)
