@@ -161,7 +161,7 @@ def encoder_loss(
 
 
 def channel_orders(
-    key: PRNGKey, count: int, share: float
+    key: PRNGKey, count: int, share: float | Float[Array, ""]
 ) -> tuple[Int[Array, "b 3"], Float[Array, " b"]]:
     """An order of the three colour channels per identity, and 1.0 where it was drawn."""
     order_key, which_key = jax.random.split(key)
