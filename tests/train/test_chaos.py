@@ -62,7 +62,7 @@ def test_a_few_kills(tmp_path, start_toy, run_toy):
 
 @pytest.mark.slow
 def test_many_kills(tmp_path, start_toy, run_toy):
-    run_toy("--workdir", tmp_path / "whole", "--num_steps", LONG)
+    run_toy("--workdir", tmp_path / "whole", "--num_steps", LONG, timeout=900)
     codes = disturbed_run(start_toy, tmp_path / "cut", LONG, kills=20, terminations=5, seed=2)
     assert codes.count(-signal.SIGKILL) == 20
     assert_same_parameters(tmp_path / "cut", tmp_path / "whole")
