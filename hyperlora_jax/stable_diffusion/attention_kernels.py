@@ -9,6 +9,7 @@ auto    splash on TPU from 1024 tokens, cudnn on GPU for 16-bit heads up to 128,
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,8 +46,8 @@ def attend(
     raise UserError(f"attention = {implementation!r}, expected one of {list(IMPLEMENTATIONS)}")
 
 
-def choose(query: Array, key: Array, platform: str) -> str:
-    """The implementation that "auto" stands for."""
+def choose(query: Any, key: Any, platform: str) -> str:
+    """The implementation that "auto" stands for; arrays or ShapeDtypeStructs [b, n, h, d]."""
     head_dim = query.shape[-1]
     if platform == "tpu" and splash_takes(query, key):
         return "splash"
@@ -54,7 +55,7 @@ def choose(query: Array, key: Array, platform: str) -> str:
     return "cudnn" if platform in ("gpu", "cuda") and fits else "xla"
 
 
-def splash_takes(query: Array, key: Array) -> bool:
+def splash_takes(query: Any, key: Any) -> bool:
     """Long self-attention only: short or ragged keys are faster as plain products."""
     tokens = query.shape[1]
     return tokens == key.shape[1] and tokens >= _SPLASH_TOKENS and tokens % 128 == 0

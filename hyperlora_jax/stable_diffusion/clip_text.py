@@ -8,120 +8,14 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from hyperlora_jax.array_types import AnyArray, Array, Float, Int
-from hyperlora_jax.errors import UserError
 from hyperlora_jax.stable_diffusion.attention_kernels import causal_attention, xla_attention
-from hyperlora_jax.stable_diffusion.configs import read_config, to_json
+from hyperlora_jax.stable_diffusion.clip_config import ACTIVATIONS, text_settings
+from hyperlora_jax.stable_diffusion.configs import to_json
 from hyperlora_jax.stable_diffusion.layers import Dense, LayerNorm
 from hyperlora_jax.stable_diffusion.lora_argument import check_lora
-
-_DEFAULTS = {
-    "vocab_size": 49408,
-    "hidden_size": 512,
-    "intermediate_size": 2048,
-    "projection_dim": 512,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 8,
-    "max_position_embeddings": 77,
-    "hidden_act": "quick_gelu",
-    "layer_norm_eps": 1e-5,
-    "eos_token_id": 49407,
-    "architectures": ("CLIPTextModel",),
-}
-_FIXED = {
-    "attention_dropout": (0,),
-    "dropout": (0,),
-    "model_type": ("clip_text_model",),
-    "is_decoder": (False,),
-    "add_cross_attention": (False,),
-    "tie_word_embeddings": (True, False),
-}
-_ACTIVATIONS = {
-    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
-    "silu": jax.nn.silu,
-    "relu": jax.nn.relu,
-}
-# Bookkeeping of transformers and generation settings: nothing that the encoder computes with.
-_IGNORED = frozenset(
-    [
-        "bos_token_id",
-        "pad_token_id",
-        "initializer_range",
-        "initializer_factor",
-        "torch_dtype",
-        "dtype",
-        "transformers_version",
-        "return_dict",
-        "output_attentions",
-        "output_hidden_states",
-        "use_cache",
-        "gradient_checkpointing",
-        "chunk_size_feed_forward",
-        "pruned_heads",
-        "problem_type",
-        "id2label",
-        "label2id",
-        "finetuning_task",
-        "task_specific_params",
-        "tokenizer_class",
-        "prefix",
-        "sep_token_id",
-        "decoder_start_token_id",
-        "cross_attention_hidden_size",
-        "is_encoder_decoder",
-        "tf_legacy_loss",
-        "use_bfloat16",
-        "torchscript",
-        "num_labels",
-        "max_length",
-        "min_length",
-        "do_sample",
-        "early_stopping",
-        "num_beams",
-        "num_beam_groups",
-        "diversity_penalty",
-        "temperature",
-        "top_k",
-        "top_p",
-        "typical_p",
-        "repetition_penalty",
-        "length_penalty",
-        "no_repeat_ngram_size",
-        "encoder_no_repeat_ngram_size",
-        "bad_words_ids",
-        "num_return_sequences",
-        "output_scores",
-        "return_dict_in_generate",
-        "forced_bos_token_id",
-        "forced_eos_token_id",
-        "remove_invalid_values",
-        "exponential_decay_length_penalty",
-        "suppress_tokens",
-        "begin_suppress_tokens",
-        "attn_implementation",
-    ]
-)
-
-
-def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    values = read_config(config, _DEFAULTS, _FIXED, _IGNORED, "text encoder")
-    if values["hidden_act"] not in _ACTIVATIONS:
-        raise UserError(
-            f"text encoder config: hidden_act = {values['hidden_act']!r} is not supported, "
-            f"expected one of {sorted(_ACTIVATIONS)}"
-        )
-    known = ("CLIPTextModel", "CLIPTextModelWithProjection")
-    if len(values["architectures"]) != 1 or values["architectures"][0] not in known:
-        raise UserError(
-            f"text encoder config: architectures = {list(values['architectures'])!r} is not "
-            f"supported, expected one of {list(known)}"
-        )
-    return values
 
 
 class ClipTextOutput(NamedTuple):
@@ -168,7 +62,7 @@ class ClipMlp(nn.Module):
         """Applied to every token."""
         width = x.shape[-1]
         hidden = Dense(self.features, dtype=self.dtype, name="fc1")(x)
-        return Dense(width, dtype=self.dtype, name="fc2")(_ACTIVATIONS[self.activation](hidden))
+        return Dense(width, dtype=self.dtype, name="fc2")(ACTIVATIONS[self.activation](hidden))
 
 
 class ClipLayer(nn.Module):
@@ -271,7 +165,7 @@ class ClipTextModel(nn.Module):
     @property
     def values(self) -> dict[str, Any]:
         """Settings with defaults filled in."""
-        return _settings(self.config)
+        return text_settings(self.config)
 
     @property
     def has_projection(self) -> bool:
@@ -306,5 +200,5 @@ class ClipTextModel(nn.Module):
 
 def text_model_from_config(config: Mapping[str, Any], dtype: Any = jnp.float32) -> ClipTextModel:
     """Text encoder of a transformers config.json. Raises UserError naming what is unsupported."""
-    _settings(config)
+    text_settings(config)
     return ClipTextModel(to_json(config), dtype)

@@ -81,13 +81,14 @@ def read_tensors(files: list[Path]) -> Iterator[tuple[str, Callable[[], np.ndarr
     from safetensors import SafetensorError, safe_open
 
     for path in files:
-        if path.suffix == ".bin":
+        if path.suffix in (".bin", ".ckpt", ".pt"):
             yield from _read_pickle(path)
             continue
         try:
-            with safe_open(path, framework="numpy") as handle:
-                for name in handle.keys():  # noqa: SIM118 (safe_open is no mapping)
-                    yield name, lambda name=name, handle=handle: handle.get_tensor(name)
+            # Not closed here: the loaders read from it; it closes when the last one is dropped.
+            handle = safe_open(path, framework="numpy")
+            for name in handle.keys():  # noqa: SIM118 (safe_open is no mapping)
+                yield name, lambda name=name, handle=handle: handle.get_tensor(name)
         except SafetensorError as error:
             raise UserError(f"{path}: not a readable safetensors file ({error})") from error
 
@@ -105,7 +106,9 @@ def _read_pickle(path: Path) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UserError(f"{path}: not a file of plain tensors ({type(error).__name__})") from error
-    for name, tensor in tensors.items():
+    for name, tensor in tensors.get("state_dict", tensors).items():
+        if not hasattr(tensor, "numpy"):
+            continue  # training bookkeeping: step counters and the like
         yield name, lambda tensor=tensor: tensor.float().numpy()
 
 

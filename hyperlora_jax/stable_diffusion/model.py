@@ -20,7 +20,7 @@ from hyperlora_jax.diffusion.schedule import NoiseSchedule
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora.factors import scale as scale_lora
 from hyperlora_jax.lora.sites import LoraSpec, component_tree, spec_from_shapes
-from hyperlora_jax.stable_diffusion import directory, inference, loading
+from hyperlora_jax.stable_diffusion import directory, inference, loading, single_file
 from hyperlora_jax.stable_diffusion.autoencoder import AutoencoderKL
 from hyperlora_jax.stable_diffusion.clip_text import ClipTextModel
 from hyperlora_jax.stable_diffusion.lora_argument import check_lora
@@ -44,15 +44,30 @@ class StableDiffusion:
     def from_pretrained(
         path: str | Path, dtype: Any = jnp.float32, variant: str | None = None
     ) -> "StableDiffusion":
-        """Reads a diffusers directory or hub id; parameters and arithmetic in `dtype`.
+        """Reads a diffusers directory, hub id or single file; arithmetic in `dtype`.
 
         `variant` "fp16" reads `*.fp16.safetensors`.
 
         Raises UserError naming the file for anything missing, unknown or unsupported in it.
         """
+        if str(path).endswith((".safetensors", ".ckpt")) and Path(path).is_file():
+            return StableDiffusion.from_single_file(path, dtype)
         root = loading.local_directory(path)
         modules, params, schedule = loading.load_directory(root, dtype, variant)
         return StableDiffusion(**modules, params=params, schedule=schedule, path=root)
+
+    @staticmethod
+    def from_single_file(
+        path: str | Path, dtype: Any = jnp.float32, prediction_type: str | None = None
+    ) -> "StableDiffusion":
+        """Reads an original single file (1.x, 2.x, XL): see `single_file.load_single_file`.
+
+        Such a file holds no tokenizer: give one with `dataclasses.replace(sd, tokenizers=(t,))`.
+        """
+        modules, params, schedule = single_file.load_single_file(
+            Path(path), dtype, prediction_type=prediction_type
+        )
+        return StableDiffusion(**modules, params=params, schedule=schedule)
 
     def save_pretrained(self, path: str | Path, dtype: str = "float16") -> None:
         """Writes a directory that PyTorch diffusers' pipeline of the family loads."""

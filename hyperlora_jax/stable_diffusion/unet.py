@@ -69,8 +69,8 @@ class UNetBlock(nn.Module):
         x: Float[Array, "b h w c"],
         time: Float[Array, "b t"],
         context: Float[Array, "b n e"],
-        skips: tuple[Array, ...] = (),
-        size: tuple[int, int] | None = None,
+        skips: tuple[Array, ...],
+        size: tuple[int, int] | None,
     ) -> tuple[Array, tuple[Array, ...]]:
         """Returns the block's output and, for a down block, all its skip connections.
 
@@ -150,7 +150,7 @@ class UNet(nn.Module):
         for i in range(c.num_levels):
             last = i == c.num_levels - 1
             block = self._block(f"down_blocks_{i}", i, c.layers[i], None if last else "down")
-            x, outputs = block(x, time, context)
+            x, outputs = block(x, time, context, (), None)
             skips.extend(outputs)
         x = self._mid(x, time, context)
         for i in range(c.num_levels):
@@ -212,9 +212,10 @@ class UNet(nn.Module):
         c = self.settings
         if c.mid_block is None:
             return x
-        depth = c.depths[-1] if c.mid_block == "UNetMidBlock2DCrossAttn" else 0
-        block = self._make("mid_block", c.num_levels - 1, 2, depth, None, True)
-        return block(x, time, context)[0]
+        attends = c.mid_block == "UNetMidBlock2DCrossAttn"
+        num_resnets, depth = (2, c.depths[-1]) if attends else (1, 0)
+        block = self._make("mid_block", c.num_levels - 1, num_resnets, depth, None, True)
+        return block(x, time, context, (), None)[0]
 
     def _up(
         self, i: int, x: Array, time: Array, context: Array, skips: list[Array]

@@ -1,0 +1,92 @@
+"""Models from the original single-file layouts of Stable Diffusion 1.x, 2.x and XL."""
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from hyperlora_jax.array_types import Params
+from hyperlora_jax.diffusion.schedule import NoiseSchedule
+from hyperlora_jax.errors import UserError
+from hyperlora_jax.stable_diffusion import directory, loading
+from hyperlora_jax.stable_diffusion.checkpoint import param_shapes, torch_to_flax
+from hyperlora_jax.stable_diffusion.families import FAMILIES, SCHEDULER
+from hyperlora_jax.stable_diffusion.original_names import Target, translate
+
+Loader = Callable[[], np.ndarray]
+Configs = Mapping[str, Mapping[str, Any]]
+
+
+def load_single_file(
+    path: Path, dtype: Any, configs: Configs | None = None, prediction_type: str | None = None
+) -> tuple[dict[str, Any], dict[str, Params], NoiseSchedule]:
+    """Modules, parameters and schedule of one .safetensors or .ckpt file.
+
+    `configs` (component -> config.json dict) replaces those of the family found. A file does not
+    say what its UNet predicts: without `prediction_type` it is v for 2.x (the 768 model; 2.x base
+    models need "epsilon" here) and epsilon otherwise.
+
+    Raises:
+        UserError: for a foreign file, an unknown, missing or ill-shaped tensor.
+    """
+    tensors = dict(directory.read_tensors([path]))
+    width = _text_width(tensors, path)
+    configs = configs or _family(width, path)
+    found: dict[str, list[tuple[str, Loader]]] = {name: [] for name in configs}
+    for name, load in tensors.items():
+        try:
+            targets = translate(name, configs)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+        for target in targets:
+            if target.component in found:
+                found[target.component].append((target.name, _loader(load, target)))
+    modules, params = {}, {}
+    for name, config in configs.items():
+        if not found[name] and name != "unet":
+            continue  # pruned files leave parts out: an error only when they are used
+        component_dtype = loading.component_dtype(name, config, dtype)
+        modules[name] = loading.CONSTRUCTORS[name](config, component_dtype)
+        params[name] = torch_to_flax(
+            found[name],
+            param_shapes(modules[name]),
+            name,
+            str(path),
+            lambda _, array, dtype=component_dtype: jnp.asarray(array.astype(dtype)),
+        )
+    predicts = prediction_type or ("v_prediction" if width == 1024 else "epsilon")
+    return modules, params, NoiseSchedule.from_config({**SCHEDULER, "prediction_type": predicts})
+
+
+def _loader(load: Loader, target: Target) -> Loader:
+    def cut() -> np.ndarray:
+        array = load()
+        if target.third is not None:
+            rows = array.shape[0] // 3
+            array = array[target.third * rows : (target.third + 1) * rows]
+        return array.T if target.transpose else array
+
+    return cut
+
+
+def _text_width(tensors: Mapping[str, Loader], path: Path) -> int:
+    keys: Iterator[str] = (
+        name
+        for name in tensors
+        if name.startswith("model.diffusion_model.") and name.endswith("attn2.to_k.weight")
+    )
+    first = next(keys, None)
+    if first is None:
+        raise UserError(
+            f"{path}: no cross-attention under model.diffusion_model., expected an original Stable "
+            "Diffusion 1.x, 2.x or XL file"
+        )
+    return int(tensors[first]().shape[1])
+
+
+def _family(width: int, path: Path) -> Configs:
+    if width not in FAMILIES:
+        raise UserError(f"{path}: text states of width {width}, expected one of {sorted(FAMILIES)}")
+    return FAMILIES[width]
