@@ -110,9 +110,8 @@ def _field(
             return name
     if needed is None:
         return ""
-    raise UserError(
-        f"{path}: no {needed} field ({', '.join(usual)}) among {', '.join(sorted(fields))}; name one"
-    )
+    found = ", ".join(sorted(fields))
+    raise UserError(f"{path}: no {needed} field ({', '.join(usual)}) among {found}; name one")
 
 
 def _text(value: Any) -> str:
