@@ -15,6 +15,9 @@ DEV = [
     "ruff>=0.12",
     "pyright>=1.1.400",
     "beartype>=0.20",
+    "onnx>=1.16",
+    "onnxruntime>=1.18",
+    "tensorboardX>=2.6",
 ]
 
 setup(
@@ -54,6 +57,7 @@ setup(
         "tpu": ["jax[tpu]>=0.10,<0.12"],
         "cuda": ["jax[cuda13]>=0.10,<0.12"],
         "avatars": AVATARS,
+        "onnx": ["onnxruntime>=1.18"],
         "dev": DEV,
     },
     entry_points={"console_scripts": ["hyperlora = hyperlora_jax.cli.main:main"]},

@@ -101,7 +101,9 @@ def _write(
         "training_steps": hyper.facts.get("num_steps", 0),
     }
     try:
-        return save_lora(out, lora, hyper.spec, metadata=metadata, **writing)
+        return save_lora(
+            out, lora, hyper.spec, family=hyper.facts["family"], metadata=metadata, **writing
+        )
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror or error})") from error
 

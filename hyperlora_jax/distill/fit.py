@@ -214,7 +214,7 @@ class _Run:
     def save(self, slots: Slots) -> None:
         """Writes the unfinished slots, without their images, in one atomic file."""
         tree = serialization.to_state_dict(slots.replace(latents=(), text_states=(), count=()))
-        flat = traverse_util.flatten_dict(tree, sep="/")
+        flat = traverse_util.flatten_dict(tree, sep="/", keep_empty_nodes=True)
         arrays = {k: np.ascontiguousarray(v) for k, v in flat.items() if hasattr(v, "shape")}
         for slot in self.busy:
             curve = self.curves[self.owners[slot]]
@@ -237,7 +237,8 @@ class _Run:
             )
         arrays = load_file(self.state_file)
         empty = slots.replace(latents=(), text_states=(), count=())
-        flat = traverse_util.flatten_dict(serialization.to_state_dict(empty), sep="/")
+        tree = serialization.to_state_dict(empty)
+        flat = traverse_util.flatten_dict(tree, sep="/", keep_empty_nodes=True)
         filled = {k: jnp.asarray(arrays[k]) if k in arrays else v for k, v in flat.items()}
         state = serialization.from_state_dict(empty, traverse_util.unflatten_dict(filled, sep="/"))
         for slot, concept in enumerate(json.loads(metadata["owners"])):

@@ -79,11 +79,11 @@ class Slots:
 
     lora: Any
     opt_state: Any
-    step: Array
-    key: Array
-    latents: Array
-    text_states: Array
-    count: Array
+    step: Any
+    key: Any
+    latents: Any
+    text_states: Any
+    count: Any
 
 
 def concept_key(seed: int, index: int) -> Array:

@@ -137,6 +137,16 @@ class Evaluation:
             self.test.first(section.conventional.num_identities),
             self.validation.first(section.conventional.num_validation),
         ]
+        name = method_makers.fingerprint(
+            self.sd.base_hash, self.spec.fingerprint, repr(recipe), *(q.views for q in sets)
+        )
+        kept = self.workdir / f"conventional-{name[:24]}.npz"
+        if kept.exists():
+            with np.load(kept, allow_pickle=False) as file:
+                return {
+                    split: vectorize.unflatten(jnp.asarray(file[split]), self.spec)
+                    for split in ("test", "validation")
+                }
         start = time.perf_counter()
         test, validation = fit_conventional(
             self.sd,
@@ -147,7 +157,11 @@ class Evaluation:
             steps_per_call=self.config.distill.steps_per_call,
         )
         self.seconds["conventional"] = time.perf_counter() - start
-        return {"test": test, "validation": validation}
+        fitted = {"test": test, "validation": validation}
+        np.savez(
+            kept, **{k: np.asarray(vectorize.flatten(v, self.spec)) for k, v in fitted.items()}
+        )
+        return fitted
 
     def measure_speed(self) -> None:
         """Seconds of one LoRA, generated (amortised over a batch) and fitted alone."""

@@ -48,6 +48,7 @@ def train_hypernetwork(config: Any, workdir: str | Path) -> Hypernetwork:
     facts = {
         "base": config.base,
         "base_hash": sd.base_hash,
+        "family": family(sd),
         "spec": spec.fingerprint,
         "encoder": encoder.hash,
         "model": model,
@@ -96,6 +97,16 @@ def train_hypernetwork(config: Any, workdir: str | Path) -> Hypernetwork:
     if jax.process_index() == 0:
         hyper.save(workdir / FOLDER)
     return hyper
+
+
+def family(sd: Any) -> str:
+    """ "sd1", "sd2" or "sdxl": whose names a LoRA file for this base carries.
+
+    A base of other sizes counts as the one whose building blocks it shares.
+    """
+    if sd.unet.settings.addition_time_width is not None:
+        return "sdxl"
+    return "sd2" if sd.unet.settings.use_linear_projection else "sd1"
 
 
 def _weights(section: Any) -> ObjectiveWeights:

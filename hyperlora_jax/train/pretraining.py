@@ -27,6 +27,7 @@ from hyperlora_jax.stable_diffusion.model import StableDiffusion
 from hyperlora_jax.stable_diffusion.tokenizer_training import train_tokenizer
 from hyperlora_jax.stable_diffusion.unet import unet_from_config
 from hyperlora_jax.train import base_task
+from hyperlora_jax.train.checkpoints import restore_params
 from hyperlora_jax.train.loop import fit, open_workdir
 from hyperlora_jax.train.state import TrainState
 
@@ -75,6 +76,31 @@ def pretrain(config: Any, workdir: str | Path) -> Path:
     out = Path(config.export.path)
     sd.save_pretrained(out, dtype="float16")
     return out
+
+
+def assemble(config: Any, workdir: Path, params: Params) -> StableDiffusion:
+    """The base model of a workdir whose UNet and text encoder have these parameters.
+
+    Raises:
+        UserError: the workdir lacks its tokenizer, latents or autoencoder checkpoint.
+    """
+    from transformers import CLIPTokenizer
+
+    for name in ("tokenizer", "latents.npy"):
+        if not (workdir / name).exists():
+            raise UserError(f"{workdir}: has no {name}, expected a workdir of `hyperlora pretrain`")
+    vae_params, meta = restore_params(workdir / "autoencoder")
+    vae = vae_from_config(meta["facts"]["autoencoder"])
+    latents = np.load(workdir / "latents.npy", mmap_mode="r", allow_pickle=False)
+    tokenizer = CLIPTokenizer.from_pretrained(workdir / "tokenizer")
+    return StableDiffusion(
+        unet=unet_from_config(unet_config(config.base.unet, latents.shape)),
+        params={**params, "vae": vae_params},
+        schedule=NoiseSchedule.from_config(SCHEDULER_CONFIG),
+        vae=_normalised(vae, latents)[0],
+        text_encoder=text_model_from_config(text_config(config.base.text_encoder, tokenizer)),
+        tokenizers=(tokenizer,),
+    )
 
 
 def _draw_avatars(config: Any, workdir: Path) -> tuple[np.ndarray, list[str]]:

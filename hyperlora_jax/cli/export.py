@@ -1,0 +1,50 @@
+"""`hyperlora export`: the newest checkpoint of a workdir as files that others read.
+
+A `pretrain` workdir becomes a diffusers directory, a `train` workdir a hypernetwork folder.
+"""
+
+import argparse
+from pathlib import Path
+
+from hyperlora_jax.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Workdir and output folder."""
+    parser.add_argument("workdir", help="workdir of `hyperlora pretrain` or `hyperlora train`")
+    parser.add_argument("out", help="folder to write")
+    parser.add_argument("--step", type=int, help="checkpoint; default: the newest")
+    parser.add_argument("--dtype", choices=("float16", "float32"), default="float16")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Writes the folder."""
+    import ml_collections
+
+    from hyperlora_jax.train.checkpoints import restore_params
+
+    workdir = Path(args.workdir).resolve()
+    params, meta = restore_params(workdir, args.step)
+    config = ml_collections.ConfigDict(meta["config"])
+    out = Path(args.out)
+    if "unet" in params:
+        from hyperlora_jax.train.pretraining import assemble
+
+        assemble(config, workdir, params).save_pretrained(out, dtype=args.dtype)
+    elif "spec" in meta["facts"] and "encoder" in meta["facts"]:
+        from hyperlora_jax.hypernet.conditioning import load_condition_encoder
+        from hyperlora_jax.hypernet.model import Hypernetwork, build_network
+        from hyperlora_jax.stable_diffusion.embedded import load_base
+
+        spec = load_base(config.base).lora_spec(config.model.preset, config.model.rank)
+        model = config.model.network.to_dict()
+        encoder = load_condition_encoder(config.model.encoder)
+        facts = {**meta["facts"], "num_steps": meta["step"]}
+        Hypernetwork(build_network(spec, model), params, encoder, facts, model).save(out)
+    else:
+        raise UserError(
+            f"{args.workdir}: its checkpoint holds {', '.join(sorted(params))}; expected the "
+            "workdir of `hyperlora pretrain` (a base model) or `hyperlora train`"
+        )
+    print(f"wrote {out} (step {meta['step']})")
+    return 0
