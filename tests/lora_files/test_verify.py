@@ -66,8 +66,8 @@ def test_a_lora_that_changes_nothing_is_not_ok(tmp_path, sd1_modules):
 def test_another_base_is_refused_by_pytorch_too(tmp_path, sd1_modules):
     spec = spec_of(sd1_modules, "w2w", rank=1, text=False)
     path = save_lora(tmp_path / "a.safetensors", random_lora(spec), spec)
-    tensors, metadata = read(path)
-    write(path, {k: v[..., :-1] if "lora_down" in k else v for k, v in tensors.items()}, metadata)
+    tensors, _ = read(path)
+    write(path, {k: v[..., :-1] if "lora_down" in k else v for k, v in tensors.items()}, {})
     with pytest.raises(UserError, match="PyTorch refuses it"):
         verify(path, sd1_modules)
 
