@@ -7,10 +7,10 @@ STAMP := $(VENV)/.installed
 .PHONY: demo test test-slow lint bench clean
 
 demo: $(STAMP)
-	$(BIN)/hyperlora demo --workdir demo
+	JAX_PLATFORMS=cpu $(BIN)/hyperlora demo --workdir demo
 
 test: lint
-	$(BIN)/python -m pytest -n 2 -q
+	$(BIN)/python -m pytest -n 2 -q --durations=15
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -q -m slow

@@ -18,6 +18,7 @@ DEV = [
     "onnx>=1.16",
     "onnxruntime>=1.18",
     "tensorboardX>=2.6",
+    "pyyaml>=6.0",
 ]
 
 setup(

@@ -17,7 +17,8 @@ def get_config() -> ConfigDict:
     config = avatars.get_config()
     config.data.num_identities = 1536
     config.distill.num_concepts = 64
-    config.distill.num_steps = 100
-    config.train.num_steps = 900
-    config.evaluate.conventional.recipe = {"num_steps": 200, "images_per_step": 8}
+    config.distill.num_steps = 75
+    config.train.num_steps = 800
+    config.evaluate.conventional.recipe = {"num_steps": 150, "images_per_step": 8}
+    config.evaluate.strengths = (1.0, 1.5, 2.0)
     return config

@@ -141,14 +141,14 @@ class TorchUNet(nn.Module):
         x = self.conv_in(x)
         skips = [x]
         for block in self.down:
-            for layer in block:
+            for layer in block:  # pyright: ignore
                 x = _call(layer, x, time, context)
                 if not isinstance(layer, Resnet):
                     skips.append(x)
         for layer in self.mid:
             x = _call(layer, x, time, context)
         for block in self.up:
-            for layer in block:
+            for layer in block:  # pyright: ignore
                 if isinstance(layer, Resnet):
                     x = torch.cat([x, skips.pop()], 1)
                 elif isinstance(layer, nn.Conv2d):

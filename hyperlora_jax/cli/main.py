@@ -71,6 +71,7 @@ def run_command(name: str, arguments: Sequence[str]) -> int:
     if rest:
         print(f"hyperlora {name}: unknown argument {rest[0]!r}", file=sys.stderr)
         return 2
+    from hyperlora_jax.train.loop import TrainingDiverged
     from hyperlora_jax.train.preemption import Preempted
 
     try:
@@ -81,6 +82,9 @@ def run_command(name: str, arguments: Sequence[str]) -> int:
     except Preempted as error:
         print(f"hyperlora {name}: {error}", file=sys.stderr)
         return PREEMPTED
+    except TrainingDiverged as error:
+        print(f"hyperlora {name}: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"hyperlora {name}: interrupted", file=sys.stderr)
         return 130

@@ -35,9 +35,7 @@ def autoencoder_loss(
     images = batch["images"].astype(jnp.float32) / 127.5 - 1.0
     mean, logvar = vae.apply({"params": params}, images, method="encode")
     noise = jax.random.normal(key, mean.shape)
-    decoded = vae.apply(
-        {"params": params}, mean + noise * jnp.exp(0.5 * logvar), method="decode"
-    )
+    decoded = vae.apply({"params": params}, mean + noise * jnp.exp(0.5 * logvar), method="decode")
     error = decoded - images
     axes = (1, 2, 3)
     squared = jnp.mean(jnp.square(error), axis=axes)

@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from hyperlora_jax.cli.config import load_config
 from hyperlora_jax.cli.main import COMMANDS, main
 from hyperlora_jax.errors import UserError
-from PIL import Image
 
 AVATARS = "configs/avatars.py"
 

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+
 from hyperlora_jax.diffusion.schedule import NoiseSchedule
 from hyperlora_jax.distill import slots as slot_state
 from hyperlora_jax.distill.fit import fit_loras
@@ -132,5 +133,5 @@ def test_state_of_another_run_is_refused(world, tmp_path):
 
 
 def test_steps_per_call_must_divide(world):
-    with pytest.raises(UserError, match="distill.num_steps: got 30, expected a multiple"):
+    with pytest.raises(UserError, match="got 30, expected a multiple of"):
         next(fit(world, [0], 1, recipe=Recipe(num_steps=30)))
