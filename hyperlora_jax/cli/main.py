@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from hyperlora_jax.errors import UserError
 
@@ -48,8 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 2
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    from hyperlora_jax.parallel import compilation_cache
+    if not any(Path("/dev").glob("accel*")) and not any(Path("/dev/vfio").glob("[0-9]*")):
+        # libtpu without a TPU (it is installed for `hyperlora compile`) would ask the network.
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    from hyperlora_jax.parallel import compilation_cache, multihost
 
+    multihost.start()
     compilation_cache.enable()
     return run_command(name, arguments[1:])
 

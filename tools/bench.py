@@ -1,0 +1,64 @@
+"""Benchmarks: one name, one table, one JSON file.
+
+    python tools/bench.py unet --json docs/measurements/unet_cpu.json
+    python tools/bench.py unet --device gpu --json docs/measurements/unet_gpu.json
+    python tools/bench.py all
+
+Every benchmark runs ours and a peer in turns on the same machine and reports medians. A row is
+{"workload", "ours", "peer", "unit", "ratio", "runs", "machine"}; ratio > 1: ours is better,
+and peer and ratio are null where there is nothing to compare with.
+"""
+
+import argparse
+import importlib
+import json
+import pathlib
+import sys
+
+from rich.console import Console
+from rich.table import Table
+
+TOOLS = pathlib.Path(__file__).resolve().parent
+BENCHMARKS = {"unet": "bench_unet", "export": "bench_export", "data": "bench_data"}
+COLUMNS = ("workload", "ours", "peer", "unit", "ratio", "runs")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parses, runs, prints the table, writes the file."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("name", choices=[*BENCHMARKS, "all"])
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument("--json", metavar="FILE", help="write the rows there")
+    given = parser.parse_args(arguments)
+    sys.path.insert(0, str(TOOLS))
+    names = list(BENCHMARKS) if given.name == "all" else [given.name]
+    rows = []
+    for name in names:
+        rows += importlib.import_module(BENCHMARKS[name]).run(given.device)
+    Console().print(table(rows))
+    if given.json:
+        path = pathlib.Path(given.json)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(rows, indent=1) + "\n")
+        print(f"wrote {path}")
+    return 0
+
+
+def table(rows: list[dict]) -> Table:
+    """The rows as people read them."""
+    shown = Table(title=rows[0]["machine"] if rows else "")
+    for column in COLUMNS:
+        shown.add_column(column, justify="left" if column in ("workload", "unit") else "right")
+    for row in rows:
+        shown.add_row(*(_cell(row[column]) for column in COLUMNS))
+    return shown
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return "–" if value is None else str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
