@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 .PHONY: demo test test-slow lint bench clean
 
 demo: $(STAMP)
-	JAX_PLATFORMS=cpu $(BIN)/hyperlora demo --workdir demo
+	$(BIN)/hyperlora demo --workdir demo
 
 test: lint
 	$(BIN)/python -m pytest -n 2 -q --durations=15

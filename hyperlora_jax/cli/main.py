@@ -49,9 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 2
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    if not any(Path("/dev").glob("accel*")) and not any(Path("/dev/vfio").glob("[0-9]*")):
-        # libtpu without a TPU (it is installed for `hyperlora compile`) would ask the network.
-        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    devices = ("accel*", "vfio/[0-9]*", "nvidia*")
+    if sys.platform == "linux" and not any(any(Path("/dev").glob(d)) for d in devices):
+        # libtpu without a TPU (it is installed for `hyperlora compile`) would look for one at
+        # length and complain.
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from hyperlora_jax.parallel import compilation_cache, multihost
 
     multihost.start()
