@@ -23,7 +23,7 @@ from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora import vectorize
 from hyperlora_jax.lora.sites import LoraSpec
 from hyperlora_jax.parallel.mesh import make_mesh
-from hyperlora_jax.stable_diffusion.embedded import load_base
+from hyperlora_jax.stable_diffusion.embedded import image_size, load_base
 from hyperlora_jax.train.loop import open_workdir
 
 CURVE_POINTS = 32
@@ -97,11 +97,6 @@ def distill(config: Any, workdir: str | Path) -> Path:
         split_of=lambda identity: "train",
         overwrite=True,
     )
-
-
-def image_size(sd: Any) -> int:
-    """Pixels per side of a base model's pictures."""
-    return int(sd.unet.settings.sample_size[0] * sd.vae.downsampling)
 
 
 def _subject(fitted: FittedLora, pictures: SubjectPictures, spec: LoraSpec, seed: int) -> Subject:

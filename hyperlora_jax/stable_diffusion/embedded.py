@@ -32,3 +32,8 @@ def base_path(source: str) -> str:
             "`hyperlora pretrain --config configs/tiny_sd.py --workdir DIR`"
         )
     return str(folder)
+
+
+def image_size(sd: StableDiffusion) -> int:
+    """Pixels per side of a base model's pictures."""
+    return int(sd.unet.settings.sample_size[0] * sd.vae.downsampling)

@@ -23,7 +23,7 @@ from hyperlora_jax.hypernet.model import FOLDER, Hypernetwork, build_network
 from hyperlora_jax.hypernet.objectives import ObjectiveWeights
 from hyperlora_jax.parallel import sharding
 from hyperlora_jax.parallel.mesh import make_mesh
-from hyperlora_jax.stable_diffusion.embedded import load_base
+from hyperlora_jax.stable_diffusion.embedded import image_size, load_base
 from hyperlora_jax.train.hypernet_task import hypernet_task
 from hyperlora_jax.train.loop import fit, open_workdir
 
@@ -120,8 +120,6 @@ def _encoded(
     config: Any, workdir: Path, sd: Any, encoder: Any
 ) -> tuple[EncodedSubjects, dict[str, Any]]:
     """Encoded training subjects, from the workdir if the same were encoded before."""
-    from hyperlora_jax.distill.run import image_size
-
     pictures = load_pictures(
         config.data, config.data.num_identities, image_size(sd), workdir / "renders"
     )

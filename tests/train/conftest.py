@@ -29,8 +29,9 @@ def start_toy():
         settings = {
             **os.environ,
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"
-            " --xla_cpu_collective_call_terminate_timeout_seconds=300",
+            "XLA_FLAGS": os.environ["XLA_FLAGS"]
+            + f" --xla_force_host_platform_device_count={devices}"
+            + " --xla_cpu_collective_call_terminate_timeout_seconds=300",
             **(environment or {}),
         }
         return subprocess.Popen(
