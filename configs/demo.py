@@ -1,6 +1,9 @@
 """The demo: `configs/avatars.py` cut down to a few minutes on two CPU cores.
 
 hyperlora demo --workdir demo
+
+Two CPU cores: 12 minutes. Identity top-1 of 32 on 64 held-out identities: generated .88,
+conventional .91 (on 32 of them), nearest .25, base .04 (docs/results.md).
 """
 
 import importlib.util
