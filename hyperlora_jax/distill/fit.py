@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from hyperlora_jax.array_types import Float, Params
 from hyperlora_jax.distill import slots as slot_state
+from hyperlora_jax.distill.parametrisations import Parametrisation, one_lora
 from hyperlora_jax.distill.slots import Recipe, Slots
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora.sites import LoraSpec
@@ -55,6 +56,9 @@ def fit_loras(
     state_file: Path | None = None,
     save_every_steps: int = 200,
     progress: str | None = "distill",
+    parametrisation: Parametrisation | None = None,
+    start: Callable[[int], Params] | None = None,
+    shared: Params | None = None,
 ) -> Iterator[FittedLora]:
     """Fits one LoRA per concept, `num_slots` at a time, and yields them as they finish.
 
@@ -65,6 +69,9 @@ def fit_loras(
             num_steps, so that no slot rests inside a call.
         state_file: where unfinished slots are kept for a restart; removed at the end.
         progress: title of the progress bar, None for none.
+        parametrisation: what is trained; None is the LoRA's factors, as the recipe says.
+        start: number → the concept's own start LoRA, where the parametrisation wants one.
+        shared: what the parametrisation reads for all concepts alike.
 
     Raises:
         UserError: steps_per_call does not divide num_steps, a concept without images, slots that
@@ -79,8 +86,9 @@ def fit_loras(
     num_slots = min(num_slots, len(concepts)) if mesh is None else num_slots
     if not concepts:
         return
-    run = _Run(spec, recipe, list(concepts), load, num_slots, seed, state_file)
-    slots, unet_params = _place(run.start(), unet_params, mesh, num_slots)
+    trained = recipe.factors(spec) if parametrisation is None else parametrisation
+    run = _Run(trained, recipe, list(concepts), load, start, num_slots, seed, state_file)
+    slots, unet_params = _place(run.begin(), unet_params, mesh, num_slots)
     bar = tqdm(
         total=len(concepts) * recipe.num_steps,
         initial=run.steps_done(slots),
@@ -94,10 +102,11 @@ def fit_loras(
         slots, losses = slot_state.advance(
             slots,
             unet_params,
+            shared,
             unet=unet,
             schedule=schedule,
             recipe=recipe,
-            rank=max(site.rank for site in spec.sites),
+            parametrisation=trained,
             num_steps=steps_per_call,
         )
         losses = np.asarray(losses)
@@ -110,7 +119,7 @@ def fit_loras(
         bar.update(steps_per_call * len(run.busy))
         run.record(losses)
         for slot in run.finished(np.asarray(slots.step)):
-            yield run.take(slots, slot)
+            yield run.take(slots, slot, shared)
             slots = run.hand_over(slots, slot)
         since_save += steps_per_call
         if state_file and since_save >= save_every_steps and run.busy:
@@ -137,8 +146,8 @@ def _place(slots: Slots, unet_params: Params, mesh: Mesh | None, num_slots: int)
 class _Run:
     """Which slot works on which concept, and what is left."""
 
-    def __init__(self, spec, recipe, concepts, load, num_slots, seed, state_file):
-        self.spec, self.recipe, self.load = spec, recipe, load
+    def __init__(self, trained, recipe, concepts, load, start, num_slots, seed, state_file):
+        self.trained, self.recipe, self.load, self.start = trained, recipe, load, start
         self.seed, self.num_slots, self.state_file = seed, num_slots, state_file
         self.waiting: list[int] = list(concepts)
         self.owners: list[int | None] = [None] * num_slots
@@ -149,11 +158,12 @@ class _Run:
         """Slots that are at work."""
         return [slot for slot, owner in enumerate(self.owners) if owner is not None]
 
-    def start(self) -> Slots:
+    def begin(self) -> Slots:
         """Restored slots, or new ones with the first concepts handed out."""
         latents, text = self.load(self.waiting[0])
+        start = None if self.start is None else self.start(self.waiting[0])
         slots = slot_state.empty_slots(
-            self.spec, self.recipe, self.num_slots, latents.shape, text.shape
+            self.trained, self.recipe, self.num_slots, latents.shape, text.shape, start
         )
         if self.state_file and self.state_file.exists():
             return self._restore(slots)
@@ -186,7 +196,8 @@ class _Run:
             jnp.asarray(np.pad(latents, missing + [(0, 0)] * 3), jnp.float32),
             jnp.asarray(np.pad(text, missing + [(0, 0)] * 2), jnp.float32),
             jnp.asarray(len(latents), jnp.int32),
-            spec=self.spec,
+            None if self.start is None else self.start(concept),
+            parametrisation=self.trained,
             recipe=self.recipe,
         )
 
@@ -199,11 +210,10 @@ class _Run:
         """Busy slots that reached the step budget."""
         return [slot for slot in self.busy if steps[slot] >= self.recipe.num_steps]
 
-    def take(self, slots: Slots, slot: int) -> FittedLora:
+    def take(self, slots: Slots, slot: int, shared: Params | None) -> FittedLora:
         """The finished LoRA of a slot."""
         concept = self.owners[slot]
-        rank = max(site.rank for site in self.spec.sites)
-        lora = slot_state.folded(slots, slot, self.recipe, rank)
+        lora = one_lora(self.trained, slots.params, slots.start, shared, slot)
         return FittedLora(concept, lora, np.concatenate(self.curves.pop(concept)))
 
     def steps_done(self, slots: Slots) -> int:
@@ -213,7 +223,7 @@ class _Run:
 
     def save(self, slots: Slots) -> None:
         """Writes the unfinished slots, without their images, in one atomic file."""
-        tree = serialization.to_state_dict(slots.replace(latents=(), text_states=(), count=()))
+        tree = serialization.to_state_dict(_without_inputs(slots))
         flat = traverse_util.flatten_dict(tree, sep="/", keep_empty_nodes=True)
         arrays = {k: np.ascontiguousarray(v) for k, v in flat.items() if hasattr(v, "shape")}
         for slot in self.busy:
@@ -236,7 +246,7 @@ class _Run:
                 f"this one is {self._facts()}; remove it or take another workdir"
             )
         arrays = load_file(self.state_file)
-        empty = slots.replace(latents=(), text_states=(), count=())
+        empty = _without_inputs(slots)
         tree = serialization.to_state_dict(empty)
         flat = traverse_util.flatten_dict(tree, sep="/", keep_empty_nodes=True)
         filled = {k: jnp.asarray(arrays[k]) if k in arrays else v for k, v in flat.items()}
@@ -249,7 +259,10 @@ class _Run:
             self.waiting.remove(concept)
             self.curves[concept] = [arrays[f"curve/{slot}"]]
         slots = state.replace(
-            latents=slots.latents, text_states=slots.text_states, count=slots.count
+            latents=slots.latents,
+            text_states=slots.text_states,
+            count=slots.count,
+            start=slots.start,
         )
         for slot, owner in enumerate(self.owners):
             if owner is None:
@@ -258,5 +271,11 @@ class _Run:
 
     def _facts(self) -> str:
         recipe = dataclasses.asdict(self.recipe)
-        facts = {"spec": self.spec.fingerprint, "recipe": recipe, "seed": self.seed}
-        return json.dumps({**facts, "slots": self.num_slots}, sort_keys=True)
+        facts = {"spec": self.trained.spec.fingerprint, "recipe": recipe, "seed": self.seed}
+        trained = type(self.trained).__name__
+        return json.dumps({**facts, "slots": self.num_slots, "trained": trained}, sort_keys=True)
+
+
+def _without_inputs(slots: Slots) -> Slots:
+    """What a restart cannot load again."""
+    return slots.replace(latents=(), text_states=(), count=(), start=())

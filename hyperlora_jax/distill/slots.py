@@ -9,6 +9,7 @@ crosses from one to another.
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import flax.struct
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from hyperlora_jax.array_types import Array, Float, Params
-from hyperlora_jax.lora import factors
+from hyperlora_jax.distill.parametrisations import Factors, Parametrisation
 from hyperlora_jax.lora.sites import LoraSpec
 from hyperlora_jax.stable_diffusion.denoising_loss import denoising_error
 
@@ -30,9 +31,8 @@ class Recipe:
         num_steps: optimiser steps per LoRA.
         images_per_step: G, drawn without repetition from the concept's images.
         learning_rate: of AdamW, constant after `warmup_steps`.
-        alpha: the fit trains up · alpha / rank, as LoRA trainers do; finished LoRAs are folded.
-        init_seed: one initialisation of the down side for all LoRAs of a dataset (their difference
-            is then what the data taught); None draws a new one per concept.
+        alpha, init_seed: see `parametrisations.Factors`; with one initialisation for all LoRAs of a
+            dataset their difference is what the data taught. Finished LoRAs are folded.
     """
 
     num_steps: int = 200
@@ -67,23 +67,28 @@ class Recipe:
             return adam
         return optax.chain(optax.clip_by_global_norm(self.clip_norm), adam)
 
+    def factors(self, spec: LoraSpec) -> Factors:
+        """What a conventional fit by this recipe trains."""
+        return Factors(spec, self.alpha, self.init_seed)
+
 
 @flax.struct.dataclass
 class Slots:
     """State of S slots; every leaf has the leading axis s.
 
-    `lora` is unfolded (before alpha / rank); `count` images of `latents` [s, m, h, w, c] and
-    `text_states` [s, m, n, e] are real; `key` [s, 2] uint32; `step` [s] int32; a slot with
-    `step >= num_steps` rests.
+    `params` is what is trained and `start` what stays (see `parametrisations.py`); `count` images
+    of `latents` [s, m, h, w, c] and `text_states` [s, m, n, e] are real; `key` [s, 2] uint32;
+    `step` [s] int32; a slot with `step >= num_steps` rests.
     """
 
-    lora: Any
+    params: Any
     opt_state: Any
     step: Any
     key: Any
     latents: Any
     text_states: Any
     count: Any
+    start: Any = None
 
 
 def concept_key(seed: int, index: int) -> Array:
@@ -91,29 +96,34 @@ def concept_key(seed: int, index: int) -> Array:
     return jax.random.key_data(jax.random.fold_in(jax.random.key(seed), index))
 
 
-def initial_lora(spec: LoraSpec, recipe: Recipe, key: Array) -> Params:
-    """LoRA tree without leading axis: random down side, zero up side."""
-    if recipe.init_seed is not None:
-        return factors.init(jax.random.key(recipe.init_seed), spec)
-    return factors.init(jax.random.fold_in(jax.random.wrap_key_data(key), 1), spec)
+def empty_slots(
+    parametrisation: Parametrisation,
+    recipe: Recipe,
+    num_slots: int,
+    latents_shape: Sequence[int],
+    text_shape: Sequence[int],
+    start: Params | None = None,
+) -> Slots:
+    """S resting slots. Shapes are one concept's: latents [m, h, w, c], text states [m, n, e];
+    `start` is one concept's start LoRA, where the parametrisation wants one."""
 
+    def repeat(tree: Params) -> Params:
+        return jax.tree.map(lambda leaf: jnp.repeat(jnp.asarray(leaf)[None], num_slots, 0), tree)
 
-def empty_slots(spec: LoraSpec, recipe: Recipe, num_slots: int, latents_shape, text_shape) -> Slots:
-    """S resting slots. Shapes are one concept's: latents [m, h, w, c], text states [m, n, e]."""
-    template = initial_lora(spec, recipe, jax.random.key_data(jax.random.key(0)))
-    lora = jax.tree.map(lambda leaf: jnp.repeat(leaf[None], num_slots, axis=0), template)
+    params = repeat(parametrisation.init(jax.random.key(0)))
     return Slots(
-        lora=lora,
-        opt_state=jax.vmap(recipe.optimizer().init)(lora),
+        params=params,
+        opt_state=jax.vmap(recipe.optimizer().init)(params),
         step=jnp.full((num_slots,), recipe.num_steps, jnp.int32),
         key=jnp.zeros((num_slots, 2), jnp.uint32),
         latents=jnp.zeros((num_slots, *latents_shape), jnp.float32),
         text_states=jnp.zeros((num_slots, *text_shape), jnp.float32),
         count=jnp.ones((num_slots,), jnp.int32),
+        start=None if start is None else repeat(start),
     )
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "recipe"), donate_argnums=0)
+@functools.partial(jax.jit, static_argnames=("parametrisation", "recipe"), donate_argnums=0)
 def load_slot(
     slots: Slots,
     index: Array,
@@ -121,40 +131,54 @@ def load_slot(
     latents: Float[Array, "m h w c"],
     text_states: Float[Array, "m n e"],
     count: Array,
+    start: Params | None = None,
     *,
-    spec: LoraSpec,
+    parametrisation: Parametrisation,
     recipe: Recipe,
 ) -> Slots:
     """Hands slot `index` to a new concept; nothing of the former one stays."""
-    lora = initial_lora(spec, recipe, key)
+    params = parametrisation.init(jax.random.wrap_key_data(key))
     fresh = Slots(
-        lora=lora,
-        opt_state=recipe.optimizer().init(lora),
+        params=params,
+        opt_state=recipe.optimizer().init(params),
         step=jnp.zeros((), jnp.int32),
         key=key,
         latents=latents,
         text_states=text_states,
         count=count,
+        start=start,
     )
     return jax.tree.map(lambda all_, new: all_.at[index].set(new), slots, fresh)
 
 
 @functools.partial(
-    jax.jit, static_argnames=("unet", "schedule", "recipe", "rank", "num_steps"), donate_argnums=0
+    jax.jit,
+    static_argnames=("unet", "schedule", "recipe", "parametrisation", "num_steps"),
+    donate_argnums=0,
 )
 def advance(
-    slots: Slots, unet_params: Params, *, unet, schedule, recipe: Recipe, rank: int, num_steps: int
+    slots: Slots,
+    unet_params: Params,
+    shared: Params | None = None,
+    *,
+    unet: Any,
+    schedule: Any,
+    recipe: Recipe,
+    parametrisation: Parametrisation,
+    num_steps: int,
 ) -> tuple[Slots, Float[Array, "t s"]]:
     """`num_steps` optimiser steps of all slots that are not at rest.
+
+    Args:
+        shared: arrays that the parametrisation reads for all slots alike.
 
     Returns:
         The slots, and the loss of every step and slot [t, s] (0 where a slot rested).
     """
     optimizer = recipe.optimizer()
-    scale = 1.0 if recipe.alpha is None else recipe.alpha / rank
     num_slots = slots.step.shape[0]
 
-    def losses(lora, latents, text_states, noise, timesteps):
+    def losses(params, latents, text_states, noise, timesteps):
         flat = [x.reshape(-1, *x.shape[2:]) for x in (latents, text_states, noise, timesteps)]
         values = denoising_error(
             unet,
@@ -164,7 +188,7 @@ def advance(
             flat[1],
             noise=flat[2],
             timesteps=flat[3],
-            lora=factors.scale(lora, scale),
+            lora=parametrisation.lora(params, slots.start, shared),
             min_snr_gamma=recipe.min_snr_gamma,
         )
         per_slot = values.reshape(num_slots, -1).mean(axis=1)
@@ -174,23 +198,17 @@ def advance(
         keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(slots.key), slots.step)
         drawn = functools.partial(_draw, recipe=recipe, schedule=schedule)
         batch = jax.vmap(drawn)(keys, slots.latents, slots.text_states, slots.count)
-        grads, per_slot = jax.grad(losses, has_aux=True)(slots.lora, *batch)
-        updates, opt_state = jax.vmap(optimizer.update)(grads, slots.opt_state, slots.lora)
+        grads, per_slot = jax.grad(losses, has_aux=True)(slots.params, *batch)
+        updates, opt_state = jax.vmap(optimizer.update)(grads, slots.opt_state, slots.params)
         active = slots.step < recipe.num_steps
-        lora = optax.apply_updates(slots.lora, updates)
-        lora, opt_state = _where(active, (lora, opt_state), (slots.lora, slots.opt_state))
+        params = optax.apply_updates(slots.params, updates)
+        params, opt_state = _where(active, (params, opt_state), (slots.params, slots.opt_state))
         slots = slots.replace(
-            lora=lora, opt_state=opt_state, step=slots.step + active.astype(jnp.int32)
+            params=params, opt_state=opt_state, step=slots.step + active.astype(jnp.int32)
         )
         return slots, jnp.where(active, per_slot, 0.0)
 
     return jax.lax.scan(one_step, slots, None, length=num_steps)
-
-
-def folded(slots: Slots, index: int, recipe: Recipe, rank: int) -> Params:
-    """The finished LoRA of a slot: delta = down · up, on the host."""
-    scale = 1.0 if recipe.alpha is None else recipe.alpha / rank
-    return jax.device_get(factors.scale(factors.index(slots.lora, index), scale))
 
 
 def _draw(key, latents, text_states, count, *, recipe: Recipe, schedule):

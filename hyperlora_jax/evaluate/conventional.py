@@ -61,7 +61,8 @@ def seconds_per_fit(sd: Any, spec: LoraSpec, recipe: Recipe, questions: Evaluati
     """
     latents, text = _encode(sd, questions.first(1)).concept(0)
     timed = max(1, recipe.num_steps // 5)
-    slots = slot_state.empty_slots(spec, recipe, 1, latents.shape, text.shape)
+    trained = recipe.factors(spec)
+    slots = slot_state.empty_slots(trained, recipe, 1, latents.shape, text.shape)
     slots = slot_state.load_slot(
         slots,
         np.int32(0),
@@ -69,7 +70,7 @@ def seconds_per_fit(sd: Any, spec: LoraSpec, recipe: Recipe, questions: Evaluati
         latents,
         text,
         np.int32(len(latents)),
-        spec=spec,
+        parametrisation=trained,
         recipe=recipe,
     )
     seconds = 0.0
@@ -81,7 +82,7 @@ def seconds_per_fit(sd: Any, spec: LoraSpec, recipe: Recipe, questions: Evaluati
             unet=sd.unet,
             schedule=sd.schedule,
             recipe=recipe,
-            rank=max(site.rank for site in spec.sites),
+            parametrisation=trained,
             num_steps=timed,
         )
         jax.block_until_ready(losses)

@@ -1,0 +1,154 @@
+"""What a fit trains: numbers that become a LoRA.
+
+    Factors   down and up themselves: the conventional fit
+    Added     a new LoRA beside a frozen one of the slot's own: rank-relaxed refinement
+              (HyperDreamBooth, arXiv 2307.06949); the sum is exact, by joining ranks
+    Mixture   offset + Σ_k c_k basis_k with LoRA vectors that are frozen: the linear combination of
+              existing LoRAs (2412.02352), and the inversion into a space of principal components
+              (weights2weights, 2406.09413)
+
+All satisfy the Protocol `Parametrisation`. They are static arguments of the compiled step; arrays
+are passed beside them: `start` belongs to a slot, `shared` to all slots.
+"""
+
+import dataclasses
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+
+from hyperlora_jax.array_types import Array, Params
+from hyperlora_jax.lora import factors, vectorize
+from hyperlora_jax.lora.sites import LoraSpec
+
+MIXTURES = ("global", "site", "factor")
+
+
+@runtime_checkable
+class Parametrisation(Protocol):
+    """Trained numbers ⇄ LoRA."""
+
+    @property
+    def spec(self) -> LoraSpec:
+        """The finished LoRA's sites and ranks."""
+        ...
+
+    def init(self, key: Array) -> Params:
+        """What is trained, of one LoRA, before the first step; `key` is its own."""
+        ...
+
+    def lora(self, params: Params, start: Params | None, shared: Params | None) -> Params:
+        """Folded LoRA tree with leading axis s of parameters with leading axis s."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Factors:
+    """The factors of a LoRA: random down side, zero up side.
+
+    Attributes:
+        alpha: the fit trains up · alpha / rank, as LoRA trainers do.
+        init_seed: one down side for all LoRAs; None draws one for each.
+    """
+
+    spec: LoraSpec
+    alpha: float | None = None
+    init_seed: int | None = 0
+
+    def init(self, key: Array) -> Params:
+        """See `Parametrisation`."""
+        if self.init_seed is not None:
+            return factors.init(jax.random.key(self.init_seed), self.spec)
+        return factors.init(jax.random.fold_in(key, 1), self.spec)
+
+    def lora(self, params: Params, start: Params | None, shared: Params | None) -> Params:
+        """See `Parametrisation`."""
+        del start, shared
+        scale = 1.0 if self.alpha is None else self.alpha / self.spec.max_rank
+        return factors.scale(params, scale)
+
+
+@dataclasses.dataclass(frozen=True)
+class Added:
+    """`start` stays as it is; `added` describes the LoRA that is trained beside it."""
+
+    start_spec: LoraSpec
+    added: Factors
+
+    @property
+    def spec(self) -> LoraSpec:
+        """Ranks of both together."""
+        ranks = {site.path: site.rank for site in self.start_spec.sites}
+        return LoraSpec(
+            tuple(
+                dataclasses.replace(site, rank=site.rank + ranks[site.path])
+                for site in self.added.spec.sites
+            )
+        )
+
+    def init(self, key: Array) -> Params:
+        """See `Parametrisation`."""
+        return self.added.init(key)
+
+    def lora(self, params: Params, start: Params | None, shared: Params | None) -> Params:
+        """See `Parametrisation`."""
+        if start is None:
+            raise ValueError("Added needs a start LoRA for every slot, got None")
+        return factors.concatenate_ranks(start, self.added.lora(params, None, shared))
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """Coefficients of frozen LoRA vectors, on raw factors.
+
+    `shared` is {"basis": [k, d], "offset": [d]}.
+
+    Attributes:
+        num_basis: k.
+        per: one coefficient per basis LoRA ("global"), per site, or per factor (down and up).
+        initial: value of every coefficient before the first step, 1/k if None.
+    """
+
+    spec: LoraSpec
+    num_basis: int
+    per: str = "global"
+    initial: float | None = None
+
+    def __post_init__(self):
+        if self.per not in MIXTURES:
+            raise ValueError(f"Got: {self.per=}, expected one of {MIXTURES}")
+
+    def init(self, key: Array) -> Params:
+        """Coefficients [groups, k]."""
+        del key
+        value = 1.0 / self.num_basis if self.initial is None else self.initial
+        groups = {"global": 1, "site": len(self.spec), "factor": 2 * len(self.spec)}[self.per]
+        return {"coefficients": jnp.full((groups, self.num_basis), value)}
+
+    def lora(self, params: Params, start: Params | None, shared: Params | None) -> Params:
+        """See `Parametrisation`."""
+        del start
+        if shared is None:
+            raise ValueError("Mixture needs shared basis LoRAs, got None")
+        coefficients, basis = params["coefficients"], shared["basis"]
+        sizes = []
+        for site in self.spec.sites:
+            sizes += [site.rank * site.fan_in, site.rank * site.out_features]
+        if self.per == "global":
+            sizes = [sum(sizes)]
+        elif self.per == "site":
+            sizes = [a + b for a, b in zip(sizes[::2], sizes[1::2], strict=True)]
+        parts, first = [], 0
+        for group, size in enumerate(sizes):
+            parts.append(coefficients[:, group] @ basis[:, first : first + size])
+            first += size
+        vector = shared["offset"] + jnp.concatenate(parts, axis=-1)
+        return vectorize.unflatten(vector, self.spec)
+
+
+def one_lora(
+    parametrisation: Parametrisation, params: Params, start: Any, shared: Any, index: int
+) -> Params:
+    """The folded LoRA of one slot, without leading axis, on the host."""
+    own = jax.tree.map(lambda leaf: leaf[index : index + 1], (params, start))
+    return jax.device_get(factors.index(parametrisation.lora(*own, shared), 0))

@@ -1,0 +1,190 @@
+"""A generated LoRA, a few steps later: rank-relaxed refinement on the subject's own pictures.
+
+    refined = generated + new,   new of rank r₂, zero at first, fitted for 25 to 50 steps
+
+The generated LoRA stays frozen (HyperDreamBooth, arXiv 2307.06949, section 4.3). Both are joined
+exactly (rank r₁ + r₂) or cut to a rank by SVD. Many users are refined at once, each in a slot
+(`distill/fit.py`).
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from hyperlora_jax.array_types import Params
+from hyperlora_jax.data import pictures
+from hyperlora_jax.data.encoded_subjects import encode_subjects
+from hyperlora_jax.data.image_folder import open_image_folder, read_concept
+from hyperlora_jax.distill.fit import ConceptArrays, fit_loras
+from hyperlora_jax.distill.parametrisations import Added, Factors
+from hyperlora_jax.distill.slots import Recipe
+from hyperlora_jax.errors import UserError
+from hyperlora_jax.lora import factors, gauge
+from hyperlora_jax.lora.sites import LoraSpec
+from hyperlora_jax.lora_files import load_lora, read_metadata, save_lora
+from hyperlora_jax.stable_diffusion.embedded import image_size
+from hyperlora_jax.train.hypernet_training import family
+
+NUM_STEPS = 25
+RECIPE = Recipe(num_steps=NUM_STEPS, images_per_step=4, learning_rate=1e-2)
+MAX_SLOTS = 16
+
+
+def refine_loras(
+    sd: Any,
+    spec: LoraSpec,
+    loras: Sequence[Params] | Params,
+    load: Callable[[int], ConceptArrays],
+    *,
+    recipe: Recipe = RECIPE,
+    rank: int = 4,
+    keep_rank: int | None = None,
+    num_slots: int = MAX_SLOTS,
+    seed: int = 0,
+    progress: str | None = "refine",
+) -> tuple[Params, LoraSpec]:
+    """Refines a batch of LoRAs.
+
+    Args:
+        sd: the base model.
+        spec: sites of the LoRAs.
+        loras: single LoRAs, or a tree with leading axis l.
+        load: number of a LoRA → (latents [m, h, w, c], text states [m, n, e]) of its pictures.
+        rank: r₂, of what is added.
+        keep_rank: cut the sum to this rank; None keeps it exactly.
+        num_slots: how many are refined at once.
+
+    Returns:
+        LoRA tree with leading axis l, on the host, and its spec.
+
+    Raises:
+        UserError: see `fit_loras`; a rank below 1.
+    """
+    if rank < 1 or (keep_rank is not None and keep_rank < 1):
+        raise UserError(f"refine: ranks must be at least 1. Got: {rank=} and {keep_rank=}")
+    singles = list(loras) if isinstance(loras, Sequence) else _unstacked(loras)
+    added = Factors(spec.with_rank(rank), recipe.alpha, recipe.init_seed)
+    parametrisation = Added(spec, added)
+    fitted = fit_loras(
+        sd.unet,
+        sd.params["unet"],
+        sd.schedule,
+        spec,
+        recipe,
+        range(len(singles)),
+        load,
+        num_slots=num_slots,
+        steps_per_call=recipe.num_steps,
+        seed=seed,
+        progress=progress,
+        parametrisation=parametrisation,
+        start=lambda number: singles[number],
+    )
+    done = {result.index: result.lora for result in fitted}
+    joined, joint_spec = [done[k] for k in range(len(singles))], parametrisation.spec
+    if keep_rank is not None:
+        # One by one: two large batched QR decompositions at once can hang on a CPU.
+        joined = [gauge.truncate(lora, joint_spec, keep_rank)[0] for lora in joined]
+        joint_spec = joint_spec.with_rank(keep_rank)
+    return jax.device_get(factors.stack(joined)), joint_spec
+
+
+def _unstacked(loras: Params) -> list[Params]:
+    count = factors.num_loras(loras)
+    if count is None:
+        return [loras]
+    return [factors.index(loras, k) for k in range(count)]
+
+
+def refine_files(
+    sd: Any,
+    base: str,
+    lora: str | Path,
+    images: str | Path,
+    out: str | Path,
+    *,
+    caption: str = "",
+    recipe: Recipe = RECIPE,
+    rank: int = 4,
+    keep_rank: int | None = None,
+    seed: int = 0,
+    **writing: Any,
+) -> list[Path]:
+    """Refines one LoRA file on a folder of pictures, or every `NAME.safetensors` of a folder on
+    the pictures of IMAGES/NAME; `writing` goes to `save_lora`.
+
+    Args:
+        base: name of the base model, for the header.
+        caption: prompt of pictures whose folder has no metadata.jsonl.
+
+    Raises:
+        UserError: a file, folder or picture that cannot be used, LoRAs with different sites.
+    """
+    source, folder = Path(lora), Path(images)
+    many = source.is_dir() and not (source / "adapter_config.json").exists()
+    files = sorted(source.glob("*.safetensors")) if many else [source]
+    if not files:
+        raise UserError(f"{source}: holds no .safetensors file, expected LoRAs to refine")
+    read = [load_lora(file, sd) for file in files]
+    spec = read[0][1]
+    for file, (_, other) in zip(files, read, strict=True):
+        if other.fingerprint != spec.fingerprint:
+            raise UserError(
+                f"{file}: has spec {other.fingerprint[:12]}, {files[0].name} has "
+                f"{spec.fingerprint[:12]}; LoRAs that are refined together share their sites"
+            )
+    concepts = [
+        _concept(sd, folder / file.stem if many else folder, caption, file) for file in files
+    ]
+    refined, joint = refine_loras(
+        sd,
+        spec,
+        [single for single, _ in read],
+        lambda number: concepts[number],
+        recipe=recipe,
+        rank=rank,
+        keep_rank=keep_rank,
+        num_slots=min(len(files), MAX_SLOTS),
+        seed=seed,
+    )
+    written = []
+    for k, file in enumerate(files):
+        kept = {
+            name: text
+            for name, text in read_metadata(file).items()
+            if name.startswith("hyperlora.") and not name.endswith((".spec", ".sha256"))
+        }
+        facts = {"base": base, "base_hash": sd.base_hash, "refined_steps": recipe.num_steps}
+        path = Path(out) / file.name if many else Path(out)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            written.append(
+                save_lora(
+                    path,
+                    factors.index(refined, k),
+                    joint,
+                    family=family(sd),
+                    metadata={**kept, **facts},
+                    **writing,
+                )
+            )
+        except OSError as error:
+            raise UserError(f"--out {path}: cannot be written ({error.strerror})") from error
+    return written
+
+
+def _concept(sd: Any, folder: Path, caption: str, file: Path) -> ConceptArrays:
+    """(latents, text states) of a folder's target pictures."""
+    folders = open_image_folder(folder)
+    if len(folders) != 1:
+        raise UserError(
+            f"{folder}: holds {len(folders)} folders of pictures, but {file.name} is one LoRA; "
+            "expected the pictures of one subject"
+        )
+    subject = read_concept(folders[0], image_size(sd), caption)
+    images = np.stack([pictures.decode(png) for png in subject.targets])[None]
+    encoded = encode_subjects(sd, None, [subject.id], images, [subject.captions], progress=False)
+    return encoded.concept(0)
