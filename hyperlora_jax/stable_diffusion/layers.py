@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from hyperlora_jax.array_types import Array, Float
+from hyperlora_jax.stable_diffusion.convolution import conv2d
 
 # Parameters are drawn by `initialization`, never by these modules.
 _zeros = nn.initializers.zeros
@@ -72,20 +73,6 @@ def group_shape(batch: int, num_loras: int) -> tuple[int, int]:
     if batch % num_loras:
         raise ValueError(f"{num_loras} LoRAs cannot serve a batch of {batch}: not divisible")
     return num_loras, batch // num_loras
-
-
-def conv2d(
-    x: Float[Array, "b h w i"],
-    kernel: Float[Array, "kh kw i o"],
-    stride: int,
-    padding: tuple[tuple[int, int], tuple[int, int]],
-) -> Float[Array, "b hh ww o"]:
-    """Convolution in NHWC with an HWIO kernel; 1×1 at stride 1 is one matrix product."""
-    if kernel.shape[:2] == (1, 1) and stride == 1 and not any(map(any, padding)):
-        return x @ kernel[0, 0]
-    return lax.conv_general_dilated(
-        x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
 
 
 class Dense(nn.Module):

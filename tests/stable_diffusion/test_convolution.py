@@ -1,0 +1,51 @@
+"""The convolution's gradients against XLA's own, and that no slow form of them is left."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from hyperlora_jax.stable_diffusion.convolution import conv2d
+
+CASES = [
+    (3, 1, ((1, 1), (1, 1)), 8),
+    (3, 2, ((1, 1), (1, 1)), 8),
+    (3, 2, ((0, 1), (0, 1)), 8),
+    (3, 2, ((1, 1), (1, 1)), 7),
+    (3, 1, ((0, 2), (2, 0)), 5),
+    (4, 2, ((1, 1), (2, 1)), 9),
+    (1, 2, ((0, 0), (0, 0)), 6),
+    (1, 1, ((0, 0), (0, 0)), 6),
+]
+
+
+@pytest.mark.parametrize(("size", "stride", "padding", "pixels"), CASES)
+def test_gradients_equal_xlas_own(size, stride, padding, pixels):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, pixels, pixels, 3)), jnp.float32)
+    kernel = jnp.asarray(rng.normal(size=(size, size, 3, 5)), jnp.float32)
+
+    def plain(x, kernel):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return lax.conv_general_dilated(
+            x, kernel, (stride, stride), padding, dimension_numbers=numbers
+        )
+
+    def loss(function):
+        return lambda x, kernel: jnp.sin(function(x, kernel)).sum()
+
+    ours = jax.grad(loss(lambda x, k: conv2d(x, k, stride, padding)), (0, 1))(x, kernel)
+    xlas = jax.grad(loss(plain), (0, 1))(x, kernel)
+    for a, b in zip(ours, xlas, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_platforms_get_the_form_that_is_fast_there():
+    def loss(x, kernel):
+        return conv2d(x, kernel, 1, ((1, 1), (1, 1))).sum()
+
+    gradient = jax.jit(jax.grad(loss)).trace(jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 2, 2)))
+    swapped = "[b, 0, 1, f]x[0, 1, o, i]"
+    assert swapped not in gradient.lower(lowering_platforms=("cpu",)).as_text()
+    assert swapped in gradient.lower(lowering_platforms=("tpu",)).as_text()
