@@ -160,12 +160,15 @@ def write_weights2weights(
     for site in spec.sites:
         if site.component != "unet":
             raise UserError(f"LoRA site {site.path} cannot be carried by weights2weights files")
-    parts = [matrix.astype(np.float32).ravel() for name in sorted(sites) for matrix in sites[name]]
-    buffer = io.BytesIO()
-    np.save(buffer, np.concatenate(parts), allow_pickle=False)
+    vector, start = np.empty(spec.num_parameters, np.float32), 0
+    for matrix in (matrix for name in sorted(sites) for matrix in sites[name]):
+        vector[start : start + matrix.size] = matrix.reshape(-1)
+        start += matrix.size
+    head = io.BytesIO()
+    np.lib.format.write_array_header_1_0(head, np.lib.format.header_data_from_array_1_0(vector))
     _remove_stale(path, {path / "unet"})
     _write_folder(path / "unet", sites, spec, metadata, W2W_SCALE, f".{W2W_ADAPTER}")
-    safetensors_io.atomic_write(path / VECTOR_NAME, buffer.getvalue())
+    safetensors_io.atomic_write(path / VECTOR_NAME, head.getvalue(), vector)
     return path
 
 

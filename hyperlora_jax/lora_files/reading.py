@@ -25,6 +25,7 @@ from hyperlora_jax.lora_files.peft_directory import (
 )
 from hyperlora_jax.lora_files.writing import DIFFUSERS_NAME
 
+_FLOATS = {safetensors_io.DTYPES[name] for name in ("F16", "BF16", "F32", "F64")}
 Groups = dict[str, dict[str, np.ndarray]]
 
 
@@ -178,7 +179,7 @@ def _folded(
     path: str | os.PathLike[str], site: LoraSite, group: dict[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
     for role in ("down", "up"):
-        if group[role].dtype.kind in "iub" or "float8" in group[role].dtype.name:
+        if group[role].dtype not in _FLOATS:
             raise UserError(
                 f"{path}: {role} of layer {site.path} has dtype {group[role].dtype}, expected "
                 "float16, bfloat16, float32 or float64"

@@ -55,8 +55,9 @@ def save_lora(
     `metadata` is stored under "hyperlora.*". For "diffusers" a path without suffix is a folder
     that gets `pytorch_lora_weights.safetensors`; "peft" and "weights2weights" always write a
     folder. `layers_per_block` matters only for SDXL names.
-    Raises UserError naming the site for NaN, Inf, values that overflow the dtype, and sites that
-    the common tools cannot load (conv_in, conv_out, time and add embeddings).
+    Raises UserError naming the site for NaN, Inf, values that overflow the dtype, a rank above
+    both sizes of a layer, and sites that the common tools cannot load (conv_in, conv_out, time and
+    add embeddings).
     """
     if format not in FORMATS:
         raise UserError(f"LoRA format {format!r} is unknown; expected one of {list(FORMATS)}")
@@ -99,8 +100,15 @@ def normal_form(
             f"LoRA site {bad[0]} cannot be carried by the common formats and tools ({len(bad)} "
             "such sites): only attention, resnet and sampler layers and text encoder layers can"
         )
-    host = jax.device_get(lora)
     rank = spec.max_rank
+    for site in spec.sites:
+        if rank > max(site.fan_in, site.out_features):
+            raise UserError(
+                f"LoRA site {site.path}: rank {rank} is above both its sizes {site.fan_in}→"
+                f"{site.out_features}, which readers take for swapped factors; resize the LoRA to "
+                f"rank {min(site.fan_in, site.out_features)} or less, which loses nothing there"
+            )
+    host = jax.device_get(lora)
     return {
         site.path: _site_arrays(site_factors(host, site), site, rank, DTYPES[dtype], balance, scale)
         for site in spec.sites

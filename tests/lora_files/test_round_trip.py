@@ -196,6 +196,18 @@ def test_sites_that_tools_cannot_load_are_refused(tmp_path):
         save_lora(tmp_path / "a.safetensors", random_lora(spec), spec)
 
 
+def test_a_rank_that_no_reader_takes_is_refused(tmp_path):
+    """The rank of the whole file counts: smaller sites are padded to it."""
+    wide = LoraSite(BLOCK + "attn2.to_k", 24, 24, 9)
+    spec = LoraSpec((SPEC.by_path[BLOCK + "attn1.to_q"], wide))
+    with pytest.raises(UserError, match=r"attn1\.to_q: rank 9 is above both its sizes 8→8"):
+        save_lora(tmp_path / "a.safetensors", random_lora(spec), spec)
+    assert not list(tmp_path.iterdir())
+    spec = spec.with_rank(8)
+    path = save_lora(tmp_path / "a.safetensors", random_lora(spec), spec)
+    assert load_lora(path)[1] == spec
+
+
 def test_a_batch_is_refused(tmp_path):
     lora = jax.tree.map(lambda leaf: leaf[None], random_lora(SPEC))
     with pytest.raises(ValueError, match="takes one LoRA, got a batch"):
