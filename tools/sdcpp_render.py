@@ -12,6 +12,7 @@ from cyllama import sd
 
 
 def main():
+    """One image."""
     model, out, size, steps, *loras = sys.argv[1:]
     lines = []
     sd.set_log_callback(lambda level, text: lines.append(text.strip()))

@@ -2,12 +2,15 @@ import argparse
 import itertools
 import json
 
+import jax
+import ml_dtypes
 import numpy as np
 import pytest
 
 from hyperlora_jax.cli import convert as convert_command
 from hyperlora_jax.cli import inspect_lora
 from hyperlora_jax.errors import UserError
+from hyperlora_jax.lora.factors import is_site
 from hyperlora_jax.lora.sites import LoraSite, LoraSpec
 from hyperlora_jax.lora_files import compatibility, load_lora, read_metadata, save_lora
 from hyperlora_jax.lora_files.base_model import read_base_model
@@ -64,6 +67,30 @@ def test_all_pairs_keep_every_delta(tmp_path, first, second):
     assert read_metadata(done.target)["hyperlora.seed"] == "3"
     again = convert_file(done.target, tmp_path / "again" / name_of(second), second, "float32")
     assert contents(done.target) == contents(again.target)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_short_dtypes_move_by_an_ulp_at_most(tmp_path, dtype):
+    """Every pair of formats; a kohya file whose alphas are no powers of two is the start."""
+    spec = SPEC.with_rank(3)
+    alphas = {site.path: np.array(1 + i, np.float32) for i, site in enumerate(spec)}
+    write(tmp_path / "start", random_tensors(spec, "kohya", "sd1", 0, dtype, alphas)[0], {})
+    name = ml_dtypes.finfo(dtype).dtype.name
+    sources = [tmp_path / "start"]
+    for format in FORMATS:
+        sources.append(convert_file(sources[0], tmp_path / format, format, name).target)
+    for source, format in itertools.product(sources, FORMATS):
+        before, _ = load_lora(source)
+        after, _ = load_lora(convert_file(source, tmp_path / "out" / format, format, name).target)
+        for pair, new in zip(
+            *(jax.tree.leaves(tree, is_leaf=is_site) for tree in (before, after)), strict=True
+        ):
+            # The power of two that balances a pair is no rounding.
+            power = 2.0 ** np.round(np.log2(np.abs(pair["up"]).max() / np.abs(new["up"]).max()))
+            for side, moved in (("down", 1 / power), ("up", power)):
+                bits = ml_dtypes.finfo(dtype).nmant
+                ulp = 2.0 ** (np.floor(np.log2(np.abs(pair[side]))) - bits)
+                assert (np.abs(new[side] * moved - pair[side]) <= ulp).all(), (source, format)
 
 
 def test_a_folder_in_parallel_keeps_its_structure_and_names_failures(tmp_path):

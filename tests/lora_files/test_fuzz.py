@@ -110,6 +110,29 @@ def drop(random, content):
     return rebuilt(header, body)
 
 
+def overlap(random, content):
+    """Two tensors of one size claim the same bytes; the file ends where they do."""
+    header, body = parts(content)
+    names = [name for name in header if name != "__metadata__"]
+    first = header[names[random.integers(len(names))]]
+    size = int(np.subtract(*first["data_offsets"][::-1]))
+    same = [n for n in names if np.subtract(*header[n]["data_offsets"][::-1]) == size]
+    for name in same:
+        header[name]["data_offsets"] = list(first["data_offsets"])
+    if len(same) == 1:
+        header[same[0]]["data_offsets"] = [0, size] if first["data_offsets"][0] else [4, 4 + size]
+    return rebuilt(header, body)
+
+
+def duplicate(random, content):
+    """One name twice in the JSON text; parsers keep the last."""
+    header, body = parts(content)
+    names = [name for name in header if name != "__metadata__"]
+    name = names[random.integers(len(names))]
+    text = json.dumps(header)[:-1] + f", {json.dumps(name)}: {json.dumps(header[name])}}}"
+    return len(text.encode()).to_bytes(8, "little") + text.encode() + body
+
+
 def not_finite(random, content):
     header, body = parts(content)
     names = [name for name in header if name != "__metadata__"]
@@ -133,7 +156,7 @@ def noise(random, content):
 
 DAMAGES = (
     flip_header_bits, flip_data_bits, cut, append, huge_header, change_offsets, change_shape,
-    swap_shapes, change_dtype, rename, drop, not_finite, nested, pickled, noise,
+    swap_shapes, change_dtype, rename, drop, overlap, duplicate, not_finite, nested, pickled, noise,
 )  # fmt: skip
 
 
