@@ -75,16 +75,41 @@ def _hypernetwork(path: Path) -> int:
 
 
 def _base(path: Path, options: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog=f"hyperlora inspect {path}")
+    parser.add_argument(
+        "--verify", action="store_true", help="compare one forward pass with PyTorch diffusers"
+    )
+    parser.add_argument("--variant", help="fp16 reads *.fp16.safetensors")
+    try:
+        known = parser.parse_args(options)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    if known.verify:
+        return _verify_base(path, known.variant)
     import jax
 
-    from hyperlora_jax.stable_diffusion.embedded import load_base
+    from hyperlora_jax.stable_diffusion.model import StableDiffusion
 
-    if options:
-        raise UserError(f"inspect {path}: unknown option {options[0]!r} for a base model")
-    sd = load_base(str(path))
+    sd = StableDiffusion.from_pretrained(path, variant=known.variant)
     print(f"{'kind':<12}Stable Diffusion base")
     for name, params in sd.params.items():
         print(f"{name:<12}{sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters")
     print(f"{'prediction':<12}{sd.schedule.prediction_type}")
     print(f"{'hash':<12}{sd.base_hash}")
     return 0
+
+
+def _verify_base(path: Path, variant: str | None) -> int:
+    """0 when every output of every component equals PyTorch's, else 1."""
+    from hyperlora_jax.stable_diffusion.pytorch_parity import TOLERANCE, compare
+
+    same = True
+    for found in compare(path, variant):
+        verdict = "equals PyTorch" if found.ok else f"DIFFERS (tolerance {TOLERANCE:g})"
+        print(
+            f"{found.output:<18}max error {found.relative_error:.1e} of max {found.max_abs:.3g}: "
+            f"{verdict}",
+            flush=True,
+        )
+        same &= found.ok
+    return 0 if same else 1

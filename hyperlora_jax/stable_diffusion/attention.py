@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from hyperlora_jax.array_types import Array, Float
 from hyperlora_jax.stable_diffusion.attention_kernels import attend
+from hyperlora_jax.stable_diffusion.equal_blocks import scan_blocks
 from hyperlora_jax.stable_diffusion.layers import Conv, Dense, GroupNorm, LayerNorm
 from hyperlora_jax.stable_diffusion.rematerialisation import ATTENTION_OUTPUT, rematerialised
 
@@ -106,6 +107,7 @@ class Transformer2D(nn.Module):
     attention: str = "auto"
     remat: str = "none"
     mesh: Mesh | None = None
+    scan: bool = False
 
     @nn.compact
     def __call__(
@@ -121,13 +123,19 @@ class Transformer2D(nn.Module):
 
         hidden = GroupNorm(self.num_groups, 1e-6, self.dtype, name="norm")(x)
         hidden = projection("proj_in", hidden).reshape(x.shape[0], -1, channels)
-        block_class = rematerialised(BasicTransformerBlock, self.remat)
-        for i in range(self.depth):
-            hidden = block_class(
-                self.num_heads,
-                self.dtype,
-                self.attention,
-                self.mesh,
-                name=f"transformer_blocks_{i}",
-            )(hidden, context)
+        if self.scan and self.depth > 1 and not self.is_initializing():
+            block = self._block(parent=None)
+            hidden = scan_blocks(
+                lambda variables, states: block.apply(variables, states, context),
+                self.variables,
+                hidden,
+                self.depth,
+            )
+        else:
+            for i in range(self.depth):
+                hidden = self._block(name=f"transformer_blocks_{i}")(hidden, context)
         return x + projection("proj_out", hidden.reshape(x.shape))
+
+    def _block(self, **place: Any) -> BasicTransformerBlock:
+        block_class = rematerialised(BasicTransformerBlock, self.remat)
+        return block_class(self.num_heads, self.dtype, self.attention, self.mesh, **place)

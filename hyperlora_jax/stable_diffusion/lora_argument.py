@@ -4,11 +4,11 @@ Linen ignores leaves that no layer asks for, so a misspelt site would silently d
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 from hyperlora_jax.array_types import Params
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora.sites import torch_path
+from hyperlora_jax.stable_diffusion.equal_blocks import kernel_shape
 
 
 def check_lora(lora: Params, params: Params, batch: int, prefix: str = "") -> None:
@@ -23,10 +23,10 @@ def check_lora(lora: Params, params: Params, batch: int, prefix: str = "") -> No
     counts: dict[tuple[int, ...], str] = {}
     for path, pair in _sites(lora, ()):
         name = prefix + torch_path(path)
-        kernel = _lookup(params, path)
+        kernel = kernel_shape(params, path)
         if kernel is None:
             raise UserError(f"LoRA site {name}: the model has no such layer")
-        counts.setdefault(_check_pair(name, pair, tuple(kernel.shape)), name)
+        counts.setdefault(_check_pair(name, pair, kernel), name)
     if len(counts) > 1:
         (first, a), (second, b) = list(counts.items())[:2]
         raise UserError(f"LoRA site {b}: leading axis {second}, but {first} at site {a}")
@@ -48,14 +48,6 @@ def _sites(tree: Params, path: tuple[str, ...]):
             yield (*path, name), value
         else:
             yield from _sites(value, (*path, name))
-
-
-def _lookup(params: Any, path: tuple[str, ...]) -> Any:
-    for name in (*path, "kernel"):
-        if not isinstance(params, Mapping) or name not in params:
-            return None
-        params = params[name]
-    return params
 
 
 def _check_pair(name: str, pair: Params, kernel: tuple[int, ...]) -> tuple[int, ...]:

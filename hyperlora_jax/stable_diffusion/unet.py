@@ -62,6 +62,7 @@ class UNetBlock(nn.Module):
     attention: str = "auto"
     remat: str = "none"
     mesh: Mesh | None = None
+    scan: bool = False
 
     @nn.compact
     def __call__(
@@ -107,6 +108,7 @@ class UNetBlock(nn.Module):
             self.attention,
             self.remat,
             self.mesh,
+            self.scan,
             name=f"attentions_{i}",
         )
 
@@ -116,6 +118,7 @@ class UNet(nn.Module):
 
     `attention` is one of attention_kernels.IMPLEMENTATIONS, `remat` one of
     rematerialisation.REMAT_POLICIES; `mesh` is needed by splash attention on several devices only.
+    `scan` runs equal transformer blocks in a loop (see `equal_blocks`), which SDXL compiles faster.
     `unet.clone(remat="block")` gives the same UNet with another policy.
     """
 
@@ -124,6 +127,7 @@ class UNet(nn.Module):
     attention: str = "auto"
     remat: str = "none"
     mesh: Mesh | None = None
+    scan: bool = False
 
     @property
     def config(self) -> dict[str, Any]:
@@ -205,6 +209,7 @@ class UNet(nn.Module):
             self.attention,
             self.remat,
             self.mesh,
+            self.scan,
             name=name,
         )
 

@@ -1,0 +1,109 @@
+"""Equal transformer blocks in one `lax.scan`: SDXL's are up to ten deep.
+
+A program then holds one block instead of ten. Trees of parameters and LoRAs keep one entry for each
+block (`transformer_blocks_0`, `transformer_blocks_1`, ...) wherever people and files see them.
+`stack_blocks` makes the frozen parameters that a scan reads in place, `transformer_blocks` with a
+leading axis; parameters that are not stacked are copied into that layout in every step. LoRAs are
+small and always stacked inside the step, so their gradients have the layout of the LoRA given.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from hyperlora_jax.array_types import Array, Float, Params
+
+STACKED = "transformer_blocks"
+_BLOCK = re.compile(rf"^{STACKED}_(\d+)$")
+
+
+def stack_blocks(params: Params) -> Params:
+    """Two and more blocks of one transformer become one entry with a leading axis. Traceable."""
+    out = {
+        name: stack_blocks(value) if isinstance(value, Mapping) else value
+        for name, value in params.items()
+    }
+    blocks = _blocks(out)
+    if len(blocks) < 2:
+        return out
+    rest = {name: value for name, value in out.items() if not _BLOCK.match(name)}
+    return {**rest, STACKED: jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)}
+
+
+def unstack_blocks(params: Params) -> Params:
+    """Inverse of `stack_blocks`."""
+    out = {}
+    for name, value in params.items():
+        value = unstack_blocks(value) if isinstance(value, Mapping) else value
+        if name != STACKED:
+            out[name] = value
+            continue
+        for i in range(len(jax.tree.leaves(value)[0])):
+            out[f"{STACKED}_{i}"] = jax.tree.map(lambda leaf, i=i: leaf[i], value)
+    return out
+
+
+def kernel_shape(params: Params, path: tuple[str, ...]) -> tuple[int, ...] | None:
+    """Shape of the kernel of one layer, named as if nothing were stacked; None without it."""
+    stacked = False
+    node: Any = params
+    for name in (*path, "kernel"):
+        if isinstance(node, Mapping) and name not in node and STACKED in node:
+            found = _BLOCK.match(name)
+            depth = len(jax.tree.leaves(node[STACKED])[0])
+            stacked = bool(found) and int(found[1]) < depth
+            name = STACKED if stacked else name
+        if not isinstance(node, Mapping) or name not in node:
+            return None
+        node = node[name]
+    return tuple(node.shape[1:] if stacked else node.shape)
+
+
+def scan_blocks(
+    block: Callable[[Params, Array], Array],
+    variables: Mapping[str, Params],
+    hidden: Float[Array, "b n c"],
+    depth: int,
+) -> Float[Array, "b n c"]:
+    """`depth` blocks one after another; `block`({"params", "lora"?}, hidden) is one of them.
+
+    `variables` are those of the module that the blocks belong to.
+    """
+    params = variables["params"]
+    if STACKED not in params:
+        params = stack_blocks({name: params[name] for name in params if _BLOCK.match(name)})
+    stacked = {"params": params[STACKED]}
+    if lora := _stacked_lora(variables.get("lora", {}), depth):
+        stacked["lora"] = lora
+    return jax.lax.scan(lambda x, here: (block(here, x), None), hidden, stacked)[0]
+
+
+def _blocks(tree: Params) -> list[Params]:
+    """The blocks of a transformer in their order."""
+    found = {int(match[1]): tree[name] for name in tree if (match := _BLOCK.match(name))}
+    return [found[i] for i in sorted(found)]
+
+
+def _stacked_lora(tree: Params, depth: int) -> Params:
+    """The blocks' factors with a leading axis.
+
+    Ranks may differ between blocks and sites may be missing: zeros fill what is smaller, which
+    leaves down · up as it is.
+    """
+    blocks = [flatten_dict(tree.get(f"{STACKED}_{i}", {})) for i in range(depth)]
+    out = {}
+    for path in sorted(set().union(*blocks)):
+        leaves = [block.get(path) for block in blocks]
+        largest = max((leaf for leaf in leaves if leaf is not None), key=lambda leaf: leaf.size)
+        out[path] = jnp.stack([_grown(leaf, largest) for leaf in leaves])
+    return unflatten_dict(out)
+
+
+def _grown(leaf: Array | None, to: Array) -> Array:
+    if leaf is None:
+        return jnp.zeros(to.shape, to.dtype)
+    return jnp.pad(leaf, [(0, new - old) for old, new in zip(leaf.shape, to.shape, strict=True)])

@@ -1,0 +1,111 @@
+"""One forward pass of a component of a diffusers directory in PyTorch, in a process of its own.
+
+    python -m hyperlora_jax.stable_diffusion.pytorch_forward ROOT PART IN.npz OUT.npz [VARIANT]
+
+Arrays in the files are laid out as in Flax (NHWC). JAX is not used here, so that only one of the
+two frameworks holds the weights of a large model at a time.
+"""
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Arrays = dict[str, np.ndarray]
+
+
+def forward(root: Path, part: str, inputs: Arrays, variant: str | None = None) -> Arrays:
+    """Outputs of "unet", "vae" or "text" in float32."""
+    import torch
+
+    with torch.no_grad():
+        outputs = {"unet": _unet, "vae": _vae, "text": _text}[part](root, inputs, variant)
+    return {name: _numpy(value) for name, value in outputs.items() if value is not None}
+
+
+def _unet(root: Path, inputs: Arrays, variant: str | None) -> dict[str, Any]:
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel.from_pretrained(
+        root / "unet", variant=variant, torch_dtype=torch.float32
+    ).eval()
+    added = None
+    if "text_embeds" in inputs:
+        added = {name: torch.from_numpy(inputs[name]) for name in ("text_embeds", "time_ids")}
+    prediction = unet(
+        _nchw(inputs["latents"]),
+        torch.from_numpy(inputs["timesteps"]),
+        torch.from_numpy(inputs["text_states"]),
+        added_cond_kwargs=added,
+    ).sample
+    return {"prediction": prediction}
+
+
+def _vae(root: Path, inputs: Arrays, variant: str | None) -> dict[str, Any]:
+    import torch
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_pretrained(
+        root / "vae", variant=variant, torch_dtype=torch.float32
+    ).eval()
+    posterior = vae.encode(_nchw(inputs["images"])).latent_dist
+    decoded = vae.decode(_nchw(inputs["latents"])).sample
+    return {"mean": posterior.mean, "logvar": posterior.logvar, "decoded": decoded}
+
+
+def _text(root: Path, inputs: Arrays, variant: str | None) -> dict[str, Any]:
+    """The pipeline's own `encode_prompt`; which pipeline it is, the UNet's config says."""
+    import torch
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    parts: dict[str, Any] = {"unet": None, "vae": None, "scheduler": DDIMScheduler()}
+    for name, kind in (
+        ("text_encoder", CLIPTextModel),
+        ("text_encoder_2", CLIPTextModelWithProjection),
+    ):
+        tokenizer = name.replace("text_encoder", "tokenizer")
+        parts[name] = parts[tokenizer] = None
+        if (root / name).is_dir():
+            model = kind.from_pretrained(root / name, variant=variant, dtype=torch.float32)
+            parts[name] = model.eval()
+            parts[tokenizer] = CLIPTokenizer.from_pretrained(root / tokenizer)
+    prompts = [str(prompt) for prompt in inputs["prompts"]]
+    if bool(inputs["is_xl"]):
+        pipeline = StableDiffusionXLPipeline(**parts, add_watermarker=False)
+        states, _, pooled, _ = pipeline.encode_prompt(
+            prompts, device="cpu", do_classifier_free_guidance=False
+        )
+        return {"states": states, "pooled": pooled}
+    del parts["text_encoder_2"], parts["tokenizer_2"]
+    pipeline = StableDiffusionPipeline(
+        **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    )
+    return {"states": pipeline.encode_prompt(prompts, "cpu", 1, False)[0]}
+
+
+def _nchw(array: np.ndarray) -> Any:
+    import torch
+
+    return torch.from_numpy(np.ascontiguousarray(array.transpose(0, 3, 1, 2)))
+
+
+def _numpy(tensor: Any) -> np.ndarray:
+    array = tensor.float().numpy()
+    return array.transpose(0, 2, 3, 1) if array.ndim == 4 else array
+
+
+def main(arguments: list[str]) -> None:
+    """Reads the inputs, writes the outputs."""
+    root, part, source, target, *variant = arguments
+    logging.disable(logging.WARNING)
+    with np.load(source, allow_pickle=False) as file:
+        inputs = dict(file)
+    np.savez(target, **forward(Path(root), part, inputs, *variant))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,89 @@
+"""The LoRA training step at the true size of SD 1.5, by lowering shapes: no weights in memory."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from hyperlora_jax.lora import factors
+from hyperlora_jax.lora.sites import spec_from_shapes
+from hyperlora_jax.stable_diffusion import attention
+from hyperlora_jax.stable_diffusion.checkpoint import param_shapes
+from hyperlora_jax.stable_diffusion.families import FAMILIES
+from hyperlora_jax.stable_diffusion.unet import unet_from_config
+
+BATCH, RANK = 2, 8
+UNET = unet_from_config(FAMILIES[768]["unet"])
+
+
+def loss(lora, params, *inputs):
+    return jnp.square(UNET.apply({"params": params, "lora": lora}, *inputs)).mean()
+
+
+def lowered(preset, size):
+    """(forward, gradient step, kernels' shapes), one LoRA per example."""
+    params = param_shapes(UNET)
+    spec = spec_from_shapes(params, preset, RANK)
+    lora = jax.eval_shape(lambda: factors.zeros(spec, BATCH))
+    inputs = [
+        jax.ShapeDtypeStruct(shape, jnp.float32)
+        for shape in ((BATCH, size, size, 4), (BATCH,), (BATCH, 77, 768))
+    ]
+    forward = jax.jit(UNET.apply).lower({"params": params}, *inputs)
+    step = jax.jit(jax.grad(loss)).lower(lora, params, *inputs)
+    kernels = {leaf.shape for leaf in jax.tree.leaves(params) if len(leaf.shape) > 1}
+    return forward, step, kernels
+
+
+def attention_flops(monkeypatch, size):
+    """FLOPs of all products q kᵀ and p v of one forward pass."""
+    found = []
+    original = attention.attend
+    params = param_shapes(UNET)
+
+    def record(query, key, *rest):
+        found.append(4 * query.size * key.shape[1])
+        return original(query, key, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(attention, "attend", record)
+        shapes = (BATCH, size, size, 4), (BATCH,), (BATCH, 77, 768)
+        inputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+        jax.eval_shape(UNET.apply, {"params": params}, *inputs)
+    assert len(found) == 32
+    return sum(found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [32, 64])
+def test_a_step_costs_two_forwards(size, monkeypatch):
+    """A layer with frozen weights costs its forward again in the backward pass. Attention's two
+    products have no weights: each has two gradients. At 512² (latents of 64²), where they are 16 %
+    of the forward pass, the floor is two forwards and attention's products once more."""
+    forward, step, _ = lowered("attn-qkvo", size)
+    once, flops = forward.cost_analysis()["flops"], step.cost_analysis()["flops"]
+    floor = 2 * once
+    if size == 64:
+        assert 0.75e12 < once / BATCH < 0.85e12
+        floor += attention_flops(monkeypatch, size)
+    assert flops <= 1.02 * floor
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["attn-qkvo", "all"])
+def test_no_merged_weight_and_no_base_gradient(preset):
+    _, step, kernels = lowered(preset, 32)
+    text = step.as_text()
+    arrays = set(re.findall(r"tensor<((?:[0-9]+x)+)f32>", text))
+    for shape in kernels:
+        for ordered in (shape, (*shape[:-2], shape[-1], shape[-2])):
+            merged = "x".join(map(str, (BATCH, *ordered))) + "x"
+            assert merged not in arrays
+    # A gradient of a kernel is a product or a convolution whose result has the kernel's dimensions.
+    results = re.findall(
+        r"stablehlo\.(?:dot_general|convolution).*-> tensor<((?:[0-9]+x)+)f32>", text
+    )
+    assert len(results) > 500
+    dimensions = {tuple(sorted(map(int, result[:-1].split("x")))) for result in results}
+    assert not dimensions & {tuple(sorted(shape)) for shape in kernels}
