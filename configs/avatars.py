@@ -20,6 +20,8 @@ def get_config() -> ConfigDict:
                 "num_identities": 2048,
                 "num_views": 8,
                 "targets": "",  # a LoRA-target dataset; empty = WORKDIR/targets
+                "gauge": "raw",  # of its LoRAs: raw, svd or procrustes
+                "num_targets": 0,  # how many of its LoRAs to learn from; 0 = all
             },
             "distill": {
                 "num_concepts": 256,
@@ -36,6 +38,9 @@ def get_config() -> ConfigDict:
                 "encoder": "avatar",
                 "preset": "attn-qkvo",
                 "rank": 4,
+                "generator": "regression",  # see hypernet/building.py
+                "condition_dropout": 0.0,
+                "num_iterations": 4,  # of iterative regression
                 "network": {
                     "width": 128,
                     "depth": 2,
@@ -46,6 +51,26 @@ def get_config() -> ConfigDict:
                     "down": "generated",
                     "up_scale": 0.3,
                 },
+                "diffusion": {
+                    "prediction": "x0",  # x0, v or flow
+                    "num_train_timesteps": 1000,
+                    "denoiser": "tokens",  # tokens (section network) or mlp (section mlp)
+                },
+                "mlp": {
+                    "width": 1024,
+                    "num_stages": 4,
+                    "blocks_per_stage": 3,
+                    "conditioning": "adanorm",
+                    "adapter_rank": 8,
+                },
+                "vae": {"latent_dim": 512, "width": 512, "depth": 20, "expansion": 3},
+                "baseline": {
+                    "space": "raw",  # raw factors, or delta
+                    "num_neighbours": 20,
+                    "temperature": 0.1,
+                    "kernel_width": 0.5,
+                    "num_components": 128,
+                },
             },
             "train": {
                 "seed": 0,
@@ -53,10 +78,35 @@ def get_config() -> ConfigDict:
                 "batch_size": 16,  # subjects per device
                 "batch_per_device": True,
                 "images_per_subject": 4,
-                "num_references": 1,
+                "num_references": (1, 1),  # fewest and most pictures that a subject is told by
                 "encode_batch_size": 256,
                 "min_snr_gamma": config_dict.placeholder(float),
-                "objectives": {"end_to_end": 1.0},
+                "objectives": {
+                    "end_to_end": 1.0,
+                    "delta": 0.0,
+                    "whitened": 0.0,
+                    "diffusion": 0.0,
+                    "prior": 0.0,
+                    "l2": 0.0,
+                },
+                "warm_up": {"num_steps": 0, "objectives": {"delta": 1.0}},  # before `objectives`
+                "prior_caption": "",
+                "vae": {  # first stage of latent_diffusion
+                    "num_steps": 2000,
+                    "batch_size": 32,
+                    "kl_weight": 0.1,
+                    "ema_decay": config_dict.placeholder(float),
+                    "log_every_steps": 50,
+                    "checkpoint_every_steps": 500,
+                    "optimizer": {
+                        "learning_rate": 1e-4,
+                        "schedule": "linear",
+                        "b1": 0.9,
+                        "b2": 0.98,
+                        "weight_decay": 1e-2,
+                        "clip_norm": 1.0,
+                    },
+                },
                 "ema_decay": 0.998,
                 "log_every_steps": 25,
                 "checkpoint_every_steps": 200,
@@ -68,7 +118,13 @@ def get_config() -> ConfigDict:
                     "clip_norm": 1.0,
                 },
             },
-            "generate": {"format": "kohya", "num_samples": 1},
+            "generate": {  # kept with the checkpoint, read by `hyperlora generate`
+                "format": "kohya",
+                "num_samples": 1,
+                "guidance": 1.0,
+                "num_steps": 25,  # of a diffusion generator
+                "sampler": "ddim",
+            },
             "evaluate": {
                 "identity_seed": 0,
                 "num_identities": 64,

@@ -1,7 +1,7 @@
 """Checkpoint + reference pictures → LoRA files."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +35,33 @@ def generate_one(
     *,
     strength: float | None = None,
     seed: int = 0,
+    num_samples: int = 1,
+    draw: Mapping[str, Any] | None = None,
     **writing: Any,
-) -> Path:
-    """One subject, one or several references → one file; `writing` goes to `save_lora`.
+) -> list[Path]:
+    """One subject, one or several references → a file per sample; `writing` goes to `save_lora`.
+
+    Args:
+        out: the file; with several samples `NAME.safetensors` becomes `NAME-0.safetensors`, ….
+        draw: guidance, num_steps, sampler, where they shall differ from the checkpoint's.
 
     Raises:
-        UserError: a reference that is no usable picture, an unwritable path.
+        UserError: a reference that is no usable picture, an unwritable path; see also
+            `Hypernetwork.generate`.
     """
     pictures = read_references(references, size=_picture_size(hyper))
-    lora = hyper.generate(jax.random.key(seed), pictures[None])
-    return _write(hyper, lora, 0, references, out, strength, seed, writing)
+    key = jax.random.key(seed)
+    loras = hyper.generate(key, pictures[None], num_samples=num_samples, **(draw or {}))
+    return [
+        _write(hyper, loras, k, k, references, path, strength, seed, writing)
+        for k, path in enumerate(_names(Path(out), num_samples))
+    ]
+
+
+def _names(path: Path, count: int) -> list[Path]:
+    if count == 1:
+        return [path]
+    return [path.with_name(f"{path.stem}-{k}{path.suffix}") for k in range(count)]
 
 
 def generate_many(
@@ -54,9 +71,11 @@ def generate_many(
     *,
     strength: float | None = None,
     seed: int = 0,
+    num_samples: int = 1,
+    draw: Mapping[str, Any] | None = None,
     **writing: Any,
 ) -> list[Path]:
-    """A folder per subject → a file per subject in the folder `out`.
+    """A folder per subject → a file per subject and sample in the folder `out`.
 
     All subjects use the number of references that the smallest folder has.
 
@@ -71,11 +90,14 @@ def generate_many(
     for start in range(0, len(folders), MAX_BATCH):
         chunk = range(start, min(start + MAX_BATCH, len(folders)))
         pictures = np.stack([read_references(files[i][:count], size=size) for i in chunk])
-        loras = hyper.generate(jax.random.key(seed), pictures)
+        key = jax.random.fold_in(jax.random.key(seed), start)
+        loras = hyper.generate(key, pictures, num_samples=num_samples, **(draw or {}))
         for k, i in enumerate(chunk):
             path = Path(out) / f"{folders[i].name}.safetensors"
             path.parent.mkdir(parents=True, exist_ok=True)
-            written.append(_write(hyper, loras, k, files[i][:count], path, strength, seed, writing))
+            for n, name in enumerate(_names(path, num_samples)):
+                row, shown = k * num_samples + n, files[i][:count]
+                written.append(_write(hyper, loras, row, n, shown, name, strength, seed, writing))
     return written
 
 
@@ -83,6 +105,7 @@ def _write(
     hyper: Hypernetwork,
     loras: Params,
     index: int,
+    sample: int,
     references: Sequence[str | Path],
     out: str | Path,
     strength: float | None,
@@ -98,6 +121,8 @@ def _write(
         "reference_hash": reference_hash(references),
         "seed": seed,
         "strength": strength,
+        "sample": sample,
+        "generator": hyper.model.get("generator", "regression"),
         "training_steps": hyper.facts.get("num_steps", 0),
     }
     try:

@@ -32,15 +32,20 @@ def run(args: argparse.Namespace) -> int:
 
         assemble(config, workdir, params).save_pretrained(out, dtype=args.dtype)
     elif "spec" in meta["facts"] and "encoder" in meta["facts"]:
+        from hyperlora_jax.hypernet.building import architecture, build_generator
         from hyperlora_jax.hypernet.conditioning import load_condition_encoder
-        from hyperlora_jax.hypernet.model import Hypernetwork, build_network
+        from hyperlora_jax.hypernet.model import FOLDER, Hypernetwork
         from hyperlora_jax.stable_diffusion.embedded import load_base
 
         spec = load_base(config.base).lora_spec(config.model.preset, config.model.rank)
-        model = config.model.network.to_dict()
+        model = architecture(config.model)
+        generator, constants = build_generator(spec, model), {}
+        if generator.needs_targets:
+            # Statistics (and the VAE) of the dataset are no part of a training checkpoint.
+            constants = Hypernetwork.restore(workdir / FOLDER).constants
         encoder = load_condition_encoder(config.model.encoder)
         facts = {**meta["facts"], "num_steps": meta["step"]}
-        Hypernetwork(build_network(spec, model), params, encoder, facts, model).save(out)
+        Hypernetwork(generator, params, encoder, facts, model, constants).save(out)
     else:
         raise UserError(
             f"{args.workdir}: its checkpoint holds {', '.join(sorted(params))}; expected the "

@@ -13,9 +13,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reference", metavar="IMG", nargs="+", help="pictures of one subject")
     parser.add_argument("--subjects", metavar="DIR", help="a folder of pictures per subject")
     parser.add_argument("--out", metavar="PATH", required=True, help="file, or folder for many")
-    parser.add_argument("--format", choices=FORMATS, default="kohya")
+    parser.add_argument("--format", choices=FORMATS, help="default: the checkpoint's own")
     parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16")
     parser.add_argument("--strength", type=float, help="default: the checkpoint's own")
+    parser.add_argument("--num_samples", type=int, help="LoRAs per subject; default: its own")
+    parser.add_argument("--guidance", type=float, help="default: the checkpoint's own")
+    parser.add_argument("--num_steps", type=int, help="of a diffusion generator's sampler")
+    parser.add_argument("--sampler", choices=("ddim", "ancestral"), help="of diffusion generators")
     parser.add_argument("--seed", type=int, default=0)
 
 
@@ -27,15 +31,19 @@ def run(args: argparse.Namespace) -> int:
     if bool(args.reference) == bool(args.subjects):
         raise UserError("expected --reference IMG… for one subject or --subjects DIR for many")
     hyper = Hypernetwork.restore(args.checkpoint)
+    own = dict(hyper.facts.get("generate", {}))
+    samples = own.get("num_samples", 1) if args.num_samples is None else args.num_samples
     options = {
         "strength": args.strength,
         "seed": args.seed,
-        "format": args.format,
+        "num_samples": samples,
+        "draw": {name: getattr(args, name) for name in ("guidance", "num_steps", "sampler")},
+        "format": args.format or own.get("format", "kohya"),
         "dtype": args.dtype,
     }
     if args.reference:
-        print(f"wrote {generate.generate_one(hyper, args.reference, args.out, **options)}")
+        written = generate.generate_one(hyper, args.reference, args.out, **options)
     else:
         written = generate.generate_many(hyper, args.subjects, args.out, **options)
-        print(f"wrote {len(written)} files to {args.out}")
+    print(f"wrote {written[0] if len(written) == 1 else f'{len(written)} files to {args.out}'}")
     return 0

@@ -113,7 +113,7 @@ def subject_batches(
 
     A batch holds every array under its name, references as [b, most, ...] with
     "reference_mask" [b, most] (False = not given), targets as [b, num_targets, ...], and
-    "record_id" [b], the subjects' numbers.
+    "record_id" [b], the subjects' numbers; "step" [b] is the number of the batch.
     """
     per_subject = per_subject or {}
     num_records = common_length({**references, **targets, **per_subject})
@@ -143,6 +143,7 @@ def subject_batches(
         if targets:
             columns = np.stack([g.permutation(shown)[:num_targets] for g in generators])
             batch |= {name: np.asarray(array[rows, columns]) for name, array in targets.items()}
+        batch["step"] = np.full(len(records), step, np.int32)
         return {**batch, "record_id": records}
 
     return step_batches(make_batch)

@@ -9,6 +9,7 @@ DDIM with eta = 0 (Song et al. 2021, equation 12):
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -59,6 +60,41 @@ def ddim(
         return jnp.sqrt(alpha) * x0 + jnp.sqrt(1.0 - alpha) * eps, None  # (1)
 
     inputs = jnp.asarray(timesteps), jnp.asarray(alphas, jnp.float32)
+    return lax.scan(step, noise.astype(jnp.float32), inputs)[0]
+
+
+def ancestral(
+    denoise: Denoiser,
+    schedule: NoiseSchedule,
+    noise: Float[Array, "b ..."],
+    num_steps: int,
+    key: Array,
+) -> Float[Array, "b ..."]:
+    """Samples of the reverse Markov chain over `num_steps` of the schedule's steps
+    (Ho et al. 2020, algorithm 2), with a_t² / a_prev² in place of 1 - beta_t:
+
+    (4) x_prev = a_prev x0 + sqrt(s_prev² - v) eps + sqrt(v) z,
+        v = s_prev² / s_t² (1 - a_t² / a_prev²)
+    """
+    timesteps = timesteps_of(schedule, num_steps)
+    powers = schedule.alphas_cumprod.astype(np.float64)
+    now = powers[timesteps]
+    after = np.append(now[1:], 1.0)
+    variance = np.maximum((1 - after) / (1 - now) * (1 - now / after), 0.0)
+    direct = np.sqrt(np.maximum(1 - after - variance, 0.0))
+    batch = noise.shape[0]
+
+    def step(x, inputs):
+        number, timestep, signal, direct, spread = inputs
+        times = jnp.full((batch,), timestep)
+        prediction = denoise(x, times).astype(jnp.float32)
+        x0 = to_x0(schedule, prediction, x, times)
+        eps = to_eps(schedule, prediction, x, times)
+        fresh = jax.random.normal(jax.random.fold_in(key, number), x.shape)
+        return signal * x0 + direct * eps + spread * fresh, None  # (4)
+
+    coefficients = _float32(np.sqrt(after), direct, np.sqrt(variance))
+    inputs = (jnp.arange(num_steps), jnp.asarray(timesteps), *coefficients)
     return lax.scan(step, noise.astype(jnp.float32), inputs)[0]
 
 

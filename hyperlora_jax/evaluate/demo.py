@@ -97,7 +97,7 @@ def write_loras(evaluation: Evaluation, folder: Path) -> list[Path]:
         reference.write_bytes(encode_png(evaluation.test.views[k, 0]))
         for form, suffix in (("kohya", ""), ("diffusers", ".diffusers")):
             path = folder / f"{k:02d}{suffix}.safetensors"
-            files.append(generate_one(evaluation.hyper, [reference], path, format=form))
+            files += generate_one(evaluation.hyper, [reference], path, format=form)
     return files
 
 

@@ -189,10 +189,7 @@ class Evaluation:
             say,
         )
         self.seconds["sampling"] = time.perf_counter() - start
-        facts = {**self.hyper.facts, "default_strength": results["generated"].strength}
-        self.hyper = Hypernetwork(
-            self.hyper.net, self.hyper.params, self.hyper.encoder, facts, self.hyper.model_kwargs
-        )
+        self.hyper = self.hyper.with_facts(default_strength=results["generated"].strength)
         self.hyper.save(self.workdir / FOLDER)
         return results
 

@@ -17,7 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from hyperlora_jax.array_types import Array, Float
+from hyperlora_jax.array_types import Array, Bool, Float
 
 CONDITIONINGS = ("adanorm", "adalora")
 
@@ -65,15 +65,19 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "l n c"], context: Float[Array, "l m c"]
+        self,
+        x: Float[Array, "l n c"],
+        context: Float[Array, "l m c"],
+        mask: Bool[Array, "l m"] | None = None,
     ) -> Float[Array, "l n c"]:
-        """Attends from x to context."""
+        """Attends from x to those tokens of the context that the mask keeps."""
         width = x.shape[-1]
         shape = (self.num_heads, width // self.num_heads)
         query = nn.DenseGeneral(shape, dtype=self.dtype, name="query")(x)
         key = nn.DenseGeneral(shape, dtype=self.dtype, name="key")(context)
         value = nn.DenseGeneral(shape, dtype=self.dtype, name="value")(context)
-        mixed = jax.nn.dot_product_attention(query, key, value)
+        kept = None if mask is None else mask[:, None, None, :]
+        mixed = jax.nn.dot_product_attention(query, key, value, mask=kept)
         return nn.DenseGeneral(width, axis=(-2, -1), dtype=self.dtype, name="out")(mixed)
 
 
@@ -92,6 +96,7 @@ class Block(nn.Module):
         x: Float[Array, "l n c"],
         context: Float[Array, "l m c"],
         condition: Float[Array, "l c"],
+        mask: Bool[Array, "l m"] | None = None,
     ) -> tuple[Float[Array, "l n c"], None]:
         """Returns (x, None): the second value is what nn.scan collects."""
         width = x.shape[-1]
@@ -108,7 +113,7 @@ class Block(nn.Module):
         attention = Attention(self.num_heads, self.dtype, name="self_attention")
         x = x + gate1[:, None] * attention(hidden, hidden)
         cross = Attention(self.num_heads, self.dtype, name="cross_attention")
-        x = x + gate2[:, None] * cross(normed(shift2, scale2), context)
+        x = x + gate2[:, None] * cross(normed(shift2, scale2), context, mask)
         hidden = nn.Dense(self.mlp_ratio * width, dtype=self.dtype, name="mlp_in")(
             normed(shift3, scale3)
         )
@@ -136,8 +141,9 @@ class Backbone(nn.Module):
         x: Float[Array, "l n c"],
         context: Float[Array, "l m c"],
         condition: Float[Array, "l c"],
+        mask: Bool[Array, "l m"] | None = None,
     ) -> Float[Array, "l n c"]:
-        """Runs all blocks."""
+        """Runs all blocks; `mask` says which tokens of the context are real."""
         if self.conditioning not in CONDITIONINGS:
             raise ValueError(f"Got: {self.conditioning=}, expected one of {CONDITIONINGS}")
         settings = (self.num_heads, self.mlp_ratio, self.conditioning, self.adapter_rank)
@@ -147,10 +153,10 @@ class Backbone(nn.Module):
                 block,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
-                in_axes=(nn.broadcast, nn.broadcast),
+                in_axes=(nn.broadcast, nn.broadcast, nn.broadcast),
                 length=self.depth,
             )
-            return blocks(*settings, self.dtype, name="blocks")(x, context, condition)[0]
+            return blocks(*settings, self.dtype, name="blocks")(x, context, condition, mask)[0]
         for index in range(self.depth):
-            x, _ = block(*settings, self.dtype, name=f"block_{index}")(x, context, condition)
+            x, _ = block(*settings, self.dtype, name=f"block_{index}")(x, context, condition, mask)
         return x

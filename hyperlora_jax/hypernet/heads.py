@@ -6,7 +6,8 @@
 `orthogonal`  coefficients of a frozen orthonormal basis per group (HyperDreamBooth's lightweight
               basis, arXiv 2307.06949): few numbers to predict, none of them learned here.
 
-The up side always starts at zero, so that an untrained hypernetwork writes the base model.
+With `zero` a head writes zeros at first: the up side always does, so that an untrained
+hypernetwork writes the base model.
 """
 
 from typing import Any
@@ -29,6 +30,7 @@ class Head(nn.Module):
     kind: str = "dense"
     basis_size: int = 64
     dtype: Any = jnp.float32
+    zero: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "l n c"]) -> Float[Array, "l n r w"]:
@@ -37,7 +39,7 @@ class Head(nn.Module):
             raise ValueError(f"Got: head={self.kind!r}, expected one of {HEADS}")
         num_loras, num_tokens, features = x.shape
         size = self.components * self.group.width
-        start = nn.initializers.zeros if self.group.side == "up" else _fan_in_normal
+        start = nn.initializers.zeros if self.zero else _fan_in_normal
         if self.kind == "dense":
             out = nn.Dense(size, dtype=self.dtype, kernel_init=start, name="dense")(x)
         elif self.kind == "per_token":

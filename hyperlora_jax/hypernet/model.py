@@ -3,8 +3,9 @@
     hyper = Hypernetwork.restore("runs/avatars")
     loras = hyper.generate(key, references)           # one LoRA tree with a leading axis l
 
-The folder holds `config.json` (architecture, LoraSpec, base hash, encoder, default strength),
-`model.safetensors` (float32 parameters) and `encoder/` when the encoder is one of ours.
+The folder holds `config.json` (architecture, LoraSpec, base hash, encoder, defaults of sampling),
+`model.safetensors` (float32 parameters, and constants under "constants/") and `encoder/` when the
+encoder is one of ours.
 """
 
 import dataclasses
@@ -24,8 +25,9 @@ from safetensors.numpy import save as save_safetensors
 from hyperlora_jax.array_types import AnyArray, Array, Params
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.hypernet import conditioning
-from hyperlora_jax.hypernet.hypernetwork import TokenHypernetwork
-from hyperlora_jax.hypernet.token_layout import make_layout
+from hyperlora_jax.hypernet.building import build_generator
+from hyperlora_jax.hypernet.condition import merge_references, repeated
+from hyperlora_jax.hypernet.generators import Draw, Generator
 from hyperlora_jax.lora.sites import LoraSpec
 
 FORMAT = "hyperlora-hypernetwork"
@@ -37,39 +39,66 @@ class Hypernetwork:
     """Reference pictures → LoRAs.
 
     Attributes:
-        net, params: the network and its parameters.
+        generator: condition → LoRA.
+        params: its trained parameters.
         encoder: turns pictures into condition embeddings.
         facts: JSON-able; `base_hash` and `base` say which model the LoRAs are for,
-            `default_strength` was chosen on validation identities, `trained_on` lists identities.
-        model_kwargs: how `net` is built again.
+            `default_strength` was chosen on validation identities, `generate` holds the other
+            defaults of sampling (`Draw`), `trained_on` lists identities.
+        model: how `generator` is built again, see `building.build_generator`.
+        constants: arrays that the generator reads and nobody trains.
     """
 
-    net: TokenHypernetwork
+    generator: Generator
     params: Params
     encoder: Any
     facts: Mapping[str, Any]
-    model_kwargs: Mapping[str, Any]
+    model: Mapping[str, Any]
+    constants: Params = dataclasses.field(default_factory=dict)
 
     @property
     def spec(self) -> LoraSpec:
         """The sites that generated LoRAs adapt."""
-        return self.net.layout.spec
+        return self.generator.spec
 
     @property
     def default_strength(self) -> float:
         """Strength at which generated LoRAs are best, chosen on validation identities."""
         return float(self.facts.get("default_strength", 1.0))
 
-    def generate(self, key: Array, references: AnyArray) -> Params:
+    @property
+    def default_draw(self) -> Draw:
+        """Guidance, steps and sampler that `generate` uses unless told otherwise."""
+        known = dict(self.facts.get("generate", {}))
+        return Draw(**{name: known[name] for name in Draw._fields if name in known})
+
+    def with_facts(self, **facts: Any) -> "Hypernetwork":
+        """The same with more facts."""
+        return dataclasses.replace(self, facts={**self.facts, **facts})
+
+    def generate(
+        self, key: Array, references: AnyArray, *, num_samples: int = 1, **draw: Any
+    ) -> Params:
         """LoRAs from reference pictures.
 
         Args:
             key: randomness of generators that sample; a regression ignores it.
             references: [l, h, w, 3] one picture per subject, or [l, k, h, w, 3] several, in [0, 1].
+            num_samples: LoRAs per subject.
+            **draw: `guidance`, `num_steps`, `sampler`; the checkpoint's own where not given.
 
         Returns:
-            Folded LoRA tree with leading axis l, float32.
+            Folded LoRA tree with leading axis l · num_samples (a subject's samples in a row),
+            float32.
+
+        Raises:
+            UserError: several samples of a generator that always answers the same, or guidance of
+                one that was trained without condition dropout.
         """
+        return self.write(key, *self.embed(references), num_samples=num_samples, **draw)
+
+    def embed(self, references: AnyArray) -> tuple[Array, Array]:
+        """Pooled [l, k, e] and tokens [l, k, m, e] of [l, h, w, 3] or [l, k, h, w, 3] pictures."""
         references = jnp.asarray(references)
         if references.ndim == 4:
             references = references[:, None]
@@ -78,12 +107,27 @@ class Hypernetwork:
         pooled, tokens = self.encoder.encode(images)
         pooled = jnp.reshape(pooled, (num_loras, num_references, *pooled.shape[1:]))
         tokens = jnp.reshape(tokens, (num_loras, num_references, *tokens.shape[1:]))
-        return self.write(key, pooled, tokens)
+        return pooled, tokens
 
-    def write(self, key: Array, pooled: Array, tokens: Array) -> Params:
-        """LoRAs from embeddings: pooled [l, k, e], tokens [l, k, m, e]."""
-        del key
-        return _write(self.net, self.params, pooled, tokens)
+    def write(
+        self, key: Array, pooled: Array, tokens: Array, *, num_samples: int = 1, **draw: Any
+    ) -> Params:
+        """LoRAs from embeddings: pooled [l, k, e], tokens [l, k, m, e]; see `generate`."""
+        if num_samples != 1 and not (num_samples > 1 and self.generator.stochastic):
+            raise UserError(
+                f"num_samples is {num_samples}, but this checkpoint's generator "
+                f"({self.model.get('generator', 'regression')}) "
+                + (
+                    "samples; expected 1 or more"
+                    if self.generator.stochastic
+                    else "writes the same LoRA every time; expected 1"
+                )
+            )
+        given = {name: value for name, value in draw.items() if value is not None}
+        settings = self.default_draw._replace(**given)
+        return _write(
+            self.generator, self.params, self.constants, pooled, tokens, key, num_samples, settings
+        )
 
     def save(self, path: epath.PathLike) -> None:
         """Writes the folder; each file appears whole or not at all."""
@@ -102,12 +146,14 @@ class Hypernetwork:
             )
         config = {
             "format": FORMAT,
-            "model": dict(self.model_kwargs),
+            "model": dict(self.model),
             "spec": json.loads(self.spec.to_json()),
             "encoder": encoder,
             "facts": dict(self.facts),
         }
         flat = traverse_util.flatten_dict(dict(self.params), sep="/")
+        kept = traverse_util.flatten_dict({"constants": dict(self.constants)}, sep="/")
+        flat |= {name: np.asarray(value) for name, value in kept.items()}
         arrays = {k: np.ascontiguousarray(jax.device_get(v)) for k, v in flat.items()}
         _replace(folder / "model.safetensors", save_safetensors(arrays))
         _replace(folder / "config.json", (json.dumps(config, indent=1) + "\n").encode())
@@ -136,7 +182,7 @@ class Hypernetwork:
                 f"expected {FORMAT!r}"
             )
         spec = LoraSpec.from_json(json.dumps(config["spec"]))
-        net = build_network(spec, config["model"])
+        generator = build_generator(spec, config["model"])
         if encoder is None and not (folder / "encoder").exists():
             raise UserError(
                 f"checkpoint {folder}: was trained with the encoder {config['encoder']['name']!r}, "
@@ -151,24 +197,23 @@ class Hypernetwork:
         params = traverse_util.unflatten_dict(
             {name: jnp.asarray(value) for name, value in arrays.items()}, sep="/"
         )
-        return cls(net, params, encoder, config["facts"], config["model"])
+        constants = params.pop("constants", {})
+        return cls(generator, params, encoder, config["facts"], config["model"], constants)
 
 
-def build_network(spec: LoraSpec, model: Mapping[str, Any]) -> TokenHypernetwork:
-    """The network of a config's `model` section (keyword arguments of TokenHypernetwork, and
-    `components_per_token`)."""
-    kwargs = dict(model)
-    layout = make_layout(spec, kwargs.pop("components_per_token", None))
-    try:
-        return TokenHypernetwork(layout=layout, **kwargs)
-    except TypeError as error:
-        raise UserError(f"config.model: {error}") from error
-
-
-@functools.partial(jax.jit, static_argnames="net")
-def _write(net: TokenHypernetwork, params: Params, pooled: Array, tokens: Array) -> Params:
-    merged = tokens.reshape(tokens.shape[0], -1, tokens.shape[-1])
-    return net.apply({"params": params}, jnp.mean(pooled, axis=1), merged)
+@functools.partial(jax.jit, static_argnames=("generator", "num_samples", "draw"))
+def _write(
+    generator: Generator,
+    params: Params,
+    constants: Params,
+    pooled: Array,
+    tokens: Array,
+    key: Array,
+    num_samples: int,
+    draw: Draw,
+) -> Params:
+    condition = repeated(merge_references(pooled, tokens), num_samples)
+    return generator.sample(params, constants, condition, key, draw)
 
 
 def _find(path: epath.Path) -> epath.Path:

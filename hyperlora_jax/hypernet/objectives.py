@@ -3,6 +3,8 @@
 end-to-end     denoising loss of the subject's pictures through the frozen UNet with its LoRA
 delta          gauge-free ‖UD − U'D'‖² against a target LoRA (`lora/losses.py`)
 whitened       error of the raw factors, per matrix and in units of the dataset's spread
+diffusion      the diffusion generator's own loss (`weight_diffusion.py`)
+prior          under a caption that is not about the subject, the LoRA should change nothing
 l2             mean square of the up side: keeps LoRAs small where data says nothing
 """
 
@@ -13,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from hyperlora_jax.array_types import Array, Float, Params
+from hyperlora_jax.diffusion.schedule import add_noise
 from hyperlora_jax.lora import factors, losses
 from hyperlora_jax.lora.vectorize import Whitening
 from hyperlora_jax.stable_diffusion.denoising_loss import denoising_loss
@@ -25,12 +28,24 @@ class ObjectiveWeights:
     end_to_end: float = 1.0
     delta: float = 0.0
     whitened: float = 0.0
+    diffusion: float = 0.0
+    prior: float = 0.0
     l2: float = 0.0
 
     def __post_init__(self):
         values = dataclasses.asdict(self)
         if min(values.values()) < 0 or max(values.values()) == 0:
             raise ValueError(f"objective weights must be >= 0 and not all 0. Got: {values}")
+
+    @property
+    def need_targets(self) -> bool:
+        """Whether a part compares with target LoRAs."""
+        return bool(self.delta or self.whitened)
+
+    @property
+    def need_base(self) -> bool:
+        """Whether a part runs the base model."""
+        return bool(self.end_to_end or self.prior)
 
 
 def end_to_end_loss(
@@ -56,6 +71,29 @@ def end_to_end_loss(
         min_snr_gamma=min_snr_gamma,
     )
     return values.reshape(num_loras, num_images).mean(axis=1)
+
+
+def prior_loss(
+    unet: Any,
+    unet_params: Params,
+    schedule: Any,
+    lora: Params,
+    latents: Float[Array, "l g h w c"],
+    text_states: Float[Array, "n e"],
+    key: Array,
+) -> Float[Array, " l"]:
+    """Mean squared difference between the predictions with and without LoRA, on noisy pictures of
+    the batch's next subject under the prior caption."""
+    num_loras, num_images = latents.shape[:2]
+    others = jnp.roll(latents.astype(jnp.float32), 1, axis=0).reshape(-1, *latents.shape[2:])
+    time_key, noise_key = jax.random.split(key)
+    timesteps = jax.random.randint(time_key, others.shape[:1], 0, schedule.num_train_timesteps)
+    noisy = add_noise(schedule, others, jax.random.normal(noise_key, others.shape), timesteps)
+    text = jnp.broadcast_to(text_states, (len(others), *text_states.shape))
+    plain = unet.apply({"params": unet_params}, noisy, timesteps, text)
+    changed = unet.apply({"params": unet_params, "lora": lora}, noisy, timesteps, text)
+    error = changed.astype(jnp.float32) - jax.lax.stop_gradient(plain.astype(jnp.float32))
+    return jnp.square(error).mean(axis=(1, 2, 3)).reshape(num_loras, num_images).mean(axis=1)
 
 
 def up_size(lora: Params) -> Float[Array, " l"]:

@@ -172,3 +172,23 @@ def whiten(lora: Params, stats: Whitening) -> Params:
 def unwhiten(lora: Params, stats: Whitening) -> Params:
     """lora · std + mean."""
     return jax.tree.map(lambda x, m, s: x * s + m, lora, stats.mean, stats.std)
+
+
+def element_spread(std: Float[AnyArray, " m"], spec: LoraSpec) -> Float[Array, " d"]:
+    """One number per factor, in vector order (down then up, site by site), for every element."""
+    sizes = []
+    for site in spec.sites:
+        sizes += [site.rank * site.fan_in, site.rank * site.out_features]
+    total = spec.num_parameters
+    return jnp.repeat(jnp.asarray(std), np.asarray(sizes), total_repeat_length=total)
+
+
+def whitening_of_vectors(
+    mean: Float[AnyArray, " d"], std: Float[AnyArray, " m"], spec: LoraSpec
+) -> Whitening:
+    """Statistics of flat vectors (mean [d], one number per factor [2 * sites]) as LoRA trees."""
+    pairs = {
+        site.path: {"down": jnp.asarray(std)[2 * k], "up": jnp.asarray(std)[2 * k + 1]}
+        for k, site in enumerate(spec.sites)
+    }
+    return Whitening(unflatten(jnp.asarray(mean), spec), tree_from_sites(pairs))

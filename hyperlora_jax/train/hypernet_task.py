@@ -4,29 +4,49 @@ the frozen base with every subject's own LoRA, or any mix of both.
 A batch holds l subjects (`data/pipelines.subject_batches`):
 
     pooled [l, k, e], tokens [l, k, m, e]     condition embeddings of k reference pictures
+    reference_mask [l, k]                     which of them are given
     latents [l, g, h, w, c], text_index [l, g]            g pictures of the same subject
-    target [l, d]                             folded raw factors, where a dataset has them
+    target [l, d]                             factors, where a dataset has them
+    step [l]                                  number of the batch: says which phase it belongs to
+
+Phases are mixtures of objectives, one after the other: a few steps in weight space, say, and then
+end to end.
 """
 
+import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from hyperlora_jax.array_types import Array, Float, Params
-from hyperlora_jax.hypernet.hypernetwork import TokenHypernetwork
-from hyperlora_jax.hypernet.objectives import ObjectiveWeights, end_to_end_loss, weight_losses
+from hyperlora_jax.hypernet import objectives
+from hyperlora_jax.hypernet.condition import Condition, merge_references
+from hyperlora_jax.hypernet.generators import Estimate, Generator
+from hyperlora_jax.hypernet.objectives import ObjectiveWeights
 from hyperlora_jax.lora import vectorize
 from hyperlora_jax.train.loop import Task
 
+Parts = dict[str, Float[Array, " l"]]
 
-def merge_references(
-    pooled: Float[Array, "l k e"], tokens: Float[Array, "l k m e"]
-) -> tuple[Float[Array, "l e"], Float[Array, "l t e"]]:
-    """Several references of a subject as one condition: mean of the pooled, all of the tokens."""
-    merged = tokens.reshape(tokens.shape[0], -1, tokens.shape[-1])
-    return jnp.mean(pooled, axis=1), merged
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """Objectives up to step `until` (None: to the end)."""
+
+    weights: ObjectiveWeights
+    until: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Base:
+    """The frozen base model's modules; its parameters are in `frozen`."""
+
+    unet: Any = None
+    schedule: Any = None
+    min_snr_gamma: float | None = None
 
 
 def hypernet_loss(
@@ -35,70 +55,111 @@ def hypernet_loss(
     batch: dict[str, Array],
     key: Array,
     *,
-    net: TokenHypernetwork,
-    weights: ObjectiveWeights,
-    unet: Any,
-    schedule: Any,
-    min_snr_gamma: float | None,
-) -> tuple[Float[Array, " l"], dict[str, Float[Array, " l"]]]:
+    generator: Generator,
+    phases: Sequence[Phase],
+    base: Base,
+) -> tuple[Float[Array, " l"], Parts]:
     """Weighted sum of the objectives [l], and each of them by name."""
-    pooled, tokens = merge_references(
-        batch["pooled"].astype(jnp.float32), batch["tokens"].astype(jnp.float32)
+    draw_key, base_key, prior_key = jax.random.split(key, 3)
+    condition = merge_references(
+        batch["pooled"].astype(jnp.float32),
+        batch["tokens"].astype(jnp.float32),
+        batch.get("reference_mask"),
     )
-    lora = net.apply({"params": params}, pooled, tokens)
-    target = None
-    if "target" in batch:
-        target = vectorize.unflatten(batch["target"].astype(jnp.float32), net.layout.spec)
-    parts = weight_losses(weights, lora, target, frozen.get("whitening"))
+    target = batch["target"].astype(jnp.float32) if "target" in batch else None
+    constants = frozen.get("constants", {})
+    estimate = generator.train(params, constants, condition, target, draw_key)
+
+    def parts_of(weights: ObjectiveWeights) -> Parts:
+        return _parts(
+            weights, estimate, target, frozen, batch, base, (base_key, prior_key), generator
+        )
+
+    names = [f.name for f in dataclasses.fields(ObjectiveWeights)]
+    used = [n for n in names if any(getattr(phase.weights, n) for phase in phases)]
+    zeros = jnp.zeros(len(condition.pooled))
+
+    def branch(weights: ObjectiveWeights) -> tuple[Float[Array, " l"], Parts]:
+        found = parts_of(weights)
+        total = sum((getattr(weights, name) * value for name, value in found.items()), zeros)
+        return total, {name: found.get(name, zeros) for name in used}
+
+    if len(phases) == 1:
+        return branch(phases[0].weights)
+    step = jnp.min(batch["step"])
+    bounds = jnp.asarray([phase.until for phase in phases[:-1]])
+    number = jnp.sum(step >= bounds)
+    return jax.lax.switch(number, [functools.partial(branch, phase.weights) for phase in phases])
+
+
+def _parts(
+    weights: ObjectiveWeights,
+    estimate: Estimate,
+    target: Array | None,
+    frozen: Params,
+    batch: dict[str, Array],
+    base: Base,
+    keys: tuple[Array, Array],
+    generator: Generator,
+) -> Parts:
+    spec, stats, wanted = generator.spec, None, None
+    if weights.need_targets:
+        wanted = vectorize.unflatten(target, spec)
+    if weights.whitened:
+        constants = frozen["constants"]
+        stats = vectorize.whitening_of_vectors(constants["mean"], constants["std"], spec)
+    found = objectives.weight_losses(weights, estimate.lora, wanted, stats)
+    found |= {name: loss for name, loss in estimate.losses.items() if getattr(weights, name)}
     if weights.end_to_end:
-        parts["end_to_end"] = end_to_end_loss(
-            unet,
+        found["end_to_end"] = objectives.end_to_end_loss(
+            base.unet,
             frozen["unet"],
-            schedule,
-            lora,
+            base.schedule,
+            estimate.lora,
             batch["latents"],
             frozen["text_states"][batch["text_index"]],
-            key,
-            min_snr_gamma,
+            keys[0],
+            base.min_snr_gamma,
         )
-    total = sum(getattr(weights, name) * value for name, value in parts.items())
-    return total, parts
+    if weights.prior:
+        found["prior"] = objectives.prior_loss(
+            base.unet,
+            frozen["unet"],
+            base.schedule,
+            estimate.lora,
+            batch["latents"],
+            frozen["prior_text"],
+            keys[1],
+        )
+    return found
 
 
 def hypernet_task(
-    net: TokenHypernetwork,
+    generator: Generator,
     frozen: Params,
     batches: Any,
     *,
-    weights: ObjectiveWeights,
+    phases: Sequence[Phase],
     condition_shapes: tuple[tuple[int, ...], tuple[int, ...]],
-    unet: Any = None,
-    schedule: Any = None,
-    min_snr_gamma: float | None = None,
+    base: Base = Base(),
     facts: dict[str, Any] | None = None,
 ) -> Task:
     """The task of the ordinary training loop.
 
     Args:
-        frozen: {"unet": parameters, "text_states": [u, n, e] of all captions, "whitening":
-            statistics}, each only if a loss needs it.
+        frozen: {"unet": parameters, "text_states": [u, n, e] of all captions, "prior_text": [n, e],
+            "constants": the generator's}, each only if a loss needs it.
         batches: as described in this file's head.
+        phases: one after the other; all but the last have an end.
         condition_shapes: shapes of one subject's (pooled, tokens), ([e], [m, e]).
     """
     pooled_shape, tokens_shape = condition_shapes
 
     def init(key: Array) -> Params:
-        pooled, tokens = jnp.zeros((1, *pooled_shape)), jnp.zeros((1, *tokens_shape))
-        return net.init(key, pooled, tokens)["params"]
+        condition = Condition(jnp.zeros((1, *pooled_shape)), jnp.zeros((1, *tokens_shape)))
+        return generator.init(key, condition)
 
-    loss = functools.partial(
-        hypernet_loss,
-        net=net,
-        weights=weights,
-        unet=unet,
-        schedule=schedule,
-        min_snr_gamma=min_snr_gamma,
-    )
+    loss = functools.partial(hypernet_loss, generator=generator, phases=tuple(phases), base=base)
     return Task(
         name="hypernetwork",
         init=init,
@@ -107,8 +168,3 @@ def hypernet_task(
         batches=batches,
         facts=facts or {},
     )
-
-
-def num_parameters(params: Params) -> int:
-    """Trainable numbers."""
-    return sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -1,31 +1,36 @@
 """`hyperlora train`: pictures (and LoRA targets) → hypernetwork.
 
-    pictures ─► latents, text states, condition embeddings ─► training loop ─► WORKDIR/hypernetwork
+    pictures ─► latents, text states, condition embeddings ─┐
+    LoRA targets ─► vectors in a gauge (─► VAE latents) ─────┴► training loop ─► hypernetwork/
 
-The frozen models run once over all pictures; the result is kept in the workdir.
+The frozen models run once over all pictures; the result is kept in the workdir. Baselines (mean,
+nearest, knn, ridge, pca_gaussian) are fitted in closed form instead of trained.
 """
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from hyperlora_jax.data.encoded_subjects import EncodedSubjects, encode_subjects
-from hyperlora_jax.data.lora_targets import open_lora_targets
+from hyperlora_jax.array_types import Params
+from hyperlora_jax.data.encoded_subjects import EncodedSubjects
 from hyperlora_jax.data.pipelines import subject_batches
-from hyperlora_jax.data.subject_pictures import load_pictures
 from hyperlora_jax.errors import UserError
+from hyperlora_jax.hypernet.baselines import Fitted
+from hyperlora_jax.hypernet.building import architecture, build_generator
 from hyperlora_jax.hypernet.conditioning import load_condition_encoder
-from hyperlora_jax.hypernet.model import FOLDER, Hypernetwork, build_network
+from hyperlora_jax.hypernet.model import FOLDER, Hypernetwork
 from hyperlora_jax.hypernet.objectives import ObjectiveWeights
+from hyperlora_jax.hypernet.weight_diffusion import Diffusion
+from hyperlora_jax.hypernet.weight_vae import Latents
 from hyperlora_jax.parallel import sharding
 from hyperlora_jax.parallel.mesh import make_mesh
-from hyperlora_jax.stable_diffusion.embedded import image_size, load_base
-from hyperlora_jax.train.hypernet_task import hypernet_task
+from hyperlora_jax.stable_diffusion.embedded import load_base
+from hyperlora_jax.train.hypernet_data import TrainingTargets, read_encoded, read_targets
+from hyperlora_jax.train.hypernet_task import Base, Phase, hypernet_task
 from hyperlora_jax.train.loop import fit, open_workdir
+from hyperlora_jax.train.vae_training import train_vae
 
 
 def train_hypernetwork(config: Any, workdir: str | Path) -> Hypernetwork:
@@ -39,12 +44,11 @@ def train_hypernetwork(config: Any, workdir: str | Path) -> Hypernetwork:
     mesh = make_mesh(**config.mesh)
     sd = load_base(config.base)
     encoder = load_condition_encoder(config.model.encoder)
-    section, model = config.train, config.model.network.to_dict()
+    section, model = config.train, architecture(config.model)
     spec = sd.lora_spec(config.model.preset, config.model.rank)
-    net = build_network(spec, model)
-    weights = _weights(section.objectives)
-    encoded, pictures_facts = _encoded(config, workdir, sd, encoder)
-    targets, subjects = _targets(config, workdir, weights, spec, sd.base_hash, encoded)
+    generator = build_generator(spec, model)
+    phases = make_phases(section)
+    encoded, pictures_facts = read_encoded(config, workdir, sd, encoder)
     facts = {
         "base": config.base,
         "base_hash": sd.base_hash,
@@ -54,29 +58,45 @@ def train_hypernetwork(config: Any, workdir: str | Path) -> Hypernetwork:
         "model": model,
         "data": pictures_facts,
     }
-    shard, num_shards = sharding.host_shard(mesh)
-    global_batch = section.batch_size * (mesh.shape["data"] * mesh.shape["fsdp"])
-    batches = subject_batches(
-        {"pooled": encoded.pooled, "tokens": encoded.tokens},
-        {"latents": encoded.latents, "text_index": encoded.text_index},
-        batch_size=global_batch if section.batch_per_device else section.batch_size,
-        seed=section.seed,
-        num_references=section.num_references,
-        num_targets=section.images_per_subject,
-        per_subject=targets,
-        subjects=subjects,
-        shard_index=shard,
-        num_shards=num_shards,
-    )
+    targets, constants = None, {}
+    if generator.needs_targets or any(phase.weights.need_targets for phase in phases):
+        targets = read_targets(config, workdir, spec, sd.base_hash, encoded)
+        facts["targets"] = targets.facts
+        constants = {"mean": targets.mean, "std": targets.std}
+    stored = {
+        **facts,
+        "num_steps": section.num_steps,
+        "trained_on": list(encoded.ids),
+        "generate": generate_defaults(config.generate),
+    }
+    if isinstance(generator, Fitted):
+        hyper = _fitted(generator, encoder, encoded, targets, stored, model)
+        return _saved(hyper, workdir)
+    if isinstance(generator, Diffusion) and isinstance(generator.codec, Latents):
+        constants = train_vae(
+            generator.codec,
+            constants,
+            targets.rows,
+            targets.subjects,
+            section.vae,
+            workdir=workdir / "vae",
+            mesh=mesh,
+            seed=section.seed,
+            facts=facts,
+            config=config.to_dict(),
+        )
+    frozen: Params = {"constants": constants} if constants else {}
+    if any(phase.weights.need_base for phase in phases):
+        frozen |= {"unet": sd.params["unet"], "text_states": encoded.text_states}
+    if any(phase.weights.prior for phase in phases):
+        frozen["prior_text"] = np.asarray(sd.encode_prompt([section.prior_caption])[0])
     task = hypernet_task(
-        net,
-        {"unet": sd.params["unet"], "text_states": encoded.text_states},
-        batches,
-        weights=weights,
+        generator,
+        frozen,
+        _batches(section, mesh, encoded, targets),
+        phases=phases,
         condition_shapes=(encoded.pooled.shape[2:], encoded.tokens.shape[2:]),
-        unet=sd.unet,
-        schedule=sd.schedule,
-        min_snr_gamma=section.min_snr_gamma,
+        base=Base(sd.unet, sd.schedule, section.min_snr_gamma),
         facts=facts,
     )
     state = fit(
@@ -91,12 +111,66 @@ def train_hypernetwork(config: Any, workdir: str | Path) -> Hypernetwork:
         ema_decay=section.ema_decay,
         config=config.to_dict(),
     )
-    params = jax.device_get(state.ema if state.ema is not None else state.params)
-    stored = {**facts, "num_steps": section.num_steps, "trained_on": list(encoded.ids)}
-    hyper = Hypernetwork(net, params, encoder, stored, model)
+    params = sharding.gather(state.ema if state.ema is not None else state.params, mesh)
+    kept = constants if generator.needs_targets else {}
+    return _saved(Hypernetwork(generator, params, encoder, stored, model, kept), workdir)
+
+
+def _saved(hyper: Hypernetwork, workdir: Path) -> Hypernetwork:
     if jax.process_index() == 0:
         hyper.save(workdir / FOLDER)
     return hyper
+
+
+def _batches(section: Any, mesh: Any, encoded: EncodedSubjects, targets: TrainingTargets | None):
+    shard, num_shards = sharding.host_shard(mesh)
+    global_batch = section.batch_size * (mesh.shape["data"] * mesh.shape["fsdp"])
+    return subject_batches(
+        {"pooled": encoded.pooled, "tokens": encoded.tokens},
+        {"latents": encoded.latents, "text_index": encoded.text_index},
+        batch_size=global_batch if section.batch_per_device else section.batch_size,
+        seed=section.seed,
+        num_references=section.num_references,
+        num_targets=section.images_per_subject,
+        per_subject={} if targets is None else {"target": targets.rows},
+        subjects=None if targets is None else targets.subjects,
+        shard_index=shard,
+        num_shards=num_shards,
+    )
+
+
+def _fitted(
+    generator: Fitted,
+    encoder: Any,
+    encoded: EncodedSubjects,
+    targets: TrainingTargets | None,
+    facts: dict[str, Any],
+    model: dict[str, Any],
+) -> Hypernetwork:
+    """A baseline, fitted on the mean embedding of every subject's pictures."""
+    assert targets is not None
+    embeddings = encoded.pooled[targets.subjects].mean(axis=1)
+    constants = generator.fit(embeddings, targets.rows[targets.subjects])
+    return Hypernetwork(generator, {}, encoder, facts, model, constants)
+
+
+def make_phases(section: Any) -> tuple[Phase, ...]:
+    """The phases of a config's `train` section: `warm_up.objectives` for `warm_up.num_steps`
+    steps, then `objectives`.
+
+    Raises:
+        UserError: an unknown objective, or weights that cannot be.
+    """
+    main = Phase(_weights("objectives", section.objectives))
+    if not section.warm_up.num_steps:
+        return (main,)
+    first = _weights("warm_up.objectives", section.warm_up.objectives)
+    return Phase(first, section.warm_up.num_steps), main
+
+
+def generate_defaults(section: Any) -> dict[str, Any]:
+    """What `hyperlora generate` uses unless told otherwise, from a config's `generate` section."""
+    return dict(section)
 
 
 def family(sd: Any) -> str:
@@ -109,63 +183,8 @@ def family(sd: Any) -> str:
     return "sd2" if sd.unet.settings.use_linear_projection else "sd1"
 
 
-def _weights(section: Any) -> ObjectiveWeights:
+def _weights(name: str, section: Any) -> ObjectiveWeights:
     try:
         return ObjectiveWeights(**dict(section))
     except (TypeError, ValueError) as error:
-        raise UserError(f"config.train.objectives: {error}") from error
-
-
-def _encoded(
-    config: Any, workdir: Path, sd: Any, encoder: Any
-) -> tuple[EncodedSubjects, dict[str, Any]]:
-    """Encoded training subjects, from the workdir if the same were encoded before."""
-    pictures = load_pictures(
-        config.data, config.data.num_identities, image_size(sd), workdir / "renders"
-    )
-    facts = dict(pictures.facts)
-    asked = {"pictures": facts, "base": sd.base_hash, "encoder": encoder.hash, "layout": 1}
-    name = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:24]
-    file = workdir / f"encoded-{name}.npz"
-    if file.exists():
-        with np.load(file, allow_pickle=False) as arrays:
-            stored = dict(arrays)
-        return EncodedSubjects(ids=tuple(map(str, stored.pop("ids"))), **stored), facts
-    encoded = encode_subjects(
-        sd,
-        encoder,
-        pictures.ids,
-        pictures.images,
-        pictures.captions,
-        batch_size=config.train.encode_batch_size,
-    )
-    arrays = {k: v for k, v in vars(encoded).items() if k != "ids"}
-    temporary = file.with_suffix(".tmp.npz")
-    np.savez(temporary, ids=np.asarray(encoded.ids), **arrays)
-    temporary.replace(file)
-    return encoded, facts
-
-
-def _targets(
-    config: Any,
-    workdir: Path,
-    weights: ObjectiveWeights,
-    spec: Any,
-    base_hash: str,
-    encoded: EncodedSubjects,
-) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
-    """LoRA vectors per subject where the objectives need them, and the subjects that have one."""
-    if not (weights.delta or weights.whitened):
-        return {}, None
-    dataset = open_lora_targets(config.data.targets or workdir / "targets", spec, base_hash)
-    number = {name: k for k, name in enumerate(encoded.ids)}
-    rows = [int(i) for i in dataset.split_indices("train") if dataset.ids[int(i)] in number]
-    if not rows:
-        raise UserError(
-            f"{dataset.path}: none of its {len(dataset)} subjects is among the "
-            f"{len(encoded.ids)} training identities; were both made with the same data section?"
-        )
-    vectors = np.zeros((len(encoded.ids), spec.num_parameters), np.float32)
-    subjects = np.asarray([number[dataset.ids[i]] for i in rows])
-    vectors[subjects] = dataset.loras(rows)
-    return {"target": vectors}, np.sort(subjects)
+        raise UserError(f"config.train.{name}: {error}") from error

@@ -10,17 +10,17 @@ import jax
 import jax.numpy as jnp
 
 from hyperlora_jax.diffusion.schedule import NoiseSchedule
-from hyperlora_jax.errors import UserError
+from hyperlora_jax.hypernet.building import architecture, build_generator
 from hyperlora_jax.hypernet.conditioning import load_condition_encoder
-from hyperlora_jax.hypernet.model import build_network
-from hyperlora_jax.hypernet.objectives import ObjectiveWeights
+from hyperlora_jax.hypernet.weight_vae import Latents
 from hyperlora_jax.lora.sites import spec_from_shapes
 from hyperlora_jax.stable_diffusion import directory
 from hyperlora_jax.stable_diffusion.checkpoint import param_shapes
 from hyperlora_jax.stable_diffusion.embedded import base_path
 from hyperlora_jax.stable_diffusion.unet import unet_from_config
 from hyperlora_jax.train.ahead_of_time import Workload
-from hyperlora_jax.train.hypernet_task import hypernet_task
+from hyperlora_jax.train.hypernet_task import Base, hypernet_task
+from hyperlora_jax.train.hypernet_training import make_phases
 
 REMAT = ("none", "block", "full")  # from cheap to frugal
 NUM_TEXTS = 1024  # text states kept on the device; the caption table of a dataset is of this order
@@ -40,37 +40,47 @@ def hypernetwork_workload(config: Any, remat: str = "none") -> Workload:
     unet = unet_from_config(unet_config).clone(remat=remat)
     weights = param_shapes(unet)
     spec = spec_from_shapes(weights, config.model.preset, config.model.rank)
-    network = {**config.model.network.to_dict(), "remat": remat != "none"}
+    model = architecture(config.model)
+    model["network"] = {**model["network"], "remat": remat != "none"}
+    generator = build_generator(spec, model)
     encoder = load_condition_encoder(config.model.encoder)
     pooled, tokens = _condition_shapes(encoder)
     section = config.train
-    try:
-        objectives = ObjectiveWeights(**dict(section.objectives))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"config.train.objectives: {error}") from error
+    phases = make_phases(section)
+    needs_base = any(phase.weights.need_base for phase in phases)
+    needs_targets = generator.needs_targets or any(p.weights.need_targets for p in phases)
     text = (NUM_TEXTS, _num_text_tokens(root), int(unet_config["cross_attention_dim"]))
+    frozen = {}
+    if needs_base:
+        frozen = {
+            "unet": weights,
+            "text_states": jax.ShapeDtypeStruct(text, jnp.float32),
+            "prior_text": jax.ShapeDtypeStruct(text[1:], jnp.float32),
+        }
+    if needs_targets:
+        frozen["constants"] = _constant_shapes(generator)
     task = hypernet_task(
-        build_network(spec, network),
-        {"unet": weights, "text_states": jax.ShapeDtypeStruct(text, jnp.float32)},
+        generator,
+        frozen,
         None,
-        weights=objectives,
+        phases=phases,
         condition_shapes=(pooled, tokens),
-        unet=unet,
-        schedule=NoiseSchedule.from_config(schedule),
-        min_snr_gamma=section.min_snr_gamma,
+        base=Base(unet, NoiseSchedule.from_config(schedule), section.min_snr_gamma),
     )
     side = int(config.data.size) // 2 ** (len(vae_config["block_out_channels"]) - 1)
     latent = (section.images_per_subject, side, side, int(unet_config["in_channels"]))
-    refs = section.num_references
+    refs = section.num_references[1]
 
     def batch(size: int) -> dict[str, jax.ShapeDtypeStruct]:
         shapes = {
             "pooled": ((size, refs, *pooled), jnp.float32),
             "tokens": ((size, refs, *tokens), jnp.float32),
+            "reference_mask": ((size, refs), jnp.bool_),
+            "step": ((size,), jnp.int32),
             "latents": ((size, *latent), jnp.float32),
             "text_index": ((size, latent[0]), jnp.int32),
         }
-        if objectives.delta or objectives.whitened:
+        if needs_targets:
             shapes["target"] = ((size, spec.num_parameters), jnp.float32)
         return {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
 
@@ -86,6 +96,20 @@ def hypernetwork_workload(config: Any, remat: str = "none") -> Workload:
         frozen_rules=task.frozen_rules,
         remat=remat,
     )
+
+
+def _constant_shapes(generator: Any) -> dict[str, Any]:
+    """Shapes of what a generator reads of its LoRA-target dataset."""
+    spec = generator.spec
+    sizes = {"mean": spec.num_parameters, "std": 2 * len(spec)}
+    codec = getattr(generator, "codec", None)
+    found: dict[str, Any] = {}
+    if isinstance(codec, Latents):
+        sizes |= {"latent_mean": codec.size, "latent_std": codec.size}
+        x = jax.ShapeDtypeStruct((1, spec.num_parameters), jnp.float32)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        found["vae"] = jax.eval_shape(codec.vae.init, key, x, key)["params"]
+    return found | {k: jax.ShapeDtypeStruct((n,), jnp.float32) for k, n in sizes.items()}
 
 
 def _condition_shapes(encoder: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:

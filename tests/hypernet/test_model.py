@@ -7,8 +7,10 @@ import pytest
 
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.hypernet import conditioning
+from hyperlora_jax.hypernet.building import build_generator, build_network
+from hyperlora_jax.hypernet.condition import Condition, merge_references
 from hyperlora_jax.hypernet.image_encoder import ConvEncoder, init_encoder
-from hyperlora_jax.hypernet.model import Hypernetwork, build_network
+from hyperlora_jax.hypernet.model import Hypernetwork
 from hyperlora_jax.hypernet.token_layout import assemble, disassemble, make_layout, token_features
 from hyperlora_jax.lora import factors
 from hyperlora_jax.lora.sites import LoraSite, LoraSpec, validate
@@ -53,19 +55,20 @@ def test_starts_at_the_base_and_learns_from_the_condition(head, down):
     net = build_network(SPEC, {**SMALL, "head": head, "down": down, "basis_size": 4})
     key = jax.random.key(1)
     pooled, tokens = jax.random.normal(key, (2, 5)), jax.random.normal(key, (2, 3, 5))
-    params = net.init(key, pooled, tokens)["params"]
-    lora = net.apply({"params": params}, pooled, tokens)
+    given = Condition(pooled, tokens)
+    params = net.init(key, given)["params"]
+    lora = net.apply({"params": params}, given)
     validate(lora, SPEC)
     deltas = jax.tree.leaves(jax.tree.map(factors.delta, lora, is_leaf=factors.is_site))
     assert all(not np.any(delta) for delta in deltas)
 
     def size(params):
-        lora = net.apply({"params": params}, pooled, tokens)
+        lora = net.apply({"params": params}, given)
         return sum(jnp.sum(leaf**2) + jnp.sum(leaf) for leaf in jax.tree.leaves(lora))
 
     moved = jax.tree.map(lambda p, g: p - 0.1 * g, params, jax.grad(size)(params))
     moved = jax.tree.map(lambda p, g: p - 0.1 * g, moved, jax.grad(size)(moved))
-    lora = net.apply({"params": moved}, pooled, tokens)
+    lora = net.apply({"params": moved}, given)
     ups = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(lora) if "up" in str(path)]
     assert any(np.abs(up[0] - up[1]).max() > 1e-6 for up in ups), "the condition has no effect"
 
@@ -76,20 +79,21 @@ def test_scan_equals_unrolled(conditioning_kind):
     unrolled, scanned = (build_network(SPEC, {**settings, "scan": s}) for s in (False, True))
     key = jax.random.key(2)
     pooled, tokens = jax.random.normal(key, (1, 5)), jax.random.normal(key, (1, 3, 5))
-    params = unrolled.init(key, pooled, tokens)["params"]
+    given = Condition(pooled, tokens, jnp.asarray([[True, True, False]]))
+    params = unrolled.init(key, given)["params"]
     params = jax.tree.map(
         lambda leaf: leaf + 0.05 * jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape), params
     )
     blocks = params["backbone"]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), blocks["block_0"], blocks["block_1"])
     other = {**params, "backbone": {"blocks": stacked}}
-    first = unrolled.apply({"params": params}, pooled, tokens)
-    second = scanned.apply({"params": other}, pooled, tokens)
+    first = unrolled.apply({"params": params}, given)
+    second = scanned.apply({"params": other}, given)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), first, second)
 
 
 def test_unknown_setting_is_named():
-    with pytest.raises(UserError, match=r"config\.model: .*widht"):
+    with pytest.raises(UserError, match=r"config\.model\.network: .*widht"):
         build_network(SPEC, {"widht": 3})
 
 
@@ -98,11 +102,12 @@ def _hyper():
     module = ConvEncoder(image_size=8, widths=(8, 8), embedding_dim=8, pool_channels=4)
     params = init_encoder(module, jax.random.key(3))
     encoder = conditioning.FlaxImageEncoder("e", module, params, conditioning.tree_hash(params))
-    net = build_network(SPEC, SMALL)
+    model = {"generator": "regression", "network": SMALL}
+    generator = build_generator(SPEC, model)
     pooled, tokens = encoder.encode(jnp.zeros((1, 8, 8, 3)))
-    weights = net.init(jax.random.key(4), pooled, tokens)["params"]
+    weights = generator.init(jax.random.key(4), Condition(pooled, tokens))
     weights = jax.tree.map(lambda leaf: leaf + 0.1, weights)
-    return Hypernetwork(net, weights, encoder, {"base_hash": "b", "base": "x"}, SMALL)
+    return Hypernetwork(generator, weights, encoder, {"base_hash": "b", "base": "x"}, model)
 
 
 def test_restored_generates_the_same(hyper, tmp_path):
@@ -115,6 +120,20 @@ def test_restored_generates_the_same(hyper, tmp_path):
     single = hyper.generate(key, pictures[:, 0])
     same = hyper.generate(key, pictures[:, :1])
     jax.tree.map(np.testing.assert_array_equal, single, same)
+
+
+def test_references_that_are_not_given_do_not_count(hyper):
+    key = jax.random.key(8)
+    pooled, tokens = jax.random.normal(key, (2, 3, 8)), jax.random.normal(key, (2, 3, 4, 8))
+    given = jnp.asarray([[True, True, False], [True, False, False]])
+    lora = hyper.generator.net.apply(
+        {"params": hyper.params}, merge_references(pooled, tokens, given)
+    )
+    for row, count in enumerate((2, 1)):
+        alone = merge_references(pooled[row : row + 1, :count], tokens[row : row + 1, :count])
+        wanted = hyper.generator.net.apply({"params": hyper.params}, alone)
+        for ours, theirs in zip(jax.tree.leaves(lora), jax.tree.leaves(wanted), strict=True):
+            np.testing.assert_allclose(ours[row], theirs[0], atol=1e-5)
 
 
 def test_bad_checkpoints_are_named(hyper, tmp_path):
@@ -130,3 +149,25 @@ def test_bad_checkpoints_are_named(hyper, tmp_path):
     (tmp_path / "again" / "config.json").write_text('{"format": "other"}')
     with pytest.raises(UserError, match="is of format"):
         Hypernetwork.restore(tmp_path / "again")
+
+
+def test_constants_and_defaults_are_kept(hyper, tmp_path):
+    vectors = np.random.default_rng(0).normal(size=(5, SPEC.num_parameters)).astype(np.float32)
+    model = {"generator": "pca_gaussian", "baseline": {"num_components": 3}}
+    generator = build_generator(SPEC, model)
+    constants = generator.fit(np.zeros((5, 8)), vectors)
+    facts = {**hyper.facts, "generate": {"format": "kohya", "guidance": 0.5}}
+    Hypernetwork(generator, {}, hyper.encoder, facts, model, constants).save(tmp_path)
+    restored = Hypernetwork.restore(tmp_path)
+    assert restored.default_draw.guidance == 0.5
+    pictures = jax.random.uniform(jax.random.key(5), (2, 8, 8, 3))
+    loras = restored.generate(jax.random.key(0), pictures, num_samples=3)
+    assert factors.num_loras(loras) == 6
+    full = restored.generate(jax.random.key(0), pictures, num_samples=3, guidance=1.0)
+    mean = restored.generate(jax.random.key(0), pictures, num_samples=3, guidance=0.0)
+    jax.tree.map(
+        lambda half, one, zero: np.testing.assert_allclose(half, (one + zero) / 2, atol=1e-5),
+        loras, full, mean,
+    )  # fmt: skip
+    with pytest.raises(UserError, match="writes the same LoRA every time; expected 1"):
+        hyper.generate(jax.random.key(0), pictures, num_samples=2)

@@ -1,0 +1,293 @@
+"""Generators without training by gradient: what a hypernetwork has to beat.
+
+    Mean           the mean training LoRA
+    Neighbours     mean of the k training LoRAs whose references are most alike; k = 1 is the
+                   nearest neighbour
+    Ridge          kernel ridge regression from embedding to LoRA
+    PcaGaussian    independent normal coefficients on principal components, blind to the condition
+                   (weights2weights' way to sample, arXiv 2406.09413)
+
+Each is fitted once (`fit(embeddings, vectors)` gives its constants) and then is a `Generator` like
+all others, without trainable parameters. Guidance g gives mean + g · (LoRA - mean): what predicts
+by averaging shrinks to the mean, so g is a hyper-parameter of theirs as strength is.
+
+LoRAs are averaged as raw factors (`space="raw"`: they should share one initialisation or gauge), or
+as deltas that are then cut back to their rank (`space="delta"`).
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hyperlora_jax.array_types import AnyArray, Array, Float, Params
+from hyperlora_jax.errors import UserError
+from hyperlora_jax.hypernet.condition import Condition
+from hyperlora_jax.hypernet.generators import Draw, Estimate
+from hyperlora_jax.lora import vectorize
+from hyperlora_jax.lora.sites import LoraSpec, site_factors, tree_from_sites
+
+SPACES = ("raw", "delta")
+PENALTIES = tuple(10.0**k for k in range(-4, 4))
+
+
+def unit(embeddings: Float[AnyArray, "n e"]) -> Float[AnyArray, "n e"]:
+    """Embeddings of length 1."""
+    return embeddings / (np.sqrt(np.square(embeddings).sum(axis=1, keepdims=True)) + 1e-9)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+    """What all of them share: no parameters, no training by gradient."""
+
+    spec: LoraSpec
+
+    stochastic = False
+    needs_targets = True
+
+    def init(self, key: Array, condition: Condition) -> Params:
+        """No trainable parameters."""
+        del key, condition
+        return {}
+
+    def train(
+        self,
+        params: Params,
+        constants: Params,
+        condition: Condition,
+        target: Array | None,
+        key: Array,
+    ) -> Estimate:
+        """Raises ValueError: it is fitted, not trained."""
+        raise ValueError(f"{type(self).__name__} is fitted in closed form, it has no training step")
+
+
+@dataclasses.dataclass(frozen=True)
+class Mean(Fitted):
+    """The same LoRA for everyone."""
+
+    def fit(
+        self, embeddings: Float[np.ndarray, "t e"], vectors: Float[np.ndarray, "t d"]
+    ) -> Params:
+        """Constants."""
+        del embeddings
+        return {"mean": vectors.mean(axis=0)}
+
+    def sample(
+        self, params: Params, constants: Params, condition: Condition, key: Array, draw: Draw
+    ) -> Params:
+        """See `Generator`."""
+        del params, key, draw
+        mean = jnp.broadcast_to(
+            constants["mean"], (len(condition.pooled), self.spec.num_parameters)
+        )
+        return vectorize.unflatten(mean, self.spec)
+
+
+@dataclasses.dataclass(frozen=True)
+class Blend(Fitted):
+    """LoRAs that are weighted sums of training LoRAs; the weights of a subject sum to 1."""
+
+    space: str = "raw"
+
+    def __post_init__(self):
+        if self.space not in SPACES:
+            raise ValueError(f"Got: {self.space=}, expected one of {SPACES}")
+
+    def weights(self, constants: Params, pooled: Float[Array, "l e"]) -> Float[Array, "l t"]:
+        """Share of every training LoRA."""
+        raise ValueError(f"{type(self).__name__} says no weights")
+
+    def sample(
+        self, params: Params, constants: Params, condition: Condition, key: Array, draw: Draw
+    ) -> Params:
+        """See `Generator`."""
+        del params, key
+        weights = self.weights(constants, condition.pooled)
+        weights = 1.0 / weights.shape[1] + draw.guidance * (weights - 1.0 / weights.shape[1])
+        if self.space == "raw":
+            return vectorize.unflatten(weights @ constants["vectors"], self.spec)
+        return blend_deltas(weights, constants["vectors"], self.spec)
+
+
+@dataclasses.dataclass(frozen=True)
+class Neighbours(Blend):
+    """Softmax over cosine similarity / temperature among the `num_neighbours` most alike."""
+
+    num_neighbours: int = 1
+    temperature: float = 0.1
+
+    def fit(
+        self, embeddings: Float[np.ndarray, "t e"], vectors: Float[np.ndarray, "t d"]
+    ) -> Params:
+        """Constants."""
+        if not 1 <= self.num_neighbours <= len(vectors):
+            raise UserError(
+                f"model.baseline.num_neighbours: got {self.num_neighbours}, expected 1 to the "
+                f"{len(vectors)} training LoRAs"
+            )
+        return {"embeddings": unit(embeddings), "vectors": vectors}
+
+    def weights(self, constants: Params, pooled: Float[Array, "l e"]) -> Float[Array, "l t"]:
+        """See `Blend`."""
+        asked = pooled / (jnp.linalg.norm(pooled, axis=1, keepdims=True) + 1e-9)
+        similarity = asked @ constants["embeddings"].T
+        values, chosen = jax.lax.top_k(similarity, self.num_neighbours)
+        share = jax.nn.softmax(values / self.temperature, axis=1)
+        rows = jnp.arange(len(pooled))[:, None]
+        return jnp.zeros_like(similarity).at[rows, chosen].set(share)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ridge(Blend):
+    """Kernel ridge regression around the mean, with the kernel exp((cos - 1) / width).
+
+    The penalty is the one of `PENALTIES` whose leave-one-out predictions point most nearly in the
+    direction of the targets (mean cosine of what is left of the mean; size is left to strength).
+    """
+
+    kernel_width: float = 0.5
+
+    def fit(
+        self, embeddings: Float[np.ndarray, "t e"], vectors: Float[np.ndarray, "t d"]
+    ) -> Params:
+        """Constants."""
+        known = unit(embeddings)
+        kernel = self._kernel(known, known).astype(np.float64)
+        centred = (vectors - vectors.mean(axis=0)).astype(np.float64)
+        gram = centred @ centred.T
+        scores = {p: _leave_one_out_cosine(kernel, gram, p) for p in PENALTIES}
+        penalty = max(scores, key=lambda p: scores[p])
+        inverse = np.linalg.inv(kernel + penalty * np.eye(len(kernel)))
+        return {
+            "embeddings": known,
+            "vectors": vectors,
+            "inverse": inverse.astype(np.float32),
+            "penalty": np.float32(penalty),
+        }
+
+    def _kernel(self, a: AnyArray, b: AnyArray) -> AnyArray:
+        module = np if isinstance(a, np.ndarray) else jnp
+        return module.exp((a @ b.T - 1.0) / self.kernel_width)
+
+    def weights(self, constants: Params, pooled: Float[Array, "l e"]) -> Float[Array, "l t"]:
+        """See `Blend`."""
+        asked = pooled / (jnp.linalg.norm(pooled, axis=1, keepdims=True) + 1e-9)
+        raw = self._kernel(asked, jnp.asarray(constants["embeddings"])) @ constants["inverse"]
+        # mean + Σ raw (v - mean): the shares of the vectors themselves.
+        return raw + (1.0 - raw.sum(axis=1, keepdims=True)) / raw.shape[1]
+
+
+def _leave_one_out_cosine(kernel: np.ndarray, gram: np.ndarray, penalty: float) -> float:
+    """Mean cosine between targets and their leave-one-out predictions, from inner products alone.
+
+    With A = (K + λI)⁻¹ the left-out residual of target i is (A Y)_i / A_ii, so its prediction is
+    Y_i minus that: a weighted sum of targets, whose inner products are those of `gram`.
+    """
+    inverse = np.linalg.inv(kernel + penalty * np.eye(len(kernel)))
+    weights = np.eye(len(kernel)) - inverse / np.diag(inverse)[:, None]
+    across = np.einsum("ij,ij->i", weights, gram)
+    norms = np.einsum("ij,jk,ik->i", weights, gram, weights, optimize=True)
+    scale = np.sqrt(np.maximum(norms * np.diag(gram), 1e-30))
+    return float(np.mean(across / scale))
+
+
+@dataclasses.dataclass(frozen=True)
+class PcaGaussian(Fitted):
+    """mean + Σ_k σ_k ε_k component_k, ε standard normal."""
+
+    num_components: int = 128
+
+    stochastic = True
+
+    def fit(
+        self, embeddings: Float[np.ndarray, "t e"], vectors: Float[np.ndarray, "t d"]
+    ) -> Params:
+        """Constants."""
+        del embeddings
+        mean = vectors.mean(axis=0)
+        components, spread = principal_components(vectors - mean, self.num_components)
+        return {"mean": mean, "components": components, "spread": spread}
+
+    def sample(
+        self, params: Params, constants: Params, condition: Condition, key: Array, draw: Draw
+    ) -> Params:
+        """See `Generator`; the condition only says how many."""
+        del params
+        spread = constants["spread"]
+        drawn = jax.random.normal(key, (len(condition.pooled), len(spread))) * spread
+        vectors = constants["mean"] + draw.guidance * drawn @ constants["components"]
+        return vectorize.unflatten(vectors, self.spec)
+
+
+def principal_components(
+    centred: Float[np.ndarray, "t d"], count: int
+) -> tuple[Float[np.ndarray, "k d"], Float[np.ndarray, " k"]]:
+    """Orthonormal directions of largest variance, and the standard deviation along each.
+
+    From the t×t inner products: vectors are long and few.
+    """
+    values, left = np.linalg.eigh((centred @ centred.T).astype(np.float64))
+    kept = np.argsort(values)[::-1][: min(count, len(centred) - 1)]
+    kept = kept[values[kept] > 1e-6 * values.max()]
+    components = (left[:, kept] / np.sqrt(values[kept])).T @ centred
+    spread = np.sqrt(values[kept] / max(len(centred) - 1, 1))
+    return components.astype(np.float32), spread.astype(np.float32)
+
+
+def blend_deltas(
+    weights: Float[Array, "l t"], vectors: Float[Array, "t d"], spec: LoraSpec
+) -> Params:
+    """Σ_t weight · delta_t per site, cut back to the site's rank by SVD; balanced factors.
+
+    Builds one site's delta of one LoRA at a time (in×out): fitting data is small, and this is no
+    training loss.
+    """
+    known = vectorize.unflatten(vectors, spec)
+    pairs = {}
+    for site in spec.sites:
+        pair = site_factors(known, site)
+        down = pair["down"].reshape(len(vectors), site.fan_in, site.rank)
+        up = jnp.asarray(pair["up"])
+
+        def one(row: Array, down: Array = down, up: Array = up, rank: int = site.rank):
+            delta = jnp.einsum("t,tir,tro->io", row, down, up)
+            left, sigma, right = jnp.linalg.svd(delta, full_matrices=False)
+            keep = min(rank, len(sigma))
+            root = jnp.sqrt(sigma[:keep])
+            more = rank - keep
+            return (
+                jnp.pad(left[:, :keep] * root, ((0, 0), (0, more))),
+                jnp.pad(root[:, None] * right[:keep], ((0, more), (0, 0))),
+            )
+
+        downs, ups = jax.lax.map(one, weights)
+        pairs[site.path] = {"down": downs.reshape(len(weights), *site.down_shape), "up": ups}
+    return tree_from_sites(pairs)
+
+
+BASELINES = ("mean", "nearest", "knn", "ridge", "pca_gaussian")
+
+
+def make_baseline(
+    name: str,
+    spec: LoraSpec,
+    space: str = "raw",
+    num_neighbours: int = 20,
+    temperature: float = 0.1,
+    kernel_width: float = 0.5,
+    num_components: int = 128,
+) -> Fitted:
+    """A baseline by name; one of `BASELINES`."""
+    if name == "mean":
+        return Mean(spec)
+    if name == "nearest":
+        return Neighbours(spec, "raw", 1)
+    if name == "knn":
+        return Neighbours(spec, space, num_neighbours, temperature)
+    if name == "ridge":
+        return Ridge(spec, space, kernel_width)
+    if name == "pca_gaussian":
+        return PcaGaussian(spec, num_components)
+    raise ValueError(f"baseline is {name!r}, expected one of {BASELINES}")

@@ -1,0 +1,215 @@
+"""Generators: condition → LoRA, behind one Protocol. Those that answer in one pass are here.
+
+    Regression   lora = network(condition)
+    Iterative    the network sees its last answer and corrects it, k times (2307.06949)
+
+Diffusion is in `weight_diffusion.py`, the paper's VAE in `weight_vae.py`, what is fitted in closed
+form in `baselines.py`; `building.py` makes them from a config.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+
+from hyperlora_jax.array_types import Array, Float, Params
+from hyperlora_jax.errors import UserError
+from hyperlora_jax.hypernet.condition import Condition, both, dropped
+from hyperlora_jax.hypernet.hypernetwork import TokenHypernetwork
+from hyperlora_jax.lora import factors
+from hyperlora_jax.lora.sites import LoraSpec
+
+
+class Estimate(NamedTuple):
+    """What training sees: LoRAs with leading axis l (any loss may be put on them), and losses of
+    the generator's own, {name: [l]}."""
+
+    lora: Params
+    losses: dict[str, Float[Array, " l"]]
+
+
+class Draw(NamedTuple):
+    """How to sample: away from "unknown" by `guidance` (1 = plain), in `num_steps` by `sampler`."""
+
+    guidance: float = 1.0
+    num_steps: int = 25
+    sampler: str = "ddim"
+
+
+@runtime_checkable
+class Generator(Protocol):
+    """Condition → LoRA. Frozen and hashable: a static argument of compiled functions.
+
+    `constants` are arrays that are kept with the checkpoint and never trained, e.g. the mean and
+    spread of the LoRA-target dataset; {} for generators that need none.
+    """
+
+    @property
+    def spec(self) -> LoraSpec:
+        """The sites that it writes."""
+        ...
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether different keys give different LoRAs."""
+        ...
+
+    @property
+    def needs_targets(self) -> bool:
+        """Whether `train` needs target LoRAs."""
+        ...
+
+    def init(self, key: Array, condition: Condition) -> Params:
+        """Trainable parameters, from shapes of a condition."""
+        ...
+
+    def train(
+        self,
+        params: Params,
+        constants: Params,
+        condition: Condition,
+        target: Float[Array, "l d"] | None,
+        key: Array,
+    ) -> Estimate:
+        """One training pass; `target` holds flat LoRA vectors where the generator wants them."""
+        ...
+
+    def sample(
+        self, params: Params, constants: Params, condition: Condition, key: Array, draw: Draw
+    ) -> Params:
+        """LoRA tree with leading axis l."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Regression:
+    """The network's answer is the LoRA.
+
+    Attributes:
+        net: the network.
+        condition_dropout: share of subjects that training makes unknown; guidance needs it.
+    """
+
+    net: TokenHypernetwork
+    condition_dropout: float = 0.0
+
+    stochastic = False
+    needs_targets = False
+
+    @property
+    def spec(self) -> LoraSpec:
+        """See `Generator`."""
+        return self.net.layout.spec
+
+    def init(self, key: Array, condition: Condition) -> Params:
+        """See `Generator`."""
+        return self.net.init(key, condition)["params"]
+
+    def train(
+        self,
+        params: Params,
+        constants: Params,
+        condition: Condition,
+        target: Array | None,
+        key: Array,
+    ) -> Estimate:
+        """See `Generator`; the target is not looked at."""
+        del constants, target
+        condition = dropped(condition, self.condition_dropout, key)
+        return Estimate(self.net.apply({"params": params}, condition), {})
+
+    def sample(
+        self, params: Params, constants: Params, condition: Condition, key: Array, draw: Draw
+    ) -> Params:
+        """See `Generator`; guidance moves away from the LoRA of an unknown subject."""
+        del constants, key
+        return guided(
+            lambda c: self.net.apply({"params": params}, c),
+            condition,
+            draw.guidance,
+            self.condition_dropout,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Iterative:
+    """k passes of one network, each of which sees the answer of the one before.
+
+    Attributes:
+        net: a network with `input_noise`, which is where the last answer goes in.
+        num_iterations: k. Training looks at the last answer.
+    """
+
+    net: TokenHypernetwork
+    num_iterations: int = 4
+    condition_dropout: float = 0.0
+
+    stochastic = False
+    needs_targets = False
+
+    def __post_init__(self):
+        if self.num_iterations < 1 or not self.net.input_noise:
+            raise ValueError(
+                "iterative regression needs num_iterations >= 1 and a network with input_noise. "
+                f"Got: {self.num_iterations=} and {self.net.input_noise=}"
+            )
+
+    @property
+    def spec(self) -> LoraSpec:
+        """See `Generator`."""
+        return self.net.layout.spec
+
+    def init(self, key: Array, condition: Condition) -> Params:
+        """See `Generator`."""
+        zero = factors.zeros(self.spec, len(condition.pooled))
+        return self.net.init(key, condition, zero, jnp.zeros(len(condition.pooled)))["params"]
+
+    def _run(self, params: Params, condition: Condition) -> Params:
+        count = len(condition.pooled)
+        lora = factors.zeros(self.spec, count)
+        for k in range(self.num_iterations):
+            time = jnp.full((count,), k / self.num_iterations)
+            lora = self.net.apply({"params": params}, condition, lora, time)
+        return lora
+
+    def train(
+        self,
+        params: Params,
+        constants: Params,
+        condition: Condition,
+        target: Array | None,
+        key: Array,
+    ) -> Estimate:
+        """See `Generator`; the target is not looked at."""
+        del constants, target
+        condition = dropped(condition, self.condition_dropout, key)
+        return Estimate(self._run(params, condition), {})
+
+    def sample(
+        self, params: Params, constants: Params, condition: Condition, key: Array, draw: Draw
+    ) -> Params:
+        """See `Generator`."""
+        del constants, key
+        return guided(
+            lambda c: self._run(params, c), condition, draw.guidance, self.condition_dropout
+        )
+
+
+def guided(function: Any, condition: Condition, guidance: float, condition_dropout: float) -> Any:
+    """unknown + guidance · (known - unknown) of a function of conditions (classifier-free
+    guidance, arXiv 2207.12598); one pass when guidance is 1.
+
+    Raises:
+        UserError: guidance for a generator that was trained without condition dropout.
+    """
+    if guidance == 1.0:
+        return function(condition)
+    if condition_dropout == 0.0:
+        raise UserError(
+            f"guidance is {guidance}, but the generator was trained with condition_dropout = 0: "
+            "it does not know what an unknown subject is; expected guidance 1"
+        )
+    count = len(condition.pooled)
+    values = function(both(condition))
+    return jax.tree.map(lambda v: v[count:] + guidance * (v[:count] - v[count:]), values)

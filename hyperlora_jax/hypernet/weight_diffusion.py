@@ -1,0 +1,157 @@
+"""Diffusion over LoRAs: the weights are the data, the reference is the prompt.
+
+    x0 = codec.encode(LoRA),  x_t = process(x0, noise, t),  prediction = denoiser(x_t, t, condition)
+
+The codec says in which space: whitened factors here (`Whitened`), latents of the paper's VAE in
+`weight_vae.py`. The denoiser is the token transformer (`TokenDenoiser`) or the paper's MLP
+(`mlp_denoiser.py`). Training gives the mean squared error of the prediction, and the LoRA of the
+one-step estimate of x0, on which other losses (denoising through the base) may be put.
+"""
+
+import dataclasses
+from typing import Any, Protocol, runtime_checkable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from hyperlora_jax.array_types import Array, Float, Params
+from hyperlora_jax.diffusion.processes import Process
+from hyperlora_jax.hypernet.condition import Condition, dropped
+from hyperlora_jax.hypernet.generators import Draw, Estimate, guided
+from hyperlora_jax.hypernet.hypernetwork import TokenHypernetwork
+from hyperlora_jax.lora import vectorize
+from hyperlora_jax.lora.sites import LoraSpec
+
+
+@runtime_checkable
+class Codec(Protocol):
+    """Flat LoRA vectors ⇄ data of unit variance that diffusion works on; reads `constants`."""
+
+    @property
+    def spec(self) -> LoraSpec:
+        """Of the LoRAs."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Numbers z of the data."""
+        ...
+
+    def encode(self, constants: Params, vectors: Float[Array, "l d"]) -> Float[Array, "l z"]:
+        """LoRA vectors → data."""
+        ...
+
+    def decode(self, constants: Params, data: Float[Array, "l z"]) -> Float[Array, "l d"]:
+        """Data → LoRA vectors."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Whitened:
+    """(vector - mean) / spread, the spread one number per factor; constants "mean" and "std"."""
+
+    spec: LoraSpec
+
+    @property
+    def size(self) -> int:
+        """See `Codec`."""
+        return self.spec.num_parameters
+
+    def encode(self, constants: Params, vectors: Array) -> Array:
+        """See `Codec`."""
+        spread = vectorize.element_spread(constants["std"], self.spec)
+        return (vectors - constants["mean"]) / spread
+
+    def decode(self, constants: Params, data: Array) -> Array:
+        """See `Codec`."""
+        spread = vectorize.element_spread(constants["std"], self.spec)
+        return data * spread + constants["mean"]
+
+
+class TokenDenoiser(nn.Module):
+    """The token transformer as a function of flat vectors; its network reads noise and writes
+    whitened numbers."""
+
+    net: TokenHypernetwork
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "l d"], time: Float[Array, " l"], condition: Condition
+    ) -> Float[Array, "l d"]:
+        """What the process asks for, at x and time."""
+        spec = self.net.layout.spec
+        written = self.net(condition, vectorize.unflatten(x, spec), time)
+        return vectorize.flatten(written, spec)
+
+
+@dataclasses.dataclass(frozen=True)
+class Diffusion:
+    """See the head of this file.
+
+    Attributes:
+        codec: the space.
+        denoiser: Linen module (x_t [l, z], time [l], condition) → prediction [l, z].
+        process: what is predicted, and how noise comes and goes.
+        condition_dropout: share of subjects that training makes unknown; guidance needs it.
+    """
+
+    codec: Codec
+    denoiser: Any
+    process: Process
+    condition_dropout: float = 0.1
+
+    stochastic = True
+    needs_targets = True
+
+    @property
+    def spec(self) -> LoraSpec:
+        """See `Generator`."""
+        return self.codec.spec
+
+    def init(self, key: Array, condition: Condition) -> Params:
+        """See `Generator`."""
+        count = len(condition.pooled)
+        x = jnp.zeros((count, self.codec.size))
+        return self.denoiser.init(key, x, jnp.zeros(count), condition)["params"]
+
+    def train(
+        self,
+        params: Params,
+        constants: Params,
+        condition: Condition,
+        target: Float[Array, "l d"] | None,
+        key: Array,
+    ) -> Estimate:
+        """See `Generator`: the loss "diffusion", and the LoRA of the one-step estimate."""
+        if target is None:
+            raise ValueError("diffusion over weights needs target LoRAs, got None")
+        time_key, noise_key, drop_key = jax.random.split(key, 3)
+        x0 = self.codec.encode(constants, target)
+        noise = jax.random.normal(noise_key, x0.shape)
+        time = self.process.draw_times(time_key, len(x0))
+        x_t = self.process.add_noise(x0, noise, time)
+        condition = dropped(condition, self.condition_dropout, drop_key)
+        prediction = self.denoiser.apply({"params": params}, x_t, time, condition)
+        error = prediction - self.process.target(x0, noise, time)
+        estimate = self.codec.decode(constants, self.process.to_x0(prediction, x_t, time))
+        lora = vectorize.unflatten(estimate, self.spec)
+        return Estimate(lora, {"diffusion": jnp.mean(jnp.square(error), axis=1)})
+
+    def sample(
+        self, params: Params, constants: Params, condition: Condition, key: Array, draw: Draw
+    ) -> Params:
+        """See `Generator`."""
+        noise_key, step_key = jax.random.split(key)
+        noise = jax.random.normal(noise_key, (len(condition.pooled), self.codec.size))
+
+        def denoise(x: Array, time: Array) -> Array:
+            def predict(given: Condition) -> Array:
+                repeats = len(given.pooled) // len(x)
+                states, times = jnp.tile(x, (repeats, 1)), jnp.tile(time, repeats)
+                return self.denoiser.apply({"params": params}, states, times, given)
+
+            return guided(predict, condition, draw.guidance, self.condition_dropout)
+
+        data = self.process.sample(denoise, noise, draw.num_steps, draw.sampler, step_key)
+        return vectorize.unflatten(self.codec.decode(constants, data), self.spec)
