@@ -75,8 +75,8 @@ def get_config() -> ConfigDict:
             "train": {
                 "seed": 0,
                 "num_steps": 6000,
-                "batch_size": 16,  # subjects per device
-                "batch_per_device": True,
+                "batch_size": 16,  # subjects a step, shared out over all devices
+                "batch_per_device": False,  # True: per device, as pods want it
                 "images_per_subject": 4,
                 "num_references": (1, 1),  # fewest and most pictures that a subject is told by
                 "encode_batch_size": 256,
@@ -139,7 +139,7 @@ def get_config() -> ConfigDict:
                 "conventional": {
                     "num_identities": 32,
                     "num_validation": 8,
-                    "num_slots": 20,
+                    "num_slots": 40,
                     "recipe": {"images_per_step": 8},
                 },
             },

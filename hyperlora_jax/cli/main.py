@@ -55,8 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # libtpu without a TPU (it is installed for `hyperlora compile`) would look for one at
         # length and complain.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    from hyperlora_jax.parallel import compilation_cache, multihost
+    from hyperlora_jax.parallel import compilation_cache, cpu_devices, multihost
 
+    cpu_devices.one_per_core()
     multihost.start()
     compilation_cache.enable()
     return run_command(name, arguments[1:])

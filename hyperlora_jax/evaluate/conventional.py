@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from hyperlora_jax.array_types import Params
 from hyperlora_jax.data.encoded_subjects import EncodedSubjects, encode_subjects
@@ -26,6 +27,7 @@ def fit_conventional(
     num_slots: int,
     steps_per_call: int,
     seed: int = 0,
+    mesh: Mesh | None = None,
 ) -> list[Params]:
     """One LoRA per identity of every set, fitted to all its views; a batch per set, on the host."""
     encoded = [_encode(sd, questions) for questions in sets]
@@ -42,6 +44,7 @@ def fit_conventional(
         num_slots=num_slots,
         steps_per_call=steps_per_call,
         seed=seed,
+        mesh=mesh,
         progress="conventional LoRAs",
     ):
         fitted[result.index] = result.lora

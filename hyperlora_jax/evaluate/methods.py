@@ -8,6 +8,7 @@ generated     the hypernetwork
 conventional  a LoRA fitted to all views of the identity
 """
 
+import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from hyperlora_jax.array_types import Float, Params
 from hyperlora_jax.evaluate.compare import Method
@@ -22,6 +24,7 @@ from hyperlora_jax.evaluate.protocol import EvaluationSet
 from hyperlora_jax.hypernet.model import Hypernetwork
 from hyperlora_jax.lora import vectorize
 from hyperlora_jax.lora.sites import LoraSpec
+from hyperlora_jax.parallel import sharding
 
 LorasOf = Callable[[EvaluationSet], Params]
 
@@ -35,16 +38,24 @@ def sample_images(
     num_steps: int,
     guidance: float,
     identities_per_batch: int = 8,
+    mesh: Mesh | None = None,
 ) -> Float[np.ndarray, "i c h w 3"]:
     """Pictures of the first i identities, one LoRA each, under their captions and noise.
 
     Args:
         loras: tree with leading axis i, at most the set's identities.
+        mesh: where the model's parameters are (`sharding.on_mesh`); identities are shared out over
+            its devices, in batches rounded up to a multiple of them.
     """
     count = int(jax.tree.leaves(loras)[0].shape[0])
     settings = sd.unet.settings
     noise = questions.first(count).noise((*settings.sample_size, settings.in_channels))
     size = min(identities_per_batch, count)
+    place = functools.partial(jax.tree.map, jnp.asarray)
+    if mesh is not None:
+        shards = mesh.shape["data"] * mesh.shape["fsdp"]
+        size = -(-size // shards) * shards
+        place = functools.partial(jax.device_put, device=sharding.batch_sharding(mesh))
     pictures = []
     for start in range(0, count, size):
         # The last batch is filled up with its own last identity: one program for all.
@@ -53,11 +64,11 @@ def sample_images(
         images = sd.sample(
             jax.random.key(0),
             captions,
-            lora=jax.tree.map(lambda leaf, rows=rows: jnp.asarray(leaf)[rows], loras),
+            lora=place(jax.tree.map(lambda leaf, rows=rows: np.asarray(leaf)[rows], loras)),
             strength=strength,
             num_steps=num_steps,
             guidance=guidance,
-            latents=noise[rows].reshape(-1, *noise.shape[2:]),
+            latents=place(np.asarray(noise[rows]).reshape(-1, *noise.shape[2:])),
         )
         images = np.asarray(images)
         pictures.append(images.reshape(size, -1, *images.shape[1:]))

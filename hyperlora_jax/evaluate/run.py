@@ -24,6 +24,8 @@ from hyperlora_jax.evaluate.sample_cache import SampleCache
 from hyperlora_jax.evaluate.summary import summarise
 from hyperlora_jax.hypernet.model import FOLDER, Hypernetwork
 from hyperlora_jax.lora import factors, vectorize
+from hyperlora_jax.parallel.mesh import make_mesh
+from hyperlora_jax.parallel.sharding import on_mesh
 from hyperlora_jax.stable_diffusion.embedded import load_base
 from hyperlora_jax.train.loop import open_workdir
 
@@ -40,6 +42,8 @@ class Evaluation:
     def __init__(self, config: Any, workdir: str | Path):
         self.config, self.workdir = config, Path(str(open_workdir(workdir)))
         self.sd = load_base(config.base)
+        self.mesh = make_mesh(**config.mesh)
+        self.sampler = on_mesh(self.sd, self.mesh)
         self.hyper = Hypernetwork.restore(self.workdir)
         self.spec = self.hyper.spec
         check_base(self.hyper, self.sd, config.base)
@@ -60,6 +64,7 @@ class Evaluation:
             "num_steps": config.evaluate.num_sampling_steps,
             "guidance": config.evaluate.guidance,
             "identities_per_batch": config.evaluate.identities_per_batch,
+            "mesh": self.mesh,
         }
 
     def _questions(self, avatars: Avatars, split: str, count: int) -> EvaluationSet:
@@ -97,7 +102,7 @@ class Evaluation:
         return [
             method_makers.lora_method(
                 name,
-                self.sd,
+                self.sampler,
                 loras_of,
                 sampling=self.sampling,
                 strengths=strengths,
@@ -105,7 +110,7 @@ class Evaluation:
                     name,
                     weights,
                     self.sd.base_hash,
-                    sorted(self.sampling.items()),
+                    sorted((k, v) for k, v in self.sampling.items() if k != "mesh"),
                     conventional if name == "conventional" else "",
                 ),
             )
@@ -155,6 +160,7 @@ class Evaluation:
             sets,
             num_slots=section.conventional.num_slots,
             steps_per_call=self.config.distill.steps_per_call,
+            mesh=self.mesh if self.mesh.size > 1 else None,
         )
         self.seconds["conventional"] = time.perf_counter() - start
         fitted = {"test": test, "validation": validation}

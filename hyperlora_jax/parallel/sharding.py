@@ -6,9 +6,11 @@ that rule are alternatives in order of preference, aligned to the parameter's la
 first whose axes divide the dimensions wins, and a parameter that none fits is replicated.
 """
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -102,6 +104,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The sharding of a batch: its leading axis split over data × fsdp."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def on_mesh(model: Any, mesh: Mesh) -> Any:
+    """A model (a dataclass with the field `params`) with a copy of them on every device."""
+    return dataclasses.replace(model, params=jax.device_put(model.params, replicated(mesh)))
 
 
 def host_shard(mesh: Mesh) -> tuple[int, int]:
