@@ -140,7 +140,7 @@ def get_config() -> ConfigDict:
                     "num_identities": 32,
                     "num_validation": 8,
                     "num_slots": 40,
-                    "recipe": {"images_per_step": 8},
+                    "recipe": {"num_steps": 300, "images_per_step": 8, "schedule": "cosine"},
                 },
             },
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1},

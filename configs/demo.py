@@ -22,6 +22,6 @@ def get_config() -> ConfigDict:
     config.distill.num_concepts = 64
     config.distill.num_steps = 75
     config.train.num_steps = 800
-    config.evaluate.conventional.recipe = {"num_steps": 150, "images_per_step": 8, "schedule": "cosine"}
+    config.evaluate.conventional.recipe.num_steps = 150
     config.evaluate.strengths = (1.0, 1.5, 2.0)
     return config
