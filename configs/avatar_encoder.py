@@ -5,7 +5,7 @@
 Writes hyperlora_jax/assets/avatar-encoder (about 1.5 MB). `export.path` says where.
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 
 def get_config() -> ConfigDict:
@@ -14,7 +14,7 @@ def get_config() -> ConfigDict:
             "task": "avatar_encoder",
             "data": {
                 "style": "pixel-art",
-                "size": 16,
+                "size": config_dict.placeholder(int),  # pixels; None: the style's own
                 "split_seed": 0,
                 "num_identities": 4096,
                 "num_views": 8,

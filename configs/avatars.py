@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
             "data": {
                 "source": "avatars",  # or a folder with one sub-folder of pictures per subject
                 "style": "pixel-art",
-                "size": 16,
+                "size": config_dict.placeholder(int),  # pixels; None: the style's own
                 "split_seed": 0,
                 "num_identities": 2048,
                 "num_views": 8,
@@ -126,6 +126,7 @@ def get_config() -> ConfigDict:
                 "sampler": "ddim",
             },
             "evaluate": {
+                "probe": "",  # judges captions; empty = the shipped one, for pixel-art
                 "identity_seed": 0,
                 "num_identities": 64,
                 "num_validation": 16,

@@ -16,14 +16,16 @@ def get_config() -> ConfigDict:
             "task": "base",
             "data": {
                 "style": "pixel-art",
-                "size": 16,  # pixel-art's own grid: larger only repeats pixels
+                # Pixels. None is the style's own: 16 for pixel-art (its grid), 64 for the others.
+                "size": config_dict.placeholder(int),
                 "split_seed": 0,
                 "num_identities": 4096,
                 "num_views": 8,
             },
             "base": {
+                "latent_size": 8,
                 "autoencoder": {
-                    "block_out_channels": (16, 48),
+                    "block_out_channels": (16, 48),  # for 16 pixels; see train/level_widths.py
                     "layers_per_block": 1,
                     "latent_channels": 8,
                     "norm_num_groups": 8,

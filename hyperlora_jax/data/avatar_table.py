@@ -32,7 +32,7 @@ CLOTHING_COLORS = {
 # mouths by >= 3, eyes by >= 7, glasses by >= 14, clothes by >= 10.
 TABLE: dict[str, dict] = {
     "pixel-art": {
-        "size": 32,
+        "size": 16,
         "identity": {"hair": "all", "hairColor": "all", "skinColor": "all", "beard": (0.6, "all")},
         "view": {
             "mouth": {

@@ -63,7 +63,7 @@ class Avatars:
 
     Args:
         style: one of `avatar_styles.STYLES`.
-        size: picture side in pixels; None is 32 for pixel-art and 64 for the others.
+        size: picture side in pixels; None is the style's own, 16 for pixel-art, 64 for the others.
         split_seed: fixes which part combinations are held out.
         poses: also draw rotation (+-12 degrees), scale (.85 to 1.1) and flip; not for pixel-art,
             whose pixels stay on the grid.

@@ -55,7 +55,7 @@ class Evaluation:
                 "which only 'avatars' have"
             )
         avatars = Avatars(config.data.style, config.data.size, config.data.split_seed)
-        self.probe = AttributeProbe.load()
+        self.probe = AttributeProbe.load(config.evaluate.probe or None)
         self.validation = self._questions(avatars, "validation", config.evaluate.num_validation)
         self.test = self._questions(avatars, "test", config.evaluate.num_identities)
         self.probe.check_parts(self.test.parts)

@@ -6,8 +6,11 @@ from typing import Any
 from hyperlora_jax.data.avatars import Avatars
 from hyperlora_jax.parallel.mesh import make_mesh
 from hyperlora_jax.train import encoder_task, probe_task
+from hyperlora_jax.train.level_widths import level_widths
 from hyperlora_jax.train.loop import fit, open_workdir
 from hyperlora_jax.train.render_bundle import RenderBundle, render_bundle
+
+SMALLEST = 4  # cells per side of the encoder's last level
 
 
 def pretrain_encoder(config: Any, workdir: str | Path) -> Path:
@@ -18,11 +21,11 @@ def pretrain_encoder(config: Any, workdir: str | Path) -> Path:
         batch_size=config.train.batch_size,
         seed=config.train.seed,
         weights=dict(config.train.weights),
-        **config.model.to_dict(),
+        **{**config.model.to_dict(), "encoder": _encoder(config, bundle)},
     )
     params = _fit(task, config, workdir)
     out = Path(config.export.path)
-    encoder = config.model.encoder.to_dict()
+    encoder = _encoder(config, bundle)
     facts = {"num_steps": config.train.num_steps}
     encoder_task.export_encoder(
         out, params, bundle, encoder=encoder, name=config.export.name, facts=facts
@@ -33,7 +36,7 @@ def pretrain_encoder(config: Any, workdir: str | Path) -> Path:
 def pretrain_probe(config: Any, workdir: str | Path) -> Path:
     """Trains the attribute probe on renders; returns the exported folder."""
     bundle = _bundle(config, workdir)
-    encoder = config.model.encoder.to_dict()
+    encoder = _encoder(config, bundle)
     task = probe_task.make_task(
         bundle,
         batch_size=config.train.batch_size,
@@ -48,6 +51,13 @@ def pretrain_probe(config: Any, workdir: str | Path) -> Path:
         out, params, bundle, encoder=encoder, name=config.export.name, facts=facts
     )
     return out
+
+
+def _encoder(config: Any, bundle: RenderBundle) -> dict[str, Any]:
+    """The encoder's section, its levels fitted to the size of the pictures."""
+    section = config.model.encoder.to_dict()
+    widths = level_widths(section["widths"], bundle.images.shape[2], SMALLEST)
+    return {**section, "widths": tuple(widths)}
 
 
 def _bundle(config: Any, workdir: str | Path) -> RenderBundle:

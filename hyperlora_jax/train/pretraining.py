@@ -28,6 +28,7 @@ from hyperlora_jax.stable_diffusion.tokenizer_training import train_tokenizer
 from hyperlora_jax.stable_diffusion.unet import unet_from_config
 from hyperlora_jax.train import base_task
 from hyperlora_jax.train.checkpoints import restore_params
+from hyperlora_jax.train.level_widths import level_widths
 from hyperlora_jax.train.loop import fit, open_workdir
 from hyperlora_jax.train.state import TrainState
 
@@ -125,7 +126,14 @@ def _train_autoencoder(
     config: Any, workdir: Path, mesh: Any, images: np.ndarray
 ) -> tuple[AutoencoderKL, Params]:
     section = config.autoencoder
-    vae = vae_from_config(autoencoder_config(config.base.autoencoder, images.shape[1]))
+    channels = level_widths(
+        config.base.autoencoder.block_out_channels,
+        images.shape[1],
+        config.base.latent_size,
+        config.base.autoencoder.norm_num_groups,
+    )
+    shape = {**config.base.autoencoder, "block_out_channels": channels}
+    vae = vae_from_config(autoencoder_config(shape, images.shape[1]))
     task = base_task.autoencoder_task(
         vae,
         functools.partial(init_params, vae),

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hyperlora_jax.diffusion.schedule import NoiseSchedule
 from hyperlora_jax.hypernet.building import architecture, build_generator
@@ -67,7 +68,9 @@ def hypernetwork_workload(config: Any, remat: str = "none") -> Workload:
         condition_shapes=(pooled, tokens),
         base=Base(unet, NoiseSchedule.from_config(schedule), section.min_snr_gamma),
     )
-    side = int(config.data.size) // 2 ** (len(vae_config["block_out_channels"]) - 1)
+    side = int(np.max(unet_config["sample_size"]))  # without a size, the base's own
+    if config.data.size:
+        side = config.data.size // 2 ** (len(vae_config["block_out_channels"]) - 1)
     latent = (section.images_per_subject, side, side, int(unet_config["in_channels"]))
     refs = section.num_references[1]
 

@@ -84,10 +84,13 @@ def test_caption_determines_everything_but_the_identity(avatars):
             assert (avatars.render(a, other) != avatars.render(a, view)).any()
 
 
-def test_pixel_art_is_a_grid_of_two_by_two_blocks(avatars):
+def test_larger_pixel_art_only_repeats_its_own_grid(avatars):
+    assert avatars.size == 16
+    larger = Avatars(size=32)
     for k in range(20):
-        picture = avatars.render(avatars.identity("test", k), avatars.view("test", k))
-        np.testing.assert_array_equal(picture, picture[::2, ::2].repeat(2, 0).repeat(2, 1))
+        shown = avatars.identity("test", k), avatars.view("test", k)
+        own, picture = avatars.render(*shown), larger.render(*shown)
+        np.testing.assert_array_equal(picture, own.repeat(2, 0).repeat(2, 1))
 
 
 def test_names_become_single_words():
@@ -116,7 +119,7 @@ def test_render_many_equals_render_with_workers_and_cache(avatars, tmp_path):
     np.testing.assert_array_equal(one, again)
     assert path.stat().st_mtime_ns == before
     np.save(path, np.zeros((1, 2, 2, 3), np.uint8))
-    with pytest.raises(UserError, match=r"found pictures .* expected \(150, 32, 32, 3\)"):
+    with pytest.raises(UserError, match=r"found pictures .* expected \(150, 16, 16, 3\)"):
         avatars.render_many(pairs, cache_dir=tmp_path, progress=False)
 
 
