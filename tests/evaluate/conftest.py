@@ -9,16 +9,16 @@ class OracleProbe:
     """Knows the captions of exact renders: names the parts of the nearest one it has seen."""
 
     def __init__(self, *sets):
-        self.pictures = np.concatenate([s.exact.reshape(-1, 32, 32, 3) for s in sets])
+        self.pictures = np.concatenate([s.exact.reshape(-1, 16, 16, 3) for s in sets])
         labels = [s.caption_labels.reshape(-1, len(s.parts)) for s in sets]
         views = [np.full((s.views.size // 3072, len(s.parts)), -1) for s in sets]
         self.pictures = np.concatenate(
-            [self.pictures, *(s.views.reshape(-1, 32, 32, 3) / 255.0 for s in sets)]
+            [self.pictures, *(s.views.reshape(-1, 16, 16, 3) / 255.0 for s in sets)]
         )
         self.labels = np.concatenate([*labels, *views])
 
     def classes(self, images):
-        flat = np.nan_to_num(np.asarray(images)).reshape(-1, 32, 32, 3)
+        flat = np.nan_to_num(np.asarray(images)).reshape(-1, 16, 16, 3)
         nearest = [np.square(self.pictures - x).mean(axis=(1, 2, 3)).argmin() for x in flat]
         return self.labels[nearest].reshape(*np.shape(images)[:-3], -1)
 

@@ -102,9 +102,9 @@ def test_cache_samples_once(test_set, tmp_path):
 
 def test_misuse(test_set, validation_set, probe):
     with pytest.raises(ValueError, match="another shape"):
-        compare.score(test_set, np.zeros((6, 2, 32, 32, 3), np.float32), probe)
+        compare.score(test_set, np.zeros((6, 2, 16, 16, 3), np.float32), probe)
     with pytest.raises(ValueError, match="expected pictures of 1 to 6"):
-        compare.score(test_set, np.zeros((7, 3, 32, 32, 3), np.float32), probe)
+        compare.score(test_set, np.zeros((7, 3, 16, 16, 3), np.float32), probe)
     twice = [Method("a", blend(1.0)), Method("a", blend(1.0))]
     with pytest.raises(ValueError, match="two methods of one name"):
         compare.compare(twice, validation_set, test_set, probe)

@@ -8,7 +8,7 @@ SMALL = {"num_captions": 1, "num_views": 1, "num_pooled_captions": 2, "progress"
 
 
 def test_answers_are_exact_renders(avatars, test_set):
-    assert test_set.exact.shape == (6, 3, 32, 32, 3)
+    assert test_set.exact.shape == (6, 3, 16, 16, 3)
     person = test_set.identities[4]
     drawn = [avatars.render(person, view) / 255.0 for view in avatars.views("test", 4)]
     for picture in test_set.exact[4]:
