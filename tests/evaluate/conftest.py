@@ -11,7 +11,7 @@ class OracleProbe:
     def __init__(self, *sets):
         self.pictures = np.concatenate([s.exact.reshape(-1, 16, 16, 3) for s in sets])
         labels = [s.caption_labels.reshape(-1, len(s.parts)) for s in sets]
-        views = [np.full((s.views.size // 3072, len(s.parts)), -1) for s in sets]
+        views = [np.full((s.views[..., 0, 0, 0].size, len(s.parts)), -1) for s in sets]
         self.pictures = np.concatenate(
             [self.pictures, *(s.views.reshape(-1, 16, 16, 3) / 255.0 for s in sets)]
         )
