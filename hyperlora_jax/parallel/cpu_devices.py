@@ -18,7 +18,8 @@ def one_per_core(environment: Mapping[str, str] | None = None) -> int | None:
     """Makes JAX show the usable cores as devices, a power of two up to `MOST`.
 
     Call it before anything asks for devices. It leaves the number alone (None) off the CPU, when
-    the environment already says how many, and when several processes share the machine.
+    the environment already says how many, when several processes share the machine, and when JAX
+    has started before.
     """
     environment = os.environ if environment is None else environment
     platform = jax.config.jax_platforms or environment.get("JAX_PLATFORMS", "")
@@ -28,5 +29,8 @@ def one_per_core(environment: Mapping[str, str] | None = None) -> int | None:
         return None
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     count = 1 << (min(cores or 1, MOST).bit_length() - 1)
-    jax.config.update("jax_num_cpu_devices", count)
+    try:
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError:  # a program that embeds this one has started JAX: its devices stay
+        return None
     return count
