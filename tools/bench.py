@@ -19,7 +19,12 @@ from rich.console import Console
 from rich.table import Table
 
 TOOLS = pathlib.Path(__file__).resolve().parent
-BENCHMARKS = {"unet": "bench_unet", "export": "bench_export", "data": "bench_data"}
+BENCHMARKS = {
+    "unet": "bench_unet",
+    "export": "bench_export",
+    "data": "bench_data",
+    "distill": "bench_distill",
+}
 COLUMNS = ("workload", "ours", "peer", "unit", "ratio", "runs")
 
 
