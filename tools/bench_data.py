@@ -24,7 +24,7 @@ from hyperlora_jax.lora.sites import LoraSite, LoraSpec
 NUM_LORAS = 512
 BATCH = 32
 RUNS = 5
-GAUGE_BATCH = 64
+GAUGE_BATCH = 32
 
 
 def run(device: str = "cpu", num_loras: int = NUM_LORAS, runs: int = RUNS) -> list[dict]:
@@ -235,18 +235,17 @@ def _gauge(spec: LoraSpec, vectors: np.ndarray, runs: int) -> list[dict]:
     """SVD gauge and tokens of a batch; the peer builds every delta and takes its SVD."""
     import jax
 
-    from hyperlora_jax.data.gauged_targets import turn_vectors
-    from hyperlora_jax.lora import vectorize
+    from hyperlora_jax.lora import gauge, vectorize
 
     @jax.jit
-    def tokens(rows):
-        return vectorize.tokens(vectorize.unflatten(rows, spec), spec)
+    def turned(rows):
+        lora = gauge.canonical(vectorize.unflatten(rows, spec), spec, "svd")
+        return vectorize.tokens(lora, spec)
 
     def ours() -> float:
         start = time.perf_counter()
         for k in range(0, len(vectors), GAUGE_BATCH):
-            rows = turn_vectors(vectors[k : k + GAUGE_BATCH], spec, "svd")
-            jax.block_until_ready(tokens(rows))
+            jax.block_until_ready(turned(vectors[k : k + GAUGE_BATCH]))
         return len(vectors) / (time.perf_counter() - start)
 
     def peer() -> float:

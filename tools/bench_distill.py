@@ -44,7 +44,7 @@ def run(device: str = "cpu", rounds: int = ROUNDS, slots: int | None = None) -> 
     """The speed's row and the quality's rows."""
     config = _config()
     section = config.distill
-    slots = slots or section.num_slots
+    slots = int(slots or section.num_slots)
     sd = load_base(config.base)
     spec, recipe = sd.lora_spec(section.preset, section.rank), make_recipe(section)
     questions = make_evaluation_set(

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from hyperlora_jax.array_types import AnyArray, Array, Float, Params
+from hyperlora_jax.lora.decompositions import polar, small_svd, thin_qr
 from hyperlora_jax.lora.factors import is_site
 from hyperlora_jax.lora.sites import LoraSite, LoraSpec, site_factors, tree_from_sites
 
@@ -80,30 +81,26 @@ def _matrices(pair: Params, site: LoraSite) -> tuple[Array, Array]:
     return down.reshape(*up.shape[:-2], site.fan_in, site.rank), up
 
 
-def _core(
-    down: Float[AnyArray, "m r"], up: Float[AnyArray, "r o"]
-) -> tuple[Float[Array, "m j"], Float[Array, "o k"], Float[Array, "j k"]]:
-    """(Q_d, Q_u, C) with down·up = Q_d C Q_uᵀ."""
-    basis_down, tri_down = jnp.linalg.qr(down)
-    basis_up, tri_up = jnp.linalg.qr(up.T)
-    return basis_down, basis_up, tri_down @ tri_up.T
-
-
 @jax.jit
 def _spectrum(down: Float[AnyArray, "*l m r"], up: Float[AnyArray, "*l r o"]) -> Array:
-    tri_down = jnp.linalg.qr(down, mode="r")
-    tri_up = jnp.linalg.qr(jnp.swapaxes(up, -1, -2), mode="r")
-    return jnp.linalg.svd(tri_down @ jnp.swapaxes(tri_up, -1, -2), compute_uv=False)
+    def one(down: Array, up: Array) -> Array:
+        return small_svd(thin_qr(down)[1] @ thin_qr(up.T)[1].T)[1]
+
+    function = one
+    for _ in down.shape[:-2]:
+        function = jax.vmap(function)
+    return function(down, up)
 
 
 def _balanced(down: Array, up: Array, rank: int) -> tuple[Array, Array]:
     """SVD form of down·up with `rank` components (cut or zero-padded), signs undecided."""
-    basis_down, basis_up, core = _core(down, up)
-    left, sigma, right = jnp.linalg.svd(core, full_matrices=False)
+    basis_down, tri_down = thin_qr(down)
+    basis_up, tri_up = thin_qr(up.T)
+    left, sigma, right = small_svd(tri_down @ tri_up.T)
     keep = min(rank, sigma.shape[0])
     root = jnp.sqrt(sigma[:keep])
-    new_down = (basis_down @ left[:, :keep]) * root
-    new_up = root[:, None] * (right[:keep] @ basis_up.T)
+    new_down = basis_down @ (left[:, :keep] / jnp.where(root > 0, root, 1.0))
+    new_up = root[:, None] * (basis_up @ right[:, :keep]).T
     more = rank - keep
     return jnp.pad(new_down, ((0, 0), (0, more))), jnp.pad(new_up, ((0, more), (0, 0)))
 
@@ -120,8 +117,7 @@ def _signs(down: Array, up: Array, reference: tuple[Array, Array] | None) -> Arr
 
 def _rotation(down: Array, up: Array, reference: tuple[Array, Array]) -> Array:
     """Orthogonal Q [r, r] that minimises ‖down·Q - ref_down‖² + ‖Qᵀ·up - ref_up‖²."""
-    left, _, right = jnp.linalg.svd(down.T @ reference[0] + up @ reference[1].T)
-    return left @ right
+    return polar(down.T @ reference[0] + up @ reference[1].T)
 
 
 @functools.partial(jax.jit, static_argnames=("kind", "rank"))
