@@ -137,9 +137,30 @@ def get_config() -> ConfigDict:
                 "guidance": 1.0,
                 "identities_per_batch": 16,
                 "strengths": (0.75, 1.0, 1.5, 2.0),
+                "guidances": (1.0, 2.0, 3.0),  # of generators that know what guidance is
+                "methods": (  # see evaluate/lora_sources.py
+                    "base",
+                    "mean_lora",
+                    "nearest",
+                    "knn",
+                    "ridge",
+                    "pca_gaussian",
+                    "shuffled",
+                    "noisy_copy",
+                    "generated",
+                    "refined_25",
+                    "conventional_1",
+                    "conventional",
+                ),
+                "others": {"paper": ""},  # more methods: a name and the workdir of a `train`
+                "refine": {"rank": 4, "recipe": {"images_per_step": 8}},
+                "linear_combination": {
+                    "per": "factor",  # global, site or factor
+                    "recipe": {"num_steps": 400, "images_per_step": 4, "learning_rate": 1e-2},
+                },
                 "conventional": {
-                    "num_identities": 32,
-                    "num_validation": 8,
+                    "num_identities": 64,
+                    "num_validation": 16,
                     "num_slots": 40,
                     "recipe": {"num_steps": 300, "images_per_step": 8, "schedule": "cosine"},
                 },

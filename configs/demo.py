@@ -23,5 +23,10 @@ def get_config() -> ConfigDict:
     config.distill.num_steps = 75
     config.train.num_steps = 800
     config.evaluate.conventional.recipe.num_steps = 150
+    config.evaluate.conventional.num_identities = 32
+    config.evaluate.conventional.num_validation = 8
+    config.evaluate.methods = (
+        "base", "mean_lora", "shuffled", "nearest", "generated", "conventional",
+    )  # fmt: skip
     config.evaluate.strengths = (1.0, 1.5, 2.0)
     return config

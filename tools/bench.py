@@ -24,6 +24,7 @@ BENCHMARKS = {
     "export": "bench_export",
     "data": "bench_data",
     "distill": "bench_distill",
+    "hypernet": "bench_hypernet",
 }
 COLUMNS = ("workload", "ours", "peer", "unit", "ratio", "runs")
 

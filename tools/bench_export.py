@@ -36,7 +36,10 @@ def run(device: str = "cpu", runs: int = RUNS) -> list[dict]:
     """All rows. File work happens on the host whatever the device is."""
     del device
     rows = []
-    for name, spec in (("w2w", _spec(("to_q", "to_v"), 1)), ("r8", _spec(_ALL, 8))):
+    for name, spec in (
+        ("w2w", attention_spec(("to_q", "to_v"), 1)),
+        ("r8", attention_spec(_ALL, 8)),
+    ):
         lora = _random(spec)
         with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
             rows += _rows(name, spec, lora, Path(folder), COUNT[name], runs)
@@ -128,7 +131,7 @@ def _row(workload: str, ours: list[float], peer: list[float] | None) -> dict:
     }
 
 
-def _spec(projections: tuple[str, ...], rank: int) -> LoraSpec:
+def attention_spec(projections: tuple[str, ...], rank: int) -> LoraSpec:
     """Attention layers of Stable Diffusion 1.5's UNet."""
     blocks = [
         (f"{side}_blocks.{level}.attentions.{k}", width)

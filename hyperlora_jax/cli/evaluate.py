@@ -8,6 +8,7 @@ from hyperlora_jax.cli.config import add_config_arguments, load_config
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """--config and --workdir."""
     add_config_arguments(parser)
+    parser.add_argument("--json", metavar="FILE", help="write the comparison there")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -15,6 +16,8 @@ def run(args: argparse.Namespace) -> int:
     from hyperlora_jax.evaluate.run import evaluate
 
     config = load_config(args.config, args.overrides)
-    files = evaluate(config, args.workdir)
+    command = f"hyperlora evaluate --config {args.config} --workdir WORKDIR"
+    command = " ".join([command, *args.overrides])
+    files = evaluate(config, args.workdir, args.json or "", command)
     print(f"wrote {files.page} and {files.metrics}")
     return 0

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from hyperlora_jax.evaluate.compare import MethodResult
-from hyperlora_jax.evaluate.figures import TITLES
+from hyperlora_jax.evaluate.method_names import TITLES
 
 
 def strength_chart(results: Mapping[str, MethodResult]) -> bytes | None:

@@ -16,7 +16,7 @@ from hyperlora_jax.evaluate.protocol import EvaluationSet
 from hyperlora_jax.evaluate.sample_cache import SampleCache
 
 TIED_TOP1 = 0.01  # identity scores this close count as equal when a strength is chosen
-Sampler = Callable[[EvaluationSet, float], AnyArray]
+Sampler = Callable[..., AnyArray]  # (evaluation set, strength[, guidance]) -> pictures
 
 
 @runtime_checkable
@@ -35,8 +35,10 @@ class Method:
     Attributes:
       name: as it appears in tables.
       sample: (evaluation set, strength) -> pictures [i', c, h, w, 3]; i' may be less than the
-        set's identities (the first ones), for a method too slow to do all.
+        set's identities (the first ones), for a method too slow to do all. A third argument,
+        the guidance, is given where it is not 1.
       strengths: what to choose from; one entry means there is nothing to choose.
+      guidances: likewise; chosen first, at the strength 1.
       fingerprint: hash of weights and settings; lets a `SampleCache` keep the pictures.
     """
 
@@ -44,6 +46,7 @@ class Method:
     sample: Sampler
     strengths: tuple[float, ...] = (1.0,)
     fingerprint: str = ""
+    guidances: tuple[float, ...] = (1.0,)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -66,12 +69,15 @@ class MethodResult:
       scores: on the test set.
       strength: the chosen one.
       curve: {strength: validation scores}; empty when there was nothing to choose.
+      guidance: the chosen one; guidance_curve: {guidance: validation scores at strength 1}.
     """
 
     images: Float[np.ndarray, "i c h w 3"]
     scores: Scores
     strength: float
     curve: Mapping[float, Scores]
+    guidance: float = 1.0
+    guidance_curve: Mapping[float, Scores] = dataclasses.field(default_factory=dict)
 
 
 def score(evaluation: EvaluationSet, images: Float[AnyArray, "i c h w 3"], probe: Probe) -> Scores:
@@ -112,21 +118,31 @@ def run_method(
     probe: Probe,
     cache: SampleCache | None = None,
 ) -> MethodResult:
-    """Chooses the method's strength on `validation`, then scores it on `test`."""
+    """Chooses the method's guidance and strength on `validation`, then scores it on `test`."""
     cache = cache or SampleCache()
 
-    def images(questions: EvaluationSet, strength: float) -> np.ndarray:
+    def images(questions: EvaluationSet, strength: float, guidance: float) -> np.ndarray:
+        given = () if guidance == 1.0 else (guidance,)
+        mark = method.fingerprint
+        if mark and given:
+            mark = f"{mark} guidance {guidance:g}"
         return cache.images(
-            method.fingerprint, questions, strength, lambda: method.sample(questions, strength)
+            mark, questions, strength, lambda: method.sample(questions, strength, *given)
         )
 
+    guided, guidance = {}, method.guidances[0]
+    if len(method.guidances) > 1:
+        for candidate in method.guidances:
+            guided[candidate] = score(validation, images(validation, 1.0, candidate), probe)
+        guidance = choose_strength(guided)
     curve, strength = {}, method.strengths[0]
     if len(method.strengths) > 1:
         for candidate in method.strengths:
-            curve[candidate] = score(validation, images(validation, candidate), probe)
+            curve[candidate] = score(validation, images(validation, candidate, guidance), probe)
         strength = choose_strength(curve)
-    pictures = images(test, strength)
-    return MethodResult(pictures, score(test, pictures, probe), strength, curve)
+    pictures = images(test, strength, guidance)
+    scores = score(test, pictures, probe)
+    return MethodResult(pictures, scores, strength, curve, guidance, guided)
 
 
 def known_methods() -> tuple[Method, Method]:

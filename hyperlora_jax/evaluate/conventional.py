@@ -1,7 +1,7 @@
-"""The conventional way, as the comparison's yardstick: LoRAs fitted to pictures of one identity."""
+"""The conventional way, as the comparison's yardstick: pictures of one identity, and how long it
+takes to fit a LoRA to them."""
 
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,17 +11,17 @@ from jax.sharding import Mesh
 from hyperlora_jax.array_types import Params
 from hyperlora_jax.data.encoded_subjects import EncodedSubjects, encode_subjects
 from hyperlora_jax.distill import slots as slot_state
-from hyperlora_jax.distill.fit import fit_loras
+from hyperlora_jax.distill.parametrisations import Parametrisation
 from hyperlora_jax.distill.slots import Recipe
 from hyperlora_jax.evaluate.protocol import EvaluationSet
-from hyperlora_jax.lora import factors
 from hyperlora_jax.lora.sites import LoraSpec
 
 
-def fit_conventional(
+def seconds_per_fit(
     sd: Any,
     spec: LoraSpec,
     recipe: Recipe,
+<<<<<<< HEAD
     sets: Sequence[EvaluationSet],
     *,
     num_slots: int,
@@ -58,14 +58,21 @@ def fit_conventional(
 
 
 def seconds_per_fit(sd: Any, spec: LoraSpec, recipe: Recipe, questions: EvaluationSet) -> float:
+=======
+    questions: EvaluationSet,
+    trained: Parametrisation | None = None,
+    start: Params | None = None,
+) -> float:
+>>>>>>> 8634c75 (Comparison: every method a source of LoRAs, guidance chosen like strength, one JSON of it; the paper's config; bench of hypernetworks)
     """Seconds of fitting one LoRA alone, compilation not counted.
 
-    A fifth of the steps is timed after a first, compiling call, and scaled to the whole recipe.
+    A fifth of the steps (at least 5) is timed after a first, compiling call, and scaled to the
+    whole recipe.
     """
-    latents, text = _encode(sd, questions.first(1)).concept(0)
-    timed = max(1, recipe.num_steps // 5)
-    trained = recipe.factors(spec)
-    slots = slot_state.empty_slots(trained, recipe, 1, latents.shape, text.shape)
+    latents, text = encode_views(sd, questions.first(1)).concept(0)
+    timed = min(recipe.num_steps, max(5, recipe.num_steps // 5))
+    trained = recipe.factors(spec) if trained is None else trained
+    slots = slot_state.empty_slots(trained, recipe, 1, latents.shape, text.shape, start)
     slots = slot_state.load_slot(
         slots,
         np.int32(0),
@@ -73,12 +80,13 @@ def seconds_per_fit(sd: Any, spec: LoraSpec, recipe: Recipe, questions: Evaluati
         latents,
         text,
         np.int32(len(latents)),
+        start,
         parametrisation=trained,
         recipe=recipe,
     )
     seconds = 0.0
     for _ in range(2):
-        start = time.perf_counter()
+        began = time.perf_counter()
         slots, losses = slot_state.advance(
             slots,
             sd.params["unet"],
@@ -89,16 +97,19 @@ def seconds_per_fit(sd: Any, spec: LoraSpec, recipe: Recipe, questions: Evaluati
             num_steps=timed,
         )
         jax.block_until_ready(losses)
-        seconds = time.perf_counter() - start
+        seconds = time.perf_counter() - began
     return seconds * recipe.num_steps / timed
 
 
-def _encode(sd: Any, questions: EvaluationSet) -> EncodedSubjects:
+def encode_views(
+    sd: Any, questions: EvaluationSet, num_views: int | None = None
+) -> EncodedSubjects:
+    """Latents and text states of the first views (None: all) of every identity."""
     return encode_subjects(
         sd,
         None,
         [person.id for person in questions.identities],
-        questions.views,
-        questions.view_captions,
+        questions.views[:, :num_views],
+        [captions[:num_views] for captions in questions.view_captions],
         progress=False,
     )

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from hyperlora_jax.data.pictures import encode_png
 from hyperlora_jax.distill.run import distill
-from hyperlora_jax.evaluate.figures import TITLES
+from hyperlora_jax.evaluate.method_names import TITLES
 from hyperlora_jax.evaluate.run import Evaluation
 from hyperlora_jax.evaluate.torch_parity import TorchParity, compare_with_torch
 from hyperlora_jax.generate import generate_one

@@ -13,6 +13,7 @@ import numpy as np
 
 from hyperlora_jax.array_types import AnyArray, Float
 from hyperlora_jax.evaluate.compare import MethodResult
+from hyperlora_jax.evaluate.method_names import TITLES
 from hyperlora_jax.evaluate.protocol import EvaluationSet
 
 if TYPE_CHECKING:
@@ -24,18 +25,6 @@ GAP = 6
 TITLE = 30  # pixels for a column's title
 CAPTION = 22  # pixels for a row's caption
 INK, PAPER, FAINT = (32, 34, 40), (255, 255, 255), (110, 114, 124)
-TITLES = {
-    "reference": "reference",
-    "exact": "exact answer",
-    "generated": "generated LoRA",
-    "conventional": "conventional LoRA",
-    "base": "base, no LoRA",
-    "shuffled": "shuffled reference",
-    "mean_lora": "mean LoRA",
-    "nearest": "nearest LoRA",
-    "copy_reference": "copied reference",
-    "refined": "refined LoRA",
-}
 
 
 @dataclasses.dataclass(frozen=True)

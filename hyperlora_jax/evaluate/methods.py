@@ -1,12 +1,4 @@
-"""The methods of the comparison as samplers: each is "one LoRA per identity", drawn the same way.
-
-base          no LoRA (a LoRA of zeros: the same compiled program as all others)
-mean_lora     the mean of the training LoRAs' factors (they share one initialisation)
-nearest       the training LoRA whose references are most like the reference
-shuffled      the hypernetwork, given another identity's reference
-generated     the hypernetwork
-conventional  a LoRA fitted to all views of the identity
-"""
+"""Methods that draw with one LoRA per identity; which LoRAs, says `lora_sources.py`."""
 
 import functools
 import hashlib
@@ -21,12 +13,15 @@ from jax.sharding import Mesh
 from hyperlora_jax.array_types import Float, Params
 from hyperlora_jax.evaluate.compare import Method
 from hyperlora_jax.evaluate.protocol import EvaluationSet
+<<<<<<< HEAD
 from hyperlora_jax.hypernet.model import Hypernetwork
 from hyperlora_jax.lora import vectorize
 from hyperlora_jax.lora.sites import LoraSpec
 from hyperlora_jax.parallel import sharding
+=======
+>>>>>>> 8634c75 (Comparison: every method a source of LoRAs, guidance chosen like strength, one JSON of it; the paper's config; bench of hypernetworks)
 
-LorasOf = Callable[[EvaluationSet], Params]
+LorasOf = Callable[[EvaluationSet, float], Params]  # (evaluation set, guidance) -> [i] LoRAs
 
 
 def sample_images(
@@ -82,20 +77,23 @@ def lora_method(
     *,
     sampling: dict[str, Any],
     strengths: Sequence[float] = (1.0,),
+    guidances: Sequence[float] = (1.0,),
     fingerprint: str = "",
 ) -> Method:
     """A method that is fully described by one LoRA per identity.
 
-    `loras_of` is called once per evaluation set; it may serve the first identities only.
+    `loras_of` is called once per evaluation set and guidance; it may serve the first identities
+    only.
     """
-    kept: dict[int, tuple[EvaluationSet, Params]] = {}
+    kept: dict[tuple[int, float], tuple[EvaluationSet, Params]] = {}
 
-    def sample(questions: EvaluationSet, strength: float) -> np.ndarray:
-        if id(questions) not in kept:
-            kept[id(questions)] = (questions, jax.device_get(loras_of(questions)))
-        return sample_images(sd, questions, kept[id(questions)][1], strength, **sampling)
+    def sample(questions: EvaluationSet, strength: float, guidance: float = 1.0) -> np.ndarray:
+        key = (id(questions), guidance)
+        if key not in kept:
+            kept[key] = (questions, jax.device_get(loras_of(questions, guidance)))
+        return sample_images(sd, questions, kept[key][1], strength, **sampling)
 
-    return Method(name, sample, tuple(strengths), fingerprint)
+    return Method(name, sample, tuple(strengths), fingerprint, tuple(guidances))
 
 
 def fingerprint(*parts: Any) -> str:
@@ -105,25 +103,3 @@ def fingerprint(*parts: Any) -> str:
         for leaf in jax.tree.leaves(part):
             digest.update(leaf.tobytes() if hasattr(leaf, "tobytes") else repr(leaf).encode())
     return digest.hexdigest()
-
-
-def generated_loras(hyper: Hypernetwork, references: Float[np.ndarray, "i h w 3"]) -> Params:
-    """One LoRA per reference picture."""
-    return jax.device_get(hyper.generate(jax.random.key(0), references))
-
-
-def nearest_loras(
-    hyper: Hypernetwork,
-    references: Float[np.ndarray, "i h w 3"],
-    train_references: Float[np.ndarray, "t v h w 3"],
-    train_loras: Float[np.ndarray, "t d"],
-    spec: LoraSpec,
-) -> Params:
-    """For every reference the training LoRA with the most similar mean embedding (cosine)."""
-    count, views = train_references.shape[:2]
-    flat = train_references.reshape(-1, *train_references.shape[2:])
-    known = np.asarray(hyper.encoder.encode(flat)[0]).reshape(count, views, -1).mean(axis=1)
-    asked = np.asarray(hyper.encoder.encode(references)[0])
-    known /= np.linalg.norm(known, axis=1, keepdims=True) + 1e-9
-    chosen = np.argmax(asked @ known.T, axis=1)
-    return vectorize.unflatten(jnp.asarray(train_loras[chosen]), spec)

@@ -1,6 +1,8 @@
 """`hyperlora evaluate`: every method on the same held-out identities, captions and noise."""
 
+import functools
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,24 +10,36 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hyperlora_jax.array_types import Params
-from hyperlora_jax.data import pictures
 from hyperlora_jax.data.avatars import Avatars
+from hyperlora_jax.data.gauged_targets import read_in_gauge
 from hyperlora_jax.data.lora_targets import open_lora_targets
 from hyperlora_jax.distill.run import make_recipe
 from hyperlora_jax.errors import UserError
-from hyperlora_jax.evaluate import methods as method_makers
+from hyperlora_jax.evaluate import comparison_file
 from hyperlora_jax.evaluate.attribute_probe import AttributeProbe
-from hyperlora_jax.evaluate.compare import Method, MethodResult, compare
-from hyperlora_jax.evaluate.conventional import fit_conventional, seconds_per_fit
-from hyperlora_jax.evaluate.protocol import EvaluationSet, make_evaluation_set
+from hyperlora_jax.evaluate.compare import Method, MethodResult, compare, run_method
+from hyperlora_jax.evaluate.conventional import seconds_per_fit
+from hyperlora_jax.evaluate.fitted_sets import FittedSets
+from hyperlora_jax.evaluate.lora_sources import (
+    Context,
+    Source,
+    make_source,
+    reference_embeddings,
+)
+from hyperlora_jax.evaluate.methods import fingerprint, lora_method
+from hyperlora_jax.evaluate.protocol import EvaluationSet, check_disjoint, make_evaluation_set
 from hyperlora_jax.evaluate.report import ReportFiles, write_report
 from hyperlora_jax.evaluate.sample_cache import SampleCache
+from hyperlora_jax.evaluate.sections import Section, memorisation_section
 from hyperlora_jax.evaluate.summary import summarise
 from hyperlora_jax.hypernet.model import FOLDER, Hypernetwork
+<<<<<<< HEAD
 from hyperlora_jax.lora import factors, vectorize
 from hyperlora_jax.parallel.mesh import make_mesh
 from hyperlora_jax.parallel.sharding import on_mesh
+=======
+from hyperlora_jax.lora import vectorize
+>>>>>>> 8634c75 (Comparison: every method a source of LoRAs, guidance chosen like strength, one JSON of it; the paper's config; bench of hypernetworks)
 from hyperlora_jax.stable_diffusion.embedded import load_base
 from hyperlora_jax.train.loop import open_workdir
 
@@ -82,26 +96,70 @@ class Evaluation:
             cache_dir=self.workdir / "renders",
         )
 
-    def methods(self) -> list[Method]:
-        """All methods of the comparison that draw with a LoRA."""
-        section = self.config.evaluate
-        conventional = self._conventional()
-        mean = jax.device_get(
-            vectorize.unflatten(jnp.asarray(self.targets.matrix().mean(axis=0)), self.spec)
+    @functools.cached_property
+    def context(self) -> Context:
+        """What the methods' LoRAs are made of."""
+        section, targets = self.config.evaluate, self.targets
+        gauged = read_in_gauge(targets, self.config.data.gauge, self.workdir / "cache")
+        rows = targets.split_indices("train")
+        if self.config.data.num_targets:
+            rows = rows[: self.config.data.num_targets]
+        return Context(
+            self.spec,
+            self.hyper,
+            np.asarray(gauged.vectors[rows]),
+            reference_embeddings(self.hyper, targets, rows),
+            FittedSets(
+                self.workdir,
+                self.sd,
+                self.spec,
+                [
+                    self.test.first(section.conventional.num_identities),
+                    self.validation.first(section.conventional.num_validation),
+                ],
+                make_recipe(self.config.distill, **dict(section.conventional.recipe)),
+                make_recipe(self.config.distill, **dict(section.refine.recipe)),
+                make_recipe(self.config.distill, **dict(section.linear_combination.recipe)),
+                section.refine.rank,
+                section.linear_combination.per,
+                section.conventional.num_slots,
+                self.config.distill.steps_per_call,
+                self.seconds,
+            ),
+            self.others,
+            dict(self.config.model.baseline),
         )
-        zero = jax.device_get(factors.zeros(self.spec))
-        weights = method_makers.fingerprint(self.hyper.params, self.targets.metadata)
-        makers = {
-            "base": (lambda q: _repeat(zero, q), (1.0,)),
-            "mean_lora": (lambda q: _repeat(mean, q), section.strengths),
-            "shuffled": (lambda q: self._generated(np.roll(q.references, 1, 0)), section.strengths),
-            "nearest": (self._nearest, section.strengths),
-            "generated": (lambda q: self._generated(q.references), section.strengths),
-            "conventional": (lambda q: conventional[q.split], section.strengths),
-        }
+
+    @functools.cached_property
+    def others(self) -> dict[str, Hypernetwork]:
+        """More trained generators, by name."""
+        found = {}
+        for name, path in self.config.evaluate.others.items():
+            if path:
+                found[name] = Hypernetwork.restore(path)
+                check_base(found[name], self.sd, self.config.base)
+                check_disjoint(self.test.identities, frozenset(found[name].facts["trained_on"]))
+        return found
+
+    def sources(self, names: Sequence[str]) -> dict[str, Source]:
+        """Where the LoRAs of some methods come from.
+
+        Raises:
+            UserError: an unknown method.
+        """
+        try:
+            return {name: make_source(name, self.context) for name in names}
+        except ValueError as error:
+            raise UserError(f"config.evaluate.methods: {error}") from error
+
+    def methods(self, names: Sequence[str]) -> list[Method]:
+        """Methods of the comparison that draw with a LoRA."""
+        section = self.config.evaluate
+        settings = [self.sd.base_hash, sorted(self.sampling.items())]
         return [
-            method_makers.lora_method(
+            lora_method(
                 name,
+<<<<<<< HEAD
                 self.sampler,
                 loras_of,
                 sampling=self.sampling,
@@ -113,10 +171,19 @@ class Evaluation:
                     sorted((k, v) for k, v in self.sampling.items() if k != "mesh"),
                     conventional if name == "conventional" else "",
                 ),
+=======
+                self.sd,
+                source.loras_of,
+                sampling=self.sampling,
+                strengths=section.strengths if source.tuned else (1.0,),
+                guidances=section.guidances if source.guided else (1.0,),
+                fingerprint=fingerprint(name, *settings, source.depends_on),
+>>>>>>> 8634c75 (Comparison: every method a source of LoRAs, guidance chosen like strength, one JSON of it; the paper's config; bench of hypernetworks)
             )
-            for name, (loras_of, strengths) in makers.items()
+            for name, source in self.sources(names).items()
         ]
 
+<<<<<<< HEAD
     def _generated(self, references: np.ndarray) -> Params:
         return method_makers.generated_loras(self.hyper, references)
 
@@ -169,35 +236,80 @@ class Evaluation:
         )
         return fitted
 
+=======
+>>>>>>> 8634c75 (Comparison: every method a source of LoRAs, guidance chosen like strength, one JSON of it; the paper's config; bench of hypernetworks)
     def measure_speed(self) -> None:
         """Seconds of one LoRA, generated (amortised over a batch) and fitted alone."""
-        recipe = make_recipe(self.config.distill, **dict(self.config.evaluate.conventional.recipe))
+        recipe = self.context.fitted.recipe
+        self.seconds["generate_one_lora"] = self.seconds_per_lora(self.hyper)
+        self.seconds["fit_one_lora"] = seconds_per_fit(self.sd, self.spec, recipe, self.test)
+
+    def seconds_per_lora(self, hyper: Hypernetwork) -> float:
+        """Of a generator in one pass, amortised over a batch."""
         repeats = -(-SPEED_BATCH // self.test.num_identities)
         references = np.tile(self.test.references, (repeats, 1, 1, 1))[:SPEED_BATCH]
         took = []
         for _ in range(6):
             start = time.perf_counter()
-            jax.block_until_ready(self.hyper.generate(jax.random.key(0), references))
+            jax.block_until_ready(hyper.generate(jax.random.key(0), references))
             took.append(time.perf_counter() - start)
-        self.seconds["generate_one_lora"] = float(np.median(took[1:])) / SPEED_BATCH
-        self.seconds["fit_one_lora"] = seconds_per_fit(self.sd, self.spec, recipe, self.test)
+        return float(np.median(took[1:])) / SPEED_BATCH
 
     def run(self, say: Any = print) -> dict[str, MethodResult]:
         """Scores all methods; stores the generated LoRAs' best strength with the hypernetwork."""
-        chosen = self.methods()
+        names = [n for n in self.config.evaluate.methods if n not in ("exact", "copy_reference")]
+        cache = SampleCache(self.workdir / "samples")
         start = time.perf_counter()
-        results = compare(
-            chosen,
-            self.validation,
-            self.test,
-            self.probe,
-            SampleCache(self.workdir / "samples"),
-            say,
-        )
+        if "generated" in names:
+            # First of all: refinement starts from the generated LoRA at its best strength.
+            method = self.methods(["generated"])[0]
+            chosen = run_method(method, self.validation, self.test, self.probe, cache)
+            self._keep_defaults(chosen)
+        results = compare(self.methods(names), self.validation, self.test, self.probe, cache, say)
         self.seconds["sampling"] = time.perf_counter() - start
-        self.hyper = self.hyper.with_facts(default_strength=results["generated"].strength)
-        self.hyper.save(self.workdir / FOLDER)
         return results
+
+    def _keep_defaults(self, chosen: MethodResult) -> None:
+        generate = dict(self.hyper.facts.get("generate", {}))
+        if chosen.guidance_curve:
+            generate["guidance"] = chosen.guidance
+        self.hyper = self.hyper.with_facts(default_strength=chosen.strength, generate=generate)
+        self.hyper.save(self.workdir / FOLDER)
+        self.__dict__.pop("context", None)  # its hypernetwork is the old one
+
+    def memorisation(self) -> Section:
+        """The audit of generated LoRAs against the training LoRAs."""
+        generated = self.hyper.generate(jax.random.key(0), self.test.references)
+        training = vectorize.unflatten(jnp.asarray(self.context.vectors), self.spec)
+        return memorisation_section(jax.device_get(generated), jax.device_get(training))
+
+    def summary(
+        self,
+        results: dict[str, MethodResult],
+        *,
+        torch_parity: dict[str, Any] | None = None,
+        seconds: dict[str, float] | None = None,
+        sections: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """The content of metrics.json."""
+        return summarise(
+            results,
+            self.test,
+            self.validation,
+            torch_parity=torch_parity,
+            seconds={**self.seconds, **(seconds or {})},
+            sections=sections,
+            facts={
+                "base": self.config.base,
+                "base_hash": self.sd.base_hash,
+                "spec": self.spec.fingerprint,
+                "generator": self.hyper.model.get("generator", "regression"),
+                "num_targets": len(self.targets),
+                "num_training_identities": len(self.hyper.facts.get("trained_on", ())),
+                "training_steps": self.hyper.facts.get("num_steps"),
+                "config": self.config.to_dict(),
+            },
+        )
 
     def report(
         self,
@@ -210,21 +322,12 @@ class Evaluation:
         title: str = "Zero-shot LoRAs, evaluated",
     ) -> tuple[dict[str, Any], ReportFiles]:
         """Writes the page, metrics.json and figures; returns the metrics and where things are."""
-        summary = summarise(
+        audit = self.memorisation()
+        summary = self.summary(
             results,
-            self.test,
-            self.validation,
             torch_parity=torch_parity,
-            seconds={**self.seconds, **(seconds or {})},
-            facts={
-                "base": self.config.base,
-                "base_hash": self.sd.base_hash,
-                "spec": self.spec.fingerprint,
-                "num_targets": len(self.targets),
-                "num_training_identities": len(self.hyper.facts.get("trained_on", ())),
-                "training_steps": self.hyper.facts.get("num_steps"),
-                "config": self.config.to_dict(),
-            },
+            seconds=seconds,
+            sections={audit.name: audit.numbers},
         )
         lead = (
             f"LoRAs for {self.test.num_identities} {self.config.data.style} identities that were "
@@ -239,6 +342,7 @@ class Evaluation:
             lead=lead,
             done=_story(self.config, self.test, len(self.targets)),
             page_name=page_name,
+            extra_figures=audit.figures,
         )
         return summary, files
 
@@ -253,17 +357,22 @@ def check_base(hyper: Hypernetwork, sd: Any, name: str) -> None:
         )
 
 
-def evaluate(config: Any, workdir: str | Path) -> ReportFiles:
-    """Runs the comparison of a finished workdir and writes WORKDIR/report."""
+def evaluate(
+    config: Any, workdir: str | Path, comparison: str | Path = "", command: str = ""
+) -> ReportFiles:
+    """Runs the comparison of a finished workdir and writes WORKDIR/report.
+
+    Args:
+        comparison: file for `comparison_file.measured`, "" for none; command: what made it.
+    """
     evaluation = Evaluation(config, workdir)
     results = evaluation.run()
     evaluation.measure_speed()
     _, files = evaluation.report(results, evaluation.workdir / "report")
+    if comparison:
+        content = comparison_file.measured(evaluation, results, command)
+        comparison_file.write(comparison, content)
     return files
-
-
-def _repeat(lora: Params, questions: EvaluationSet) -> Params:
-    return factors.repeat(lora, questions.num_identities)
 
 
 def _story(config: Any, test: EvaluationSet, num_targets: int) -> list[str]:

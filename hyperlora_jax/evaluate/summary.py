@@ -124,7 +124,11 @@ def _strength(result: MethodResult) -> dict[str, Any]:
         }
         for strength, scores in result.curve.items()
     ]
-    return {"best": result.strength, "validation": curve}
+    found = {"best": result.strength, "validation": curve}
+    if result.guidance_curve:
+        found["guidance"] = result.guidance
+        found["guidance_top1"] = {f"{g:g}": _mean(s.top1) for g, s in result.guidance_curve.items()}
+    return found
 
 
 def _common(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -3,22 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from hyperlora_jax.evaluate.figures import TITLES
+from hyperlora_jax.evaluate.method_names import CONTROLS, ORDER, TITLES
 
 Summary = Mapping[str, Any]
 
-ORDER = (
-    "exact",
-    "conventional",
-    "refined",
-    "generated",
-    "nearest",
-    "mean_lora",
-    "shuffled",
-    "base",
-    "copy_reference",
-)
-CONTROLS = ("base", "mean_lora", "shuffled", "nearest")
 STANDARD_ERRORS = 3.0  # what counts as a difference
 MAX_PARITY = 1e-3
 TIMING_NAMES = {

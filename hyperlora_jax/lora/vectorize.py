@@ -179,8 +179,7 @@ def element_spread(std: Float[AnyArray, " m"], spec: LoraSpec) -> Float[Array, "
     sizes = []
     for site in spec.sites:
         sizes += [site.rank * site.fan_in, site.rank * site.out_features]
-    total = spec.num_parameters
-    return jnp.repeat(jnp.asarray(std), np.asarray(sizes), total_repeat_length=total)
+    return jnp.asarray(std)[np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)]
 
 
 def whitening_of_vectors(

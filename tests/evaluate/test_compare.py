@@ -108,3 +108,13 @@ def test_misuse(test_set, validation_set, probe):
     twice = [Method("a", blend(1.0)), Method("a", blend(1.0))]
     with pytest.raises(ValueError, match="two methods of one name"):
         compare.compare(twice, validation_set, test_set, probe)
+
+
+def test_guidance_is_chosen_before_strength(test_set, validation_set, probe):
+    def sample(questions, strength, guidance=1.0):
+        return blend(0.9 if guidance == 2.0 else 0.2)(questions, strength)
+
+    method = Method("ridge", sample, strengths=(1.0, 1.5), guidances=(1.0, 2.0, 3.0))
+    found = compare.run_method(method, validation_set, test_set, probe)
+    assert (found.guidance, found.strength) == (2.0, 1.5)
+    assert set(found.guidance_curve) == {1.0, 2.0, 3.0}

@@ -1,0 +1,150 @@
+"""LoRAs that are fitted to the evaluated identities themselves, kept in the workdir: conventional
+ones, refined ones, and coefficients of training LoRAs."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hyperlora_jax.array_types import Float, Params
+from hyperlora_jax.data.encoded_subjects import EncodedSubjects
+from hyperlora_jax.distill.fit import fit_loras
+from hyperlora_jax.distill.parametrisations import Added, Mixture, Parametrisation
+from hyperlora_jax.distill.slots import Recipe
+from hyperlora_jax.evaluate.conventional import encode_views
+from hyperlora_jax.evaluate.methods import fingerprint
+from hyperlora_jax.evaluate.protocol import EvaluationSet
+from hyperlora_jax.lora import factors, vectorize
+from hyperlora_jax.lora.sites import LoraSpec
+
+SPLITS = ("test", "validation")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FittedSets:
+    """Fits of the first identities of both sets.
+
+    Attributes:
+        folder: where finished fits are kept.
+        sets: the test and the validation set, cut to the identities to fit.
+        recipe: of a conventional fit; `refine_recipe`, `mixture_recipe` of the others.
+        refine_rank: of what refinement adds.
+        mixture: `per` of `parametrisations.Mixture`.
+        seconds: what the fits took, all identities together, is noted here by name.
+    """
+
+    folder: Path
+    sd: Any
+    spec: LoraSpec
+    sets: Sequence[EvaluationSet]
+    recipe: Recipe
+    refine_recipe: Recipe
+    mixture_recipe: Recipe
+    refine_rank: int
+    mixture: str
+    num_slots: int
+    steps_per_call: int
+    seconds: dict[str, float]
+
+    def conventional(self, num_views: int | None = None) -> dict[str, Params]:
+        """{split: LoRAs} fitted to the first `num_views` views, None: all."""
+        name = "conventional" if num_views is None else f"conventional_{num_views}"
+        return self._kept(name, self.recipe, self.recipe.factors(self.spec), num_views)
+
+    def refined(
+        self, num_steps: int, start: Callable[[EvaluationSet], Params], depends_on: Any
+    ) -> dict[str, Params]:
+        """{split: LoRAs} after `num_steps` on all views, from `start`."""
+        recipe = dataclasses.replace(self.refine_recipe, num_steps=num_steps)
+        added = recipe.factors(self.spec.with_rank(self.refine_rank))
+        starts = [start(questions) for questions in self.sets]
+        return self._kept(
+            f"refined_{num_steps}", recipe, Added(self.spec, added), None, starts, None, depends_on
+        )
+
+    def linear_combination(
+        self, vectors: Float[np.ndarray, "t d"]
+    ) -> tuple[dict[str, Params], int]:
+        """{split: LoRAs} that mix the training LoRAs, fitted to the reference; and the steps."""
+        shared = {"basis": jnp.asarray(vectors), "offset": jnp.zeros(vectors.shape[1])}
+        trained = Mixture(self.spec, len(vectors), self.mixture)
+        found = self._kept(
+            "linear_combination", self.mixture_recipe, trained, 1, None, shared, vectors
+        )
+        return found, self.mixture_recipe.num_steps
+
+    def _kept(
+        self,
+        name: str,
+        recipe: Recipe,
+        trained: Parametrisation,
+        num_views: int | None,
+        starts: Sequence[Params] | None = None,
+        shared: Params | None = None,
+        depends_on: Any = "",
+    ) -> dict[str, Params]:
+        mark = fingerprint(
+            self.sd.base_hash,
+            self.spec.fingerprint,
+            repr((recipe, type(trained).__name__, num_views)),
+            *(questions.views for questions in self.sets),
+            depends_on,
+        )
+        kept = self.folder / f"{name}-{mark[:24]}.npz"
+        if kept.exists():
+            with np.load(kept, allow_pickle=False) as file:
+                return {
+                    split: vectorize.unflatten(jnp.asarray(file[split]), trained.spec)
+                    for split in SPLITS
+                }
+        start = None
+        if starts is not None:
+            singles = [
+                factors.index(lora, k)
+                for lora, questions in zip(starts, self.sets, strict=True)
+                for k in range(questions.num_identities)
+            ]
+            start = singles.__getitem__
+        encoded = [encode_views(self.sd, questions, num_views) for questions in self.sets]
+        fitted = self._fit(name, recipe, trained, encoded, start, shared)
+        np.savez(
+            kept, **{k: np.asarray(vectorize.flatten(v, trained.spec)) for k, v in fitted.items()}
+        )
+        return fitted
+
+    def _fit(
+        self,
+        name: str,
+        recipe: Recipe,
+        trained: Parametrisation,
+        encoded: Sequence[EncodedSubjects],
+        start: Callable[[int], Params] | None,
+        shared: Params | None,
+    ) -> dict[str, Params]:
+        owners = [(k, i) for k, e in enumerate(encoded) for i in range(len(e.ids))]
+        fitted: dict[int, Params] = {}
+        for result in fit_loras(
+            self.sd.unet,
+            self.sd.params["unet"],
+            self.sd.schedule,
+            self.spec,
+            recipe,
+            range(len(owners)),
+            lambda number: encoded[owners[number][0]].concept(owners[number][1]),
+            num_slots=self.num_slots,
+            steps_per_call=min(self.steps_per_call, recipe.num_steps),
+            progress=f"{name} LoRAs",
+            parametrisation=trained,
+            start=start,
+            shared=shared,
+        ):
+            fitted[result.index] = result.lora
+        batches = {}
+        for k, questions in enumerate(self.sets):
+            mine = [fitted[n] for n, (owner, _) in enumerate(owners) if owner == k]
+            batches[questions.split] = jax.device_get(factors.stack(mine))
+        return batches

@@ -1,0 +1,244 @@
+"""Where the LoRAs of every method come from: a table of names, one function each.
+
+base                no LoRA (a LoRA of zeros: the same compiled program as all others)
+mean_lora, nearest, knn, ridge, pca_gaussian
+                    closed forms, fitted on the LoRA-target dataset (`hypernet/baselines.py`)
+noisy_copy          the nearest training LoRA, and noise of half the median leave-one-out distance
+generated           the hypernetwork
+shuffled            the hypernetwork, given another identity's reference
+refined_N           the generated LoRA after N steps on the identity's views (`refine.py`)
+linear_combination  coefficients of training LoRAs, fitted by gradient to the reference (2412.02352)
+conventional        a LoRA fitted to all views of the identity
+conventional_1      a LoRA fitted to the reference alone
+
+Other trained generators join by `evaluate.others.NAME = WORKDIR`.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hyperlora_jax.array_types import Float, Params
+from hyperlora_jax.data import pictures
+from hyperlora_jax.data.lora_targets import LoraTargets
+from hyperlora_jax.evaluate.fitted_sets import FittedSets
+from hyperlora_jax.evaluate.methods import LorasOf
+from hyperlora_jax.evaluate.protocol import EvaluationSet
+from hyperlora_jax.hypernet.baselines import make_baseline
+from hyperlora_jax.hypernet.model import Hypernetwork
+from hyperlora_jax.lora import factors, vectorize
+from hyperlora_jax.lora.sites import LoraSpec
+
+BASELINE_NAMES = {
+    "mean_lora": "mean",
+    "nearest": "nearest",
+    "knn": "knn",
+    "ridge": "ridge",
+    "pca_gaussian": "pca_gaussian",
+}
+GUIDED = ("knn", "ridge")  # averages shrink to the mean
+COPY_NOISE = 0.5
+READ_BATCH = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """LoRAs of one method.
+
+    Attributes:
+        loras_of: (evaluation set, guidance) → LoRA tree of its first identities.
+        depends_on: what its pictures depend on, for the cache.
+        steps: optimiser steps per new identity.
+        tuned: whether strength is chosen.
+        guided: whether guidance is chosen.
+        hyper: the generator behind it, where one pass makes the LoRA.
+    """
+
+    loras_of: LorasOf
+    depends_on: Any
+    steps: int = 0
+    tuned: bool = True
+    guided: bool = False
+    hyper: Hypernetwork | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Context:
+    """What sources are made of.
+
+    Attributes:
+        vectors: training LoRAs [t, d] in the config's gauge; embeddings [t, e] of their references.
+        fitted: fits to the evaluated identities, None where no method needs them.
+        others: more hypernetworks by name.
+        baseline: keyword arguments of `make_baseline`.
+    """
+
+    spec: LoraSpec
+    hyper: Hypernetwork
+    vectors: Float[np.ndarray, "t d"]
+    embeddings: Float[np.ndarray, "t e"]
+    fitted: FittedSets | None
+    others: Mapping[str, Hypernetwork]
+    baseline: Mapping[str, Any]
+
+    def weights(self) -> Any:
+        """What the hypernetwork's LoRAs depend on."""
+        return [self.hyper.params, self.hyper.constants, self.hyper.model]
+
+
+def make_source(name: str, context: Context) -> Source:
+    """The source of a method's name.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    for known, maker in MAKERS.items():
+        if name == known:
+            return maker(context)
+    if name in BASELINE_NAMES:
+        return _baseline(name, context)
+    if name in context.others:
+        return _hypernetwork(context.others[name])
+    if name.startswith("refined_") and name.removeprefix("refined_").isdigit():
+        return _refined(int(name.removeprefix("refined_")), context)
+    known = [*MAKERS, *BASELINE_NAMES, *context.others, "refined_N"]
+    raise ValueError(f"method {name!r} is unknown, expected one of {', '.join(known)}")
+
+
+def one_per_identity(hyper: Hypernetwork, references: np.ndarray, guidance: float) -> Params:
+    """A generator's LoRAs of some references; guidance multiplies its own default's distance
+    from plain only where it is given."""
+    given = {} if guidance == 1.0 else {"guidance": guidance}
+    return jax.device_get(hyper.generate(jax.random.key(0), references, **given))
+
+
+def _hypernetwork(hyper: Hypernetwork) -> Source:
+    return Source(
+        lambda q, guidance: one_per_identity(hyper, q.references, guidance),
+        [hyper.params, hyper.constants, hyper.model, hyper.facts.get("generate")],
+        guided=bool(hyper.model.get("condition_dropout")),
+        hyper=hyper,
+    )
+
+
+def _generated(context: Context) -> Source:
+    return _hypernetwork(context.hyper)
+
+
+def _shuffled(context: Context) -> Source:
+    def loras_of(questions: EvaluationSet, guidance: float) -> Params:
+        others = np.roll(questions.references, 1, 0)
+        return one_per_identity(context.hyper, others, guidance)
+
+    return Source(loras_of, context.weights())
+
+
+def _base(context: Context) -> Source:
+    zero = jax.device_get(factors.zeros(context.spec))
+    return Source(lambda q, _: factors.repeat(zero, q.num_identities), "zeros", tuned=False)
+
+
+def fitted_baseline(name: str, context: Context) -> Hypernetwork:
+    """A closed-form generator, fitted on the training LoRAs."""
+    kind = BASELINE_NAMES[name]
+    settings = dict(context.baseline)
+    if kind == "knn":  # small datasets have fewer
+        settings["num_neighbours"] = min(settings["num_neighbours"], len(context.vectors))
+    generator = make_baseline(kind, context.spec, **settings)
+    constants = generator.fit(context.embeddings, context.vectors)
+    model = {"generator": kind, "baseline": settings}
+    return Hypernetwork(generator, {}, context.hyper.encoder, {}, model, constants)
+
+
+def _baseline(name: str, context: Context) -> Source:
+    hyper = fitted_baseline(name, context)
+    source = _hypernetwork(hyper)
+    depends_on = [name, context.vectors, context.embeddings, hyper.model]
+    return dataclasses.replace(source, depends_on=depends_on, guided=name in GUIDED)
+
+
+def _noisy_copy(context: Context) -> Source:
+    nearest = fitted_baseline("nearest", context)
+
+    def loras_of(questions: EvaluationSet, guidance: float) -> Params:
+        copies = one_per_identity(nearest, questions.references, guidance)
+        vectors = np.asarray(vectorize.flatten(jax.tree.map(jnp.asarray, copies), context.spec))
+        noise = np.random.default_rng(0).standard_normal(vectors.shape).astype(np.float32)
+        spread = context.vectors.std(axis=0)
+        noise *= spread / max(float(np.linalg.norm(spread)), 1e-12)
+        length = COPY_NOISE * median_nearest_distance(context.vectors)
+        return vectorize.unflatten(jnp.asarray(vectors + length * noise), context.spec)
+
+    return Source(loras_of, ["noisy_copy", context.vectors, context.embeddings])
+
+
+def median_nearest_distance(vectors: Float[np.ndarray, "t d"]) -> float:
+    """Median over LoRAs of the distance to the nearest other one, on raw factors."""
+    gram = (vectors @ vectors.T).astype(np.float64)
+    squares = np.diag(gram)[:, None] + np.diag(gram)[None] - 2 * gram
+    np.fill_diagonal(squares, np.inf)
+    return float(np.sqrt(np.maximum(np.median(squares.min(axis=1)), 0.0)))
+
+
+def _conventional(context: Context, num_views: int | None = None) -> Source:
+    loras = _fits(context).conventional(num_views)
+    return Source(
+        lambda q, _: loras[q.split],
+        ["conventional", num_views, loras],
+        steps=_fits(context).recipe.num_steps,
+    )
+
+
+def _fits(context: Context) -> FittedSets:
+    if context.fitted is None:
+        raise ValueError("this comparison has no fits")
+    return context.fitted
+
+
+def _linear_combination(context: Context) -> Source:
+    loras, steps = _fits(context).linear_combination(context.vectors)
+    return Source(lambda q, _: loras[q.split], ["linear_combination", loras], steps=steps)
+
+
+def _refined(num_steps: int, context: Context) -> Source:
+    def start(questions: EvaluationSet) -> Params:
+        plain = one_per_identity(context.hyper, questions.references, 1.0)
+        return jax.device_get(factors.scale(plain, context.hyper.default_strength))
+
+    @functools.cache
+    def loras() -> dict[str, Params]:
+        strength = context.hyper.default_strength
+        return _fits(context).refined(num_steps, start, [context.weights(), strength])
+
+    depends_on = ["refined", num_steps, context.weights(), context.hyper.default_strength]
+    return Source(lambda q, _: loras()[q.split], depends_on, steps=num_steps)
+
+
+def reference_embeddings(
+    hyper: Hypernetwork, targets: LoraTargets, rows: np.ndarray
+) -> Float[np.ndarray, "t e"]:
+    """Mean pooled embedding of the reference pictures of some training subjects."""
+    found = []
+    for start in range(0, len(rows), READ_BATCH):
+        subjects = [targets[int(i)] for i in rows[start : start + READ_BATCH]]
+        shown = [np.stack([pictures.decode(png) for png in s.references]) for s in subjects]
+        for views in shown:
+            pooled, _ = hyper.embed(views.astype(np.float32)[None] / 255.0)
+            found.append(np.asarray(pooled)[0].mean(axis=0))
+    return np.stack(found)
+
+
+MAKERS: dict[str, Callable[[Context], Source]] = {
+    "base": _base,
+    "generated": _generated,
+    "shuffled": _shuffled,
+    "noisy_copy": _noisy_copy,
+    "linear_combination": _linear_combination,
+    "conventional": _conventional,
+    "conventional_1": functools.partial(_conventional, num_views=1),
+}

@@ -1,0 +1,78 @@
+"""Every method's LoRAs, from a small dataset in memory."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hyperlora_jax.evaluate import lora_sources
+from hyperlora_jax.evaluate.lora_sources import BASELINE_NAMES, Context, make_source
+from hyperlora_jax.hypernet.building import build_generator
+from hyperlora_jax.hypernet.condition import Condition
+from hyperlora_jax.hypernet.model import Hypernetwork
+from hyperlora_jax.lora import vectorize
+from hyperlora_jax.lora.sites import LoraSite, LoraSpec, validate
+
+SPEC = LoraSpec((LoraSite("down_blocks.0.attentions.0.proj.attn1.to_q", 6, 8, 2, "linear"),))
+
+
+class MeanColour:
+    """Encoder: the pictures' mean colour, and one token of it."""
+
+    name, embedding_dim, hash = "colour", 3, "c"
+
+    def encode(self, images):
+        pooled = jnp.asarray(images).mean(axis=(1, 2))
+        return pooled, pooled[:, None]
+
+
+@pytest.fixture(name="context", scope="module")
+def _context():
+    random = np.random.default_rng(0)
+    embeddings = random.uniform(size=(12, 3)).astype(np.float32)
+    vectors = random.normal(size=(12, SPEC.num_parameters)).astype(np.float32)
+    model = {"generator": "regression", "network": {"width": 8, "depth": 1, "num_heads": 2}}
+    generator = build_generator(SPEC, model)
+    params = generator.init(jax.random.key(0), Condition(jnp.ones((1, 3)), jnp.ones((1, 1, 3))))
+    params = jax.tree.map(lambda x: x + 0.1 * jnp.cos(jnp.arange(x.size)).reshape(x.shape), params)
+    hyper = Hypernetwork(generator, params, MeanColour(), {}, model)
+    baseline = {"num_neighbours": 20, "num_components": 4}
+    return Context(SPEC, hyper, vectors, embeddings, None, {"paper": hyper}, baseline)
+
+
+@pytest.fixture(name="questions")
+def _questions(context):
+    colours = context.embeddings[:4, None, None]
+    references = np.broadcast_to(colours, (4, 8, 8, 3)).astype(np.float32)
+    return SimpleNamespace(references=references, num_identities=4, split="test")
+
+
+def vectors_of(source, questions, guidance=1.0):
+    lora = source.loras_of(questions, guidance)
+    validate(lora, SPEC)
+    return np.asarray(vectorize.flatten(jax.tree.map(jnp.asarray, lora), SPEC))
+
+
+@pytest.mark.parametrize("name", ["base", *BASELINE_NAMES, "generated", "shuffled", "paper"])
+def test_one_lora_per_identity(name, context, questions):
+    source = make_source(name, context)
+    found = vectors_of(source, questions)
+    assert found.shape == (4, SPEC.num_parameters)
+    assert source.tuned == (name != "base")
+    assert source.guided == (name in ("knn", "ridge"))
+
+
+def test_controls_are_what_they_say(context, questions):
+    nearest = vectors_of(make_source("nearest", context), questions)
+    np.testing.assert_allclose(nearest, context.vectors[:4], rtol=1e-5)
+    copies = vectors_of(make_source("noisy_copy", context), questions)
+    distance = np.linalg.norm(copies - nearest, axis=1)
+    wanted = 0.5 * lora_sources.median_nearest_distance(context.vectors)
+    np.testing.assert_allclose(distance, wanted, rtol=0.4)
+    generated = vectors_of(make_source("generated", context), questions)
+    shuffled = vectors_of(make_source("shuffled", context), questions)
+    np.testing.assert_allclose(shuffled, np.roll(generated, 1, axis=0), atol=1e-6)
+    with pytest.raises(ValueError, match="method 'best' is unknown, expected one of base"):
+        make_source("best", context)
