@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from hyperlora_jax.array_types import Params
 from hyperlora_jax.data.encoded_subjects import EncodedSubjects, encode_subjects
@@ -21,49 +20,10 @@ def seconds_per_fit(
     sd: Any,
     spec: LoraSpec,
     recipe: Recipe,
-<<<<<<< HEAD
-    sets: Sequence[EvaluationSet],
-    *,
-    num_slots: int,
-    steps_per_call: int,
-    seed: int = 0,
-    mesh: Mesh | None = None,
-) -> list[Params]:
-    """One LoRA per identity of every set, fitted to all its views; a batch per set, on the host."""
-    encoded = [_encode(sd, questions) for questions in sets]
-    owners = [(k, i) for k, e in enumerate(encoded) for i in range(len(e.ids))]
-    fitted: dict[int, Params] = {}
-    for result in fit_loras(
-        sd.unet,
-        sd.params["unet"],
-        sd.schedule,
-        spec,
-        recipe,
-        range(len(owners)),
-        lambda number: encoded[owners[number][0]].concept(owners[number][1]),
-        num_slots=num_slots,
-        steps_per_call=steps_per_call,
-        seed=seed,
-        mesh=mesh,
-        progress="conventional LoRAs",
-    ):
-        fitted[result.index] = result.lora
-    batches, start = [], 0
-    for e in encoded:
-        batches.append(
-            jax.device_get(factors.stack([fitted[start + i] for i in range(len(e.ids))]))
-        )
-        start += len(e.ids)
-    return batches
-
-
-def seconds_per_fit(sd: Any, spec: LoraSpec, recipe: Recipe, questions: EvaluationSet) -> float:
-=======
     questions: EvaluationSet,
     trained: Parametrisation | None = None,
     start: Params | None = None,
 ) -> float:
->>>>>>> 8634c75 (Comparison: every method a source of LoRAs, guidance chosen like strength, one JSON of it; the paper's config; bench of hypernetworks)
     """Seconds of fitting one LoRA alone, compilation not counted.
 
     A fifth of the steps (at least 5) is timed after a first, compiling call, and scaled to the

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from hyperlora_jax.array_types import Float, Params
 from hyperlora_jax.data.encoded_subjects import EncodedSubjects
@@ -34,7 +35,7 @@ class FittedSets:
         recipe: of a conventional fit; `refine_recipe`, `mixture_recipe` of the others.
         refine_rank: of what refinement adds.
         mixture: `per` of `parametrisations.Mixture`.
-        seconds: what the fits took, all identities together, is noted here by name.
+        mesh: devices to share the slots out over.
     """
 
     folder: Path
@@ -48,7 +49,7 @@ class FittedSets:
     mixture: str
     num_slots: int
     steps_per_call: int
-    seconds: dict[str, float]
+    mesh: Mesh | None = None
 
     def conventional(self, num_views: int | None = None) -> dict[str, Params]:
         """{split: LoRAs} fitted to the first `num_views` views, None: all."""
@@ -137,6 +138,7 @@ class FittedSets:
             lambda number: encoded[owners[number][0]].concept(owners[number][1]),
             num_slots=self.num_slots,
             steps_per_call=min(self.steps_per_call, recipe.num_steps),
+            mesh=self.mesh,
             progress=f"{name} LoRAs",
             parametrisation=trained,
             start=start,

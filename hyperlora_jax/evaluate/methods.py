@@ -13,13 +13,7 @@ from jax.sharding import Mesh
 from hyperlora_jax.array_types import Float, Params
 from hyperlora_jax.evaluate.compare import Method
 from hyperlora_jax.evaluate.protocol import EvaluationSet
-<<<<<<< HEAD
-from hyperlora_jax.hypernet.model import Hypernetwork
-from hyperlora_jax.lora import vectorize
-from hyperlora_jax.lora.sites import LoraSpec
 from hyperlora_jax.parallel import sharding
-=======
->>>>>>> 8634c75 (Comparison: every method a source of LoRAs, guidance chosen like strength, one JSON of it; the paper's config; bench of hypernetworks)
 
 LorasOf = Callable[[EvaluationSet, float], Params]  # (evaluation set, guidance) -> [i] LoRAs
 

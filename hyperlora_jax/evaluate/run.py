@@ -33,13 +33,9 @@ from hyperlora_jax.evaluate.sample_cache import SampleCache
 from hyperlora_jax.evaluate.sections import Section, memorisation_section
 from hyperlora_jax.evaluate.summary import summarise
 from hyperlora_jax.hypernet.model import FOLDER, Hypernetwork
-<<<<<<< HEAD
-from hyperlora_jax.lora import factors, vectorize
+from hyperlora_jax.lora import vectorize
 from hyperlora_jax.parallel.mesh import make_mesh
 from hyperlora_jax.parallel.sharding import on_mesh
-=======
-from hyperlora_jax.lora import vectorize
->>>>>>> 8634c75 (Comparison: every method a source of LoRAs, guidance chosen like strength, one JSON of it; the paper's config; bench of hypernetworks)
 from hyperlora_jax.stable_diffusion.embedded import load_base
 from hyperlora_jax.train.loop import open_workdir
 
@@ -124,7 +120,7 @@ class Evaluation:
                 section.linear_combination.per,
                 section.conventional.num_slots,
                 self.config.distill.steps_per_call,
-                self.seconds,
+                self.mesh if self.mesh.size > 1 else None,
             ),
             self.others,
             dict(self.config.model.baseline),
@@ -155,89 +151,23 @@ class Evaluation:
     def methods(self, names: Sequence[str]) -> list[Method]:
         """Methods of the comparison that draw with a LoRA."""
         section = self.config.evaluate
-        settings = [self.sd.base_hash, sorted(self.sampling.items())]
+        settings = [
+            self.sd.base_hash,
+            sorted((k, v) for k, v in self.sampling.items() if k != "mesh"),
+        ]
         return [
             lora_method(
                 name,
-<<<<<<< HEAD
                 self.sampler,
-                loras_of,
-                sampling=self.sampling,
-                strengths=strengths,
-                fingerprint=method_makers.fingerprint(
-                    name,
-                    weights,
-                    self.sd.base_hash,
-                    sorted((k, v) for k, v in self.sampling.items() if k != "mesh"),
-                    conventional if name == "conventional" else "",
-                ),
-=======
-                self.sd,
                 source.loras_of,
                 sampling=self.sampling,
                 strengths=section.strengths if source.tuned else (1.0,),
                 guidances=section.guidances if source.guided else (1.0,),
                 fingerprint=fingerprint(name, *settings, source.depends_on),
->>>>>>> 8634c75 (Comparison: every method a source of LoRAs, guidance chosen like strength, one JSON of it; the paper's config; bench of hypernetworks)
             )
             for name, source in self.sources(names).items()
         ]
 
-<<<<<<< HEAD
-    def _generated(self, references: np.ndarray) -> Params:
-        return method_makers.generated_loras(self.hyper, references)
-
-    def _nearest(self, questions: EvaluationSet) -> Params:
-        shown = np.stack(
-            [
-                np.stack([pictures.decode(png) for png in self.targets[i].references])
-                for i in range(len(self.targets))
-            ]
-        )
-        return method_makers.nearest_loras(
-            self.hyper,
-            questions.references,
-            shown.astype(np.float32) / 255.0,
-            self.targets.matrix(),
-            self.spec,
-        )
-
-    def _conventional(self) -> dict[str, Params]:
-        section = self.config.evaluate
-        recipe = make_recipe(self.config.distill, **dict(section.conventional.recipe))
-        sets = [
-            self.test.first(section.conventional.num_identities),
-            self.validation.first(section.conventional.num_validation),
-        ]
-        name = method_makers.fingerprint(
-            self.sd.base_hash, self.spec.fingerprint, repr(recipe), *(q.views for q in sets)
-        )
-        kept = self.workdir / f"conventional-{name[:24]}.npz"
-        if kept.exists():
-            with np.load(kept, allow_pickle=False) as file:
-                return {
-                    split: vectorize.unflatten(jnp.asarray(file[split]), self.spec)
-                    for split in ("test", "validation")
-                }
-        start = time.perf_counter()
-        test, validation = fit_conventional(
-            self.sd,
-            self.spec,
-            recipe,
-            sets,
-            num_slots=section.conventional.num_slots,
-            steps_per_call=self.config.distill.steps_per_call,
-            mesh=self.mesh if self.mesh.size > 1 else None,
-        )
-        self.seconds["conventional"] = time.perf_counter() - start
-        fitted = {"test": test, "validation": validation}
-        np.savez(
-            kept, **{k: np.asarray(vectorize.flatten(v, self.spec)) for k, v in fitted.items()}
-        )
-        return fitted
-
-=======
->>>>>>> 8634c75 (Comparison: every method a source of LoRAs, guidance chosen like strength, one JSON of it; the paper's config; bench of hypernetworks)
     def measure_speed(self) -> None:
         """Seconds of one LoRA, generated (amortised over a batch) and fitted alone."""
         recipe = self.context.fitted.recipe

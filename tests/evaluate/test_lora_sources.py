@@ -1,7 +1,5 @@
 """Every method's LoRAs, from a small dataset in memory."""
 
-from types import SimpleNamespace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,9 +27,10 @@ class MeanColour:
 
 
 @pytest.fixture(name="context", scope="module")
-def _context():
+def _context(test_set):
     random = np.random.default_rng(0)
-    embeddings = random.uniform(size=(12, 3)).astype(np.float32)
+    own = np.asarray(MeanColour().encode(test_set.references)[0])
+    embeddings = np.concatenate([own, random.uniform(size=(6, 3)).astype(np.float32)])
     vectors = random.normal(size=(12, SPEC.num_parameters)).astype(np.float32)
     model = {"generator": "regression", "network": {"width": 8, "depth": 1, "num_heads": 2}}
     generator = build_generator(SPEC, model)
@@ -42,13 +41,6 @@ def _context():
     return Context(SPEC, hyper, vectors, embeddings, None, {"paper": hyper}, baseline)
 
 
-@pytest.fixture(name="questions")
-def _questions(context):
-    colours = context.embeddings[:4, None, None]
-    references = np.broadcast_to(colours, (4, 8, 8, 3)).astype(np.float32)
-    return SimpleNamespace(references=references, num_identities=4, split="test")
-
-
 def vectors_of(source, questions, guidance=1.0):
     lora = source.loras_of(questions, guidance)
     validate(lora, SPEC)
@@ -56,23 +48,23 @@ def vectors_of(source, questions, guidance=1.0):
 
 
 @pytest.mark.parametrize("name", ["base", *BASELINE_NAMES, "generated", "shuffled", "paper"])
-def test_one_lora_per_identity(name, context, questions):
+def test_one_lora_per_identity(name, context, test_set):
     source = make_source(name, context)
-    found = vectors_of(source, questions)
-    assert found.shape == (4, SPEC.num_parameters)
+    found = vectors_of(source, test_set)
+    assert found.shape == (6, SPEC.num_parameters)
     assert source.tuned == (name != "base")
     assert source.guided == (name in ("knn", "ridge"))
 
 
-def test_controls_are_what_they_say(context, questions):
-    nearest = vectors_of(make_source("nearest", context), questions)
-    np.testing.assert_allclose(nearest, context.vectors[:4], rtol=1e-5)
-    copies = vectors_of(make_source("noisy_copy", context), questions)
+def test_controls_are_what_they_say(context, test_set):
+    nearest = vectors_of(make_source("nearest", context), test_set)
+    np.testing.assert_allclose(nearest, context.vectors[:6], rtol=1e-5)
+    copies = vectors_of(make_source("noisy_copy", context), test_set)
     distance = np.linalg.norm(copies - nearest, axis=1)
     wanted = 0.5 * lora_sources.median_nearest_distance(context.vectors)
     np.testing.assert_allclose(distance, wanted, rtol=0.4)
-    generated = vectors_of(make_source("generated", context), questions)
-    shuffled = vectors_of(make_source("shuffled", context), questions)
+    generated = vectors_of(make_source("generated", context), test_set)
+    shuffled = vectors_of(make_source("shuffled", context), test_set)
     np.testing.assert_allclose(shuffled, np.roll(generated, 1, axis=0), atol=1e-6)
     with pytest.raises(ValueError, match="method 'best' is unknown, expected one of base"):
         make_source("best", context)
