@@ -12,12 +12,14 @@ from hyperlora_jax.array_types import Params
 from hyperlora_jax.data.image_folder import open_image_folder
 from hyperlora_jax.data.pictures import SUFFIXES
 from hyperlora_jax.errors import UserError
+from hyperlora_jax.hypernet.editing import edit
 from hyperlora_jax.hypernet.model import Hypernetwork
 from hyperlora_jax.hypernet.references import read_references
 from hyperlora_jax.lora import factors
 from hyperlora_jax.lora_files import save_lora
 
 MAX_BATCH = 64
+Edits = tuple[Mapping[str, np.ndarray], Mapping[str, float]]  # ({name: direction}, {name: amount})
 
 
 def reference_hash(paths: Sequence[str | Path]) -> str:
@@ -37,6 +39,7 @@ def generate_one(
     seed: int = 0,
     num_samples: int = 1,
     draw: Mapping[str, Any] | None = None,
+    edits: Edits | None = None,
     **writing: Any,
 ) -> list[Path]:
     """One subject, one or several references → a file per sample; `writing` goes to `save_lora`.
@@ -44,6 +47,7 @@ def generate_one(
     Args:
         out: the file; with several samples `NAME.safetensors` becomes `NAME-0.safetensors`, ….
         draw: guidance, num_steps, sampler, where they shall differ from the checkpoint's.
+        edits: attribute directions and how far to go along them (`hypernet/editing.py`).
 
     Raises:
         UserError: a reference that is no usable picture, an unwritable path; see also
@@ -52,6 +56,7 @@ def generate_one(
     pictures = read_references(references, size=_picture_size(hyper))
     key = jax.random.key(seed)
     loras = hyper.generate(key, pictures[None], num_samples=num_samples, **(draw or {}))
+    loras = loras if edits is None else edit(loras, hyper.spec, *edits)
     return [
         _write(hyper, loras, k, k, references, path, strength, seed, writing)
         for k, path in enumerate(_names(Path(out), num_samples))
@@ -73,6 +78,7 @@ def generate_many(
     seed: int = 0,
     num_samples: int = 1,
     draw: Mapping[str, Any] | None = None,
+    edits: Edits | None = None,
     **writing: Any,
 ) -> list[Path]:
     """A folder per subject → a file per subject and sample in the folder `out`.
@@ -92,6 +98,7 @@ def generate_many(
         pictures = np.stack([read_references(files[i][:count], size=size) for i in chunk])
         key = jax.random.fold_in(jax.random.key(seed), start)
         loras = hyper.generate(key, pictures, num_samples=num_samples, **(draw or {}))
+        loras = loras if edits is None else edit(loras, hyper.spec, *edits)
         for k, i in enumerate(chunk):
             path = Path(out) / f"{folders[i].name}.safetensors"
             path.parent.mkdir(parents=True, exist_ok=True)

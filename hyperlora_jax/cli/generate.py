@@ -1,8 +1,13 @@
 """`hyperlora generate`: checkpoint + reference images → LoRA files."""
 
 import argparse
+from typing import TYPE_CHECKING
 
 from hyperlora_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from hyperlora_jax.generate import Edits
+    from hyperlora_jax.lora.sites import LoraSpec
 
 FORMATS = ("kohya", "diffusers", "peft", "weights2weights")
 
@@ -20,6 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance", type=float, help="default: the checkpoint's own")
     parser.add_argument("--num_steps", type=int, help="of a diffusion generator's sampler")
     parser.add_argument("--sampler", choices=("ddim", "ancestral"), help="of diffusion generators")
+    parser.add_argument("--directions", metavar="FILE", help="of `hyperlora directions`")
+    parser.add_argument("--edit", metavar="NAME=AMOUNT", nargs="+", default=[])
     parser.add_argument("--seed", type=int, default=0)
 
 
@@ -38,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
         "seed": args.seed,
         "num_samples": samples,
         "draw": {name: getattr(args, name) for name in ("guidance", "num_steps", "sampler")},
+        "edits": _edits(args, hyper.spec),
         "format": args.format or own.get("format", "kohya"),
         "dtype": args.dtype,
     }
@@ -47,3 +55,21 @@ def run(args: argparse.Namespace) -> int:
         written = generate.generate_many(hyper, args.subjects, args.out, **options)
     print(f"wrote {written[0] if len(written) == 1 else f'{len(written)} files to {args.out}'}")
     return 0
+
+
+def _edits(args: argparse.Namespace, spec: "LoraSpec") -> "Edits | None":
+    """Directions and amounts of `--edit NAME=AMOUNT …`."""
+    from hyperlora_jax.hypernet.editing import load_directions
+
+    if bool(args.edit) != bool(args.directions):
+        raise UserError("--edit and --directions belong together, found only one of them")
+    if not args.edit:
+        return None
+    amounts = {}
+    for text in args.edit:
+        name, _, amount = text.rpartition("=")
+        try:
+            amounts[name] = float(amount)
+        except ValueError:
+            raise UserError(f"--edit {text}: expected NAME=AMOUNT, e.g. glasses=1.5") from None
+    return load_directions(args.directions, spec), amounts

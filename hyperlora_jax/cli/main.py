@@ -21,6 +21,7 @@ COMMANDS = {
     "import": ("import_loras", "LoRA files -> LoRA-target dataset"),
     "train": ("train", "LoRA-target dataset and images -> hypernetwork checkpoint"),
     "generate": ("generate", "checkpoint + reference images -> LoRA files"),
+    "directions": ("directions", "attribute directions of a LoRA-target dataset"),
     "refine": ("refine", "a few steps on top of a generated LoRA"),
     "sample": ("sample", "images from a base model and LoRAs"),
     "convert": ("convert", "one LoRA file format into another"),

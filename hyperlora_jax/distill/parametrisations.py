@@ -16,8 +16,9 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from hyperlora_jax.array_types import Array, Params
+from hyperlora_jax.array_types import Array, Float, Params
 from hyperlora_jax.lora import factors, vectorize
 from hyperlora_jax.lora.sites import LoraSpec
 
@@ -101,7 +102,7 @@ class Added:
 class Mixture:
     """Coefficients of frozen LoRA vectors, on raw factors.
 
-    `shared` is {"basis": [k, d], "offset": [d]}.
+    `shared` is what `arrange` makes of the basis.
 
     Attributes:
         num_basis: k.
@@ -130,7 +131,23 @@ class Mixture:
         del start
         if shared is None:
             raise ValueError("Mixture needs shared basis LoRAs, got None")
-        coefficients, basis = params["coefficients"], shared["basis"]
+        mixed = jnp.einsum("sgk,gkm->sgm", params["coefficients"], shared["basis"])
+        padded = mixed.reshape(len(mixed), -1)
+        return vectorize.unflatten(shared["offset"] + padded[:, self._places()[1]], self.spec)
+
+    def arrange(
+        self, basis: Float[np.ndarray, "k d"], offset: Float[np.ndarray, " d"] | None = None
+    ) -> Params:
+        """{"basis": [groups, k, most], "offset": [d]}: the numbers of a group side by side, so
+        that mixing is one batched product; groups with fewer numbers are filled up."""
+        if len(basis) != self.num_basis:
+            raise ValueError(f"expected {self.num_basis} basis LoRAs. Got: {len(basis)=}")
+        gathered = np.asarray(basis, np.float32)[:, self._places()[0]]
+        offset = np.zeros(basis.shape[1], np.float32) if offset is None else offset
+        return {"basis": jnp.asarray(gathered.swapaxes(0, 1)), "offset": jnp.asarray(offset)}
+
+    def _places(self) -> tuple[np.ndarray, np.ndarray]:
+        """([groups, most], which element of the vector stands there; [d], where an element is)."""
         sizes = []
         for site in self.spec.sites:
             sizes += [site.rank * site.fan_in, site.rank * site.out_features]
@@ -138,12 +155,13 @@ class Mixture:
             sizes = [sum(sizes)]
         elif self.per == "site":
             sizes = [a + b for a, b in zip(sizes[::2], sizes[1::2], strict=True)]
-        parts, first = [], 0
+        most, first = max(sizes), 0
+        elements, places = np.zeros((len(sizes), most), np.int32), []
         for group, size in enumerate(sizes):
-            parts.append(coefficients[:, group] @ basis[:, first : first + size])
+            elements[group, :size] = np.arange(first, first + size)
+            places.append(group * most + np.arange(size, dtype=np.int32))
             first += size
-        vector = shared["offset"] + jnp.concatenate(parts, axis=-1)
-        return vectorize.unflatten(vector, self.spec)
+        return elements, np.concatenate(places)
 
 
 def one_lora(

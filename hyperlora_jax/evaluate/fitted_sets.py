@@ -71,8 +71,8 @@ class FittedSets:
         self, vectors: Float[np.ndarray, "t d"]
     ) -> tuple[dict[str, Params], int]:
         """{split: LoRAs} that mix the training LoRAs, fitted to the reference; and the steps."""
-        shared = {"basis": jnp.asarray(vectors), "offset": jnp.zeros(vectors.shape[1])}
         trained = Mixture(self.spec, len(vectors), self.mixture)
+        shared = trained.arrange(vectors)
         found = self._kept(
             "linear_combination", self.mixture_recipe, trained, 1, None, shared, vectors
         )

@@ -44,8 +44,8 @@ def test_added_starts_at_the_frozen_lora_and_sums_exactly():
 @pytest.mark.parametrize("per", ["global", "site", "factor"])
 def test_mixture_begins_at_the_mean_and_mixes_by_group(per):
     basis = np.random.default_rng(2).normal(size=(4, SPEC.num_parameters)).astype(np.float32)
-    shared = {"basis": jnp.asarray(basis), "offset": jnp.zeros(SPEC.num_parameters)}
     trained = Mixture(SPEC, 4, per)
+    shared = trained.arrange(basis)
     params = jax.tree.map(lambda leaf: leaf[None], trained.init(jax.random.key(0)))
     vector = vectorize.flatten(trained.lora(params, None, shared), SPEC)
     np.testing.assert_allclose(vector[0], basis.mean(axis=0), atol=1e-6)
