@@ -32,7 +32,7 @@ def get_config() -> ConfigDict:
                 "num_slots": 16,
                 "steps_per_call": 25,
                 "save_every_steps": 200,
-                "recipe": {"images_per_step": 4, "learning_rate": 1e-2},
+                "recipe": {"images_per_step": 4, "learning_rate": 1e-2, "schedule": "constant"},
             },
             "model": {
                 "encoder": "avatar",
