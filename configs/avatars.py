@@ -158,6 +158,10 @@ def get_config() -> ConfigDict:
                     "per": "factor",  # global, site or factor
                     "recipe": {"num_steps": 400, "images_per_step": 4, "learning_rate": 1e-2},
                 },
+                "steps_to_quality": {  # fits of so many test identities; 0: none
+                    "num_identities": 16,
+                    "checkpoints": (0, 5, 10, 25, 50, 100, 200, 300),
+                },
                 "conventional": {
                     "num_identities": 64,
                     "num_validation": 16,

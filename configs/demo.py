@@ -28,5 +28,6 @@ def get_config() -> ConfigDict:
     config.evaluate.methods = (
         "base", "mean_lora", "shuffled", "nearest", "generated", "conventional",
     )  # fmt: skip
+    config.evaluate.steps_to_quality.num_identities = 0
     config.evaluate.strengths = (1.0, 1.5, 2.0)
     return config

@@ -88,7 +88,7 @@ def fit_loras(
         return
     trained = recipe.factors(spec) if parametrisation is None else parametrisation
     run = _Run(trained, recipe, list(concepts), load, start, num_slots, seed, state_file)
-    slots, unet_params = _place(run.begin(), unet_params, mesh, num_slots)
+    slots, unet_params = place(run.begin(), unet_params, mesh, num_slots)
     bar = tqdm(
         total=len(concepts) * recipe.num_steps,
         initial=run.steps_done(slots),
@@ -130,7 +130,7 @@ def fit_loras(
         state_file.unlink(missing_ok=True)
 
 
-def _place(slots: Slots, unet_params: Params, mesh: Mesh | None, num_slots: int):
+def place(slots: Slots, unet_params: Params, mesh: Mesh | None, num_slots: int):
     """Slots over every axis of the mesh, the base on every device."""
     if mesh is None:
         return slots, unet_params

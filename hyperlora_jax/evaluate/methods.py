@@ -11,8 +11,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from hyperlora_jax.array_types import Float, Params
+from hyperlora_jax.errors import UserError
 from hyperlora_jax.evaluate.compare import Method
 from hyperlora_jax.evaluate.protocol import EvaluationSet
+from hyperlora_jax.hypernet.model import Hypernetwork
 from hyperlora_jax.parallel import sharding
 
 LorasOf = Callable[[EvaluationSet, float], Params]  # (evaluation set, guidance) -> [i] LoRAs
@@ -97,3 +99,13 @@ def fingerprint(*parts: Any) -> str:
         for leaf in jax.tree.leaves(part):
             digest.update(leaf.tobytes() if hasattr(leaf, "tobytes") else repr(leaf).encode())
     return digest.hexdigest()
+
+
+def check_base(hyper: Hypernetwork, sd: Any, name: str) -> None:
+    """Raises UserError unless the hypernetwork writes LoRAs for this base model."""
+    wanted = hyper.facts.get("base_hash")
+    if wanted != sd.base_hash:
+        raise UserError(
+            f"base {name}: its UNet has the hash {sd.base_hash[:12]}, but the hypernetwork was "
+            f"trained on {hyper.facts.get('base')} with {str(wanted)[:12]}"
+        )

@@ -16,6 +16,7 @@ from hyperlora_jax.data.lora_targets import open_lora_targets
 from hyperlora_jax.distill.run import make_recipe
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.evaluate import comparison_file
+from hyperlora_jax.evaluate.analysis import all_sections, story
 from hyperlora_jax.evaluate.attribute_probe import AttributeProbe
 from hyperlora_jax.evaluate.compare import Method, MethodResult, compare, run_method
 from hyperlora_jax.evaluate.conventional import seconds_per_fit
@@ -26,7 +27,7 @@ from hyperlora_jax.evaluate.lora_sources import (
     make_source,
     reference_embeddings,
 )
-from hyperlora_jax.evaluate.methods import fingerprint, lora_method
+from hyperlora_jax.evaluate.methods import check_base, fingerprint, lora_method
 from hyperlora_jax.evaluate.protocol import EvaluationSet, check_disjoint, make_evaluation_set
 from hyperlora_jax.evaluate.report import ReportFiles, write_report
 from hyperlora_jax.evaluate.sample_cache import SampleCache
@@ -65,6 +66,7 @@ class Evaluation:
                 "which only 'avatars' have"
             )
         avatars = Avatars(config.data.style, config.data.size, config.data.split_seed)
+        self.avatars = avatars
         self.probe = AttributeProbe.load(config.evaluate.probe or None)
         self.validation = self._questions(avatars, "validation", config.evaluate.num_validation)
         self.test = self._questions(avatars, "test", config.evaluate.num_identities)
@@ -252,12 +254,12 @@ class Evaluation:
         title: str = "Zero-shot LoRAs, evaluated",
     ) -> tuple[dict[str, Any], ReportFiles]:
         """Writes the page, metrics.json and figures; returns the metrics and where things are."""
-        audit = self.memorisation()
+        shown = all_sections(self, results)
         summary = self.summary(
             results,
             torch_parity=torch_parity,
             seconds=seconds,
-            sections={audit.name: audit.numbers},
+            sections={section.name: section.numbers for section in shown},
         )
         lead = (
             f"LoRAs for {self.test.num_identities} {self.config.data.style} identities that were "
@@ -270,21 +272,11 @@ class Evaluation:
             self.test,
             title=title,
             lead=lead,
-            done=_story(self.config, self.test, len(self.targets)),
+            done=story(self.config, self.test, len(self.targets)),
             page_name=page_name,
-            extra_figures=audit.figures,
+            extra_figures=[figure for section in shown for figure in section.figures],
         )
         return summary, files
-
-
-def check_base(hyper: Hypernetwork, sd: Any, name: str) -> None:
-    """Raises UserError unless the hypernetwork writes LoRAs for this base model."""
-    wanted = hyper.facts.get("base_hash")
-    if wanted != sd.base_hash:
-        raise UserError(
-            f"base {name}: its UNet has the hash {sd.base_hash[:12]}, but the hypernetwork was "
-            f"trained on {hyper.facts.get('base')} with {str(wanted)[:12]}"
-        )
 
 
 def evaluate(
@@ -303,19 +295,3 @@ def evaluate(
         content = comparison_file.measured(evaluation, results, command)
         comparison_file.write(comparison, content)
     return files
-
-
-def _story(config: Any, test: EvaluationSet, num_targets: int) -> list[str]:
-    recipe = config.evaluate.conventional
-    return [
-        f"{num_targets} conventional LoRAs of training identities were fitted at once "
-        f"({config.distill.num_steps} steps each); their mean and nearest neighbour are controls.",
-        f"A hypernetwork was trained for {config.train.num_steps} steps on "
-        f"{config.data.num_identities} identities through the frozen base model: every subject of "
-        "a batch draws with the LoRA that was just written for it.",
-        f"Every method drew {test.num_identities} held-out identities under {test.num_captions} "
-        "captions that training never saw, from the same noise, at the strength that was best for "
-        "it on other held-out identities. The conventional LoRA was fitted to "
-        f"{test.views.shape[1]} pictures of each of {recipe.num_identities} of these identities "
-        f"for {dict(recipe.recipe).get('num_steps', config.distill.num_steps)} steps.",
-    ]

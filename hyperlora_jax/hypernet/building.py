@@ -46,6 +46,9 @@ def build_generator(spec: LoraSpec, model: Mapping[str, Any]) -> Generator:
     Raises:
         UserError: an unknown generator, or a value that its part refuses.
     """
+    unknown = sorted(set(model) - set(SECTIONS))
+    if unknown:
+        raise UserError(f"config.model: unknown key {unknown[0]!r}, expected {', '.join(SECTIONS)}")
     kind = model.get("generator", "regression")
     if kind not in GENERATORS:
         raise UserError(

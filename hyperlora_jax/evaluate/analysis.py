@@ -1,0 +1,183 @@
+"""What the report says beyond scores: copies or new LoRAs, weights, learning, the way between two
+people. Each part takes what an `Evaluation` has loaded and gives a `Section`."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hyperlora_jax.array_types import Float, Params
+from hyperlora_jax.evaluate import sections
+from hyperlora_jax.evaluate.compare import MethodResult
+from hyperlora_jax.evaluate.memorisation import image_memorisation
+from hyperlora_jax.evaluate.protocol import EvaluationSet
+from hyperlora_jax.evaluate.quality_curves import quality_curves
+from hyperlora_jax.evaluate.sections import Section
+from hyperlora_jax.lora import factors, vectorize
+from hyperlora_jax.lora.sites import LoraSpec
+
+STARTS = ("mean_lora", "nearest", "knn", "generated")  # of steps to quality
+NUM_PAIRS = 4
+WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
+NUM_TRAINING_RENDERS = 64
+
+
+def all_sections(evaluation: Any, results: Mapping[str, MethodResult]) -> list[Section]:
+    """Every section of an `Evaluation` that its results allow; steps to quality if asked for."""
+    generated, fitted = results["generated"], None
+    loras_of = {n: source.loras_of for n, source in evaluation.sources(_needed(results)).items()}
+    if "conventional" in results:
+        fitted = loras_of["conventional"](evaluation.test)
+    found = standard_sections(
+        sd=evaluation.sd,
+        spec=evaluation.spec,
+        avatars=evaluation.avatars,
+        test=evaluation.test,
+        generated=loras_of["generated"](evaluation.test),
+        conventional=fitted,
+        training=evaluation.context.vectors,
+        training_ids=frozenset(evaluation.hyper.facts.get("trained_on", ())),
+        pictures=generated.images,
+        strength=generated.strength,
+        num_steps=evaluation.sampling["num_steps"],
+        metrics_file=evaluation.workdir / "metrics.jsonl",
+    )
+    wanted = evaluation.config.evaluate.steps_to_quality
+    if not wanted.num_identities or fitted is None:
+        return list(found)
+    conventional = results["conventional"]
+    count = min(wanted.num_identities, factors.num_loras(fitted))
+    questions = evaluation.test.first(count)
+    starts = {
+        name: factors.scale(
+            loras_of[name](questions), results[name].strength / conventional.strength
+        )
+        for name in STARTS
+        if name in results
+    }
+    took = evaluation.seconds_per_lora(evaluation.hyper) * count
+    curves = quality_curves(
+        evaluation.sd,
+        evaluation.sampler,
+        evaluation.spec,
+        evaluation.context.fitted.recipe,
+        questions,
+        starts,
+        evaluation.probe,
+        strength=conventional.strength,
+        sampling=evaluation.sampling,
+        checkpoints=tuple(wanted.checkpoints),
+        start_seconds={"generated": took},
+        mesh=evaluation.mesh if evaluation.mesh.size > 1 else None,
+    )
+    return [*found, sections.steps_section(curves, conventional.scores.top1[:count])]
+
+
+def _needed(results: Mapping[str, MethodResult]) -> list[str]:
+    return [name for name in (*STARTS, "conventional") if name in results]
+
+
+def standard_sections(
+    *,
+    sd: Any,
+    spec: LoraSpec,
+    avatars: Any,
+    test: EvaluationSet,
+    generated: Params,
+    conventional: Params | None,
+    training: Float[np.ndarray, "m d"],
+    training_ids: frozenset[str],
+    pictures: Float[np.ndarray, "i c h w 3"],
+    strength: float,
+    num_steps: int,
+    metrics_file: Path | None = None,
+) -> Iterator[Section]:
+    """The sections that cost seconds.
+
+    Args:
+        generated: one LoRA per test identity.
+        conventional: fitted LoRAs of the first test identities.
+        training: LoRA vectors the hypernetwork could have copied.
+        training_ids: identities it was trained on; their exact renders are the audit's suspects.
+        pictures: what the generated LoRAs drew, at `strength`.
+        num_steps: sampling steps of the strip between two people.
+        metrics_file: metrics.jsonl of the training run.
+    """
+    if len(training) >= 4:
+        known = vectorize.unflatten(jnp.asarray(training), spec)
+        suspects = _training_renders(avatars, test, training_ids, pictures.shape[1])
+        images = image_memorisation(pictures, test.exact, suspects)
+        yield sections.memorisation_section(generated, known, images)
+    if conventional is not None:
+        count = factors.num_loras(conventional)
+        yield sections.weight_section(factors.index(generated, slice(count)), conventional)
+    if metrics_file is not None and metrics_file.exists():
+        yield sections.learning_section(metrics_file)
+    if test.num_identities > 1:
+        strips = interpolation_strips(sd, test, generated, strength, num_steps)
+        yield sections.interpolation_section(strips, WEIGHTS)
+
+
+def interpolation_strips(
+    sd: Any, test: EvaluationSet, loras: Params, strength: float, num_steps: int
+) -> Float[np.ndarray, "p k h w 3"]:
+    """Pictures from one identity's LoRA to the next one's, one caption and noise per pair.
+
+    The LoRA between is exact, (1 − w) Δ_a + w Δ_b, by joining ranks.
+    """
+    pairs = min(NUM_PAIRS, test.num_identities // 2)
+    noise = np.asarray(
+        test.first(2 * pairs).noise((*sd.unet.settings.sample_size, sd.unet.settings.in_channels))
+    )
+    rows = []
+    for pair in range(pairs):
+        a, b = (factors.index(loras, 2 * pair + k) for k in (0, 1))
+        between = [
+            factors.concatenate_ranks(factors.scale(a, 1.0 - w), factors.scale(b, w))
+            for w in WEIGHTS
+        ]
+        start = np.repeat(noise[2 * pair, :1], len(WEIGHTS), axis=0)
+        images = sd.sample(
+            jax.random.key(0),
+            [test.captions[2 * pair][0]] * len(WEIGHTS),
+            lora=factors.stack(between),
+            strength=strength,
+            num_steps=num_steps,
+            latents=start,
+        )
+        rows.append(np.asarray(images))
+    return np.stack(rows)
+
+
+def story(config: Any, test: EvaluationSet, num_targets: int) -> list[str]:
+    """Paragraphs that say what was done."""
+    recipe = config.evaluate.conventional
+    return [
+        f"{num_targets} conventional LoRAs of training identities were fitted at once "
+        f"({config.distill.num_steps} steps each); their mean and nearest neighbour are controls.",
+        f"A hypernetwork was trained for {config.train.num_steps} steps on "
+        f"{config.data.num_identities} identities through the frozen base model: every subject of "
+        "a batch draws with the LoRA that was just written for it.",
+        f"Every method drew {test.num_identities} held-out identities under {test.num_captions} "
+        "captions that training never saw, from the same noise, at the strength that was best for "
+        "it on other held-out identities. The conventional LoRA was fitted to "
+        f"{test.views.shape[1]} pictures of each of {recipe.num_identities} of these identities "
+        f"for {dict(recipe.recipe).get('num_steps', config.distill.num_steps)} steps.",
+    ]
+
+
+def _training_renders(
+    avatars: Any, test: EvaluationSet, known: frozenset[str], num_captions: int
+) -> Float[np.ndarray, "i c t h w 3"]:
+    """Exact renders of training identities under the captions of the test set."""
+    people = [avatars.identity("train", k) for k in range(NUM_TRAINING_RENDERS)]
+    people = [person for person in people if person.id in known]
+    pool = test.facts["identity_seed"] * test.pool.shape[1]
+    views = avatars.views("test", test.pool.shape[1], pool)
+    pairs = [(person, view) for view in views for person in people]
+    drawn = np.asarray(avatars.render_many(pairs, progress=False), np.float32) / 255.0
+    drawn = drawn.reshape(len(views), len(people), *drawn.shape[1:])
+    return drawn[test.caption_index[:, :num_captions]]

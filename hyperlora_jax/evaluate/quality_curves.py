@@ -1,0 +1,140 @@
+"""Steps to quality, run: the conventional recipe from several starting points, scored on the way.
+
+All identities are fitted at once, one slot each, with the keys they have in a conventional fit; the
+start is all that differs between curves.
+"""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from hyperlora_jax.array_types import Params
+from hyperlora_jax.data.encoded_subjects import encode_subjects
+from hyperlora_jax.distill import slots as slot_state
+from hyperlora_jax.distill.fit import place
+from hyperlora_jax.distill.parametrisations import Factors
+from hyperlora_jax.distill.slots import Recipe, Slots
+from hyperlora_jax.errors import UserError
+from hyperlora_jax.evaluate.compare import Probe, score
+from hyperlora_jax.evaluate.methods import sample_images
+from hyperlora_jax.evaluate.protocol import EvaluationSet
+from hyperlora_jax.evaluate.steps_to_quality import Curve, run_curve
+from hyperlora_jax.lora import factors
+from hyperlora_jax.lora.sites import LoraSpec
+
+# What `steps_to_quality` and the report call a curve that starts from a method's LoRAs.
+NAMES = {"mean_lora": "mean", "generated": "hypernetwork"}
+
+
+def quality_curves(
+    sd: Any,
+    sampler: Any,
+    spec: LoraSpec,
+    recipe: Recipe,
+    questions: EvaluationSet,
+    starts: Mapping[str, Params],
+    probe: Probe,
+    *,
+    strength: float,
+    sampling: Mapping[str, Any],
+    checkpoints: Sequence[int],
+    start_seconds: Mapping[str, float] | None = None,
+    mesh: Mesh | None = None,
+) -> dict[str, Curve]:
+    """One curve per start.
+
+    Args:
+        sd: the base model to fit on; `sampler` the same to draw with (`sharding.on_mesh`).
+        questions: the identities to fit; every one is fitted to all its views.
+        starts: {name of a method: LoRA tree with leading axis i}; the recipe's own start, zero, is
+            added to them.
+        strength: of every LoRA when it is scored, the best one of the conventional fit.
+        sampling: keyword arguments of `sample_images`.
+        checkpoints: steps at which to score, from 0, at most the recipe's.
+        start_seconds: what it took to make a start.
+        mesh: identities are shared out over it.
+
+    Raises:
+        UserError: checkpoints beyond the recipe's steps.
+    """
+    if max(checkpoints) > recipe.num_steps:
+        raise UserError(
+            f"evaluate.steps_to_quality.checkpoints: found {max(checkpoints)}, expected at most "
+            f"the {recipe.num_steps} steps of the conventional recipe"
+        )
+    parametrisation = Factors(spec, recipe.alpha, recipe.init_seed)
+    unit = math.gcd(*checkpoints)
+    loaded = _loaded(sd, parametrisation, recipe, questions)
+    scale = 1.0 if recipe.alpha is None else recipe.alpha / spec.max_rank
+
+    def step(slots: Slots, unet_params: Params) -> Slots:
+        slots, losses = slot_state.advance(
+            slots,
+            unet_params,
+            unet=sd.unet,
+            schedule=sd.schedule,
+            recipe=recipe,
+            parametrisation=parametrisation,
+            num_steps=unit,
+        )
+        jax.block_until_ready(losses)
+        return slots
+
+    def judge(slots: Slots) -> dict[str, np.ndarray]:
+        loras = factors.scale(jax.device_get(slots.params), scale)
+        images = sample_images(sampler, questions, loras, strength, **sampling)
+        found = score(questions, images, probe)
+        return {"identity_top1": found.top1, "image_error": found.error}
+
+    curves = {}
+    for method, start in [("zero", None), *starts.items()]:
+        name = NAMES.get(method, method)
+        params = loaded.params if start is None else factors.scale(start, 1.0 / scale)
+        fresh = jax.tree.map(jnp.array, loaded.replace(params=params))  # a copy: steps donate it
+        slots, unet_params = place(fresh, sd.params["unet"], mesh, questions.num_identities)
+        if not curves:  # compiles, so that no curve's seconds hold it
+            step(jax.tree.map(jnp.copy, slots), unet_params)
+
+        def advance(slots: Slots, done: int, steps: int, base=unet_params) -> tuple[Slots, float]:
+            began = time.perf_counter()
+            for _ in range((steps - done) // unit):
+                slots = step(slots, base)
+            return slots, time.perf_counter() - began
+
+        seconds = (start_seconds or {}).get(method, 0.0)
+        curves[name] = run_curve(slots, advance, judge, checkpoints, seconds)
+    return curves
+
+
+def _loaded(sd: Any, parametrisation: Factors, recipe: Recipe, questions: EvaluationSet) -> Slots:
+    """One slot per identity with its views, at step 0."""
+    encoded = encode_subjects(
+        sd,
+        None,
+        [person.id for person in questions.identities],
+        questions.views,
+        questions.view_captions,
+        progress=False,
+    )
+    latents, text = encoded.concept(0)
+    count = questions.num_identities
+    slots = slot_state.empty_slots(parametrisation, recipe, count, latents.shape, text.shape)
+    for slot in range(count):
+        latents, text = encoded.concept(slot)
+        slots = slot_state.load_slot(
+            slots,
+            jnp.asarray(slot),
+            slot_state.concept_key(0, slot),
+            jnp.asarray(latents, jnp.float32),
+            jnp.asarray(text, jnp.float32),
+            jnp.asarray(len(latents), jnp.int32),
+            parametrisation=parametrisation,
+            recipe=recipe,
+        )
+    return slots
