@@ -32,6 +32,11 @@ def get_config() -> ConfigDict:
                 "num_slots": 16,
                 "steps_per_call": 25,
                 "save_every_steps": 200,
+                "dtype": "float32",  # of the frozen base; factors are float32 always
+                "remat": "none",
+                "flips": False,
+                "prompt": "",  # for all pictures; empty = their captions
+                "splits": "train",  # all; the held-out avatars are others
                 "recipe": {"images_per_step": 4, "learning_rate": 1e-2, "schedule": "constant"},
             },
             "model": {

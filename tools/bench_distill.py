@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
 from hyperlora_jax.array_types import Params
 from hyperlora_jax.data.avatars import Avatars
@@ -33,6 +34,8 @@ from hyperlora_jax.evaluate.methods import sample_images
 from hyperlora_jax.evaluate.protocol import EvaluationSet, make_evaluation_set
 from hyperlora_jax.lora import factors
 from hyperlora_jax.lora.sites import LoraSpec, tree_from_sites
+from hyperlora_jax.parallel import cpu_devices
+from hyperlora_jax.parallel.mesh import make_mesh
 from hyperlora_jax.stable_diffusion.embedded import base_path, load_base
 
 CONFIG = Path(__file__).parents[1] / "configs" / "avatars.py"
@@ -42,8 +45,10 @@ PEER_PER_ROUND = 4
 
 def run(device: str = "cpu", rounds: int = ROUNDS, slots: int | None = None) -> list[dict]:
     """The speed's row and the quality's rows."""
+    cpu_devices.one_per_core()
     config = _config()
     section = config.distill
+    mesh = make_mesh(**config.mesh)
     slots = int(slots or section.num_slots)
     sd = load_base(config.base)
     spec, recipe = sd.lora_spec(section.preset, section.rank), make_recipe(section)
@@ -59,13 +64,13 @@ def run(device: str = "cpu", rounds: int = ROUNDS, slots: int | None = None) -> 
         progress=False,
     )  # fmt: skip
     peer = Peer(spec, recipe)
-    ours(sd, spec, recipe, encoded, range(slots), slots)
+    ours(sd, spec, recipe, encoded, range(slots), slots, mesh)
     peer.fit(*encoded.concept(0), num_steps=3)
     rates, fitted, rival = [], {}, {}
     for k in range(rounds):
         numbers = range(k * slots, (k + 1) * slots)
         start = time.perf_counter()
-        fitted |= ours(sd, spec, recipe, encoded, numbers, slots)
+        fitted |= ours(sd, spec, recipe, encoded, numbers, slots, mesh)
         between = time.perf_counter()
         for number in numbers[:PEER_PER_ROUND]:
             rival[number] = peer.fit(*encoded.concept(number))
@@ -98,6 +103,7 @@ def ours(
     encoded: EncodedSubjects,
     numbers: range,
     slots: int,
+    mesh: Mesh,
 ) -> dict[int, Params]:
     """LoRAs by number."""
     fitting = fit_loras(

@@ -1,7 +1,7 @@
-"""Subjects as plain pictures and captions, from the avatar world or from a folder per concept."""
+"""Subjects as plain pictures and captions: avatars, a folder per concept, or a TFDS dataset."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,8 @@ import numpy as np
 from hyperlora_jax.array_types import UInt8
 from hyperlora_jax.data import image_folder, pictures
 from hyperlora_jax.data.avatars import Avatars
+from hyperlora_jax.data.subjects import Subject
+from hyperlora_jax.data.tfds_concepts import read_tfds_concepts
 from hyperlora_jax.errors import UserError
 
 
@@ -82,13 +84,26 @@ def avatar_pictures(
 def folder_pictures(path: str | Path, size: int, default_caption: str = "") -> SubjectPictures:
     """One subject per sub-folder of `path` (`image_folder.read_concept`).
 
-    Folders with fewer pictures than the fullest repeat theirs in turn, so that arrays are dense.
-
     Raises:
         UserError: no folder, no pictures in one, a picture that cannot be read.
     """
     folders = image_folder.open_image_folder(path)
     subjects = [image_folder.read_concept(folder, size, default_caption) for folder in folders]
+    return _dense(subjects, {"source": str(path), "size": size})
+
+
+def tfds_pictures(path: str | Path, size: int, default_caption: str = "") -> SubjectPictures:
+    """One subject per concept of a TFDS dataset's train split (`read_tfds_concepts`).
+
+    Raises:
+        UserError: no dataset, no field that tells concepts apart, no pictures.
+    """
+    subjects = read_tfds_concepts(path, size, default_caption=default_caption)
+    return _dense(subjects, {"source": str(path), "size": size})
+
+
+def _dense(subjects: Sequence[Subject], facts: Mapping[str, Any]) -> SubjectPictures:
+    """Subjects with fewer pictures than the fullest repeat theirs in turn."""
     most = max(len(subject.targets) for subject in subjects)
     images, captions = [], []
     for subject in subjects:
@@ -101,14 +116,36 @@ def folder_pictures(path: str | Path, size: int, default_caption: str = "") -> S
         identities=tuple(subject.identity for subject in subjects),
         images=np.stack(images),
         captions=tuple(captions),
-        facts={"source": str(path), "size": size, "num_identities": len(subjects)},
+        facts={**facts, "num_identities": len(subjects)},
+    )
+
+
+def with_flips(given: SubjectPictures) -> SubjectPictures:
+    """Every picture also mirrored left to right, under the same caption: twice as many views."""
+    return dataclasses.replace(
+        given,
+        images=np.concatenate([given.images, given.images[:, :, :, ::-1]], axis=1),
+        captions=tuple((*own, *own) for own in given.captions),
+        facts={**given.facts, "flips": True},
+    )
+
+
+def with_prompt(given: SubjectPictures, prompt: str) -> SubjectPictures:
+    """One prompt for all pictures instead of captions ("a photo of sks person")."""
+    return dataclasses.replace(
+        given,
+        captions=tuple((prompt,) * len(own) for own in given.captions),
+        facts={**given.facts, "prompt": prompt},
     )
 
 
 def load_pictures(
     data: Any, count: int, size: int, cache_dir: str | Path | None = None
 ) -> SubjectPictures:
-    """The training subjects of a config's `data` section: `source` "avatars" or a folder."""
+    """The training subjects of a config's `data` section.
+
+    `source` is "avatars", a folder per concept, or the folder of a TFDS dataset.
+    """
     if data.source == "avatars":
         avatars = Avatars(data.style, data.size, data.split_seed)
         if avatars.size != size:
@@ -117,9 +154,8 @@ def load_pictures(
                 f"but the base model works at {size}"
             )
         return avatar_pictures(avatars, count, data.num_views, cache_dir=cache_dir)
-    found = folder_pictures(data.source, size)
+    is_tfds = (Path(data.source) / "dataset_info.json").is_file()
+    found = (tfds_pictures if is_tfds else folder_pictures)(data.source, size)
     if count > len(found.ids):
-        raise UserError(
-            f"{data.source}: has {len(found.ids)} folders of pictures, expected {count}"
-        )
+        raise UserError(f"{data.source}: has {len(found.ids)} concepts, expected {count}")
     return found

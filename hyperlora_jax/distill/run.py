@@ -10,14 +10,21 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from hyperlora_jax.data.encoded_subjects import encode_subjects
 from hyperlora_jax.data.lora_targets_writer import write_lora_targets
 from hyperlora_jax.data.spool import Spool, finished_ids, write_finished
-from hyperlora_jax.data.subject_pictures import SubjectPictures, load_pictures
-from hyperlora_jax.data.subjects import Subject
+from hyperlora_jax.data.subject_pictures import (
+    SubjectPictures,
+    load_pictures,
+    with_flips,
+    with_prompt,
+)
+from hyperlora_jax.data.subjects import Subject, split_by_hash
 from hyperlora_jax.distill.fit import FittedLora, fit_loras
+from hyperlora_jax.distill.prior import class_pictures
 from hyperlora_jax.distill.slots import Recipe
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora import vectorize
@@ -47,15 +54,24 @@ def distill(config: Any, workdir: str | Path) -> Path:
     out = workdir / "targets"
     if (out / "metadata.json").exists():
         return out
-    sd = load_base(config.base)
-    section, size = config.distill, image_size(sd)
+    section = config.distill
+    if section.splits not in ("train", "hash"):
+        raise UserError(f"distill.splits: got {section.splits!r}, expected 'train' or 'hash'")
+    sd = load_base(config.base, jnp.dtype(section.dtype))
+    size = image_size(sd)
+    unet = sd.unet.clone(remat=section.remat)
     spec = sd.lora_spec(section.preset, section.rank)
     recipe = make_recipe(section)
     pictures = load_pictures(config.data, section.num_concepts, size, workdir / "renders")
+    if section.flips:
+        pictures = with_flips(pictures)
+    if section.prompt:
+        pictures = with_prompt(pictures, section.prompt)
     spool = workdir / "spool"
     facts = {
         "recipe": dataclasses.asdict(recipe),
         "base": config.base,
+        "dtype": section.dtype,
         "seed": section.seed,
         "pictures": dict(pictures.facts),
     }
@@ -72,22 +88,31 @@ def distill(config: Any, workdir: str | Path) -> Path:
         )
         position = {number: k for k, number in enumerate(numbers)}
         mesh = make_mesh(**config.mesh)
+        prior = None
+        if recipe.prior_weight > 0:
+            prior = class_pictures(sd, section.prior, section.seed, workdir / "prior.npz")
         for fitted in fit_loras(
-            sd.unet,
+            unet,
             sd.params["unet"],
             sd.schedule,
             spec,
             recipe,
             numbers,
             lambda number: encoded.concept(position[number]),
-            num_slots=section.num_slots,
+            num_slots=min(section.num_slots, section.num_concepts)
+            if mesh.size == 1
+            else section.num_slots,
             steps_per_call=section.steps_per_call,
             seed=section.seed,
             mesh=mesh if mesh.size > 1 else None,
             state_file=workdir / "slots.safetensors",
             save_every_steps=section.save_every_steps,
+            prior=prior,
         ):
-            write_finished(spool, _subject(fitted, pictures, spec, section.seed))
+            subject = _subject(fitted, pictures, spec, section.seed)
+            if section.splits == "hash":
+                subject = dataclasses.replace(subject, split=split_by_hash(subject.identity))
+            write_finished(spool, subject)
     return write_lora_targets(
         out,
         Spool(spool),

@@ -31,12 +31,22 @@ class Recipe:
         num_steps: optimiser steps per LoRA.
         images_per_step: G, drawn without repetition from the concept's images.
         learning_rate: of AdamW, constant after `warmup_steps`.
+        accumulate: batches of G images whose gradients are averaged for one optimiser step.
+        prior_weight: weight of the loss on class pictures (DreamBooth's prior preservation, arXiv
+            2208.12242 equation 2), G of them in every batch; 0 needs no class pictures.
+        plateau_window, plateau_drop: a fit ends before `num_steps` when the mean loss of its last
+            `plateau_window` steps is not below that of the window before by `plateau_drop` of it;
+            None never ends one early.
         alpha, init_seed: see `parametrisations.Factors`; with one initialisation for all LoRAs of a
             dataset their difference is what the data taught. Finished LoRAs are folded.
     """
 
     num_steps: int = 200
     images_per_step: int = 4
+    accumulate: int = 1
+    prior_weight: float = 0.0
+    plateau_window: int | None = None
+    plateau_drop: float = 0.01
     learning_rate: float = 3e-3
     warmup_steps: int = 0
     schedule: str = "constant"
@@ -160,6 +170,7 @@ def advance(
     slots: Slots,
     unet_params: Params,
     shared: Params | None = None,
+    prior: tuple[Float[Array, "p h w c"], Float[Array, "p n e"]] | None = None,
     *,
     unet: Any,
     schedule: Any,
@@ -171,6 +182,7 @@ def advance(
 
     Args:
         shared: arrays that the parametrisation reads for all slots alike.
+        prior: latents and text states of the class pictures, for a recipe with a `prior_weight`.
 
     Returns:
         The slots, and the loss of every step and slot [t, s] (0 where a slot rested).
@@ -190,15 +202,39 @@ def advance(
             timesteps=flat[3],
             lora=parametrisation.lora(params, slots.start, shared),
             min_snr_gamma=recipe.min_snr_gamma,
-        )
-        per_slot = values.reshape(num_slots, -1).mean(axis=1)
-        return per_slot.sum(), per_slot
+        ).reshape(num_slots, -1)
+        per_slot = values[:, : recipe.images_per_step].mean(axis=1)
+        total = per_slot
+        if prior is not None:
+            total = total + recipe.prior_weight * values[:, recipe.images_per_step :].mean(axis=1)
+        return total.sum(), per_slot
 
-    def one_step(slots: Slots, _):
+    def draw(slots: Slots, k: Array) -> tuple[Array, ...]:
+        """Batch k of the current optimiser step, [s, g, ...] each."""
         keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(slots.key), slots.step)
+        if recipe.accumulate > 1:
+            keys = jax.vmap(lambda key: jax.random.fold_in(key, k))(keys)
         drawn = functools.partial(_draw, recipe=recipe, schedule=schedule)
         batch = jax.vmap(drawn)(keys, slots.latents, slots.text_states, slots.count)
-        grads, per_slot = jax.grad(losses, has_aux=True)(slots.params, *batch)
+        if prior is None:
+            return batch
+        more = functools.partial(_draw_prior, prior=prior, recipe=recipe, schedule=schedule)
+        joined = zip(batch, jax.vmap(more)(keys), strict=True)
+        return tuple(jnp.concatenate(pair, axis=1) for pair in joined)
+
+    def one_step(slots: Slots, _):
+        gradient = jax.grad(losses, has_aux=True)
+        if recipe.accumulate == 1:
+            grads, per_slot = gradient(slots.params, *draw(slots, jnp.zeros((), jnp.int32)))
+        else:
+
+            def add(total, k):
+                found = gradient(slots.params, *draw(slots, k))
+                return jax.tree.map(jnp.add, total, found), None
+
+            zero = (jax.tree.map(jnp.zeros_like, slots.params), jnp.zeros((num_slots,)))
+            summed, _ = jax.lax.scan(add, zero, jnp.arange(recipe.accumulate))
+            grads, per_slot = jax.tree.map(lambda leaf: leaf / recipe.accumulate, summed)
         updates, opt_state = jax.vmap(optimizer.update)(grads, slots.opt_state, slots.params)
         active = slots.step < recipe.num_steps
         params = optax.apply_updates(slots.params, updates)
@@ -222,6 +258,16 @@ def _draw(key, latents, text_states, count, *, recipe: Recipe, schedule):
     timesteps = jax.random.randint(time_key, latents.shape[:1], 0, schedule.num_train_timesteps)
     noise = jax.random.normal(noise_key, latents.shape)
     return latents, text_states, noise, timesteps
+
+
+def _draw_prior(key, *, prior, recipe: Recipe, schedule):
+    """G class pictures for one slot, with repetition, their noise and timesteps."""
+    order_key, time_key, noise_key = jax.random.split(jax.random.fold_in(key, 1_000_003), 3)
+    latents, text_states = prior
+    chosen = jax.random.randint(order_key, (recipe.images_per_step,), 0, latents.shape[0])
+    latents, text_states = latents[chosen], text_states[chosen]
+    timesteps = jax.random.randint(time_key, latents.shape[:1], 0, schedule.num_train_timesteps)
+    return latents, text_states, jax.random.normal(noise_key, latents.shape), timesteps
 
 
 def _where(active: Array, new: Any, old: Any) -> Any:

@@ -83,32 +83,52 @@ def test_batches_from_the_disk_resume(dataset, subjects):
     np.testing.assert_array_equal(next(again)["record_id"], batches[9]["record_id"][4:])
 
 
-def test_tfds_alone_opens_it(dataset, subjects):
-    """Without our code and without all that the package needs but TFDS does not."""
-    code = """
-        import sys, json
-        for name in ("hyperlora_jax", "jax", "PIL", "cv2", "ml_dtypes", "torch"):
-            sys.modules[name] = None  # importing it is an ImportError
-        import tensorflow_datasets as tfds
-        builder = tfds.builder_from_directory(sys.argv[1])
-        source = builder.as_data_source(split="train")
-        one = source[7]
-        assert len(source) == 40
-        assert "spec" in builder.info.metadata
-        assert "tensorflow" not in sys.modules
-        print(json.dumps({"id": one["id"].decode(), "lora": one["lora"].tolist(),
-            "png": list(one["references"][0]), "tiny": one["embeddings"]["tiny"].tolist(),
-            "caption": one["targets"]["caption"][0].decode(), "losses": len(one["loss_curve"]),
-            "seed": int(one["seed"])}))
-    """
-    command = [sys.executable, "-c", textwrap.dedent(code), str(dataset)]
+READER = """
+    import sys, json
+    for name in ("hyperlora_jax", "jax", "PIL", "cv2", "ml_dtypes", "torch"):
+        sys.modules[name] = None  # importing it is an ImportError
+    import tensorflow_datasets as tfds
+    builder = tfds.builder_from_directory(sys.argv[1])
+    source = builder.as_data_source(split="train")
+    one = source[7]
+    assert len(source) == 40
+    assert "spec" in builder.info.metadata
+    assert "tensorflow" not in sys.modules
+    print(json.dumps({"id": one["id"].decode(), "lora": one["lora"].tolist(),
+        "png": list(one["references"][0]), "tiny": one["embeddings"]["tiny"].tolist(),
+        "caption": one["targets"]["caption"][0].decode(), "losses": len(one["loss_curve"]),
+        "seed": int(one["seed"])}))
+"""
+
+
+def check_reader(python, dataset, given):
+    command = [str(python), "-c", textwrap.dedent(READER), str(dataset)]
     read = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
-    given = subjects[7]
     np.testing.assert_array_equal(np.float32(read["lora"]), given.lora)
     assert bytes(read["png"]) == given.references[0]
     np.testing.assert_array_equal(np.float32(read["tiny"]), given.embeddings["tiny"])
     assert (read["id"], read["caption"]) == (given.id, given.captions[0])
     assert (read["losses"], read["seed"]) == (4, 7)
+
+
+def test_tfds_alone_opens_it(dataset, subjects):
+    """Without our code and without all that the package needs but TFDS does not."""
+    check_reader(sys.executable, dataset, subjects[7])
+
+
+@pytest.mark.slow
+def test_an_environment_of_tfds_and_array_record_opens_it(dataset, subjects):
+    """Nothing else is installed: .venv-bare beside the repository's own, built once."""
+    folder = Path(__file__).parents[2] / ".venv-bare"
+    python, marker = folder / "bin" / "python", folder / "packages.txt"
+    packages = ["tensorflow-datasets==4.9.10", "array_record==0.8.6"]
+    if not marker.exists() or marker.read_text() != "\n".join(packages):
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
+        subprocess.run([str(python), "-m", "pip", "install", "-q", *packages], check=True)
+        marker.write_text("\n".join(packages))
+    listed = subprocess.run([str(python), "-m", "pip", "list"], capture_output=True, check=True)
+    assert b"tensorflow " not in listed.stdout and b"jax" not in listed.stdout
+    check_reader(python, dataset, subjects[7])
 
 
 def test_records_equal_those_of_tfds_own_serializer(subjects):

@@ -4,46 +4,12 @@ import jax
 import numpy as np
 import pytest
 
-from hyperlora_jax.diffusion.schedule import NoiseSchedule
 from hyperlora_jax.distill import slots as slot_state
 from hyperlora_jax.distill.fit import fit_loras
 from hyperlora_jax.distill.slots import Recipe
 from hyperlora_jax.errors import UserError
-from hyperlora_jax.lora.sites import spec_from_shapes
-from hyperlora_jax.stable_diffusion.checkpoint import init_params
-from hyperlora_jax.stable_diffusion.unet import unet_from_config
 
-CONFIG = {
-    "sample_size": 4,
-    "in_channels": 3,
-    "out_channels": 3,
-    "block_out_channels": [8],
-    "layers_per_block": 1,
-    "down_block_types": ["CrossAttnDownBlock2D"],
-    "mid_block_type": "UNetMidBlock2DCrossAttn",
-    "up_block_types": ["CrossAttnUpBlock2D"],
-    "norm_num_groups": 4,
-    "cross_attention_dim": 8,
-    "attention_head_dim": 2,
-}
 RECIPE = Recipe(num_steps=50, images_per_step=2, learning_rate=1e-2, alpha=4.0)
-
-
-@pytest.fixture(name="world", scope="module")
-def _world():
-    unet = unet_from_config(CONFIG)
-    params = init_params(unet, jax.random.key(0))
-    spec = spec_from_shapes(params, "w2w", 2)
-    random = np.random.default_rng(0)
-    concepts = [
-        (
-            random.standard_normal((3 - k % 2, 4, 4, 3)).astype(np.float32),
-            random.standard_normal((3 - k % 2, 5, 8)).astype(np.float32),
-        )
-        for k in range(5)
-    ]
-    schedule = NoiseSchedule(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
-    return unet, params, schedule, spec, concepts
 
 
 def fit(world, concepts, num_slots, recipe=RECIPE, **kwargs):

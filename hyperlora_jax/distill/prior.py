@@ -1,0 +1,70 @@
+"""Class pictures for prior preservation: what the base itself draws for "a photo of a person".
+
+A fit on a few pictures of one subject pulls the whole class towards it; a second loss on pictures
+that the base made of the class holds it back (DreamBooth, arXiv 2208.12242, section 3.2).
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from hyperlora_jax.array_types import Float
+from hyperlora_jax.data.encoded_subjects import encode_in_batches
+from hyperlora_jax.errors import UserError
+
+
+def class_pictures(
+    sd: Any, section: Any, seed: int, kept: Path
+) -> tuple[Float[np.ndarray, "p h w c"], Float[np.ndarray, "p n e"]]:
+    """(latents, text states) of pictures that the base draws; made once and kept in a file.
+
+    Args:
+        section: `prompts` (drawn in turn), `num_images`, `batch_size`, `num_steps`, `guidance`.
+        seed: of the start noise.
+        kept: .npz file; that of other settings is drawn again.
+
+    Raises:
+        UserError: no prompt, fewer than one image.
+    """
+    prompts, count = list(section.prompts), section.num_images
+    if not prompts or not all(prompts) or count < 1:
+        raise UserError(
+            f"distill.prior: got prompts {prompts} and num_images {count}, expected at least one "
+            "prompt and one image"
+        )
+    facts = repr((sorted(section.to_dict().items()), seed, sd.base_hash))
+    if kept.exists():
+        with np.load(kept, allow_pickle=False) as file:
+            if str(file["facts"]) == facts:
+                return file["latents"], file["text_states"]
+    texts = [prompts[k % len(prompts)] for k in range(count)]
+    latents = _latents(sd, section, texts, seed)
+    states = encode_in_batches(sd.encode_prompt, prompts, section.batch_size, None)
+    rows = np.arange(count) % len(prompts)
+    text_states = np.asarray(states, np.float32)[rows]
+    partial = kept.with_name(f".{kept.name}")
+    with partial.open("wb") as file:
+        np.savez(file, latents=latents, text_states=text_states, facts=np.array(facts))
+    partial.replace(kept)
+    return latents, text_states
+
+
+def _latents(sd: Any, section: Any, texts: Sequence[str], seed: int) -> np.ndarray:
+    size = min(section.batch_size, len(texts))
+    parts = []
+    for start in tqdm(range(0, len(texts), size), desc="class pictures", unit="batch"):
+        chunk = texts[start : start + size]
+        key = jax.random.fold_in(jax.random.key(seed), start)
+        images = sd.sample(
+            key,
+            # The last batch is filled up: one program for all.
+            [*chunk, *[chunk[-1]] * (size - len(chunk))],
+            num_steps=section.num_steps,
+            guidance=section.guidance,
+        )
+        parts.append(np.asarray(sd.encode_images(images), np.float32)[: len(chunk)])
+    return np.concatenate(parts)

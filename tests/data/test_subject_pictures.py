@@ -1,0 +1,61 @@
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from ml_collections import ConfigDict
+from PIL import Image
+
+from hyperlora_jax.data import pictures
+from hyperlora_jax.data.subject_pictures import load_pictures, with_flips, with_prompt
+from hyperlora_jax.errors import UserError
+from tests.data.test_tfds_concepts import IMAGE, write
+
+
+def section(source):
+    return ConfigDict({"source": str(source), "size": 4})
+
+
+@pytest.fixture(name="folder")
+def _folder(tmp_path):
+    random = np.random.default_rng(0)
+    for name, views in (("anna", 3), ("bert", 2)):
+        (tmp_path / name).mkdir()
+        for k in range(views):
+            pixels = random.integers(0, 255, (8, 8, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / name / f"{k}.png")
+    return tmp_path
+
+
+def test_folders_and_datasets_give_the_same_arrays(folder, tmp_path):
+    found = load_pictures(section(folder), 2, 4)
+    assert found.ids == ("anna", "bert") and found.images.shape == (2, 3, 4, 4, 3)
+    np.testing.assert_array_equal(found.images[1, 2], found.images[1, 0])  # in turn
+    rows = [
+        {"image": str(file), "concept": name}
+        for name in ("bert", "anna")
+        for file in sorted((folder / name).glob("*.png"))
+    ]
+    dataset = write(tmp_path / "dataset", rows, image=IMAGE, concept=tfds.features.Text())
+    same = load_pictures(section(dataset), 2, 4)
+    assert same.ids == found.ids
+    np.testing.assert_array_equal(same.images, found.images)
+    with pytest.raises(UserError, match="has 2 concepts, expected 3"):
+        load_pictures(section(dataset), 3, 4)
+
+
+def test_flips_and_prompts(folder):
+    plain = load_pictures(section(folder), 2, 4)
+    both = with_prompt(with_flips(plain), "a photo of sks person")
+    assert both.images.shape == (2, 6, 4, 4, 3)
+    np.testing.assert_array_equal(both.images[:, :3], plain.images)
+    np.testing.assert_array_equal(both.images[:, 3:, :, ::-1], plain.images)
+    assert both.captions == (("a photo of sks person",) * 6,) * 2
+    assert both.facts["flips"] and both.facts["prompt"] == "a photo of sks person"
+
+
+def test_whole_factors_are_block_means():
+    pixels = np.random.default_rng(0).integers(0, 255, (8, 16, 3), dtype=np.uint8)
+    means = pixels[:, 4:12].reshape(4, 2, 4, 2, 3).mean((1, 3))
+    found = pictures.decode(pictures.encode_png(pixels), 4).astype(float)
+    assert np.abs(found - means).max() <= 1  # two passes, each rounded
+    other = pictures.decode(pictures.encode_png(pixels), 3)
+    assert other.shape == (3, 3, 3)

@@ -1,0 +1,96 @@
+"""`hyperlora distill` killed again and again ends with the LoRAs of an undisturbed run."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hyperlora_jax.data.lora_targets import open_lora_targets
+from hyperlora_jax.data.spool import finished_ids
+
+ROOT = Path(__file__).parents[2]
+NUM_CONCEPTS = 6
+
+
+@pytest.fixture(name="concepts", scope="module")
+def _concepts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("concepts")
+    noise = np.random.default_rng(0)
+    for k in range(NUM_CONCEPTS):
+        (folder / f"person {k}").mkdir()
+        for view in range(3):
+            pixels = noise.integers(0, 255, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"person {k}" / f"{view}.png")
+    return folder
+
+
+def start(concepts, workdir):
+    settings = {
+        "data.source": concepts,
+        "data.size": 16,
+        "distill.num_concepts": NUM_CONCEPTS,
+        "distill.num_slots": 4,  # the last wave is smaller than the first
+        "distill.num_steps": 60,
+        "distill.steps_per_call": 5,
+        "distill.save_every_steps": 10,
+        "distill.rank": 2,
+        "mesh.data": 1,
+    }
+    command = [sys.executable, "-m", "hyperlora_jax.cli.main", "distill",
+               "--config", str(ROOT / "configs" / "avatars.py"), "--workdir", str(workdir),
+               *(f"--config.{key}={value}" for key, value in settings.items())]  # fmt: skip
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    devices = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}  # as the mesh above
+    environment = {**os.environ, **devices, "PYTHONPATH": paths}
+    return subprocess.Popen(command, env=environment, cwd=ROOT, stderr=subprocess.DEVNULL)
+
+
+def wait(process, reached):
+    """Until `reached()` or the end of the process; whether it still runs."""
+    deadline = time.monotonic() + 900
+    while process.poll() is None and not reached():
+        assert time.monotonic() < deadline, "the run makes no progress"
+        time.sleep(0.01)
+    return process.poll() is None
+
+
+@pytest.mark.slow
+def test_killed_runs_end_with_the_same_loras(concepts, tmp_path):
+    assert start(concepts, tmp_path / "whole").wait() == 0
+    whole = open_lora_targets(tmp_path / "whole" / "targets")
+
+    broken, state = tmp_path / "broken", tmp_path / "broken" / "slots.safetensors"
+    moments = random.Random(0)
+    kills = 0
+    for reached in (
+        lambda: state.exists(),
+        lambda: len(finished_ids(broken / "spool")) >= 1,
+        lambda: len(finished_ids(broken / "spool")) >= 4 and state.exists(),
+        lambda: len(finished_ids(broken / "spool")) >= NUM_CONCEPTS,
+    ):
+        process = start(concepts, broken)
+        if wait(process, reached):
+            time.sleep(moments.uniform(0, 0.3))
+            os.kill(process.pid, signal.SIGKILL)
+            kills += process.wait() == -signal.SIGKILL
+    assert kills >= 3
+    before = {p.name: p.stat().st_mtime_ns for p in (broken / "spool").iterdir()}
+    assert start(concepts, broken).wait() == 0
+    after = {p.name: p.stat().st_mtime_ns for p in (broken / "spool").iterdir()}
+    kept = {n: t for n, t in before.items() if not n.startswith(".")}
+    assert kept.items() <= after.items(), "a finished LoRA was written twice"
+
+    again = open_lora_targets(broken / "targets")
+    assert again.ids == whole.ids and len(again) == NUM_CONCEPTS
+    np.testing.assert_allclose(again.matrix(), whole.matrix(), atol=1e-6)
+    assert np.abs(whole.matrix()).max() > 1e-2
+    for k in range(NUM_CONCEPTS):
+        np.testing.assert_allclose(again[k].loss_curve, whole[k].loss_curve, rtol=1e-4)
+        assert again[k].num_steps == whole[k].num_steps == 60
