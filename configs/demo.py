@@ -2,8 +2,8 @@
 
 hyperlora demo --workdir demo
 
-Two CPU cores: 12 minutes. Identity top-1 of 32 on 64 held-out identities: generated .88,
-conventional .91 (on 32 of them), nearest .25, base .04 (docs/results.md).
+Two CPU cores: 8 minutes. Identity top-1 of 32 on 64 held-out identities: generated .88,
+conventional .89 (on 32 of them), nearest .25, base .04 (docs/results.md).
 """
 
 import importlib.util
