@@ -55,10 +55,11 @@ def generate_one(
     """
     pictures = read_references(references, size=_picture_size(hyper))
     key = jax.random.key(seed)
+    familiar = _familiar(hyper, pictures[None])[0]
     loras = hyper.generate(key, pictures[None], num_samples=num_samples, **(draw or {}))
     loras = loras if edits is None else edit(loras, hyper.spec, *edits)
     return [
-        _write(hyper, loras, k, k, references, path, strength, seed, writing)
+        _write(hyper, loras, k, k, familiar, references, path, strength, seed, writing)
         for k, path in enumerate(_names(Path(out), num_samples))
     ]
 
@@ -99,12 +100,15 @@ def generate_many(
         key = jax.random.fold_in(jax.random.key(seed), start)
         loras = hyper.generate(key, pictures, num_samples=num_samples, **(draw or {}))
         loras = loras if edits is None else edit(loras, hyper.spec, *edits)
+        familiar = _familiar(hyper, pictures)
         for k, i in enumerate(chunk):
             path = Path(out) / f"{folders[i].name}.safetensors"
             path.parent.mkdir(parents=True, exist_ok=True)
             for n, name in enumerate(_names(path, num_samples)):
                 row, shown = k * num_samples + n, files[i][:count]
-                written.append(_write(hyper, loras, row, n, shown, name, strength, seed, writing))
+                written.append(
+                    _write(hyper, loras, row, n, familiar[k], shown, name, strength, seed, writing)
+                )
     return written
 
 
@@ -113,6 +117,7 @@ def _write(
     loras: Params,
     index: int,
     sample: int,
+    familiar: float | None,
     references: Sequence[str | Path],
     out: str | Path,
     strength: float | None,
@@ -129,6 +134,7 @@ def _write(
         "seed": seed,
         "strength": strength,
         "sample": sample,
+        **({} if familiar is None else {"familiarity": f"{familiar:.3f}"}),
         "generator": hyper.model.get("generator", "regression"),
         "training_steps": hyper.facts.get("num_steps", 0),
     }
@@ -138,6 +144,12 @@ def _write(
         )
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror or error})") from error
+
+
+def _familiar(hyper: Hypernetwork, references: np.ndarray) -> list[float | None]:
+    """Familiarity of every subject, for the files' headers; None where unknown."""
+    found = hyper.familiarity(references)
+    return [None] * len(references) if found is None else [float(x) for x in found]
 
 
 def _picture_size(hyper: Hypernetwork) -> int | None:

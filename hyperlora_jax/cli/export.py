@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
         generator, constants = build_generator(spec, model), {}
         if generator.needs_targets:
             # Statistics (and the VAE) of the dataset are no part of a training checkpoint.
-            constants = Hypernetwork.restore(workdir / FOLDER).constants
+            constants = dict(Hypernetwork.restore(workdir / FOLDER).constants)
         encoder = load_condition_encoder(config.model.encoder)
         facts = {**meta["facts"], "num_steps": meta["step"]}
         Hypernetwork(generator, params, encoder, facts, model, constants).save(out)

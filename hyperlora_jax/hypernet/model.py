@@ -22,9 +22,9 @@ from flax import traverse_util
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
-from hyperlora_jax.array_types import AnyArray, Array, Params
+from hyperlora_jax.array_types import AnyArray, Array, Float, Params
 from hyperlora_jax.errors import UserError
-from hyperlora_jax.hypernet import conditioning
+from hyperlora_jax.hypernet import conditioning, familiarity
 from hyperlora_jax.hypernet.building import build_generator
 from hyperlora_jax.hypernet.condition import merge_references, repeated
 from hyperlora_jax.hypernet.generators import Draw, Generator
@@ -109,6 +109,14 @@ class Hypernetwork:
         tokens = jnp.reshape(tokens, (num_loras, num_references, *tokens.shape[1:]))
         return pooled, tokens
 
+    def familiarity(self, references: AnyArray) -> Float[np.ndarray, " l"] | None:
+        """How well each subject's references fit what the hypernetwork was trained on, 0 (unlike
+        all training subjects) to 1; None for a checkpoint that does not know. See
+        `hypernet/familiarity.py`."""
+        if "familiarity" not in self.constants:
+            return None
+        return familiarity.score(self.constants["familiarity"], self.embed(references)[0])
+
     def write(
         self, key: Array, pooled: Array, tokens: Array, *, num_samples: int = 1, **draw: Any
     ) -> Params:
@@ -125,8 +133,9 @@ class Hypernetwork:
             )
         given = {name: value for name, value in draw.items() if value is not None}
         settings = self.default_draw._replace(**given)
+        constants = {k: v for k, v in self.constants.items() if k != "familiarity"}
         return _write(
-            self.generator, self.params, self.constants, pooled, tokens, key, num_samples, settings
+            self.generator, self.params, constants, pooled, tokens, key, num_samples, settings
         )
 
     def save(self, path: epath.PathLike) -> None:

@@ -17,6 +17,7 @@ from hyperlora_jax.array_types import Params
 from hyperlora_jax.data.encoded_subjects import EncodedSubjects
 from hyperlora_jax.data.pipelines import subject_batches
 from hyperlora_jax.errors import UserError
+from hyperlora_jax.hypernet import familiarity
 from hyperlora_jax.hypernet.baselines import Fitted
 from hyperlora_jax.hypernet.building import architecture, build_generator
 from hyperlora_jax.hypernet.conditioning import load_condition_encoder
@@ -69,8 +70,9 @@ def train_hypernetwork(config: Any, workdir: str | Path) -> Hypernetwork:
         "trained_on": list(encoded.ids),
         "generate": generate_defaults(config.generate),
     }
+    known = {"familiarity": familiarity.fit(encoded.pooled)}
     if isinstance(generator, Fitted):
-        hyper = _fitted(generator, encoder, encoded, targets, stored, model)
+        hyper = _fitted(generator, encoder, encoded, targets, stored, model, known)
         return _saved(hyper, workdir)
     if isinstance(generator, Diffusion) and isinstance(generator.codec, Latents):
         constants = train_vae(
@@ -112,7 +114,7 @@ def train_hypernetwork(config: Any, workdir: str | Path) -> Hypernetwork:
         config=config.to_dict(),
     )
     params = sharding.gather(state.ema if state.ema is not None else state.params, mesh)
-    kept = constants if generator.needs_targets else {}
+    kept = {**(constants if generator.needs_targets else {}), **known}
     return _saved(Hypernetwork(generator, params, encoder, stored, model, kept), workdir)
 
 
@@ -146,11 +148,12 @@ def _fitted(
     targets: TrainingTargets | None,
     facts: dict[str, Any],
     model: dict[str, Any],
+    known: Params,
 ) -> Hypernetwork:
     """A baseline, fitted on the mean embedding of every subject's pictures."""
     assert targets is not None
     embeddings = encoded.pooled[targets.subjects].mean(axis=1)
-    constants = generator.fit(embeddings, targets.rows[targets.subjects])
+    constants = generator.fit(embeddings, targets.rows[targets.subjects]) | known
     return Hypernetwork(generator, {}, encoder, facts, model, constants)
 
 

@@ -1,0 +1,47 @@
+"""The 1 B configuration on weights2weights tokens: its size, and that it fits a small slice."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from hyperlora_jax.cli.config import load_config
+from hyperlora_jax.train.workloads import hypernetwork_workload
+
+CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "w2w_1b.py"
+
+
+def test_a_thousand_million_parameters_on_w2w_tokens():
+    workload = hypernetwork_workload(load_config(CONFIG))
+    shapes = jax.eval_shape(workload.init, jax.random.key(0))
+    count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    assert 1.0e9 < count < 1.2e9
+    batch = workload.batch(32)
+    assert batch["target"].shape == (32, 99_648)
+    assert "unet" not in workload.frozen, "weight space only: the base is not needed"
+
+
+@pytest.mark.slow
+def test_fits_sixteen_v5e_chips(tmp_path):
+    pytest.importorskip("libtpu")
+    out = tmp_path / "record.json"
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "hyperlora_jax.cli.main", "compile", "--config", str(CONFIG)),
+            *("--topology", "v5e-16", "--effort", "low", "--json", str(out)),
+        ],
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        cwd=CONFIG.parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    record = json.loads(out.read_text())[0]
+    assert record["mesh"] == {"data": 1, "fsdp": 16, "tensor": 1}
+    assert record["bytes"]["peak"] < record["bytes"]["limit"]
+    # Sharded, not replicated: a replica of parameters, average and moments alone is 17 GB.
+    assert record["bytes"]["arguments"] < 4e9
