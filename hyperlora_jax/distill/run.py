@@ -57,6 +57,11 @@ def distill(config: Any, workdir: str | Path) -> Path:
     section = config.distill
     if section.splits not in ("train", "hash"):
         raise UserError(f"distill.splits: got {section.splits!r}, expected 'train' or 'hash'")
+    if make_recipe(section).prior_weight > 0 and "prior" not in section:
+        raise UserError(
+            "distill.recipe: has a prior_weight, but there is no distill.prior section with "
+            "prompts, num_images, batch_size, num_steps and guidance"
+        )
     sd = load_base(config.base, jnp.dtype(section.dtype))
     size = image_size(sd)
     unet = sd.unet.clone(remat=section.remat)
