@@ -97,7 +97,7 @@ def distill(config: Any, workdir: str | Path) -> Path:
         if recipe.prior_weight > 0:
             prior = class_pictures(sd, section.prior, section.seed, workdir / "prior.npz")
         for fitted in fit_loras(
-            unet,
+            unet.clone(mesh=mesh),
             sd.params["unet"],
             sd.schedule,
             spec,

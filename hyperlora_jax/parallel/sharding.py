@@ -4,6 +4,7 @@ A table is a sequence of `Rule(pattern, specs)`. A parameter's name is its path 
 pattern must match the whole name. Every parameter must be matched by exactly one rule. The specs of
 that rule are alternatives in order of preference, aligned to the parameter's last dimensions: the
 first whose axes divide the dimensions wins, and a parameter that none fits is replicated.
+Convolution kernels take the first alternative that splits one dimension.
 """
 
 import dataclasses
@@ -75,6 +76,10 @@ def _divides(spec: Spec, shape: tuple[int, ...], mesh: AnyMesh) -> bool:
 
 def _resolve(rule: Rule, shape: tuple[int, ...], mesh: AnyMesh) -> PartitionSpec:
     for spec in rule.specs:
+        # A convolution's kernel [h, w, in, out] is split over in or out, never both: for two such
+        # convolutions in a row XLA (jaxlib 0.10) computes wrong gradients.
+        if len(shape) >= 4 and sum(axis is not None and mesh.shape[axis] > 1 for axis in spec) > 1:
+            continue
         if _divides(spec, shape, mesh):
             return PartitionSpec(*(None,) * (len(shape) - len(spec)), *spec)
     return PartitionSpec()

@@ -35,6 +35,8 @@ def attend(
     """softmax(q kᵀ / sqrt(d)) v by the implementation asked for."""
     if implementation == "auto":
         implementation = choose(query, key, jax.default_backend())
+        if implementation == "splash" and mesh is None and jax.device_count() > 1:
+            implementation = "xla"  # XLA can partition a program for several devices, not Mosaic
     if implementation == "xla":
         return xla_attention(query, key, value)
     if implementation == "cudnn":

@@ -94,7 +94,7 @@ def _inputs(root: Path, part: str, unet: UNet, size: int, rng: np.random.Generat
         "text_states": normal(2, 77, settings.context_width),
     }
     if _is_xl(unet):
-        pooled = settings.addition_input_width - 6 * settings.addition_time_width
+        pooled = settings.addition_input_width - 6 * (settings.addition_time_width or 0)
         inputs["text_embeds"] = normal(2, pooled)
         inputs["time_ids"] = np.array([[512, 640, 0, 8, 512, 640]] * 2, np.float32)
     return inputs

@@ -46,7 +46,8 @@ class Workload:
     Attributes:
       batch: number of examples → {name: ShapeDtypeStruct [b, ...]}.
       remat: which rematerialisation the loss was built with, for the record.
-      extra_flops: example count → FLOPs that XLA does not see (Pallas kernels count as zero).
+      loss_on: mesh → the loss for that mesh, where kernels are partitioned by hand (splash).
+      extra_flops: example count → FLOPs that no product in the program shows.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Workload:
     rules: Sequence[sharding.Rule] = sharding.DEFAULT_RULES
     frozen_rules: Sequence[sharding.Rule] = sharding.REPLICATED_RULES
     remat: str = "none"
+    loss_on: Callable[[Mesh], Loss] | None = None
     extra_flops: Callable[[int], float] | None = None
 
 
@@ -105,9 +107,10 @@ def trace(workload: Workload, mesh: Mesh, batch_per_device: int) -> Any:
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.batch_sharding(mesh))
         for name, leaf in workload.batch(size).items()
     }
+    loss = workload.loss if workload.loss_on is None else workload.loss_on(mesh)
     step = jit_step(
         mesh, shardings, frozen_places,
-        loss=workload.loss, optimizer=transform, rate=rate, ema_decay=workload.ema_decay,
+        loss=loss, optimizer=transform, rate=rate, ema_decay=workload.ema_decay,
     )  # fmt: skip
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(mesh))
     placed = abstract_state(frozen, frozen_places)
@@ -198,7 +201,8 @@ def _read(compiled: Any, topology: Topology, mesh: Mesh, flops: float) -> dict[s
     peak = arguments + temporaries + max(new, 0)
     limit = int(topology.chip.memory_gib * GIB / topology.chip.devices)
     flops = max(flops, float(cost.get("flops", 0.0)))
-    moved = collective_bytes(compiled.as_text(), mesh, topology.num_slices)
+    program = compiled.as_text()
+    moved = collective_bytes(program, mesh, topology.num_slices)
     seconds = roofline(topology, flops, float(cost.get("bytes accessed", 0.0)), moved)
     return {
         "fits": peak <= limit,
@@ -206,6 +210,7 @@ def _read(compiled: Any, topology: Topology, mesh: Mesh, flops: float) -> dict[s
             "arguments": arguments, "temporaries": temporaries, "peak": peak, "limit": limit,
         },
         "flops_per_chip": flops * topology.chip.devices,
+        "pallas_kernels": program.count('custom_call_target="tpu_custom_call"'),
         "collective_bytes": moved,
         "step_seconds_estimate": seconds["step"],
         "seconds_estimate": seconds,

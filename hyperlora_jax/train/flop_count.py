@@ -1,6 +1,7 @@
 """FLOPs of a function from its jaxpr: matrix products and convolutions, loops times their length.
 
-XLA's own count takes the body of a loop once; this one does not, and it knows nothing of hardware.
+XLA's own count takes the body of a loop once and a Pallas kernel for nothing; this one does not,
+and it knows nothing of hardware.
 Everything else (norms, softmax, optimiser) is left out: it is bandwidth, not FLOPs.
 """
 
@@ -27,6 +28,10 @@ def of_jaxpr(jaxpr: Any) -> float:
             total += _convolution(equation)
         elif name == "scan":
             total += params["length"] * of_jaxpr(params["jaxpr"].jaxpr)
+        elif name == "pallas_call":
+            total += math.prod(params["grid_mapping"].grid) * of_jaxpr(params["jaxpr"])
+        elif name == "shard_map":  # the jaxpr of one device
+            total += params["mesh"].size * of_jaxpr(params["jaxpr"])
         elif name == "cond":
             total += max(of_jaxpr(branch.jaxpr) for branch in params["branches"])
         else:

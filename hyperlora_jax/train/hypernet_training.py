@@ -98,7 +98,7 @@ def train_hypernetwork(config: Any, workdir: str | Path) -> Hypernetwork:
         _batches(section, mesh, encoded, targets),
         phases=phases,
         condition_shapes=(encoded.pooled.shape[2:], encoded.tokens.shape[2:]),
-        base=Base(sd.unet, sd.schedule, section.min_snr_gamma),
+        base=Base(sd.unet.clone(mesh=mesh), sd.schedule, section.min_snr_gamma),
         facts=facts,
     )
     state = fit(

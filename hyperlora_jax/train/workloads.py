@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from hyperlora_jax.diffusion.schedule import NoiseSchedule
 from hyperlora_jax.hypernet.building import architecture, build_generator
@@ -22,6 +23,7 @@ from hyperlora_jax.stable_diffusion.unet import unet_from_config
 from hyperlora_jax.train.ahead_of_time import Workload
 from hyperlora_jax.train.hypernet_task import Base, hypernet_task
 from hyperlora_jax.train.hypernet_training import make_phases
+from hyperlora_jax.train.loop import Task
 
 REMAT = ("none", "block", "full")  # from cheap to frugal
 NUM_TEXTS = 1024  # text states kept on the device; the caption table of a dataset is of this order
@@ -38,7 +40,8 @@ def hypernetwork_workload(config: Any, remat: str = "none") -> Workload:
     unet_config = directory.read_json(root / "unet" / "config.json")
     vae_config = directory.read_json(root / "vae" / "config.json")
     schedule = directory.read_json(root / "scheduler" / "scheduler_config.json")
-    unet = unet_from_config(unet_config).clone(remat=remat)
+    # What "auto" is on a TPU; this machine has none to tell.
+    unet = unet_from_config(unet_config).clone(remat=remat, attention="splash")
     weights = param_shapes(unet)
     spec = spec_from_shapes(weights, config.model.preset, config.model.rank)
     model = architecture(config.model)
@@ -60,14 +63,21 @@ def hypernetwork_workload(config: Any, remat: str = "none") -> Workload:
         }
     if needs_targets:
         frozen["constants"] = _constant_shapes(generator)
-    task = hypernet_task(
-        generator,
-        frozen,
-        None,
-        phases=phases,
-        condition_shapes=(pooled, tokens),
-        base=Base(unet, NoiseSchedule.from_config(schedule), section.min_snr_gamma),
-    )
+
+    def on_mesh(mesh: Mesh | None) -> Task:
+        base = Base(
+            unet.clone(mesh=mesh), NoiseSchedule.from_config(schedule), section.min_snr_gamma
+        )
+        return hypernet_task(
+            generator,
+            frozen,
+            None,
+            phases=phases,
+            condition_shapes=(pooled, tokens),
+            base=base,
+        )
+
+    task = on_mesh(None)
     side = int(np.max(unet_config["sample_size"]))  # without a size, the base's own
     if config.data.size:
         side = config.data.size // 2 ** (len(vae_config["block_out_channels"]) - 1)
@@ -91,6 +101,7 @@ def hypernetwork_workload(config: Any, remat: str = "none") -> Workload:
         name="train",
         init=task.init,
         loss=task.loss,
+        loss_on=lambda mesh: on_mesh(mesh).loss,
         frozen=task.frozen,
         batch=batch,
         optimizer=dict(section.optimizer),

@@ -1,0 +1,38 @@
+"""Compiles the LoRA step of a two-level UNet for TPU slices; prints one JSON record per line."""
+
+import json
+import sys
+
+from hyperlora_jax.train import ahead_of_time
+
+ahead_of_time.prepare_environment()
+
+from hyperlora_jax.parallel.topology import parse  # noqa: E402
+from hyperlora_jax.train.lora_workload import lora_workload  # noqa: E402
+
+CONFIG = {
+    "sample_size": 32,  # 1,024 tokens on the fine level: long enough for splash attention
+    "block_out_channels": [80, 160],
+    "layers_per_block": 1,
+    "down_block_types": ["CrossAttnDownBlock2D"] * 2,
+    "up_block_types": ["CrossAttnUpBlock2D"] * 2,
+    "norm_num_groups": 8,
+    "cross_attention_dim": 64,
+    "mid_block_type": "UNetMidBlock2D",
+    "attention_head_dim": 2,  # two heads of 40 and 80
+}
+
+
+def main():
+    for text in sys.argv[1:]:
+        name, *axes = text.split(",")
+        mesh = dict(zip(("data", "fsdp", "tensor"), map(int, axes), strict=False))
+        workload = lora_workload(CONFIG, condition_width=8)
+        record = ahead_of_time.compile_for(
+            workload, parse(name), mesh_axes=mesh, batch_per_device=2, low_effort=True
+        )
+        print(json.dumps(record), flush=True)
+
+
+if __name__ == "__main__":
+    main()
