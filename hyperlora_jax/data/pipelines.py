@@ -95,6 +95,7 @@ def subject_batches(
     num_targets: int = 1,
     per_subject: Mapping[str, np.ndarray] | None = None,
     subjects: np.ndarray | None = None,
+    subjects_until: int | None = None,
     shard_index: int = 0,
     num_shards: int = 1,
 ) -> grain.DatasetIterator:
@@ -109,6 +110,7 @@ def subject_batches(
         num_targets: how many targets per subject; without repeats.
         per_subject: arrays [subjects, ...], e.g. LoRA vectors.
         subjects: numbers of the subjects to draw from (a split); None is all of them.
+        subjects_until: from this step on, all subjects are drawn from; None is never.
         shard_index: which part of every global batch. num_shards: how many parts.
 
     A batch holds every array under its name, references as [b, most, ...] with
@@ -126,12 +128,15 @@ def subject_batches(
         raise UserError(f"num_references is {num_references}, subjects have {available} references")
     if not (1 <= num_targets <= shown or not targets):
         raise UserError(f"num_targets is {num_targets}, subjects have {shown} targets")
-    order = Order(len(chosen), seed)
+    some, everyone = Order(len(chosen), seed), Order(num_records, seed)
     first, count = shard_slice(batch_size, shard_index, num_shards)
 
     def make_batch(step: int) -> Batch:
         start = step * batch_size + first
-        records = chosen[order.records(start, start + count)]
+        if subjects_until is not None and step >= subjects_until:
+            records = everyone.records(start, start + count)
+        else:
+            records = chosen[some.records(start, start + count)]
         batch: Batch = {name: np.asarray(array[records]) for name, array in per_subject.items()}
         generators = [np.random.default_rng((seed, step, int(record))) for record in records]
         rows = records[:, None]

@@ -25,13 +25,14 @@ class Rows:
     """LoRA vectors by number of their subject, read when asked for (they may be memory-mapped)."""
 
     vectors: Float[np.ndarray, "n d"]
-    row_of: Int[np.ndarray, " s"]  # -1 = the subject has none
+    row_of: Int[np.ndarray, " s"]  # -1 = the subject has none: zeros
 
     def __len__(self) -> int:
         return len(self.row_of)
 
     def __getitem__(self, subjects: Any) -> Float[np.ndarray, "b d"]:
-        return np.asarray(self.vectors[self.row_of[subjects]])
+        rows = self.row_of[subjects]
+        return np.where((rows >= 0)[:, None], np.asarray(self.vectors[np.maximum(rows, 0)]), 0.0)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -7,6 +7,7 @@ The frozen models run once over all pictures; the result is kept in the workdir.
 nearest, knn, ridge, pca_gaussian) are fitted in closed form instead of trained.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from hyperlora_jax.hypernet import familiarity
 from hyperlora_jax.hypernet.baselines import Fitted
 from hyperlora_jax.hypernet.building import architecture, build_generator
 from hyperlora_jax.hypernet.conditioning import load_condition_encoder
+from hyperlora_jax.hypernet.generators import Generator
 from hyperlora_jax.hypernet.model import FOLDER, Hypernetwork
 from hyperlora_jax.hypernet.objectives import ObjectiveWeights
 from hyperlora_jax.hypernet.weight_diffusion import Diffusion
@@ -95,7 +97,7 @@ def train_hypernetwork(config: Any, workdir: str | Path) -> Hypernetwork:
     task = hypernet_task(
         generator,
         frozen,
-        _batches(section, mesh, encoded, targets),
+        _batches(section, mesh, encoded, targets, _targets_until(generator, phases)),
         phases=phases,
         condition_shapes=(encoded.pooled.shape[2:], encoded.tokens.shape[2:]),
         base=Base(sd.unet.clone(mesh=mesh), sd.schedule, section.min_snr_gamma),
@@ -124,7 +126,20 @@ def _saved(hyper: Hypernetwork, workdir: Path) -> Hypernetwork:
     return hyper
 
 
-def _batches(section: Any, mesh: Any, encoded: EncodedSubjects, targets: TrainingTargets | None):
+def _targets_until(generator: Generator, phases: Sequence[Phase]) -> int | None:
+    """The step from which on no loss looks at target LoRAs, so that everyone can be trained on."""
+    if generator.needs_targets or phases[-1].weights.need_targets:
+        return None
+    return phases[0].until
+
+
+def _batches(
+    section: Any,
+    mesh: Any,
+    encoded: EncodedSubjects,
+    targets: TrainingTargets | None,
+    targets_until: int | None,
+):
     shard, num_shards = sharding.host_shard(mesh)
     global_batch = section.batch_size * (mesh.shape["data"] * mesh.shape["fsdp"])
     return subject_batches(
@@ -136,6 +151,7 @@ def _batches(section: Any, mesh: Any, encoded: EncodedSubjects, targets: Trainin
         num_targets=section.images_per_subject,
         per_subject={} if targets is None else {"target": targets.rows},
         subjects=None if targets is None else targets.subjects,
+        subjects_until=targets_until,
         shard_index=shard,
         num_shards=num_shards,
     )

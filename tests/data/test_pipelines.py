@@ -132,3 +132,19 @@ def test_wrong_use_is_named():
         subject_iterator(num_targets=6)
     with pytest.raises(ValueError, match="one second axis expected"):
         subject_iterator(targets={"a": np.zeros((8, 2)), "b": np.zeros((8, 3))})
+
+
+def test_all_subjects_are_drawn_from_a_step_on():
+    batches = pipelines.subject_batches(
+        {},
+        {},
+        batch_size=4,
+        seed=0,
+        per_subject={"number": np.arange(12)},
+        subjects=np.asarray([1, 5]),
+        subjects_until=3,
+    )
+    drawn = [next(batches) for _ in range(6)]
+    assert {int(i) for batch in drawn[:3] for i in batch["record_id"]} == {1, 5}
+    assert len({int(i) for batch in drawn[3:] for i in batch["number"]}) == 12
+    assert [int(batch["step"][0]) for batch in drawn] == list(range(6))
