@@ -4,7 +4,8 @@ All of them satisfy one Protocol, `ImageEncoder`, and are told apart by `load_co
 
   folder with our config.json         `FlaxImageEncoder`, written by `save_encoder`
   *.onnx                              any ONNX image model (`foreign_encoders.py`; onnxruntime)
-  folder with a transformers model    any vision model that AutoModel reads (same file; torch)
+  folder of a CLIP vision encoder     CLIPVisionModel(WithProjection) in Flax (`clip_encoder.py`)
+  folder with a transformers model    any other vision model that AutoModel reads (torch)
   *.npy, *.safetensors                embeddings computed elsewhere (`embedding_table.py`)
 
 `hash` identifies the weights: it is stored with every checkpoint and compared when one is used.
@@ -225,7 +226,7 @@ def load_condition_encoder(source: str | epath.PathLike, **options: Any) -> Imag
     Raises:
       UserError: no such path, an unknown kind, or a file that the reader refuses.
     """
-    from hyperlora_jax.hypernet import embedding_table, foreign_encoders
+    from hyperlora_jax.hypernet import clip_encoder, embedding_table, foreign_encoders
 
     path = epath.Path(source)
     if str(source) in SHIPPED:
@@ -238,6 +239,8 @@ def load_condition_encoder(source: str | epath.PathLike, **options: Any) -> Imag
     if path.is_dir():
         if read_config(path).get("format") == FORMAT:
             return load_encoder(path)
+        if clip_encoder.is_clip_vision(path):
+            return clip_encoder.load_clip_vision(path, **options)
         return foreign_encoders.load_transformers(path, **options)
     if path.suffix == ".onnx":
         return foreign_encoders.load_onnx(path, **options)

@@ -145,7 +145,7 @@ def load_transformers(path: epath.PathLike, image_size: int | None = None) -> Fo
         raise UserError(
             f"encoder {path}: found a model of {model.main_input_name}, expected a vision model"
         )
-    mean, std = _normalisation(epath.Path(path))
+    mean, std = normalisation(epath.Path(path))
     size = image_size or getattr(model.config, "image_size", 224)
 
     def run(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -206,7 +206,8 @@ def _pooled_and_tokens(
     return pooled, tokens
 
 
-def _normalisation(folder: epath.Path) -> tuple[list[float], list[float]]:
+def normalisation(folder: epath.Path) -> tuple[list[float], list[float]]:
+    """(mean, std) of a model folder's preprocessor_config.json; 0.5 and 0.5 without one."""
     import json
 
     file = folder / "preprocessor_config.json"

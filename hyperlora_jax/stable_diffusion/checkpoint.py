@@ -33,6 +33,7 @@ _RENAMES: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "text_encoder": ((r"^(?!text_model\.|text_projection\.)", "text_model."),),
 }
+_RENAMES["image_encoder"] = ((r"^(?!vision_model\.|visual_projection\.)", "vision_model."),)
 _RENAMES["text_encoder_2"] = _RENAMES["text_encoder"]
 
 

@@ -37,7 +37,7 @@ ACTIVATIONS = {
     "relu": jax.nn.relu,
 }
 # Bookkeeping of transformers and generation settings: nothing that the encoder computes with.
-_IGNORED = frozenset(
+IGNORED = frozenset(
     [
         "bos_token_id",
         "pad_token_id",
@@ -100,7 +100,7 @@ _IGNORED = frozenset(
 
 def text_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """Settings with defaults filled in. Raises UserError naming what is not supported."""
-    values = read_config(config, _DEFAULTS, _FIXED, _IGNORED, "text encoder")
+    values = read_config(config, _DEFAULTS, _FIXED, IGNORED, "text encoder")
     if values["hidden_act"] not in ACTIVATIONS:
         raise UserError(
             f"text encoder config: hidden_act = {values['hidden_act']!r} is not supported, "

@@ -22,7 +22,7 @@ def spec_of(shape, mesh, rules=sharding.DEFAULT_RULES):
     ("shape", "expected"),
     [
         ((8, 8), PartitionSpec("fsdp", "tensor")),
-        ((3, 3, 8, 8), PartitionSpec(None, None, "fsdp", "tensor")),
+        ((3, 3, 8, 8), PartitionSpec(None, None, "fsdp", None)),
         ((2, 8), PartitionSpec("tensor", "fsdp")),
         ((5, 8), PartitionSpec(None, "fsdp")),
         ((5, 2), PartitionSpec(None, "tensor")),
