@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Parses, runs, prints the table, writes the file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", choices=[*BENCHMARKS, "all"])
-    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument("--device", choices=("cpu", "gpu", "v5e"), default="cpu")
     parser.add_argument("--json", metavar="FILE", help="write the rows there")
     given = parser.parse_args(arguments)
     sys.path.insert(0, str(TOOLS))

@@ -1,6 +1,6 @@
 """Speed of a LoRA training step through the UNet, against PyTorch diffusers with peft.
 
-    python tools/bench.py unet [--device cpu|gpu] --json docs/measurements/unet.json
+    python tools/bench.py unet [--device cpu|gpu|v5e] --json docs/measurements/unet.json
 
 `run(device)` returns rows {"workload", "ours", "peer", "unit", "ratio", "runs", "machine"}. Both
 sides run in turns on one machine; the numbers are medians, ratio > 1 means that we are
@@ -40,14 +40,17 @@ SD15 = {
 }
 SD15_STEP_TFLOP = 1.61  # per 512² image: forward, and backward to the activations only
 H100_BF16_TFLOPS = 989.0
+MAXDIFFUSION_V5E = 4  # images per chip: 12.69 GiB of temporaries and 1.61 GiB of weights
 
 
 def run(device: str) -> list[dict[str, Any]]:
-    """Rows of all workloads of "cpu" or "gpu"."""
+    """Rows of all workloads of "cpu", "gpu" or, by compilation alone, "v5e"."""
     if device == "gpu":
         return sd15_gpu()
+    if device == "v5e":
+        return [sd15_v5e(remat) for remat in ("none", "save_attention")]
     rows = [tiny_cpu(batch) for batch in (64, 4)]
-    return [*rows, per_example()]
+    return [*rows, sd15_cpu(), per_example()]
 
 
 def jax_step(
@@ -165,6 +168,52 @@ def tiny_cpu(batch: int, runs: int = 15) -> dict[str, Any]:
         machine=machine(),
         peer_name=name,
     )
+
+
+def sd15_cpu(runs: int = 3) -> dict[str, Any]:
+    """LoRA step of a random SD 1.5 UNet, one picture of 256²; needs 12 GB. No goal."""
+    import torch
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    config = {**SD15, "sample_size": 32}
+    theirs, name = torch_step(config, 1, 77, 8, "cpu", compiled=False)
+    ours = jax_step(config, 1, 77, 8, None)
+    seconds = interleaved([ours, theirs], runs)
+    return _row(
+        "unet/sd15/batch1/cpu",
+        *seconds,
+        "s/step",
+        seconds[1] / seconds[0],
+        runs=runs,
+        machine=machine(),
+        peer_name=name,
+    )
+
+
+def sd15_v5e(remat: str, limit: int = 32) -> dict[str, Any]:
+    """Images per chip of a bf16 LoRA step at 512², found by compiling for v5e (15.75 GiB).
+
+    The peer is MaxDiffusion's UNet, whose limit is 4 by the same compiler.
+    """
+    from hyperlora_jax.train import ahead_of_time, compile_search
+
+    ahead_of_time.prepare_environment()
+    from hyperlora_jax.parallel.topology import parse
+    from hyperlora_jax.train.lora_workload import lora_workload
+
+    found = compile_search.search([lora_workload(SD15, remat=remat)], parse("v5e:2x2"), limit=limit)
+    images = found["batch_per_chip"] if found else 0
+    row = _row(
+        "unet/sd15/512/v5e",
+        images,
+        MAXDIFFUSION_V5E,
+        "images/chip",
+        images / MAXDIFFUSION_V5E,
+        runs=1,
+        machine="libtpu's compiler, no TPU",
+        peer_name="MaxDiffusion UNet",
+    )
+    return {**row, "remat": remat, "record": found}
 
 
 def per_example(runs: int = 15) -> dict[str, Any]:
