@@ -33,9 +33,9 @@ SECTIONS = (
 )  # fmt: skip
 
 
-def architecture(model: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a config's `model` section that says what the generator is: JSON-able, kept
-    with checkpoints."""
+def architecture(model: Any) -> dict[str, Any]:
+    """The part of a config's `model` section (a mapping) that says what the generator is:
+    JSON-able, kept with checkpoints."""
     plain = model.to_dict() if hasattr(model, "to_dict") else dict(model)
     return {name: plain[name] for name in SECTIONS if name in plain}
 
