@@ -28,15 +28,19 @@ NUM_TRAINING_RENDERS = 64
 def all_sections(evaluation: Any, results: Mapping[str, MethodResult]) -> list[Section]:
     """Every section of an `Evaluation` that its results allow; steps to quality if asked for."""
     generated, fitted = results["generated"], None
-    loras_of = {n: source.loras_of for n, source in evaluation.sources(_needed(results)).items()}
+    sources = evaluation.sources(_needed(results))
+
+    def loras(name: str, questions: EvaluationSet) -> Params:
+        return jax.device_get(sources[name].loras_of(questions, results[name].guidance))
+
     if "conventional" in results:
-        fitted = loras_of["conventional"](evaluation.test)
+        fitted = loras("conventional", evaluation.test)
     found = standard_sections(
         sd=evaluation.sd,
         spec=evaluation.spec,
         avatars=evaluation.avatars,
         test=evaluation.test,
-        generated=loras_of["generated"](evaluation.test),
+        generated=loras("generated", evaluation.test),
         conventional=fitted,
         training=evaluation.context.vectors,
         training_ids=frozenset(evaluation.hyper.facts.get("trained_on", ())),
@@ -52,9 +56,7 @@ def all_sections(evaluation: Any, results: Mapping[str, MethodResult]) -> list[S
     count = min(wanted.num_identities, factors.num_loras(fitted))
     questions = evaluation.test.first(count)
     starts = {
-        name: factors.scale(
-            loras_of[name](questions), results[name].strength / conventional.strength
-        )
+        name: factors.scale(loras(name, questions), results[name].strength / conventional.strength)
         for name in STARTS
         if name in results
     }
