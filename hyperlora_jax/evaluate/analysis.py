@@ -111,7 +111,8 @@ def standard_sections(
     if len(training) >= 4:
         known = vectorize.unflatten(jnp.asarray(training), spec)
         suspects = _training_renders(avatars, test, training_ids, pictures.shape[1])
-        images = image_memorisation(pictures, test.exact, suspects)
+        known_people = suspects.shape[2] > 0
+        images = image_memorisation(pictures, test.exact, suspects) if known_people else None
         yield sections.memorisation_section(generated, known, images)
     if conventional is not None:
         count = factors.num_loras(conventional)
@@ -180,6 +181,8 @@ def _training_renders(
     pool = test.facts["identity_seed"] * test.pool.shape[1]
     views = avatars.views("test", test.pool.shape[1], pool)
     pairs = [(person, view) for view in views for person in people]
+    if not people:  # trained on other subjects: nobody to suspect
+        return np.zeros((*test.exact.shape[:2], 0, *test.exact.shape[2:]), np.float32)
     drawn = np.asarray(avatars.render_many(pairs, progress=False), np.float32) / 255.0
     drawn = drawn.reshape(len(views), len(people), *drawn.shape[1:])
     return drawn[test.caption_index[:, :num_captions]]

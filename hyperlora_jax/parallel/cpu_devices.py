@@ -1,7 +1,7 @@
 """One JAX device per CPU core.
 
 XLA:CPU leaves most of a second core idle when a program is made of small operations. As one device
-per core, two cores do data-parallel work about twice as fast as one (`tools/bench.py distill`).
+per core, data-parallel work keeps all of them busy.
 """
 
 import os

@@ -2,7 +2,7 @@
 
 XLA writes the gradient for the input as a convolution whose kernel has its two feature axes
 swapped by dimension numbers. TPUs and GPUs take that as it is; XLA:CPU (jaxlib 0.10) leaves it to
-a generic loop that is about 30 times slower than its fused convolution. On a CPU the kernel is
+a generic loop that is many times slower than its fused convolution. On a CPU the kernel is
 therefore swapped as data, and strides become zeros between the gradient's pixels.
 """
 
