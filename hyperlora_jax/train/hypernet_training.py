@@ -83,10 +83,10 @@ def train_hypernetwork(config: Any, workdir: str | Path) -> Hypernetwork:
             targets.rows,
             targets.subjects,
             section.vae,
-            workdir=workdir / "vae",
+            workdir=section.vae.workdir or workdir / "vae",
             mesh=mesh,
             seed=section.seed,
-            facts=facts,
+            facts={**facts, "model": {"vae": model["vae"]}},  # all that a VAE depends on
             config=config.to_dict(),
         )
     frozen: Params = {"constants": constants} if constants else {}

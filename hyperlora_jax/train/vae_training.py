@@ -41,7 +41,7 @@ def train_vae(
     subjects: np.ndarray,
     section: Any,
     *,
-    workdir: Path,
+    workdir: str | Path,
     mesh: Mesh,
     seed: int,
     facts: dict[str, Any],
@@ -53,6 +53,7 @@ def train_vae(
         constants: "mean" and "std" of the vectors.
         targets: array-like [n, d] of LoRA vectors; subjects: rows to train on.
         section: the config's `train.vae`.
+        workdir: a finished one gives its VAE at once, so that several generators can share it.
     """
     shard, num_shards = sharding.host_shard(mesh)
     batches = subject_batches(
