@@ -14,7 +14,8 @@ from hyperlora_jax.data.pipelines import subject_batches
 from hyperlora_jax.hypernet.weight_diffusion import Whitened
 from hyperlora_jax.hypernet.weight_vae import Latents, vae_losses
 from hyperlora_jax.parallel import sharding
-from hyperlora_jax.train.loop import Task, fit
+from hyperlora_jax.train.configured import fit_section
+from hyperlora_jax.train.loop import Task
 
 CHUNK = 256
 
@@ -45,7 +46,7 @@ def train_vae(
     mesh: Mesh,
     seed: int,
     facts: dict[str, Any],
-    config: dict[str, Any],
+    config: Any,
 ) -> Params:
     """Trains the VAE in `workdir` and returns the constants that its latents need.
 
@@ -78,19 +79,7 @@ def train_vae(
         batches=batches,
         facts=facts,
     )
-    state = fit(
-        task,
-        workdir=workdir,
-        mesh=mesh,
-        seed=seed,
-        num_steps=section.num_steps,
-        optimizer=dict(section.optimizer),
-        log_every_steps=section.log_every_steps,
-        checkpoint_every_steps=section.checkpoint_every_steps,
-        ema_decay=section.ema_decay,
-        config=config,
-    )
-    trained = state.params if state.ema is None else state.ema
+    trained = fit_section(task, section, workdir=workdir, mesh=mesh, seed=seed, config=config)
     found = {**constants, "vae": sharding.gather(trained, mesh)}
     return {**found, **latent_statistics(codec, found, targets, subjects)}
 
