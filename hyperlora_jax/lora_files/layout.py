@@ -133,9 +133,7 @@ def _parse(text: str) -> tuple[Layout, Any]:
     for place in places:
         if place.begin != expected:
             kind = "overlaps another tensor" if place.begin < expected else "leaves a hole before"
-            raise UserError(
-                f"{place.name!r} {kind} (starts at {place.begin}, expected {expected})"
-            )
+            raise UserError(f"{place.name!r} {kind} (starts at {place.begin}, expected {expected})")
         expected = place.end
     return Layout(tuple(places), expected), metadata
 

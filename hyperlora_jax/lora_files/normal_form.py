@@ -16,7 +16,7 @@ import numpy as np
 
 from hyperlora_jax.array_types import Bool, Float, Params
 from hyperlora_jax.errors import UserError
-from hyperlora_jax.lora.sites import LoraSite, LoraSpec, ordered_factors
+from hyperlora_jax.lora.sites import LoraSpec, ordered_factors
 
 DTYPES: dict[str, np.dtype] = {
     "float16": np.dtype(np.float16),
@@ -45,7 +45,7 @@ def normal_form(
     if pairs[0][1].ndim == 3:
         raise ValueError("save_lora takes one LoRA, got a batch: use save_loras")
     vector = _packed(jax.device_get(pairs), spec, packing)
-    peaks = np.maximum.reduceat(np.abs(vector), packing.starts[:-1]).reshape(2, -1)
+    peaks = _peaks(vector, packing)
     if (bad := _first(~np.isfinite(peaks))) is not None:
         raise UserError(f"LoRA site {spec.sites[bad].path} has NaN or Inf; nothing was written")
     if balance:
@@ -110,6 +110,13 @@ def _packed(
         a[: site.rank] = down.T if site.kind == "linear" else down.transpose(3, 2, 0, 1)
         b.reshape(b.shape[:2])[:, : site.rank] = up.T
     return vector
+
+
+def _peaks(vector: Float[np.ndarray, " d"], packing: _Packing) -> Float[np.ndarray, "2 n"]:
+    """Largest magnitudes of A and B of every site; NaN where there is one."""
+    starts = packing.starts[:-1]
+    highest, lowest = np.maximum.reduceat(vector, starts), np.minimum.reduceat(vector, starts)
+    return np.maximum(highest, -lowest).reshape(2, -1)
 
 
 def _first(sites: Bool[np.ndarray, "2 n"]) -> int | None:
