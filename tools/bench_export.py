@@ -1,6 +1,6 @@
 """How fast LoRA files are written, read and converted, against PEFT and diffusers.
 
-    python tools/bench.py export --json docs/measurements/export.json
+    python tools/bench.py export --json docs/measurements/export_cpu.json
 
 w2w: 64 layers of SD 1.5 at rank 1 (99,648 numbers); r8: q, k, v, out at rank 8 (1.6 M numbers).
 Writing is `save_loras`, which `generate --subjects` uses, of as many different LoRAs as files,

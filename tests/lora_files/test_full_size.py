@@ -2,7 +2,7 @@
 
 import pytest
 
-from hyperlora_jax.lora.sites import spec_from_shapes
+from hyperlora_jax.lora.sites import LoraSpec, spec_from_shapes
 from hyperlora_jax.lora_files import keys
 from hyperlora_jax.lora_files.family import recognise
 from hyperlora_jax.lora_files.normal_form import CARRIED
