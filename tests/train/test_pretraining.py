@@ -27,6 +27,7 @@ def config(tmp_path):
     return config
 
 
+@pytest.mark.slow
 def test_a_base_is_trained_exported_and_trained_only_once(config, tmp_path):
     out = pretrain(config, tmp_path / "run")
     sd = load_base(str(out))
