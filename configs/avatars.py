@@ -38,6 +38,8 @@ def get_config() -> ConfigDict:
                 "save_every_steps": 200,
                 "dtype": "float32",  # of the frozen base; factors are float32 always
                 "remat": "none",
+                "encode_batch_size": 256,  # pictures that the autoencoder sees at once
+                "buckets": False,  # True: folders' pictures are cut to the shape nearest to theirs
                 "flips": False,
                 "prompt": "",  # for all pictures; empty = their captions
                 "splits": "train",  # all; the held-out avatars are others

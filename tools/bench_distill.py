@@ -107,8 +107,9 @@ def ours(
 ) -> dict[int, Params]:
     """LoRAs by number."""
     fitting = fit_loras(
-        sd.unet, sd.params["unet"], sd.schedule, spec, recipe, numbers, encoded.concept,
-        num_slots=slots, steps_per_call=25, progress=None,
+        sd.unet.clone(mesh=mesh), sd.params["unet"], sd.schedule, spec, recipe, numbers,
+        encoded.concept, num_slots=slots, steps_per_call=25, progress=None,
+        mesh=mesh if mesh.size > 1 else None,
     )  # fmt: skip
     return {done.index: done.lora for done in fitting}
 

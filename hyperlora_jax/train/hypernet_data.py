@@ -1,15 +1,13 @@
 """What the hypernetwork is trained on: encoded pictures, and LoRA vectors of a dataset."""
 
 import dataclasses
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hyperlora_jax.array_types import Float, Int
-from hyperlora_jax.data.encoded_subjects import EncodedSubjects, encode_subjects
+from hyperlora_jax.data.encoded_subjects import EncodedSubjects, encode_once
 from hyperlora_jax.data.gauged_targets import read_in_gauge
 from hyperlora_jax.data.lora_targets import open_lora_targets
 from hyperlora_jax.data.subject_pictures import load_pictures
@@ -61,15 +59,8 @@ def read_encoded(
     pictures = load_pictures(
         config.data, config.data.num_identities, image_size(sd), workdir / "renders"
     )
-    facts = dict(pictures.facts)
-    asked = {"pictures": facts, "base": sd.base_hash, "encoder": encoder.hash, "layout": 1}
-    name = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:24]
-    file = workdir / f"encoded-{name}.npz"
-    if file.exists():
-        with np.load(file, allow_pickle=False) as arrays:
-            stored = dict(arrays)
-        return EncodedSubjects(ids=tuple(map(str, stored.pop("ids"))), **stored), facts
-    encoded = encode_subjects(
+    encoded = encode_once(
+        workdir,
         sd,
         encoder,
         pictures.ids,
@@ -77,11 +68,7 @@ def read_encoded(
         pictures.captions,
         batch_size=config.train.encode_batch_size,
     )
-    arrays = {k: v for k, v in vars(encoded).items() if k != "ids"}
-    temporary = file.with_suffix(".tmp.npz")
-    np.savez(temporary, ids=np.asarray(encoded.ids), **arrays)
-    temporary.replace(file)
-    return encoded, facts
+    return encoded, dict(pictures.facts)
 
 
 def read_targets(
