@@ -41,6 +41,7 @@ def get_config() -> ConfigDict:
                 "encode_batch_size": 256,  # pictures that the autoencoder sees at once
                 "buckets": False,  # True: folders' pictures are cut to the shape nearest to theirs
                 "flips": False,
+                "encoders": ("avatar",),  # whose embeddings of the references are kept too
                 "prompt": "",  # for all pictures; empty = their captions
                 "splits": "train",  # all; the held-out avatars are others
                 "recipe": {"images_per_step": 4, "learning_rate": 1e-2, "schedule": "constant"},

@@ -1,6 +1,6 @@
 """How fast LoRA-target datasets are written, read and turned, against the usual ways in PyTorch.
 
-    python tools/bench.py data --json docs/measurements/data.json
+    python tools/bench.py data --json docs/measurements/data_cpu.json
 
 weights2weights-size LoRAs (99,648 numbers, 64 layers, rank 1), everything on the local disk, page
 cache warm, ours and the peer measured in turns; the ratio is the median of the paired ratios.

@@ -1,6 +1,6 @@
 """How many LoRAs an hour, against the usual way: diffusers and PEFT, one LoRA after another.
 
-    python tools/bench.py distill --json docs/measurements/distill.json
+    python tools/bench.py distill --json docs/measurements/distill_cpu.json
 
 Workload distill/avatars/cpu: the embedded tiny base, q, k, v, out at rank 4, the recipe of
 configs/avatars.py (200 steps of 4 of an identity's 8 pictures, AdamW, clipped gradients). Both
@@ -10,7 +10,6 @@ the same identities; the ratio is the median of the rounds' ratios. The LoRAs of
 sampled on held-out captions and scored against the exact pictures (identity top-1 of 32).
 """
 
-import dataclasses
 import importlib.util
 import os
 import platform
@@ -40,7 +39,7 @@ from hyperlora_jax.stable_diffusion.embedded import base_path, load_base
 
 CONFIG = Path(__file__).parents[1] / "configs" / "avatars.py"
 ROUNDS = 4
-PEER_PER_ROUND = 4
+PEER_PER_ROUND = 3
 
 
 def run(device: str = "cpu", rounds: int = ROUNDS, slots: int | None = None) -> list[dict]:
@@ -172,7 +171,7 @@ def _quality(
     sd: Any, questions: EvaluationSet, numbers: list[int], first: list, second: list
 ) -> list[dict]:
     """Identity top-1 and image error of both, and their paired difference."""
-    chosen = _chosen(questions, numbers)
+    chosen = questions.select(numbers)
     scores = []
     for loras in (first, second):
         images = sample_images(sd, chosen, factors.stack(loras), 1.0, num_steps=20, guidance=1.0)
@@ -196,15 +195,6 @@ def _quality(
             }
         )
     return rows
-
-
-def _chosen(questions: EvaluationSet, numbers: list[int]) -> EvaluationSet:
-    """The questions of some identities (`EvaluationSet.first` for any rows)."""
-    rows = ("caption_labels", "views", "caption_index", "candidates", "noise_seeds")
-    cut = {name: getattr(questions, name)[numbers] for name in rows}
-    for name in ("identities", "captions", "view_captions"):
-        cut[name] = tuple(getattr(questions, name)[i] for i in numbers)
-    return dataclasses.replace(questions, **cut)
 
 
 def _config() -> Any:

@@ -28,6 +28,7 @@ from hyperlora_jax.data.subject_pictures import (
 from hyperlora_jax.data.subjects import Subject, split_by_hash
 from hyperlora_jax.distill.fit import ConceptArrays, FittedLora, fit_loras
 from hyperlora_jax.distill.prior import class_pictures
+from hyperlora_jax.distill.reference_embeddings import ReferenceEmbeddings
 from hyperlora_jax.distill.slots import Recipe
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora import vectorize
@@ -68,17 +69,19 @@ def distill(config: Any, workdir: str | Path) -> Path:
     _check(section, recipe)
     sd = load_base(config.base, jnp.dtype(section.dtype))
     spec = sd.lora_spec(section.preset, section.rank)
+    embeddings = ReferenceEmbeddings(section.encoders, image_size(sd))
     groups = _pictures(config, sd, workdir)
     spool = workdir / "spool"
     for pictures in groups:
         for fitted in _fit(config, sd, spec, recipe, pictures, finished_ids(spool), workdir):
-            write_finished(spool, _subject(fitted, pictures, spec, section))
+            write_finished(spool, _subject(fitted, pictures, spec, section, embeddings))
     facts = {
         "recipe": dataclasses.asdict(recipe),
         "base": config.base,
         "dtype": section.dtype,
         "seed": section.seed,
         "pictures": _describe(groups),
+        "encoders": embeddings.hashes(),
     }
     return write_lora_targets(
         out,
@@ -189,19 +192,25 @@ def _fit(
 
 
 def _subject(
-    fitted: FittedLora, pictures: SubjectPictures, spec: LoraSpec, section: Any
+    fitted: FittedLora,
+    pictures: SubjectPictures,
+    spec: LoraSpec,
+    section: Any,
+    embeddings: ReferenceEmbeddings,
 ) -> Subject:
     k = pictures.numbers.index(fitted.index)
     targets = pictures.targets_png(k)
+    references = pictures.references[k] or targets
     every = max(1, len(fitted.losses) // CURVE_POINTS)
     usable = len(fitted.losses) // every * every
     identity = pictures.identities[k]
     return Subject(
         id=pictures.ids[k],
         identity=identity,
-        references=pictures.references[k] or targets,
+        references=references,
         targets=targets,
         captions=pictures.captions[k][: len(targets)],
+        embeddings=embeddings.of(references),
         lora=np.asarray(vectorize.flatten(fitted.lora, spec), np.float32),
         seed=section.seed,
         num_steps=len(fitted.losses),

@@ -15,6 +15,7 @@ from hyperlora_jax.data.lora_targets import open_lora_targets
 from hyperlora_jax.distill import run
 from hyperlora_jax.distill import slots as slot_state
 from hyperlora_jax.errors import UserError
+from hyperlora_jax.hypernet.conditioning import load_condition_encoder
 from hyperlora_jax.stable_diffusion.checkpoint import init_params
 from hyperlora_jax.stable_diffusion.embedded import load_base
 from hyperlora_jax.stable_diffusion.unet import unet_from_config
@@ -58,7 +59,7 @@ def config(concepts, count, *more):
     settings = (
         f"data.source={concepts}", f"distill.num_concepts={count}", "distill.num_slots=1",
         "distill.num_steps=2", "distill.steps_per_call=2", "distill.rank=1",
-        "distill.preset=w2w", "mesh.data=1", *more,
+        "distill.preset=w2w", "distill.encoders=('avatar',)", "mesh.data=1", *more,
     )  # fmt: skip
     return load_config(AVATARS, [f"--config.{setting}" for setting in settings])
 
@@ -76,6 +77,11 @@ def test_one_program_per_shape_and_loras_that_do_not_depend_on_the_others(concep
     assert found["tall"].references != found["tall"].targets, "roles are kept"
     assert (found["tall"].captions, found["tall"].identity) == (("blonde hair",), "Tilda")
     assert targets.facts["pictures"]["concepts_by_size"] == {"12x20": 2, "16x16": 1}
+    encoder = load_condition_encoder("avatar")
+    assert targets.facts["encoders"] == {encoder.name: encoder.hash}
+    shown = np.stack([pictures.decode(png, 16) for png in found["even"].references])
+    expected, _ = encoder.encode(shown.astype(np.float32) / 255.0)
+    np.testing.assert_allclose(found["even"].embeddings[encoder.name], expected, atol=1e-4)
     alone = open_lora_targets(run.distill(config(concepts, 1), tmp_path / "square"))
     assert slot_state.advance._cache_size() == programs + 2, "the square program serves again"
     assert alone.ids == ["even"] and np.abs(alone[0].lora).max() > 0
@@ -87,6 +93,8 @@ def test_wrong_settings_are_named(concepts, tmp_path):
     for setting, match in (
         ("distill.splits=half", "distill.splits: got 'half', expected 'train' or 'hash'"),
         ("distill.num_concepts=9", "has 3 concepts, expected 9"),
+        ("distill.encoders=('gone',)", "encoder gone: no such file or folder"),
+        ("distill.encoders=('avatar', 'avatar')", "expected different names"),
         ("data.source=avatars2", "avatars2: does not exist, expected a folder of concepts"),
     ):
         with pytest.raises(UserError, match=match):
