@@ -23,7 +23,8 @@ def get_config() -> ConfigDict:
                 "split_seed": 0,
                 "num_identities": 2048,
                 "num_views": 8,
-                "targets": "",  # a LoRA-target dataset; empty = WORKDIR/targets
+                "targets": "",  # LoRA-target datasets, "A,B"; empty = WORKDIR/targets
+                "target_weights": (),  # how often each one's subjects are drawn; () = all alike
                 "gauge": "raw",  # of its LoRAs: raw, svd or procrustes
                 "num_targets": 0,  # how many of its LoRAs to learn from; 0 = all
             },

@@ -1,5 +1,6 @@
-"""Subjects as plain pictures and captions: avatars, a folder per concept, or a TFDS dataset."""
+"""Subjects as plain pictures and captions: avatars, a folder per concept, or a dataset."""
 
+import collections
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,8 @@ import numpy as np
 from hyperlora_jax.array_types import UInt8
 from hyperlora_jax.data import image_folder, pictures
 from hyperlora_jax.data.avatars import Avatars
-from hyperlora_jax.data.size_buckets import Size, square
+from hyperlora_jax.data.lora_targets import open_lora_targets
+from hyperlora_jax.data.size_buckets import Size, nearest, square
 from hyperlora_jax.data.subjects import Subject
 from hyperlora_jax.data.tfds_concepts import read_tfds_concepts
 from hyperlora_jax.errors import UserError
@@ -150,8 +152,9 @@ def load_pictures(
 ) -> SubjectPictures:
     """The training subjects of a config's `data` section, their pictures cut to squares.
 
-    `source` is "avatars", a folder per concept, or the folder of a TFDS dataset; the latter two
-    give all their concepts.
+    `source` is "avatars", a folder per concept, a TFDS dataset, a LoRA-target dataset (its training
+    subjects), or several paths of the latter kinds with commas between them, which give all their
+    concepts.
 
     Raises:
         UserError: fewer than `count` concepts; see `load_in_sizes`.
@@ -190,13 +193,45 @@ def _avatars(data: Any, count: int, size: int, cache_dir: str | Path | None) -> 
 
 
 def _read_subjects(source: str, buckets: Sequence[Size], count: int) -> list[Subject]:
-    if (Path(source) / "dataset_info.json").is_file():
-        subjects = read_tfds_concepts(source, buckets)
-    else:
-        folders = image_folder.open_image_folder(source)
-        subjects = [image_folder.read_concept(folder, buckets) for folder in folders]
+    subjects: list[Subject] = []
+    for path in split_paths(source):
+        if (Path(path) / "index.json").is_file():
+            subjects += _dataset_subjects(path, buckets)
+        elif (Path(path) / "dataset_info.json").is_file():
+            subjects += read_tfds_concepts(path, buckets)
+        else:
+            folders = image_folder.open_image_folder(path)
+            subjects += [image_folder.read_concept(folder, buckets) for folder in folders]
     if count > len(subjects):
         raise UserError(f"{source}: has {len(subjects)} concepts, expected {count}")
+    counts = collections.Counter(subject.id for subject in subjects)
+    if twice := [name for name, number in counts.items() if number > 1]:
+        raise UserError(f"{source}: {len(twice)} concepts are there twice, first {twice[0]!r}")
+    return subjects
+
+
+def split_paths(given: str) -> list[str]:
+    """A path, or several with commas between them."""
+    return [given] if Path(given).exists() else [part.strip() for part in given.split(",")]
+
+
+def _dataset_subjects(path: str, buckets: Sequence[Size]) -> list[Subject]:
+    """The training subjects of a LoRA-target dataset with the pictures that it holds."""
+    targets = open_lora_targets(path)
+    subjects = []
+    for k in targets.split_indices("train"):
+        subject = targets[int(k)]
+        if not subject.targets or not subject.references:
+            raise UserError(f"{path}: subject {subject.id} has no pictures, expected some")
+        shapes = [pictures.decode(png, name=subject.id).shape[:2] for png in subject.targets]
+        size = nearest(shapes, buckets)
+        references, cut = (
+            tuple(pictures.encode_png(pictures.decode(png, size, subject.id)) for png in given)
+            for given in (subject.references, subject.targets)
+        )
+        subjects.append(dataclasses.replace(subject, references=references, targets=cut))
+    if not subjects:
+        raise UserError(f"{path}: has no subjects in its train split, expected some")
     return subjects
 
 

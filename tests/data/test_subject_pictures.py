@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
@@ -5,13 +7,16 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from hyperlora_jax.data import pictures
+from hyperlora_jax.data.lora_targets_writer import write_lora_targets
 from hyperlora_jax.data.subject_pictures import (
     load_in_sizes,
     load_pictures,
     with_flips,
     with_prompt,
 )
+from hyperlora_jax.data.subjects import Subject
 from hyperlora_jax.errors import UserError
+from hyperlora_jax.lora.sites import LoraSpec
 from tests.data.test_tfds_concepts import IMAGE, write
 
 
@@ -73,6 +78,28 @@ def test_concepts_of_one_size_come_together(folder, tmp_path):
     assert flat.facts["size"] == [2, 4] and flat.facts["num_identities"] == 3
     (first,) = load_in_sizes(section(folder), 1, buckets)
     assert first.ids == ("anna",)
+
+
+def test_a_dataset_of_loras_is_a_source_too(folder, tmp_path):
+    plain = load_pictures(section(folder), 2, 4)
+    for name, k in (("one", 0), ("two", 1)):
+        png = plain.targets_png(k)
+        subject = Subject(plain.ids[k], f"{k}", png[:1], png, plain.captions[k][: len(png)])
+        other = dataclasses.replace(subject, id=f"{name} held out", identity="h", split="test")
+        write_lora_targets(
+            tmp_path / name, [dataclasses.replace(subject, split="train"), other], LoraSpec(()), ""
+        )
+    both = section(f"{tmp_path / 'one'},{tmp_path / 'two'}")
+    found = load_pictures(both, 2, 4)
+    assert (found.ids, found.counts) == (plain.ids, plain.counts)
+    np.testing.assert_array_equal(found.images, plain.images)
+    assert found.references == tuple(plain.targets_png(k)[:1] for k in range(2))
+    with pytest.raises(UserError, match="1 concepts are there twice, first 'anna'"):
+        load_pictures(section(f"{tmp_path / 'one'},{folder}"), 2, 4)
+    bare = Subject("a", "a", split="train")
+    write_lora_targets(tmp_path / "bare", [bare], LoraSpec(()), "")
+    with pytest.raises(UserError, match="bare: subject a has no pictures"):
+        load_pictures(section(tmp_path / "bare"), 1, 4)
 
 
 def test_whole_factors_are_block_means():
