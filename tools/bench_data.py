@@ -24,7 +24,7 @@ from hyperlora_jax.lora.sites import LoraSite, LoraSpec
 NUM_LORAS = 512
 BATCH = 32
 RUNS = 5
-GAUGE_BATCH = 32
+GAUGE_BATCH = 16
 
 
 def run(device: str = "cpu", num_loras: int = NUM_LORAS, runs: int = RUNS) -> list[dict]:
