@@ -105,6 +105,7 @@ def get_config() -> ConfigDict:
                 "warm_up": {"num_steps": 0, "objectives": {"delta": 1.0}},  # before `objectives`
                 "prior_caption": "",
                 "vae": {  # first stage of latent_diffusion
+                    "workdir": "",  # to share one between runs; empty = WORKDIR/vae
                     "num_steps": 2000,
                     "batch_size": 32,
                     "kl_weight": 0.1,

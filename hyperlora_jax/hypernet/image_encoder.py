@@ -8,6 +8,7 @@ what a network that is conditioned on them wants. Heads (classes, reconstruction
 tasks that train the encoder, never here.
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -15,6 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from hyperlora_jax.array_types import AnyArray, Array, Float, Params, PRNGKey
+from hyperlora_jax.stable_diffusion.convolution import flax_conv2d
+
+Conv = functools.partial(nn.Conv, conv_general_dilated=flax_conv2d)
 
 
 class ResidualBlock(nn.Module):
@@ -34,10 +38,10 @@ class ResidualBlock(nn.Module):
     def __call__(self, x: Float[AnyArray, "b h w c"]) -> Float[Array, "b h w c"]:
         """Returns an array of the input's shape."""
         y = nn.GroupNorm(self.groups, dtype=self.dtype, name="norm_in")(x)
-        y = nn.Conv(self.width, (3, 3), dtype=self.dtype, name="conv_in")(nn.silu(y))
+        y = Conv(self.width, (3, 3), dtype=self.dtype, name="conv_in")(nn.silu(y))
         y = nn.GroupNorm(self.groups, dtype=self.dtype, name="norm_out")(y)
         zeros = nn.initializers.zeros
-        y = nn.Conv(self.width, (3, 3), kernel_init=zeros, dtype=self.dtype, name="conv_out")(
+        y = Conv(self.width, (3, 3), kernel_init=zeros, dtype=self.dtype, name="conv_out")(
             nn.silu(y)
         )
         return x + y
@@ -84,10 +88,10 @@ class ConvEncoder(nn.Module):
         """
         self._check()
         x = resize(jnp.asarray(images), self.image_size) * 2.0 - 1.0
-        x = nn.Conv(self.widths[0], (3, 3), dtype=self.dtype, name="stem")(x)
+        x = Conv(self.widths[0], (3, 3), dtype=self.dtype, name="stem")(x)
         for stage, width in enumerate(self.widths[1:], start=1):
             x = nn.silu(nn.GroupNorm(self.groups, dtype=self.dtype, name=f"norm_{stage}")(x))
-            x = nn.Conv(width, (3, 3), strides=(2, 2), dtype=self.dtype, name=f"down_{stage}")(x)
+            x = Conv(width, (3, 3), strides=(2, 2), dtype=self.dtype, name=f"down_{stage}")(x)
             for block in range(self.blocks):
                 name = f"stage_{stage}_block_{block}"
                 x = ResidualBlock(width, self.groups, self.dtype, name=name)(x)

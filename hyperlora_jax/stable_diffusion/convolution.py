@@ -7,6 +7,8 @@ therefore swapped as data, and strides become zeros between the gradient's pixel
 """
 
 import functools
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +33,28 @@ def conv2d(
     if kernel.shape[:2] == (1, 1) and stride == 1 and not any(map(any, padding)):
         return x @ kernel[0, 0]
     return _conv(x, kernel, stride, tuple(map(tuple, padding)))
+
+
+def flax_conv2d(
+    x: Float[Array, "b h w i"],
+    kernel: Float[Array, "kh kw group_i o"],
+    strides: tuple[int, int],
+    padding: str | Sequence[tuple[int, int]],
+    **options: Any,
+) -> Float[Array, "b hh ww o"]:
+    """`conv2d` as the `conv_general_dilated` argument of `flax.linen.Conv`.
+
+    Raises:
+        ValueError: unequal strides, dilation or groups, which `conv2d` does not know.
+    """
+    stride, other = strides
+    dilated = any(d != 1 for name in ("lhs_dilation", "rhs_dilation") for d in options[name])
+    if stride != other or dilated or options["feature_group_count"] != 1:
+        raise ValueError(f"expected one stride, no dilation, one group. Got: {strides=} {options=}")
+    if isinstance(padding, str):
+        pads = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
+        padding = [(int(low), int(high)) for low, high in pads]
+    return conv2d(x, kernel, stride, (tuple(padding[0]), tuple(padding[1])))
 
 
 def _plain(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:

@@ -22,7 +22,7 @@ from etils import epath
 
 from hyperlora_jax.array_types import AnyArray, Array, Float, Int, Params, PRNGKey
 from hyperlora_jax.hypernet.conditioning import save_encoder
-from hyperlora_jax.hypernet.image_encoder import ConvEncoder
+from hyperlora_jax.hypernet.image_encoder import Conv, ConvEncoder
 from hyperlora_jax.train.loop import Task
 from hyperlora_jax.train.render_bundle import PairBatches, RenderBundle
 
@@ -66,8 +66,8 @@ class PictureDecoder(nn.Module):
         x = x.reshape(-1, side, side, self.width)
         for level in range(3):
             x = x.repeat(2, axis=1).repeat(2, axis=2)
-            x = nn.Conv(self.width >> (level + 1), (3, 3), name=f"conv_{level}")(nn.silu(x))
-        return nn.Conv(3, (3, 3), name="out")(nn.silu(x)) + 0.5
+            x = Conv(self.width >> (level + 1), (3, 3), name=f"conv_{level}")(nn.silu(x))
+        return Conv(3, (3, 3), name="out")(nn.silu(x)) + 0.5
 
 
 class IdentityNetwork(nn.Module):

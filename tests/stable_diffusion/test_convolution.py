@@ -1,12 +1,13 @@
 """The convolution's gradients against XLA's own, and that no slow form of them is left."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
 
-from hyperlora_jax.stable_diffusion.convolution import conv2d
+from hyperlora_jax.stable_diffusion.convolution import conv2d, flax_conv2d
 
 CASES = [
     (3, 1, ((1, 1), (1, 1)), 8),
@@ -49,3 +50,25 @@ def test_platforms_get_the_form_that_is_fast_there():
     swapped = "[b, 0, 1, f]x[0, 1, o, i]"
     assert swapped not in gradient.lower(lowering_platforms=("cpu",)).as_text()
     assert swapped in gradient.lower(lowering_platforms=("tpu",)).as_text()
+
+
+@pytest.mark.parametrize(("stride", "padding"), [(1, "SAME"), (2, "SAME"), (2, ((0, 1), (1, 0)))])
+def test_flax_layers_take_it(stride, padding):
+    rng = np.random.default_rng(1)
+    x = jnp.asarray(rng.normal(size=(2, 9, 6, 3)), jnp.float32)
+    options = {"features": 5, "kernel_size": (3, 3), "strides": stride, "padding": padding}
+    plain, fast = nn.Conv(**options), nn.Conv(**options, conv_general_dilated=flax_conv2d)
+    params = plain.init(jax.random.key(0), x)
+
+    def gradients(module):
+        return jax.grad(lambda p, x: jnp.sin(module.apply(p, x)).sum(), (0, 1))(params, x)
+
+    np.testing.assert_allclose(fast.apply(params, x), plain.apply(params, x), atol=1e-6)
+    for a, b in zip(*map(jax.tree.leaves, map(gradients, (fast, plain))), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_flax_layers_that_it_cannot_compute_are_refused():
+    module = nn.Conv(4, (3, 3), feature_group_count=2, conv_general_dilated=flax_conv2d)
+    with pytest.raises(ValueError, match="one group"):
+        module.init(jax.random.key(0), jnp.ones((1, 4, 4, 4)))
