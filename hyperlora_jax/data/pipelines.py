@@ -9,7 +9,7 @@ small JSON-able dicts (the number of the next step).
 import functools
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import grain.python as grain
 import numpy as np
@@ -50,6 +50,7 @@ class Order:
         return self.at(np.arange(start, stop))
 
 
+@runtime_checkable
 class SubjectOrder(Protocol):
     """Which subject is the i-th of an endless series."""
 
@@ -101,7 +102,7 @@ def subject_batches(
     seed: int,
     num_references: int | tuple[int, int] = 1,
     num_targets: int = 1,
-    per_subject: Mapping[str, np.ndarray] | None = None,
+    per_subject: Mapping[str, Any] | None = None,
     subjects: np.ndarray | None = None,
     subjects_until: int | None = None,
     order: SubjectOrder | None = None,
@@ -117,7 +118,7 @@ def subject_batches(
         seed: fixes order and picks; what is picked depends on (seed, step, record) only.
         num_references: how many to give, or (least, most); without repeats.
         num_targets: how many targets per subject; without repeats.
-        per_subject: arrays [subjects, ...], e.g. LoRA vectors.
+        per_subject: arrays [subjects, ...] or what is indexed like one, e.g. LoRA vectors.
         subjects: numbers of the subjects to draw from (a split); None is all of them.
         subjects_until: from this step on, all subjects are drawn from; None is never.
         order: in which `subjects` are drawn until then; None shuffles them.

@@ -31,7 +31,7 @@ class Rows:
         row_of: its row there; -1 = the subject has none: zeros.
     """
 
-    vectors: tuple[Float[np.ndarray, "n d"], ...]
+    vectors: tuple[Float[np.ndarray, "_ d"], ...]
     dataset_of: Int[np.ndarray, " s"]
     row_of: Int[np.ndarray, " s"]
 
