@@ -88,10 +88,19 @@ class EvaluationSet:
 
     def first(self, count: int) -> "EvaluationSet":
         """The same questions for the first `count` identities; candidates stay what they were."""
+        return self.select(range(count))
+
+    def select(self, numbers: Sequence[int]) -> "EvaluationSet":
+        """The same questions for the identities of these numbers, in their order."""
+        chosen = np.asarray(numbers)
         rows = ("caption_labels", "views", "caption_index", "candidates", "noise_seeds")
-        cut = {name: getattr(self, name)[:count] for name in rows}
+        cut = {name: getattr(self, name)[chosen] for name in rows}
         for name in ("identities", "captions", "view_captions"):
-            cut[name] = getattr(self, name)[:count]
+            cut[name] = tuple(getattr(self, name)[i] for i in chosen)
+        # The pool starts with the identities: they change places with the rows that stood there.
+        order = np.concatenate([chosen, np.setdiff1d(np.arange(len(self.pool)), chosen)])
+        cut["pool"] = self.pool[order]
+        cut["candidates"] = np.argsort(order)[cut["candidates"]]
         return dataclasses.replace(self, **cut)
 
 

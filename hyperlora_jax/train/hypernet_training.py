@@ -144,6 +144,7 @@ def _batches(
         per_subject={} if targets is None else {"target": targets.rows},
         subjects=None if targets is None else targets.subjects,
         subjects_until=targets_until,
+        order=None if targets is None else targets.order(section.seed),
         shard_index=shard,
         num_shards=num_shards,
     )
