@@ -81,25 +81,18 @@ def avatar_pictures(
     )
 
 
-def folder_pictures(path: str | Path, size: int, default_caption: str = "") -> SubjectPictures:
-    """One subject per sub-folder of `path` (`image_folder.read_concept`).
+def read_subjects(path: str | Path, size: int, default_caption: str = "") -> list[Subject]:
+    """One subject per sub-folder (`image_folder.read_concept`), or per concept of the train split
+    of a TFDS dataset (`read_tfds_concepts`), in the order of their names.
 
     Raises:
-        UserError: no folder, no pictures in one, a picture that cannot be read.
+        UserError: no folder, no pictures in one, a picture that cannot be read; no field of the
+            dataset that tells concepts apart.
     """
+    if (Path(path) / "dataset_info.json").is_file():
+        return read_tfds_concepts(path, size, default_caption=default_caption)
     folders = image_folder.open_image_folder(path)
-    subjects = [image_folder.read_concept(folder, size, default_caption) for folder in folders]
-    return _dense(subjects, {"source": str(path), "size": size})
-
-
-def tfds_pictures(path: str | Path, size: int, default_caption: str = "") -> SubjectPictures:
-    """One subject per concept of a TFDS dataset's train split (`read_tfds_concepts`).
-
-    Raises:
-        UserError: no dataset, no field that tells concepts apart, no pictures.
-    """
-    subjects = read_tfds_concepts(path, size, default_caption=default_caption)
-    return _dense(subjects, {"source": str(path), "size": size})
+    return [image_folder.read_concept(folder, size, default_caption) for folder in folders]
 
 
 def _dense(subjects: Sequence[Subject], facts: Mapping[str, Any]) -> SubjectPictures:
@@ -144,7 +137,8 @@ def load_pictures(
 ) -> SubjectPictures:
     """The training subjects of a config's `data` section.
 
-    `source` is "avatars", a folder per concept, or the folder of a TFDS dataset.
+    `source` is "avatars", a folder per concept, or the folder of a TFDS dataset; its first `count`
+    subjects are taken, the others stay held out.
     """
     if data.source == "avatars":
         avatars = Avatars(data.style, data.size, data.split_seed)
@@ -154,8 +148,7 @@ def load_pictures(
                 f"but the base model works at {size}"
             )
         return avatar_pictures(avatars, count, data.num_views, cache_dir=cache_dir)
-    is_tfds = (Path(data.source) / "dataset_info.json").is_file()
-    found = (tfds_pictures if is_tfds else folder_pictures)(data.source, size)
-    if count > len(found.ids):
-        raise UserError(f"{data.source}: has {len(found.ids)} concepts, expected {count}")
-    return found
+    found = read_subjects(data.source, size)
+    if count > len(found):
+        raise UserError(f"{data.source}: has {len(found)} concepts, expected {count}")
+    return _dense(found[:count], {"source": str(data.source), "size": size})

@@ -13,7 +13,7 @@ from hyperlora_jax.evaluate.method_names import TITLES
 
 
 def strength_chart(results: Mapping[str, MethodResult]) -> bytes | None:
-    """PNG: identity top-1 and error against strength, on validation identities; None if no curve.
+    """PNG: identity top-1 and loss against strength, on validation identities; None if no curve.
 
     The chosen strength of every method is marked.
     """
@@ -23,13 +23,15 @@ def strength_chart(results: Mapping[str, MethodResult]) -> bytes | None:
     figure, axes = _new_figure(rows=2)
     for name, result in curves.items():
         strengths = sorted(result.curve)
-        for axis, values in zip(axes, (_top1_means(result), _error_means(result)), strict=True):
+        for axis, values in zip(
+            axes, (_means(result, "top1"), _means(result, "loss")), strict=True
+        ):
             y = [values[s] for s in strengths]
             (line,) = axis.plot(strengths, y, marker=".", label=TITLES.get(name, name))
             axis.plot([result.strength], [values[result.strength]], "o", color=line.get_color())
     axes[0].set_ylabel("identity top-1")
     axes[0].set_ylim(bottom=0)
-    axes[1].set_ylabel("error to the exact picture")
+    axes[1].set_ylabel(next(iter(curves.values())).scores.LOSS_TITLE)
     axes[1].set_xlabel("strength (● chosen)")
     axes[1].legend(frameon=False, fontsize=9)
     return _png(figure)
@@ -79,12 +81,8 @@ def bar_chart(values: Mapping[str, float], x_label: str) -> bytes:
     return _png(figure)
 
 
-def _top1_means(result: MethodResult) -> dict[float, float]:
-    return {strength: float(scores.top1.mean()) for strength, scores in result.curve.items()}
-
-
-def _error_means(result: MethodResult) -> dict[float, float]:
-    return {strength: float(scores.error.mean()) for strength, scores in result.curve.items()}
+def _means(result: MethodResult, score: str) -> dict[float, float]:
+    return {s: float(getattr(scores, score).mean()) for s, scores in result.curve.items()}
 
 
 def _new_figure(rows: int, height: float = 3.0):

@@ -27,7 +27,7 @@ def results(test_set, validation_set, probe):
         Method("conventional", lambda q, s: blend(0.95)(q, 1.5)[:3]),
         Method("broken", lambda q, s: np.full_like(q.exact, np.nan)),
     ]
-    return compare.compare(methods, validation_set, test_set, probe)
+    return compare.compare(methods, validation_set, test_set, compare.scorer(probe))
 
 
 def test_exact_scores_all(results):
@@ -67,7 +67,9 @@ def test_slow_methods_may_do_fewer_identities(results):
 
 def scores_of(top1, error):
     ones = np.ones((1, 1))
-    return Scores(top1 * ones, error * ones, np.ones((1, 1, 1)), np.ones(1), 0)
+    return Scores(
+        top1 * ones, error * ones, np.ones((1, 1, 1)), np.ones(1), 0, np.zeros((1, 1), int)
+    )
 
 
 def test_choice_prefers_identity_then_error():
@@ -107,7 +109,7 @@ def test_misuse(test_set, validation_set, probe):
         compare.score(test_set, np.zeros((7, 3, 16, 16, 3), np.float32), probe)
     twice = [Method("a", blend(1.0)), Method("a", blend(1.0))]
     with pytest.raises(ValueError, match="two methods of one name"):
-        compare.compare(twice, validation_set, test_set, probe)
+        compare.compare(twice, validation_set, test_set, compare.scorer(probe))
 
 
 def test_guidance_is_chosen_before_strength(test_set, validation_set, probe):
@@ -115,6 +117,6 @@ def test_guidance_is_chosen_before_strength(test_set, validation_set, probe):
         return blend(0.9 if guidance == 2.0 else 0.2)(questions, strength)
 
     method = Method("ridge", sample, strengths=(1.0, 1.5), guidances=(1.0, 2.0, 3.0))
-    found = compare.run_method(method, validation_set, test_set, probe)
+    found = compare.run_method(method, validation_set, test_set, compare.scorer(probe))
     assert (found.guidance, found.strength) == (2.0, 1.5)
     assert set(found.guidance_curve) == {1.0, 2.0, 3.0}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hyperlora_jax.evaluate import charts, compare, figures, report, wording
+from hyperlora_jax.evaluate import charts, compare, figures, report, verdicts, wording
 from hyperlora_jax.evaluate.compare import Method
 from hyperlora_jax.evaluate.summary import summarise
 
@@ -31,7 +31,7 @@ def results(test_set, validation_set, probe):
         Method(name, noisy(levels.get(name, 3.0)), (0.8, 1.0) if name in levels else (1.0,))
         for name in METHODS
     ]
-    return compare.compare(methods, validation_set, test_set, probe)
+    return compare.compare(methods, validation_set, test_set, compare.scorer(probe))
 
 
 @pytest.fixture(scope="module")
@@ -96,13 +96,13 @@ def test_page_is_self_contained(files, summary):
 
 
 def test_verdicts_follow_the_numbers(summary):
-    texts = {line["text"]: line["tone"] for line in wording.verdicts(summary)}
+    texts = {line["text"]: line["tone"] for line in verdicts.verdicts(summary)}
     assert any("“base, no LoRA” in identity and in error" in text for text in texts)
     worse = json.loads(json.dumps(summary))
     worse["differences"]["base"]["identity_top1"]["mean"] = -0.5
     worse["torch_parity"]["missing_keys"] = 2
     worse["failures"]["generated"] = 7
-    bad = [line["text"] for line in wording.verdicts(worse) if line["tone"] == "bad"]
+    bad = [line["text"] for line in verdicts.verdicts(worse) if line["tone"] == "bad"]
     assert any("in one of identity and error only" in text for text in bad)
     assert any("2 missing keys" in text for text in bad)
     assert any("generated LoRA 7" in text for text in bad)
@@ -136,7 +136,7 @@ def test_grid_shows_pixels_unsmoothed(results, test_set):
 def test_worst_cases_come_worst_first(results, test_set):
     cases = figures.worst_cases(test_set, results["shuffled"], count=4)
     assert len({case.identity for case in cases}) == 4
-    keys = [(case.recognised, -case.error) for case in cases]
+    keys = [(case.recognised, -case.loss) for case in cases]
     assert keys == sorted(keys)
     rows = figures.worst_cases(test_set, results["exact"])
     assert all(case.mistaken_for == case.identity for case in rows)
