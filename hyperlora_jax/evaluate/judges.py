@@ -2,13 +2,14 @@
 
   1. encoder similarity: cosine of the embeddings of a generated and a real picture of the subject
      (identity, DINO, CLIP-I, depending on the encoder)                     `encoder_similarity`
-  2. prompt similarity: cosine of CLIP's picture and text embeddings (CLIP-T) `clip_text_similarity`
+  2. prompt similarity: cosine of CLIP's picture and text embeddings (CLIP-T) `ClipJudge.similarity`
 
 The encoder that conditions the hypernetwork is a leaky judge of it: report it as such and beside
 it one that training never saw. A picture in which a detector finds no subject, or that is not
 finite, scores 0 and stays in the mean.
 """
 
+import dataclasses
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -49,12 +50,30 @@ def embeddings(
     return flat.reshape(*pictures.shape[:2], -1)
 
 
-def clip_text_similarity(
-    clip: epath.PathLike,
-    generated: Float[AnyArray, "i c h w 3"],
-    captions: Sequence[Sequence[str]],
-) -> Float[np.ndarray, "i c"]:
-    """Equation 2 with a CLIP model and its tokenizer from a local transformers folder.
+@dataclasses.dataclass(frozen=True, eq=False)
+class ClipJudge:
+    """A CLIP model with its tokenizer.
+
+    Attributes:
+      vision: its picture side, projected into the space shared with texts.
+      embed_texts: texts -> unit embeddings [n, e].
+    """
+
+    vision: ImageEncoder
+    embed_texts: Callable[[list[str]], np.ndarray]
+
+    def similarity(
+        self, generated: Float[AnyArray, "i c h w 3"], captions: Sequence[Sequence[str]]
+    ) -> Float[np.ndarray, "i c"]:
+        """Equation 2; failures score 0."""
+        found = self.embed_texts([text for row in captions for text in row])
+        theirs = found.reshape(len(captions), -1, found.shape[-1])
+        ours = embeddings(self.vision, generated)
+        return np.where(detected(generated, None), (ours * theirs).sum(axis=-1), 0.0)
+
+
+def load_clip(clip: epath.PathLike) -> ClipJudge:
+    """The CLIP model and tokenizer of a local transformers folder.
 
     Raises:
       UserError: torch is missing or the folder holds no CLIP model with a tokenizer.
@@ -71,16 +90,16 @@ def clip_text_similarity(
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"clip {clip}: holds no CLIP model with a tokenizer") from error
     length = model.config.text_config.max_position_embeddings
-    texts = [text for row in captions for text in row]
-    tokens = tokenizer(
-        texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
-    )
-    with torch.no_grad():
-        pooled = model.text_model(**tokens).pooler_output
-        found = _unit(model.text_projection(pooled).numpy())
-    theirs = found.reshape(len(captions), -1, found.shape[-1])
-    ours = embeddings(vision, generated)
-    return np.where(detected(generated, None), (ours * theirs).sum(axis=-1), 0.0)
+
+    def embed_texts(texts: list[str]) -> np.ndarray:
+        tokens = tokenizer(
+            texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+        )
+        with torch.no_grad():
+            pooled = model.text_model(**tokens).pooler_output
+            return _unit(model.text_projection(pooled).numpy())
+
+    return ClipJudge(vision, embed_texts)
 
 
 def detected(

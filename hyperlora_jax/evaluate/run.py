@@ -19,7 +19,7 @@ from hyperlora_jax.evaluate.compare import Method, MethodResult, compare, run_me
 from hyperlora_jax.evaluate.conventional import seconds_per_fit
 from hyperlora_jax.evaluate.exams import lead, open_exam, story
 from hyperlora_jax.evaluate.fitted_sets import FittedSets
-from hyperlora_jax.evaluate.further_scores import further_scores
+from hyperlora_jax.evaluate.further_scores import further_scorers, further_scores
 from hyperlora_jax.evaluate.lora_sources import (
     Context,
     Source,
@@ -64,6 +64,7 @@ class Evaluation:
         known = frozenset(self.hyper.facts.get("trained_on", ())) | frozenset(self.targets.ids)
         self.exam = open_exam(config, image_size(self.sd), known, self.workdir)
         self.validation, self.test = self.exam.validation, self.exam.test
+        self.further = further_scorers(config.evaluate, self.test)
         self.seconds: dict[str, float] = {}
         self.sampling = {
             "num_steps": config.evaluate.num_sampling_steps,
@@ -204,7 +205,7 @@ class Evaluation:
             torch_parity=torch_parity,
             seconds={**self.seconds, **(seconds or {})},
             sections=sections,
-            further=further_scores(self.config.evaluate, results, self.test),
+            further=further_scores(self.further, {n: r.images for n, r in results.items()}),
             judges=self.exam.judged(results, self.hyper.encoder),
             facts={
                 "base": self.config.base,

@@ -112,7 +112,7 @@ def test_clip_text_similarity(tmp_path):
     torch.manual_seed(0)
     model, tokenizer = save_clip(tmp_path)
     generated = np.random.default_rng(0).random((1, 2, 12, 12, 3)).astype(np.float32)
-    found = judges.clip_text_similarity(tmp_path, generated, [["red", "d red"]])
+    found = judges.load_clip(tmp_path).similarity(generated, [["red", "d red"]])
     pixels = torch.from_numpy(((generated[0] - 0.5) / 0.5).transpose(0, 3, 1, 2).copy())
     with torch.no_grad():
         tokens = tokenizer(
@@ -131,4 +131,4 @@ def test_no_clip(tmp_path):
     config = transformers.ViTConfig(**sizes, intermediate_size=8, image_size=8, patch_size=4)
     transformers.ViTModel(config).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="holds no CLIP model"):
-        judges.clip_text_similarity(tmp_path, np.zeros((1, 1, 8, 8, 3), np.float32), [["red"]])
+        judges.load_clip(tmp_path)
