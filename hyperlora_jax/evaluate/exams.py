@@ -59,7 +59,7 @@ class Exam:
         if not self.judges:
             return {}
         images = {name: result.images for name, result in results.items()}
-        own = {} if isinstance(encoder, judges.EmbeddingTable) else {"condition": encoder}
+        own = {} if isinstance(encoder, judges.EmbeddingTable) else {"own": encoder}
         return judges.similarity_numbers(
             images,
             self.real_pictures,

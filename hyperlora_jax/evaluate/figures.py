@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 GRID_COLUMNS = ("generated", "conventional", "base", "shuffled")
 CELL = 128  # pixels of a cell's side on the page
 GAP = 6
-TITLE = 30  # pixels for a column's title
-CAPTION = 22  # pixels for a row's caption
+TITLE = 56  # pixels for a column's title, in two lines
+CAPTION = 30  # pixels for a row's caption
+LARGEST = 24  # font size; a phone shows the page at less than half its size
 INK, PAPER, FAINT = (32, 34, 40), (255, 255, 255), (110, 114, 124)
 
 
@@ -57,7 +58,7 @@ def draw_grid(
       captions: one line of text under every row; none when empty.
       cell: side of a cell in pixels.
     """
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import Image, ImageDraw
 
     rows = len(next(iter(columns.values())))
     below = CAPTION if captions else 0
@@ -65,16 +66,19 @@ def draw_grid(
     height = TITLE + rows * (cell + below + GAP)
     page = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(page)
-    font = _fitting_font(draw, max(columns, key=len), cell)
-    for k, (title, pictures) in enumerate(columns.items()):
+    titles = [title.replace(" ", "\n", 1) for title in columns]
+    font = _fitting_font(draw, [line for title in titles for line in title.split("\n")], cell)
+    for k, (title, pictures) in enumerate(zip(titles, columns.values(), strict=True)):
         left = GAP + k * (cell + GAP)
-        draw.text((left + cell / 2, TITLE / 2), title, INK, font, anchor="mm")
+        place = (left + cell / 2, TITLE / 2)
+        draw.multiline_text(place, title, INK, font, anchor="mm", align="center", spacing=2)
         for row, picture in enumerate(pictures):
             top = TITLE + row * (cell + below + GAP)
             page.paste(_enlarged(picture, cell), (left, top))
+    font = _fitting_font(draw, captions, width - 2 * GAP)
     for row, text in enumerate(captions):
         top = TITLE + row * (cell + below + GAP) + cell + below / 2
-        draw.text((GAP, top), text, FAINT, ImageFont.load_default(14), anchor="lm")
+        draw.text((GAP, top), text, FAINT, font, anchor="lm")
     return page
 
 
@@ -160,11 +164,12 @@ def _enlarged(picture: Float[AnyArray, "h w 3"], side: int) -> "Image.Image":
     return image.resize((side, side), Image.Resampling.NEAREST)
 
 
-def _fitting_font(draw, text: str, width: int):
+def _fitting_font(draw, lines: Sequence[str], width: int):
+    """The largest font in which every line fits."""
     from PIL import ImageFont
 
-    for size in range(17, 8, -1):
+    for size in range(LARGEST, 8, -1):
         font = ImageFont.load_default(size)
-        if draw.textlength(text, font) <= width:
+        if all(draw.textlength(line, font) <= width for line in lines):
             return font
     return ImageFont.load_default(8)

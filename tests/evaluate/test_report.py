@@ -1,8 +1,6 @@
 import io
 import json
 import re
-import shutil
-import subprocess
 
 import numpy as np
 import pytest
@@ -13,7 +11,6 @@ from hyperlora_jax.evaluate.compare import Method
 from hyperlora_jax.evaluate.summary import summarise
 
 METHODS = ("base", "mean_lora", "shuffled", "nearest", "generated", "conventional")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 
 
 def noisy(level):
@@ -150,28 +147,3 @@ def test_unknown_place():
 def test_charts_are_pictures():
     chart = charts.line_chart({"zero": ([0, 5, 100], [0.1, 0.2, 0.5])}, "steps", "top-1", True)
     assert Image.open(io.BytesIO(chart)).size[0] > 300
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
-@pytest.mark.parametrize("width", [500, 1200])
-def test_browser_shows_every_picture(files, tmp_path, width):
-    check = (
-        "<script>addEventListener('load',()=>{const all=[...document.images];"
-        "document.title='LOADED '+all.filter(i=>i.complete&&i.naturalWidth>0).length+' OF '"
-        "+all.length+' OVERFLOW '+(document.documentElement.scrollWidth>innerWidth)})</script>"
-    )
-    page = tmp_path / "page.html"
-    page.write_text(files.page.read_text().replace("</head>", check + "</head>"))
-    flags = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},1600"]
-    shown = subprocess.run(
-        [*flags, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120
-    )
-    count = len(files.figures)
-    assert f"LOADED {count} OF {count} OVERFLOW false" in shown.stdout
-    picture = tmp_path / "shot.png"
-    subprocess.run(
-        [*flags, f"--screenshot={picture}", page.as_uri()], capture_output=True, timeout=120
-    )
-    pixels = np.asarray(Image.open(picture).convert("RGB"))
-    assert pixels.shape[1] == width and len(np.unique(pixels.reshape(-1, 3), axis=0)) > 100

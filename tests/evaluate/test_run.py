@@ -102,7 +102,7 @@ def _folder(people, tmp_path_factory):
 def test_avatars(workdir, tmp_path):
     files = evaluate(config_of(), workdir, tmp_path / "comparison.json", "the command")
     metrics = json.loads(files.metrics.read_text())
-    assert set(metrics["judges"]) == {"condition", "independent"}
+    assert set(metrics["judges"]) == {"own", "independent"}
     assert metrics["judges"]["independent"]["similarity"]["copy_reference"]["mean"] > 0.99
     assert metrics["identity_top1"]["exact"]["mean"] == 1.0
     written = json.loads((tmp_path / "comparison.json").read_text())
