@@ -41,6 +41,15 @@ def test_another_identity_scores_no_identity(results):
     assert scores.top1.max() == 0.0 and scores.error.min() > 0.0
 
 
+def test_strangers_score_chance(test_set, probe):
+    """Everyone drawn as candidate k, over all k: right exactly once in n."""
+    drawn = np.stack([test_set.candidate_renders(i) for i in range(6)])  # [i, c, n, ...]
+    found = [compare.score(test_set, drawn[:, :, k], probe) for k in range(drawn.shape[2])]
+    assert np.mean([scores.top1.mean() for scores in found]) == pytest.approx(1 / 5)
+    for k, scores in enumerate(found):
+        np.testing.assert_array_equal(scores.taken_for, test_set.candidates[:, [k] * 3])
+
+
 def test_a_copied_reference_is_flagged(results):
     scores = results["copy_reference"].scores
     assert scores.caption.mean() < 0.3  # it shows its own view, not the caption's

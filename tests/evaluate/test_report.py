@@ -105,6 +105,20 @@ def test_verdicts_follow_the_numbers(summary):
     assert any("generated LoRA 7" in text for text in bad)
 
 
+def test_a_generator_that_copies_its_reference_is_called_so(test_set, validation_set, probe):
+    def copies(questions, strength):
+        return np.repeat(questions.references[:, None], questions.num_captions, axis=1)
+
+    def lines(sample):
+        judge = compare.scorer(probe)
+        results = compare.compare([Method("generated", sample)], validation_set, test_set, judge)
+        found = verdicts.verdicts(summarise(results, test_set, validation_set))
+        return {line["text"][:13]: line["tone"] for line in found if "cop" in line["text"]}
+
+    assert lines(copies) == {"They may be c": "bad"}
+    assert lines(noisy(0.05)) == {"They are no c": "good"}
+
+
 def test_judges_get_a_table(summary):
     assert wording.judge_table(summary)["rows"] == []
     judged = {"similarity": {"generated": {"mean": 0.5, "stderr": 0.1, "n": 3}}}
