@@ -9,9 +9,9 @@ import numpy as np
 
 from hyperlora_jax.array_types import UInt8
 from hyperlora_jax.data import image_folder, pictures
-from hyperlora_jax.data.avatars import Avatars
 from hyperlora_jax.data.subjects import Subject
 from hyperlora_jax.data.tfds_concepts import read_tfds_concepts
+from hyperlora_jax.data.worlds import World, open_world
 from hyperlora_jax.errors import UserError
 
 
@@ -37,7 +37,7 @@ class SubjectPictures:
 
 
 def avatar_pictures(
-    avatars: Avatars,
+    avatars: World,
     num_identities: int,
     num_views: int,
     *,
@@ -141,7 +141,7 @@ def load_pictures(
     subjects are taken, the others stay held out.
     """
     if data.source == "avatars":
-        avatars = Avatars(data.style, data.size, data.split_seed)
+        avatars = open_world(data.style, data.size, data.split_seed)
         if avatars.size != size:
             raise UserError(
                 f"data.style {avatars.style} is drawn at {avatars.size} pixels, "

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hyperlora_jax.array_types import Float, Params
-from hyperlora_jax.data.avatars import Avatars
+from hyperlora_jax.data.worlds import World
 from hyperlora_jax.evaluate import sections
 from hyperlora_jax.evaluate.compare import MethodResult
 from hyperlora_jax.evaluate.memorisation import image_memorisation
@@ -90,7 +90,7 @@ def standard_sections(
     *,
     sd: Any,
     spec: LoraSpec,
-    avatars: Avatars | None,
+    avatars: World | None,
     test: AnySet,
     generated: Params,
     conventional: Params | None,
@@ -159,7 +159,7 @@ def interpolation_strips(
 
 
 def _training_renders(
-    avatars: Avatars, test: EvaluationSet, known: frozenset[str], num_captions: int
+    avatars: World, test: EvaluationSet, known: frozenset[str], num_captions: int
 ) -> Float[np.ndarray, "i c t h w 3"]:
     """Exact renders of training identities under the captions of the test set."""
     people = [avatars.identity("train", k) for k in range(NUM_TRAINING_RENDERS)]

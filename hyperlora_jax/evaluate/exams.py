@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from hyperlora_jax.array_types import Float
-from hyperlora_jax.data.avatars import Avatars
 from hyperlora_jax.data.subject_pictures import read_subjects
+from hyperlora_jax.data.worlds import World, open_world
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.evaluate import compare, judges
 from hyperlora_jax.evaluate.attribute_probe import AttributeProbe
@@ -41,7 +41,7 @@ class Exam:
     score: Scorer
     judges: Mapping[str, Any]
     detects: judges.Detects | None
-    avatars: Avatars | None = None
+    avatars: World | None = None
 
     @property
     def real_pictures(self) -> Float[np.ndarray, "i r h w 3"]:
@@ -120,7 +120,7 @@ def _avatar_exam(
     detects: judges.Detects | None,
 ) -> Exam:
     section = config.evaluate
-    avatars = Avatars(config.data.style, config.data.size, config.data.split_seed)
+    avatars = open_world(config.data.style, config.data.size, config.data.split_seed)
     probe = AttributeProbe.load(section.probe or None)
     counts = {"validation": section.num_validation, "test": section.num_identities}
     sets = [

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from hyperlora_jax.array_types import Float, Int, UInt8
-from hyperlora_jax.data.avatars import Avatars, Identity
+from hyperlora_jax.data.worlds import World
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.evaluate.questions import Questions, check_disjoint, unit_pixels
 
@@ -58,7 +58,7 @@ class EvaluationSet(Questions):
 
 
 def make_evaluation_set(
-    avatars: Avatars,
+    avatars: World,
     *,
     split: str = "test",
     identity_seed: int = 0,
@@ -138,14 +138,14 @@ def make_evaluation_set(
     )
 
 
-def training_ids(avatars: Avatars, start: int, count: int) -> frozenset[str]:
+def training_ids(avatars: World, start: int, count: int) -> frozenset[str]:
     """Ids of the training identities `start` .. `start + count` of a world."""
     return frozenset(avatars.identity("train", start + k).id for k in range(count))
 
 
 def _draw_identities(
-    avatars: Avatars, split: str, count: int, random: np.random.Generator
-) -> list[Identity]:
+    avatars: World, split: str, count: int, random: np.random.Generator
+) -> list[Any]:
     # A split's order is weighted by how common its parts are; all of it, drawn evenly, would be
     # nothing but rare beards. Its first quarter looks like what training saw.
     reach = max(count, avatars.num_identities(split) // 4)
@@ -163,7 +163,7 @@ def _draw_candidates(
 
 
 def _check(
-    avatars: Avatars,
+    avatars: World,
     split: str,
     num_pooled: int,
     num_captions: int,
