@@ -14,8 +14,8 @@ from hyperlora_jax.array_types import Bool, Float, Int, UInt8
 
 SUPERSAMPLING = 2  # pixels per side that are averaged into one
 CAMERA = 14.0  # decimetres from the origin
-ZOOM = 0.4  # share of the picture's side that a decimetre takes at the origin
-CENTRE = (0.5, 0.5)  # where the origin is drawn, shares of width and height
+ZOOM = 0.48  # share of the picture's side that a decimetre takes at the origin
+CENTRE = (0.5, 0.48)  # where the origin is drawn, shares of width and height
 SHINE, SHARPNESS = 0.12, 24
 TOLERANCE = 1e-4  # of barycentric coordinates, so that no seam stays open
 

@@ -107,7 +107,7 @@ def coloured(
         outward = points - (between + np.array([0.0, 0.3, -0.9]))
         outward /= np.linalg.norm(outward, axis=1, keepdims=True) + 1e-9
         points = points + (CUTS[names["cut"]] * (0.7 + 0.6 * own[3]) * grown)[:, None] * outward
-    return points, colours, mesh.faces[_drawn(mesh, names["cut"] == "long")]
+    return points, colours, _drawn(mesh, names["cut"] == "long")
 
 
 def _mixed(colours: np.ndarray, other: np.ndarray, share: np.ndarray) -> np.ndarray:
@@ -140,14 +140,15 @@ def _scalp(
 
 
 @functools.lru_cache(maxsize=2)
-def _drawn(mesh: HeadMesh, long_hair: bool) -> Int[np.ndarray, " n"]:
-    """Triangles to draw: all but hair, and of long hair what does not hang over the face."""
+def _drawn(mesh: HeadMesh, long_hair: bool) -> Int[np.ndarray, "f 3"]:
+    """Triangles to draw: all but hair; of long hair what hangs behind, seen from both sides."""
     is_hair = np.array(mesh.part_of) == HAIR
     if not long_hair:
-        return np.flatnonzero(~is_hair)
-    between = np.mean([mesh.vertices[mesh.of_part[eye]].mean(axis=0) for eye in EYES], axis=0)
-    middle = mesh.vertices[mesh.faces].mean(axis=1) - between
-    return np.flatnonzero(~is_hair | (middle[:, 2] < -0.75) | (middle[:, 1] > 0.95))
+        return mesh.faces[~is_hair]
+    eyes = np.mean([mesh.vertices[mesh.of_part[eye]].mean(axis=0) for eye in EYES], axis=0)
+    hair = mesh.faces[is_hair]
+    hair = hair[mesh.vertices[hair].mean(axis=1)[:, 2] < eyes[2] - 0.75]
+    return np.concatenate([mesh.faces[~is_hair], hair, hair[:, ::-1]])
 
 
 def _uniforms(number: int, what: str, count: int) -> Float[np.ndarray, " n"]:

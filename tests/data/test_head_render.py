@@ -37,9 +37,9 @@ def test_the_nearer_triangle_wins():
 
 
 def plate(turn):
-    """A plate of 2 x 2 decimetres around the origin, turned to the picture's right by degrees."""
+    """A plate of 1.6 x 1.6 decimetres around the origin, turned to the picture's right by degrees."""
     a = np.deg2rad(turn)
-    flat = np.array([[-1.0, -1, 0], [1, -1, 0], [1, 1, 0], [-1, 1, 0]])
+    flat = 0.8 * np.array([[-1.0, -1, 0], [1, -1, 0], [1, 1, 0], [-1, 1, 0]])
     return flat @ np.array([[np.cos(a), 0, np.sin(a)], [0, 1, 0], [-np.sin(a), 0, np.cos(a)]]).T
 
 
@@ -48,7 +48,7 @@ def brightness(turn, light):
     picture = head_render.draw(plate(turn), faces, colours, light, np.array([0.0, 0, 1]), 16)
     assert picture.shape == (16, 16, 3)
     np.testing.assert_array_equal(picture[0, 0], [0, 0, 255])
-    return picture[9, 8] / 255.0
+    return picture[8, 8] / 255.0
 
 
 def test_light_follows_the_angle():
@@ -69,5 +69,5 @@ def test_size_follows_the_distance():
         points = plate(0.0) + away * AWAY
         picture = head_render.draw(points, faces, colours, Light(0.0, 0.0, 1.0), np.zeros(3), 64)
         shares.append(np.sqrt((picture[..., 0] > 127).mean()))
-    np.testing.assert_allclose(shares[0], 2 * head_render.ZOOM, atol=0.02)
+    np.testing.assert_allclose(shares[0], 1.6 * head_render.ZOOM, atol=0.02)
     np.testing.assert_allclose(shares[1] / shares[0], 14 / 21, atol=0.03)
