@@ -37,7 +37,7 @@ def test_the_nearer_triangle_wins():
 
 
 def plate(turn):
-    """A plate of 1.6 x 1.6 decimetres around the origin, turned to the picture's right by degrees."""
+    """A plate of 1.6 x 1.6 decimetres around the origin, turned to the right by degrees."""
     a = np.deg2rad(turn)
     flat = 0.8 * np.array([[-1.0, -1, 0], [1, -1, 0], [1, 1, 0], [-1, 1, 0]])
     return flat @ np.array([[np.cos(a), 0, np.sin(a)], [0, 1, 0], [-np.sin(a), 0, np.cos(a)]]).T
