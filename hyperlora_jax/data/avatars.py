@@ -150,6 +150,10 @@ class Avatars:
         """`count` views of a split from index `start`."""
         return [self.view(split, start + k) for k in range(count)]
 
+    def view_of(self, classes: Sequence[str]) -> View:
+        """The view of a class for every view part."""
+        return View(self.style, tuple(classes))
+
     def is_reserved(self, view: View) -> bool:
         """Whether the view's combination is kept for evaluation."""
         parts = dict(zip(self.part_names, view.classes, strict=True))

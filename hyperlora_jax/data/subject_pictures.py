@@ -10,11 +10,11 @@ import numpy as np
 
 from hyperlora_jax.array_types import UInt8
 from hyperlora_jax.data import image_folder, pictures
-from hyperlora_jax.data.avatars import Avatars
 from hyperlora_jax.data.lora_targets import open_lora_targets
 from hyperlora_jax.data.size_buckets import Size, nearest, square
 from hyperlora_jax.data.subjects import Subject
 from hyperlora_jax.data.tfds_concepts import read_tfds_concepts
+from hyperlora_jax.data.worlds import World, open_world
 from hyperlora_jax.errors import UserError
 
 
@@ -48,7 +48,7 @@ class SubjectPictures:
 
 
 def avatar_pictures(
-    avatars: Avatars,
+    avatars: World,
     num_identities: int,
     num_views: int,
     *,
@@ -161,7 +161,7 @@ def load_pictures(
     """
     if data.source == "avatars":
         return _avatars(data, count, size, cache_dir)
-    (found,) = _by_size(_read_subjects(data.source, square(size), count), data.source)
+    (found,) = _by_size(_at_least(count, data.source, square(size)), data.source)
     return found
 
 
@@ -179,11 +179,11 @@ def load_in_sizes(
     """
     if data.source == "avatars":
         return [_avatars(data, count, buckets[0][0], cache_dir)]
-    return _by_size(_read_subjects(data.source, buckets, count)[:count], data.source)
+    return _by_size(_at_least(count, data.source, buckets)[:count], data.source)
 
 
 def _avatars(data: Any, count: int, size: int, cache_dir: str | Path | None) -> SubjectPictures:
-    avatars = Avatars(data.style, data.size, data.split_seed)
+    avatars = open_world(data.style, data.size, data.split_seed)
     if avatars.size != size:
         raise UserError(
             f"data.style {avatars.style} is drawn at {avatars.size} pixels, "
@@ -192,18 +192,32 @@ def _avatars(data: Any, count: int, size: int, cache_dir: str | Path | None) -> 
     return avatar_pictures(avatars, count, data.num_views, cache_dir=cache_dir)
 
 
-def _read_subjects(source: str, buckets: Sequence[Size], count: int) -> list[Subject]:
+def _at_least(count: int, source: str, buckets: Sequence[Size]) -> list[Subject]:
+    subjects = read_subjects(source, buckets)
+    if count > len(subjects):
+        raise UserError(f"{source}: has {len(subjects)} concepts, expected {count}")
+    return subjects
+
+
+def read_subjects(source: str, buckets: Sequence[Size], default_caption: str = "") -> list[Subject]:
+    """All subjects of a folder per concept, a TFDS dataset or a LoRA-target dataset, or of several
+    with commas between them, in the order of their names; their pictures cut to `buckets`.
+
+    Raises:
+        UserError: no such folder, a concept without pictures, a picture that cannot be read, no
+            field of a dataset that tells concepts apart, a concept that is there twice.
+    """
     subjects: list[Subject] = []
     for path in split_paths(source):
         if (Path(path) / "index.json").is_file():
             subjects += _dataset_subjects(path, buckets)
         elif (Path(path) / "dataset_info.json").is_file():
-            subjects += read_tfds_concepts(path, buckets)
+            subjects += read_tfds_concepts(path, buckets, default_caption=default_caption)
         else:
-            folders = image_folder.open_image_folder(path)
-            subjects += [image_folder.read_concept(folder, buckets) for folder in folders]
-    if count > len(subjects):
-        raise UserError(f"{source}: has {len(subjects)} concepts, expected {count}")
+            subjects += [
+                image_folder.read_concept(folder, buckets, default_caption)
+                for folder in image_folder.open_image_folder(path)
+            ]
     counts = collections.Counter(subject.id for subject in subjects)
     if twice := [name for name, number in counts.items() if number > 1]:
         raise UserError(f"{source}: {len(twice)} concepts are there twice, first {twice[0]!r}")

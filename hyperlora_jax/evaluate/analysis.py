@@ -2,7 +2,6 @@
 people. Each part takes what an `Evaluation` has loaded and gives a `Section`."""
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,11 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from hyperlora_jax.array_types import Float, Params
+from hyperlora_jax.data.worlds import World
 from hyperlora_jax.evaluate import sections
 from hyperlora_jax.evaluate.compare import MethodResult
 from hyperlora_jax.evaluate.memorisation import image_memorisation
+from hyperlora_jax.evaluate.picture_sets import AnySet
 from hyperlora_jax.evaluate.protocol import EvaluationSet
 from hyperlora_jax.evaluate.quality_curves import quality_curves
+from hyperlora_jax.evaluate.questions import Questions
 from hyperlora_jax.evaluate.sections import Section
 from hyperlora_jax.lora import factors, vectorize
 from hyperlora_jax.lora.sites import LoraSpec
@@ -27,31 +29,33 @@ NUM_TRAINING_RENDERS = 64
 
 def all_sections(evaluation: Any, results: Mapping[str, MethodResult]) -> list[Section]:
     """Every section of an `Evaluation` that its results allow; steps to quality if asked for."""
-    generated, fitted = results["generated"], None
     sources = evaluation.sources(_needed(results))
 
-    def loras(name: str, questions: EvaluationSet) -> Params:
+    def loras(name: str, questions: Questions) -> Params:
         return jax.device_get(sources[name].loras_of(questions, results[name].guidance))
 
-    if "conventional" in results:
-        fitted = loras("conventional", evaluation.test)
-    found = standard_sections(
-        sd=evaluation.sd,
-        spec=evaluation.spec,
-        avatars=evaluation.avatars,
-        test=evaluation.test,
-        generated=loras("generated", evaluation.test),
-        conventional=fitted,
-        training=evaluation.context.vectors,
-        training_ids=frozenset(evaluation.hyper.facts.get("trained_on", ())),
-        pictures=generated.images,
-        strength=generated.strength,
-        num_steps=evaluation.sampling["num_steps"],
-        metrics_file=evaluation.workdir / "metrics.jsonl",
-    )
+    found: list[Section] = []
+    fitted = loras("conventional", evaluation.test) if "conventional" in results else None
+    if "generated" in results:
+        found += standard_sections(
+            sd=evaluation.sd,
+            spec=evaluation.spec,
+            avatars=evaluation.exam.avatars,
+            test=evaluation.test,
+            generated=loras("generated", evaluation.test),
+            conventional=fitted,
+            training=evaluation.context.vectors,
+            training_ids=frozenset(evaluation.hyper.facts.get("trained_on", ())),
+            pictures=results["generated"].images,
+            strength=results["generated"].strength,
+            num_steps=evaluation.sampling["num_steps"],
+        )
+    metrics_file = evaluation.workdir / "metrics.jsonl"
+    if metrics_file.exists():
+        found.append(sections.learning_section(metrics_file))
     wanted = evaluation.config.evaluate.steps_to_quality
     if not wanted.num_identities or fitted is None:
-        return list(found)
+        return found
     conventional = results["conventional"]
     count = min(wanted.num_identities, factors.num_loras(fitted))
     questions = evaluation.test.first(count)
@@ -68,7 +72,7 @@ def all_sections(evaluation: Any, results: Mapping[str, MethodResult]) -> list[S
         evaluation.context.fitted.recipe,
         questions,
         starts,
-        evaluation.probe,
+        evaluation.exam.score,
         strength=conventional.strength,
         sampling=evaluation.sampling,
         checkpoints=tuple(wanted.checkpoints),
@@ -86,8 +90,8 @@ def standard_sections(
     *,
     sd: Any,
     spec: LoraSpec,
-    avatars: Any,
-    test: EvaluationSet,
+    avatars: World | None,
+    test: AnySet,
     generated: Params,
     conventional: Params | None,
     training: Float[np.ndarray, "m d"],
@@ -95,37 +99,36 @@ def standard_sections(
     pictures: Float[np.ndarray, "i c h w 3"],
     strength: float,
     num_steps: int,
-    metrics_file: Path | None = None,
 ) -> Iterator[Section]:
-    """The sections that cost seconds.
+    """The sections about generated LoRAs that cost seconds.
 
     Args:
+        avatars: the world of the exact pictures, None where there are none.
         generated: one LoRA per test identity.
         conventional: fitted LoRAs of the first test identities.
         training: LoRA vectors the hypernetwork could have copied.
         training_ids: identities it was trained on; their exact renders are the audit's suspects.
         pictures: what the generated LoRAs drew, at `strength`.
         num_steps: sampling steps of the strip between two people.
-        metrics_file: metrics.jsonl of the training run.
     """
     if len(training) >= 4:
         known = vectorize.unflatten(jnp.asarray(training), spec)
-        suspects = _training_renders(avatars, test, training_ids, pictures.shape[1])
-        known_people = suspects.shape[2] > 0
-        images = image_memorisation(pictures, test.exact, suspects) if known_people else None
+        images = None
+        if avatars is not None and isinstance(test, EvaluationSet):
+            suspects = _training_renders(avatars, test, training_ids, pictures.shape[1])
+            if suspects.shape[2]:
+                images = image_memorisation(pictures, test.exact, suspects)
         yield sections.memorisation_section(generated, known, images)
     if conventional is not None:
         count = factors.num_loras(conventional)
         yield sections.weight_section(factors.index(generated, slice(count)), conventional)
-    if metrics_file is not None and metrics_file.exists():
-        yield sections.learning_section(metrics_file)
     if test.num_identities > 1:
         strips = interpolation_strips(sd, test, generated, strength, num_steps)
         yield sections.interpolation_section(strips, WEIGHTS)
 
 
 def interpolation_strips(
-    sd: Any, test: EvaluationSet, loras: Params, strength: float, num_steps: int
+    sd: Any, test: Questions, loras: Params, strength: float, num_steps: int
 ) -> Float[np.ndarray, "p k h w 3"]:
     """Pictures from one identity's LoRA to the next one's, one caption and noise per pair.
 
@@ -155,25 +158,8 @@ def interpolation_strips(
     return np.stack(rows)
 
 
-def story(config: Any, test: EvaluationSet, num_targets: int) -> list[str]:
-    """Paragraphs that say what was done."""
-    recipe = config.evaluate.conventional
-    return [
-        f"{num_targets} conventional LoRAs of training identities were fitted at once "
-        f"({config.distill.num_steps} steps each); their mean and nearest neighbour are controls.",
-        f"A hypernetwork was trained for {config.train.num_steps} steps on "
-        f"{config.data.num_identities} identities through the frozen base model: every subject of "
-        "a batch draws with the LoRA that was just written for it.",
-        f"Every method drew {test.num_identities} held-out identities under {test.num_captions} "
-        "captions that training never saw, from the same noise, at the strength that was best for "
-        "it on other held-out identities. The conventional LoRA was fitted to "
-        f"{test.views.shape[1]} pictures of each of {recipe.num_identities} of these identities "
-        f"for {dict(recipe.recipe).get('num_steps', config.distill.num_steps)} steps.",
-    ]
-
-
 def _training_renders(
-    avatars: Any, test: EvaluationSet, known: frozenset[str], num_captions: int
+    avatars: World, test: EvaluationSet, known: frozenset[str], num_captions: int
 ) -> Float[np.ndarray, "i c t h w 3"]:
     """Exact renders of training identities under the captions of the test set."""
     people = [avatars.identity("train", k) for k in range(NUM_TRAINING_RENDERS)]

@@ -13,7 +13,7 @@ from hyperlora_jax.evaluate.method_names import TITLES
 
 
 def strength_chart(results: Mapping[str, MethodResult]) -> bytes | None:
-    """PNG: identity top-1 and error against strength, on validation identities; None if no curve.
+    """PNG: identity top-1 and loss against strength, on validation identities; None if no curve.
 
     The chosen strength of every method is marked.
     """
@@ -23,15 +23,17 @@ def strength_chart(results: Mapping[str, MethodResult]) -> bytes | None:
     figure, axes = _new_figure(rows=2)
     for name, result in curves.items():
         strengths = sorted(result.curve)
-        for axis, values in zip(axes, (_top1_means(result), _error_means(result)), strict=True):
+        for axis, values in zip(
+            axes, (_means(result, "top1"), _means(result, "loss")), strict=True
+        ):
             y = [values[s] for s in strengths]
             (line,) = axis.plot(strengths, y, marker=".", label=TITLES.get(name, name))
             axis.plot([result.strength], [values[result.strength]], "o", color=line.get_color())
     axes[0].set_ylabel("identity top-1")
     axes[0].set_ylim(bottom=0)
-    axes[1].set_ylabel("error to the exact picture")
+    axes[1].set_ylabel(next(iter(curves.values())).scores.LOSS_TITLE)
     axes[1].set_xlabel("strength (● chosen)")
-    axes[1].legend(frameon=False, fontsize=9)
+    _legend(figure, axes[1])
     return _png(figure)
 
 
@@ -46,12 +48,15 @@ def line_chart(
     for name, (x, y) in series.items():
         axis.plot(x, y, marker=".", label=TITLES.get(name, name))
     if log_x:
-        axis.set_xscale("symlog", linthresh=1.0)
+        axis.set_xscale("symlog", linthresh=10.0)
+        ticks = sorted({value for x, _ in series.values() for value in x})
+        axis.set_xticks(ticks, [f"{value:g}" for value in ticks])
+        axis.minorticks_off()
     elif all(float(value).is_integer() for x, _ in series.values() for value in x):
         axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set_xlabel(x_label)
     axis.set_ylabel(y_label)
-    axis.legend(frameon=False, fontsize=9)
+    _legend(figure, axis)
     return _png(figure)
 
 
@@ -64,33 +69,35 @@ def histogram_chart(series: Mapping[str, Any], x_label: str, num_bins: int = 30)
         axis.hist(np.asarray(values), bins=bins, alpha=0.55, density=True, label=name)
     axis.set_xlabel(x_label)
     axis.set_ylabel("density")
-    axis.legend(frameon=False, fontsize=9)
+    _legend(figure, axis)
     return _png(figure)
 
 
 def bar_chart(values: Mapping[str, float], x_label: str) -> bytes:
     """PNG of horizontal bars {name: length}, in the order given from top to bottom."""
-    figure, (axis,) = _new_figure(rows=1, height=max(2.4, 0.16 * len(values) + 0.8))
+    figure, (axis,) = _new_figure(rows=1, height=max(2.4, 0.2 * len(values) + 0.8))
     positions = np.arange(len(values))[::-1]
     axis.barh(positions, list(values.values()))
-    axis.set_yticks(positions, list(values), fontsize=6 if len(values) > 12 else 9)
+    axis.set_yticks(positions, list(values), fontsize=8)
     axis.set_xlabel(x_label)
     axis.margins(y=0.01)
     return _png(figure)
 
 
-def _top1_means(result: MethodResult) -> dict[float, float]:
-    return {strength: float(scores.top1.mean()) for strength, scores in result.curve.items()}
+def _means(result: MethodResult, score: str) -> dict[float, float]:
+    return {s: float(getattr(scores, score).mean()) for s, scores in result.curve.items()}
 
 
-def _error_means(result: MethodResult) -> dict[float, float]:
-    return {strength: float(scores.error.mean()) for strength, scores in result.curve.items()}
+def _legend(figure, axis) -> None:
+    """Below the axes, where it covers no line."""
+    handles, names = axis.get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
 
 
-def _new_figure(rows: int, height: float = 3.0):
+def _new_figure(rows: int, height: float = 2.8):
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.6, height * rows), dpi=110, layout="constrained")
+    figure = Figure(figsize=(4.7, height * rows), dpi=130, layout="constrained")
     axes = figure.subplots(rows, 1, squeeze=False, sharex=True)[:, 0]
     for axis in axes:
         axis.grid(alpha=0.25)

@@ -1,17 +1,21 @@
 """Compares methods on the same identities, captions and noise, each at its own best strength.
 
 Strength is a hyper-parameter of every method: predictions shrink towards the mean LoRA and short
-fits under-shoot. It is chosen on validation identities (`choose_strength`) and told with the score.
+fits under-shoot. It is chosen on validation identities (`choose_strength`) and told with the
+score. A scorer turns pictures into scores: `scorer` where answers are exact, `PictureScorer` of
+`picture_scores.py` where there are only other pictures of the same subject.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 
 from hyperlora_jax.array_types import AnyArray, Float, Int
 from hyperlora_jax.evaluate import metrics
+from hyperlora_jax.evaluate.picture_sets import AnySet
 from hyperlora_jax.evaluate.protocol import EvaluationSet
 from hyperlora_jax.evaluate.sample_cache import SampleCache
 
@@ -49,15 +53,64 @@ class Method:
     guidances: tuple[float, ...] = (1.0,)
 
 
+@runtime_checkable
+class AnyScores(Protocol):
+    """Scores of one method at one strength, i' identities, c captions.
+
+    `top1` [i', c] says who is recognised, `loss` [i', c] breaks ties and orders failures (less is
+    better), `taken_for` [i', c] is the nearest candidate's row; `columns` names every score that
+    has a mean and paired differences in tables.
+    """
+
+    LOSS_TITLE: ClassVar[str]
+
+    @property
+    def diversity(self) -> Float[np.ndarray, " i"]: ...  # noqa: D102
+
+    @property
+    def num_failures(self) -> int: ...  # noqa: D102
+
+    @property
+    def top1(self) -> Float[np.ndarray, "i c"]: ...  # noqa: D102
+
+    @property
+    def loss(self) -> Float[np.ndarray, "i c"]: ...  # noqa: D102
+
+    @property
+    def taken_for(self) -> Int[np.ndarray, "i c"]: ...  # noqa: D102
+
+    def columns(self) -> dict[str, np.ndarray]: ...  # noqa: D102
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Scores:
-    """Scores of one method at one strength, i' identities, c captions, q caption parts."""
+    """Scores against exact renders, i' identities, c captions, q caption parts."""
+
+    LOSS_TITLE: ClassVar[str] = "error to the exact picture"
 
     top1: Float[np.ndarray, "i c"]
     error: Float[np.ndarray, "i c"]
     caption: Float[np.ndarray, "i c q"]
     diversity: Float[np.ndarray, " i"]
     num_failures: int
+    taken_for: Int[np.ndarray, "i c"]
+
+    @property
+    def loss(self) -> Float[np.ndarray, "i c"]:
+        """The error."""
+        return self.error
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """Scores by the name that metrics.json gives them."""
+        return {
+            "identity_top1": self.top1,
+            "image_error": self.error,
+            "caption_accuracy": self.caption,
+        }
+
+
+# (questions, pictures of their first identities) -> scores
+Scorer = Callable[[Any, AnyArray], AnyScores]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -73,11 +126,11 @@ class MethodResult:
     """
 
     images: Float[np.ndarray, "i c h w 3"]
-    scores: Scores
+    scores: AnyScores
     strength: float
-    curve: Mapping[float, Scores]
+    curve: Mapping[float, AnyScores]
     guidance: float = 1.0
-    guidance_curve: Mapping[float, Scores] = dataclasses.field(default_factory=dict)
+    guidance_curve: Mapping[float, AnyScores] = dataclasses.field(default_factory=dict)
 
 
 def score(evaluation: EvaluationSet, images: Float[AnyArray, "i c h w 3"], probe: Probe) -> Scores:
@@ -91,37 +144,44 @@ def score(evaluation: EvaluationSet, images: Float[AnyArray, "i c h w 3"], probe
     exact, finite = questions.exact, metrics.is_finite(pictures)
     if pictures.shape != exact.shape:
         raise ValueError(f"pictures of another shape. Got: {pictures.shape=} and {exact.shape=}")
-    top1 = [
-        metrics.identity_top1(pictures[i : i + 1], questions.candidate_renders(i)[None])[0]
+    found = [
+        metrics.nearest_candidates(pictures[i : i + 1], questions.candidate_renders(i)[None])
         for i in range(count)
     ]
+    nearest = np.concatenate([column for _, column in found])
     return Scores(
-        top1=np.stack(top1),
+        top1=np.concatenate([share for share, _ in found]),
         error=metrics.image_error(pictures, exact),
         caption=metrics.caption_accuracy(probe.classes(pictures), questions.caption_labels, finite),
         diversity=metrics.diversity(pictures, exact),
         num_failures=int((~finite).sum()),
+        taken_for=np.take_along_axis(questions.candidates, nearest, axis=1),
     )
 
 
-def choose_strength(curve: Mapping[float, Scores]) -> float:
-    """The strength with the highest identity top-1; of those within TIED_TOP1, the least error."""
+def scorer(probe: Probe) -> Scorer:
+    """`score` with a judge of captions."""
+    return functools.partial(score, probe=probe)
+
+
+def choose_strength(curve: Mapping[float, AnyScores]) -> float:
+    """The strength with the highest identity top-1; of those within TIED_TOP1, the least loss."""
     best = max(scores.top1.mean() for scores in curve.values())
-    tied = {s: c.error.mean() for s, c in curve.items() if c.top1.mean() >= best - TIED_TOP1}
+    tied = {s: c.loss.mean() for s, c in curve.items() if c.top1.mean() >= best - TIED_TOP1}
     return min(tied, key=lambda strength: tied[strength])
 
 
 def run_method(
     method: Method,
-    validation: EvaluationSet,
-    test: EvaluationSet,
-    probe: Probe,
+    validation: AnySet,
+    test: AnySet,
+    judge: Scorer,
     cache: SampleCache | None = None,
 ) -> MethodResult:
     """Chooses the method's guidance and strength on `validation`, then scores it on `test`."""
     cache = cache or SampleCache()
 
-    def images(questions: EvaluationSet, strength: float, guidance: float) -> np.ndarray:
+    def images(questions: AnySet, strength: float, guidance: float) -> np.ndarray:
         given = () if guidance == 1.0 else (guidance,)
         mark = method.fingerprint
         if mark and given:
@@ -133,52 +193,53 @@ def run_method(
     guided, guidance = {}, method.guidances[0]
     if len(method.guidances) > 1:
         for candidate in method.guidances:
-            guided[candidate] = score(validation, images(validation, 1.0, candidate), probe)
+            guided[candidate] = judge(validation, images(validation, 1.0, candidate))
         guidance = choose_strength(guided)
     curve, strength = {}, method.strengths[0]
     if len(method.strengths) > 1:
         for candidate in method.strengths:
-            curve[candidate] = score(validation, images(validation, candidate, guidance), probe)
+            curve[candidate] = judge(validation, images(validation, candidate, guidance))
         strength = choose_strength(curve)
     pictures = images(test, strength, guidance)
-    scores = score(test, pictures, probe)
+    scores = judge(test, pictures)
     return MethodResult(pictures, scores, strength, curve, guidance, guided)
 
 
-def known_methods() -> tuple[Method, Method]:
-    """The two that need no model: the exact render and the reference picture copied."""
+def known_methods(test: AnySet) -> tuple[Method, ...]:
+    """The ones that need no model: the reference picture copied, and the exact render if any."""
+
+    def copy_reference(questions: AnySet, strength: float) -> np.ndarray:
+        return np.repeat(questions.references[:, None], questions.num_captions, axis=1)
 
     def exact(questions: EvaluationSet, strength: float) -> np.ndarray:
         return questions.exact
 
-    def copy_reference(questions: EvaluationSet, strength: float) -> np.ndarray:
-        return np.repeat(questions.references[:, None], questions.num_captions, axis=1)
-
-    return Method("copy_reference", copy_reference), Method("exact", exact)
+    copied = Method("copy_reference", copy_reference)
+    return (copied, Method("exact", exact)) if isinstance(test, EvaluationSet) else (copied,)
 
 
 def compare(
     methods: Sequence[Method],
-    validation: EvaluationSet,
-    test: EvaluationSet,
-    probe: Probe,
+    validation: AnySet,
+    test: AnySet,
+    judge: Scorer,
     cache: SampleCache | None = None,
     say: Callable[[str], Any] = lambda message: None,
 ) -> dict[str, MethodResult]:
-    """Runs every method, and the two of `known_methods`, in the order given.
+    """Runs every method, and those of `known_methods`, in the order given.
 
     Args:
       methods: at most one per name.
-      validation, test: see `protocol.make_evaluation_set`.
-      probe: judges captions.
+      validation, test: see `protocol.make_evaluation_set` and `picture_sets`.
+      judge: scores pictures.
       cache: keeps pictures between runs.
       say: told what is being done, one line at a time.
     """
-    every = [*methods, *(m for m in known_methods() if m.name not in {n.name for n in methods})]
+    every = [*methods, *(m for m in known_methods(test) if m.name not in {n.name for n in methods})]
     if len({method.name for method in every}) != len(every):
         raise ValueError(f"two methods of one name. Got: {[method.name for method in every]}")
     results = {}
     for method in every:
         say(f"evaluating {method.name} at {len(method.strengths)} strength(s)")
-        results[method.name] = run_method(method, validation, test, probe, cache)
+        results[method.name] = run_method(method, validation, test, judge, cache)
     return results

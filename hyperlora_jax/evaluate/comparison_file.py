@@ -13,12 +13,11 @@ from typing import Any
 
 from hyperlora_jax.distill.parametrisations import Added
 from hyperlora_jax.errors import UserError
-from hyperlora_jax.evaluate.compare import MethodResult
 from hyperlora_jax.evaluate.conventional import seconds_per_fit
 from hyperlora_jax.lora import factors
 
 NAMES = {"conventional": "conventional_all"}  # in the table one needs not say of how many
-SCORES = ("identity_top1", "image_error", "caption_accuracy")
+SCORES = ("identity_top1", "image_error", "similarity", "caption_accuracy")
 
 
 def comparison(
@@ -41,7 +40,7 @@ def comparison(
     for name in summary["identity_top1"]:
         chosen = summary["strength"][name]
         methods[NAMES.get(name, name)] = {
-            **{score: summary[score][name] for score in SCORES},
+            **{score: summary[score][name] for score in SCORES if score in summary},
             "strength": chosen["best"],
             "strength_curve": chosen["validation"],
             "guidance": chosen.get("guidance", 1.0),
@@ -62,10 +61,15 @@ def comparison(
     }
 
 
-def measured(evaluation: Any, results: Mapping[str, MethodResult], command: str) -> dict[str, Any]:
+def measured(evaluation: Any, summary: Mapping[str, Any], command: str) -> dict[str, Any]:
     """The comparison of a finished `run.Evaluation`, with the seconds that every method's LoRA
-    takes alone and the memorisation audit."""
-    names = [name for name in results if name not in ("exact", "copy_reference")]
+    takes alone.
+
+    Args:
+        summary: of its report.
+        command: what makes the file again.
+    """
+    names = [name for name in summary["identity_top1"] if name not in ("exact", "copy_reference")]
     sources, fitted = evaluation.sources(names), evaluation.context.fitted
     spec, config = evaluation.spec, evaluation.config
     seconds: dict[str, float | None] = {}
@@ -80,13 +84,11 @@ def measured(evaluation: Any, results: Mapping[str, MethodResult], command: str)
             zero = factors.zeros(spec)
             took = seconds_per_fit(evaluation.sd, spec, recipe, evaluation.test, trained, zero)
             seconds[name] = took + evaluation.seconds["generate_one_lora"]
-    audit = evaluation.memorisation()
     seeds = {
         "identity_seed": config.evaluate.identity_seed,
         "train_seed": config.train.seed,
         "distill_seed": config.distill.seed,
     }
-    summary = evaluation.summary(results, sections={audit.name: audit.numbers})
     steps = {name: source.steps for name, source in sources.items()}
     return comparison(summary, steps, seconds, command, seeds)
 

@@ -12,7 +12,7 @@ from hyperlora_jax.data.encoded_subjects import EncodedSubjects, encode_subjects
 from hyperlora_jax.distill import slots as slot_state
 from hyperlora_jax.distill.parametrisations import Parametrisation
 from hyperlora_jax.distill.slots import Recipe
-from hyperlora_jax.evaluate.protocol import EvaluationSet
+from hyperlora_jax.evaluate.questions import Questions
 from hyperlora_jax.lora.sites import LoraSpec
 
 
@@ -20,7 +20,7 @@ def seconds_per_fit(
     sd: Any,
     spec: LoraSpec,
     recipe: Recipe,
-    questions: EvaluationSet,
+    questions: Questions,
     trained: Parametrisation | None = None,
     start: Params | None = None,
 ) -> float:
@@ -61,9 +61,7 @@ def seconds_per_fit(
     return seconds * recipe.num_steps / timed
 
 
-def encode_views(
-    sd: Any, questions: EvaluationSet, num_views: int | None = None
-) -> EncodedSubjects:
+def encode_views(sd: Any, questions: Questions, num_views: int | None = None) -> EncodedSubjects:
     """Latents and text states of the first views (None: all) of every identity."""
     return encode_subjects(
         sd,

@@ -18,7 +18,7 @@ from hyperlora_jax.distill.parametrisations import Added, Mixture, Parametrisati
 from hyperlora_jax.distill.slots import Recipe
 from hyperlora_jax.evaluate.conventional import encode_views
 from hyperlora_jax.evaluate.methods import fingerprint
-from hyperlora_jax.evaluate.protocol import EvaluationSet
+from hyperlora_jax.evaluate.questions import Questions
 from hyperlora_jax.lora import factors, vectorize
 from hyperlora_jax.lora.sites import LoraSpec
 
@@ -41,7 +41,7 @@ class FittedSets:
     folder: Path
     sd: Any
     spec: LoraSpec
-    sets: Sequence[EvaluationSet]
+    sets: Sequence[Questions]
     recipe: Recipe
     refine_recipe: Recipe
     mixture_recipe: Recipe
@@ -57,7 +57,7 @@ class FittedSets:
         return self._kept(name, self.recipe, self.recipe.factors(self.spec), num_views)
 
     def refined(
-        self, num_steps: int, start: Callable[[EvaluationSet], Params], depends_on: Any
+        self, num_steps: int, start: Callable[[Questions], Params], depends_on: Any
     ) -> dict[str, Params]:
         """{split: LoRAs} after `num_steps` on all views, from `start`."""
         recipe = dataclasses.replace(self.refine_recipe, num_steps=num_steps)

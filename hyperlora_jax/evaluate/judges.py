@@ -1,14 +1,16 @@
 """Judges that the user brings: encoders for identity and style, CLIP for prompts.
 
-  1. encoder similarity: cosine of the embeddings of a generated picture and of the reference
+  1. encoder similarity: cosine of the embeddings of a generated and a real picture of the subject
      (identity, DINO, CLIP-I, depending on the encoder)                     `encoder_similarity`
-  2. prompt similarity: cosine of CLIP's picture and text embeddings (CLIP-T) `clip_text_similarity`
+  2. prompt similarity: cosine of CLIP's picture and text embeddings (CLIP-T) `ClipJudge.similarity`
 
 The encoder that conditions the hypernetwork is a leaky judge of it: report it as such and beside
 it one that training never saw. A picture in which a detector finds no subject, or that is not
 finite, scores 0 and stays in the mean.
 """
 
+import dataclasses
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,10 +19,9 @@ from etils import epath
 
 from hyperlora_jax.array_types import AnyArray, Bool, Float
 from hyperlora_jax.errors import UserError
-from hyperlora_jax.evaluate.compare import MethodResult
 from hyperlora_jax.evaluate.metrics import clustered_mean, is_finite
-from hyperlora_jax.evaluate.protocol import EvaluationSet
-from hyperlora_jax.hypernet.conditioning import ImageEncoder
+from hyperlora_jax.hypernet.conditioning import ImageEncoder, load_condition_encoder
+from hyperlora_jax.hypernet.embedding_table import EmbeddingTable
 
 BATCH = 64
 
@@ -31,23 +32,48 @@ Detects = Callable[[np.ndarray], bool]
 def encoder_similarity(
     encoder: ImageEncoder,
     generated: Float[AnyArray, "i c h w 3"],
-    references: Float[AnyArray, "i h w 3"],
+    references: Float[AnyArray, "i r h w 3"],
     detects: Detects | None = None,
 ) -> Float[np.ndarray, "i c"]:
-    """Equation 1; failures and undetected subjects score 0."""
+    """Equation 1, mean over r real pictures; failures and undetected subjects score 0."""
     usable = detected(generated, detects)
-    pictures = np.clip(np.nan_to_num(np.asarray(generated, np.float32)), 0.0, 1.0)
-    ours = _embed(encoder, pictures.reshape(-1, *pictures.shape[2:])).reshape(*usable.shape, -1)
-    theirs = _embed(encoder, np.asarray(references, np.float32))
+    ours, theirs = embeddings(encoder, generated), embeddings(encoder, references).mean(axis=1)
     return np.where(usable, np.einsum("ice,ie->ic", ours, theirs), 0.0)
 
 
-def clip_text_similarity(
-    clip: epath.PathLike,
-    generated: Float[AnyArray, "i c h w 3"],
-    captions: Sequence[Sequence[str]],
-) -> Float[np.ndarray, "i c"]:
-    """Equation 2 with a CLIP model and its tokenizer from a local transformers folder.
+def embeddings(
+    encoder: ImageEncoder, images: Float[AnyArray, "i c h w 3"]
+) -> Float[np.ndarray, "i c e"]:
+    """Unit embeddings of pictures, clipped to [0, 1]; what is not finite counts as black."""
+    pictures = np.clip(np.nan_to_num(np.asarray(images, np.float32)), 0.0, 1.0)
+    flat = _embed(encoder, pictures.reshape(-1, *pictures.shape[2:]))
+    return flat.reshape(*pictures.shape[:2], -1)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ClipJudge:
+    """A CLIP model with its tokenizer.
+
+    Attributes:
+      vision: its picture side, projected into the space shared with texts.
+      embed_texts: texts -> unit embeddings [n, e].
+    """
+
+    vision: ImageEncoder
+    embed_texts: Callable[[list[str]], np.ndarray]
+
+    def similarity(
+        self, generated: Float[AnyArray, "i c h w 3"], captions: Sequence[Sequence[str]]
+    ) -> Float[np.ndarray, "i c"]:
+        """Equation 2; failures score 0."""
+        found = self.embed_texts([text for row in captions for text in row])
+        theirs = found.reshape(len(captions), -1, found.shape[-1])
+        ours = embeddings(self.vision, generated)
+        return np.where(detected(generated, None), (ours * theirs).sum(axis=-1), 0.0)
+
+
+def load_clip(clip: epath.PathLike) -> ClipJudge:
+    """The CLIP model and tokenizer of a local transformers folder.
 
     Raises:
       UserError: torch is missing or the folder holds no CLIP model with a tokenizer.
@@ -64,18 +90,16 @@ def clip_text_similarity(
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"clip {clip}: holds no CLIP model with a tokenizer") from error
     length = model.config.text_config.max_position_embeddings
-    texts = [text for row in captions for text in row]
-    tokens = tokenizer(
-        texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
-    )
-    with torch.no_grad():
-        pooled = model.text_model(**tokens).pooler_output
-        found = _unit(model.text_projection(pooled).numpy())
-    theirs = found.reshape(len(captions), -1, found.shape[-1])
-    usable = detected(generated, None)
-    pictures = np.clip(np.nan_to_num(np.asarray(generated, np.float32)), 0.0, 1.0)
-    ours = _embed(vision, pictures.reshape(-1, *pictures.shape[2:])).reshape(*usable.shape, -1)
-    return np.where(usable, (ours * theirs).sum(axis=-1), 0.0)
+
+    def embed_texts(texts: list[str]) -> np.ndarray:
+        tokens = tokenizer(
+            texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+        )
+        with torch.no_grad():
+            pooled = model.text_model(**tokens).pooler_output
+            return _unit(model.text_projection(pooled).numpy())
+
+    return ClipJudge(vision, embed_texts)
 
 
 def detected(
@@ -90,9 +114,46 @@ def detected(
     return usable & np.array(seen).reshape(usable.shape)
 
 
+def load_judges(paths: Mapping[str, str]) -> dict[str, ImageEncoder]:
+    """Encoders by name, from a config's `evaluate.judges`; names without a path are left out.
+
+    Raises:
+      UserError: no encoder there, or a table of embeddings, which cannot look at pictures.
+    """
+    found = {name: load_condition_encoder(path) for name, path in paths.items() if path}
+    for name, encoder in found.items():
+        if isinstance(encoder, EmbeddingTable):
+            raise UserError(
+                f"evaluate.judges.{name}: {paths[name]} is a table of embeddings, expected an "
+                "encoder: generated pictures are in no table"
+            )
+    return found
+
+
+def load_detector(name: str) -> Detects | None:
+    """The function that a config's `evaluate.detector` names as "module:function"; "" is none.
+
+    Raises:
+      UserError: no such module or function.
+    """
+    if not name:
+        return None
+    module, _, function = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"evaluate.detector: found {name!r} ({error}), expected module:function that can be "
+            "imported"
+        ) from error
+    if not callable(found):
+        raise UserError(f"evaluate.detector: {name!r} is no function")
+    return found
+
+
 def similarity_numbers(
-    results: Mapping[str, MethodResult],
-    test: EvaluationSet,
+    images: Mapping[str, Float[AnyArray, "_ c h w 3"]],
+    references: Float[AnyArray, "i r h w 3"],
     judges: Mapping[str, ImageEncoder],
     *,
     condition_hash: str | None = None,
@@ -101,31 +162,25 @@ def similarity_numbers(
     """{judge: {"hash", "is_condition_encoder", "similarity": {method: estimate}}}.
 
     Args:
-      results: of `compare.compare`.
-      test: the set they were made on.
+      images: pictures of the first identities, by method.
+      references: r real pictures of every identity.
       judges: encoders by name.
       condition_hash: hash of the encoder that conditioned the hypernetwork; marks it as leaky.
       detects: see `detected`.
     """
-    found = {}
-    for name, encoder in judges.items():
-        similarity = {
-            method: clustered_mean(
-                encoder_similarity(
-                    encoder,
-                    result.images,
-                    test.references[: len(result.images)],
-                    detects,
-                )
-            ).to_json()
-            for method, result in results.items()
-        }
-        found[name] = {
+    return {
+        name: {
             "hash": encoder.hash,
             "is_condition_encoder": encoder.hash == condition_hash,
-            "similarity": similarity,
+            "similarity": {
+                method: clustered_mean(
+                    encoder_similarity(encoder, drawn, references[: len(drawn)], detects)
+                ).to_json()
+                for method, drawn in images.items()
+            },
         }
-    return found
+        for name, encoder in judges.items()
+    }
 
 
 def _embed(encoder: ImageEncoder, pictures: np.ndarray) -> np.ndarray:

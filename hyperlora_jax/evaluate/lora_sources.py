@@ -28,7 +28,7 @@ from hyperlora_jax.data import pictures
 from hyperlora_jax.data.lora_targets import LoraTargets
 from hyperlora_jax.evaluate.fitted_sets import FittedSets
 from hyperlora_jax.evaluate.methods import LorasOf
-from hyperlora_jax.evaluate.protocol import EvaluationSet
+from hyperlora_jax.evaluate.questions import Questions
 from hyperlora_jax.hypernet.baselines import make_baseline
 from hyperlora_jax.hypernet.model import Hypernetwork
 from hyperlora_jax.lora import factors, vectorize
@@ -131,7 +131,7 @@ def _generated(context: Context) -> Source:
 
 
 def _shuffled(context: Context) -> Source:
-    def loras_of(questions: EvaluationSet, guidance: float) -> Params:
+    def loras_of(questions: Questions, guidance: float) -> Params:
         others = np.roll(questions.references, 1, 0)
         return one_per_identity(context.hyper, others, guidance)
 
@@ -165,7 +165,7 @@ def _baseline(name: str, context: Context) -> Source:
 def _noisy_copy(context: Context) -> Source:
     nearest = fitted_baseline("nearest", context)
 
-    def loras_of(questions: EvaluationSet, guidance: float) -> Params:
+    def loras_of(questions: Questions, guidance: float) -> Params:
         copies = one_per_identity(nearest, questions.references, guidance)
         vectors = np.asarray(vectorize.flatten(jax.tree.map(jnp.asarray, copies), context.spec))
         noise = np.random.default_rng(0).standard_normal(vectors.shape).astype(np.float32)
@@ -206,7 +206,7 @@ def _linear_combination(context: Context) -> Source:
 
 
 def _refined(num_steps: int, context: Context) -> Source:
-    def start(questions: EvaluationSet) -> Params:
+    def start(questions: Questions) -> Params:
         plain = one_per_identity(context.hyper, questions.references, 1.0)
         return jax.device_get(factors.scale(plain, context.hyper.default_strength))
 

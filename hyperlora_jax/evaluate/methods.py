@@ -13,16 +13,16 @@ from jax.sharding import Mesh
 from hyperlora_jax.array_types import Float, Params
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.evaluate.compare import Method
-from hyperlora_jax.evaluate.protocol import EvaluationSet
+from hyperlora_jax.evaluate.questions import Questions
 from hyperlora_jax.hypernet.model import Hypernetwork
 from hyperlora_jax.parallel import sharding
 
-LorasOf = Callable[[EvaluationSet, float], Params]  # (evaluation set, guidance) -> [i] LoRAs
+LorasOf = Callable[[Questions, float], Params]  # (evaluation set, guidance) -> [i] LoRAs
 
 
 def sample_images(
     sd: Any,
-    questions: EvaluationSet,
+    questions: Questions,
     loras: Params,
     strength: float,
     *,
@@ -81,9 +81,9 @@ def lora_method(
     `loras_of` is called once per evaluation set and guidance; it may serve the first identities
     only.
     """
-    kept: dict[tuple[int, float], tuple[EvaluationSet, Params]] = {}
+    kept: dict[tuple[int, float], tuple[Questions, Params]] = {}
 
-    def sample(questions: EvaluationSet, strength: float, guidance: float = 1.0) -> np.ndarray:
+    def sample(questions: Questions, strength: float, guidance: float = 1.0) -> np.ndarray:
         key = (id(questions), guidance)
         if key not in kept:
             kept[key] = (questions, jax.device_get(loras_of(questions, guidance)))

@@ -66,17 +66,26 @@ def identity_top1(
       candidates: exact renders of n identities under the same caption.
       true_index: which candidate is the true identity, one for all or one per identity.
     """
+    return nearest_candidates(generated, candidates, true_index)[0]
+
+
+def nearest_candidates(
+    generated: Float[AnyArray, "i c h w 3"],
+    candidates: Float[AnyArray, "i c n h w 3"],
+    true_index: Int[AnyArray, " i"] | int = 0,
+) -> tuple[Float[np.ndarray, "i c"], Int[np.ndarray, "i c"]]:
+    """`identity_top1`, and the number of the nearest candidate (of a failure: of a black one)."""
     truth = np.broadcast_to(np.asarray(true_index), (len(generated),))
-    score = np.zeros(np.shape(generated)[:2])
-    for i, c in np.ndindex(*score.shape):
-        picture = np.asarray(generated[i, c], np.float32)
-        if not np.isfinite(picture).all():
-            continue
+    usable = is_finite(generated)
+    score, column = np.zeros(usable.shape), np.zeros(usable.shape, np.int64)
+    for i, c in np.ndindex(*usable.shape):
+        picture = np.nan_to_num(np.asarray(generated[i, c], np.float32), posinf=0.0, neginf=0.0)
         difference = np.clip(picture, 0.0, 1.0) - np.asarray(candidates[i, c])
         distance = np.square(difference).mean(axis=(1, 2, 3), dtype=np.float64)
         nearest = distance == distance.min()
-        score[i, c] = nearest[truth[i]] / nearest.sum()
-    return score
+        column[i, c] = distance.argmin()
+        score[i, c] = usable[i, c] * nearest[truth[i]] / nearest.sum()
+    return score, column
 
 
 def caption_accuracy(

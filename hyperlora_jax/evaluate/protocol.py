@@ -7,105 +7,67 @@ Strengths are chosen on the validation reserve, scores are told on the test rese
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from hyperlora_jax.array_types import Float, Int, UInt8
-from hyperlora_jax.data.avatars import Avatars, Identity
+from hyperlora_jax.data.worlds import World
 from hyperlora_jax.errors import UserError
+from hyperlora_jax.evaluate.questions import Questions, check_disjoint, unit_pixels
 
 REFERENCE_VIEWS_START = 10_000_000  # training-like views that no training run has drawn
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class EvaluationSet:
-    """One fixed set of questions.
+class EvaluationSet(Questions):
+    """Questions with exact answers.
 
     Dimensions: i identities, c captions each, v views, p pooled captions, n candidates out of k.
 
     Attributes:
-      split: "validation" or "test".
-      identities: the held-out identities.
-      captions: c captions per identity, none of whose part combinations training has seen.
-      caption_labels: class index of every caption part.
-      views: v training-like pictures per identity; the first is the reference, all of them
-        together are what a conventional LoRA is trained on.
-      view_captions: their captions.
+      caption_labels: class index of every caption part; training has seen none of the captions'
+        part combinations.
       pool: exact renders of all k candidate identities (the i identities first) under all p
         pooled captions.
       caption_index: which pooled caption is identity i's c-th.
       candidates: rows of `pool` to tell apart; column 0 is the true identity.
-      noise_seeds: one per picture, see `noise`.
       parts: {caption part: class names}.
-      facts: what it was made from, JSON-able.
     """
 
-    split: str
-    identities: tuple[Identity, ...]
-    captions: tuple[tuple[str, ...], ...]
+    PER_IDENTITY: ClassVar[tuple[str, ...]] = (
+        *Questions.PER_IDENTITY, "caption_labels", "caption_index", "candidates",
+    )  # fmt: skip
+
     caption_labels: Int[np.ndarray, "i c q"]
-    views: UInt8[np.ndarray, "i v h w 3"]
-    view_captions: tuple[tuple[str, ...], ...]
     pool: UInt8[np.ndarray, "k p h w 3"]
     caption_index: Int[np.ndarray, "i c"]
     candidates: Int[np.ndarray, "i n"]
-    noise_seeds: Int[np.ndarray, "i c"]
     parts: Mapping[str, tuple[str, ...]]
-    facts: Mapping[str, Any]
-
-    @property
-    def num_identities(self) -> int:
-        """Number of identities i."""
-        return len(self.identities)
-
-    @property
-    def num_captions(self) -> int:
-        """Captions per identity c."""
-        return self.caption_index.shape[1]
-
-    @property
-    def references(self) -> Float[np.ndarray, "i h w 3"]:
-        """The reference picture of every identity, in [0, 1]."""
-        return _unit(self.views[:, 0])
 
     @property
     def exact(self) -> Float[np.ndarray, "i c h w 3"]:
         """The exact picture for every identity and caption, in [0, 1]."""
-        return _unit(self.pool[np.arange(self.num_identities)[:, None], self.caption_index])
+        rows = np.arange(self.num_identities)[:, None]
+        return unit_pixels(self.pool[rows, self.caption_index])
 
     def candidate_renders(self, index: int) -> Float[np.ndarray, "c n h w 3"]:
         """Exact renders of identity `index`'s candidates under its captions; column 0 is true."""
-        return _unit(self.pool[self.candidates[index][None, :], self.caption_index[index][:, None]])
-
-    def noise(self, shape: Sequence[int]) -> Float[np.ndarray, "i c *shape"]:
-        """Standard normal start noise, the same on every machine and for every method."""
-        draws = [
-            np.random.default_rng(int(seed)).standard_normal(shape, np.float32)
-            for seed in self.noise_seeds.ravel()
-        ]
-        return np.stack(draws).reshape(*self.noise_seeds.shape, *shape)
-
-    def first(self, count: int) -> "EvaluationSet":
-        """The same questions for the first `count` identities; candidates stay what they were."""
-        return self.select(range(count))
+        captions = self.caption_index[index][:, None]
+        return unit_pixels(self.pool[self.candidates[index][None, :], captions])
 
     def select(self, numbers: Sequence[int]) -> "EvaluationSet":
-        """The same questions for the identities of these numbers, in their order."""
+        """See `Questions`; candidates stay who they were."""
         chosen = np.asarray(numbers)
-        rows = ("caption_labels", "views", "caption_index", "candidates", "noise_seeds")
-        cut = {name: getattr(self, name)[chosen] for name in rows}
-        for name in ("identities", "captions", "view_captions"):
-            cut[name] = tuple(getattr(self, name)[i] for i in chosen)
         # The pool starts with the identities: they change places with the rows that stood there.
         order = np.concatenate([chosen, np.setdiff1d(np.arange(len(self.pool)), chosen)])
-        cut["pool"] = self.pool[order]
-        cut["candidates"] = np.argsort(order)[cut["candidates"]]
-        return dataclasses.replace(self, **cut)
+        found = super().select(numbers)
+        candidates = np.argsort(order)[found.candidates]
+        return dataclasses.replace(found, pool=self.pool[order], candidates=candidates)
 
 
 def make_evaluation_set(
-    avatars: Avatars,
+    avatars: World,
     *,
     split: str = "test",
     identity_seed: int = 0,
@@ -185,25 +147,14 @@ def make_evaluation_set(
     )
 
 
-def training_ids(avatars: Avatars, start: int, count: int) -> frozenset[str]:
+def training_ids(avatars: World, start: int, count: int) -> frozenset[str]:
     """Ids of the training identities `start` .. `start + count` of a world."""
     return frozenset(avatars.identity("train", start + k).id for k in range(count))
 
 
-def check_disjoint(identities: Sequence[Identity], trained: frozenset[str]) -> None:
-    """Raises UserError when an identity was trained on."""
-    leaked = [person.id for person in identities if person.id in trained]
-    if leaked:
-        raise UserError(
-            f"evaluate.identity_seed: {len(leaked)} of {len(identities)} identities were trained "
-            f"on (first: {leaked[0]}), expected none; was the checkpoint made with another "
-            "data.split_seed?"
-        )
-
-
 def _draw_identities(
-    avatars: Avatars, split: str, count: int, random: np.random.Generator
-) -> list[Identity]:
+    avatars: World, split: str, count: int, random: np.random.Generator
+) -> list[Any]:
     # A split's order is weighted by how common its parts are; all of it, drawn evenly, would be
     # nothing but rare beards. Its first quarter looks like what training saw.
     reach = max(count, avatars.num_identities(split) // 4)
@@ -221,7 +172,7 @@ def _draw_candidates(
 
 
 def _check(
-    avatars: Avatars,
+    avatars: World,
     split: str,
     num_pooled: int,
     num_captions: int,
@@ -243,7 +194,3 @@ def _check(
             f"evaluate.num_captions: found {num_captions}, "
             f"expected 1 to {num_pooled_captions} (evaluate.num_pooled_captions)"
         )
-
-
-def _unit(pixels: np.ndarray) -> np.ndarray:
-    return pixels.astype(np.float32) / 255.0

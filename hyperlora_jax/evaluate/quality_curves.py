@@ -21,9 +21,9 @@ from hyperlora_jax.distill.fit import place
 from hyperlora_jax.distill.parametrisations import Factors
 from hyperlora_jax.distill.slots import Recipe, Slots
 from hyperlora_jax.errors import UserError
-from hyperlora_jax.evaluate.compare import Probe, score
+from hyperlora_jax.evaluate.compare import Scorer
 from hyperlora_jax.evaluate.methods import sample_images
-from hyperlora_jax.evaluate.protocol import EvaluationSet
+from hyperlora_jax.evaluate.questions import Questions
 from hyperlora_jax.evaluate.steps_to_quality import Curve, run_curve
 from hyperlora_jax.lora import factors
 from hyperlora_jax.lora.sites import LoraSpec
@@ -37,9 +37,9 @@ def quality_curves(
     sampler: Any,
     spec: LoraSpec,
     recipe: Recipe,
-    questions: EvaluationSet,
+    questions: Questions,
     starts: Mapping[str, Params],
-    probe: Probe,
+    judge: Scorer,
     *,
     strength: float,
     sampling: Mapping[str, Any],
@@ -54,6 +54,7 @@ def quality_curves(
         questions: the identities to fit; every one is fitted to all its views.
         starts: {name of a method: LoRA tree with leading axis i}; the recipe's own start, zero, is
             added to them.
+        judge: scores pictures.
         strength: of every LoRA when it is scored, the best one of the conventional fit.
         sampling: keyword arguments of `sample_images`.
         checkpoints: steps at which to score, from 0, at most the recipe's.
@@ -86,11 +87,10 @@ def quality_curves(
         jax.block_until_ready(losses)
         return slots
 
-    def judge(slots: Slots) -> dict[str, np.ndarray]:
+    def scores(slots: Slots) -> dict[str, np.ndarray]:
         loras = factors.scale(jax.device_get(slots.params), scale)
         images = sample_images(sampler, questions, loras, strength, **sampling)
-        found = score(questions, images, probe)
-        return {"identity_top1": found.top1, "image_error": found.error}
+        return judge(questions, images).columns()
 
     curves = {}
     for method, start in [("zero", None), *starts.items()]:
@@ -108,11 +108,11 @@ def quality_curves(
             return slots, time.perf_counter() - began
 
         seconds = (start_seconds or {}).get(method, 0.0)
-        curves[name] = run_curve(slots, advance, judge, checkpoints, seconds)
+        curves[name] = run_curve(slots, advance, scores, checkpoints, seconds)
     return curves
 
 
-def _loaded(sd: Any, parametrisation: Factors, recipe: Recipe, questions: EvaluationSet) -> Slots:
+def _loaded(sd: Any, parametrisation: Factors, recipe: Recipe, questions: Questions) -> Slots:
     """One slot per identity with its views, at step 0."""
     encoded = encode_subjects(
         sd,

@@ -12,8 +12,9 @@ from typing import Any
 
 from etils import epath
 
-from hyperlora_jax.evaluate import charts, figures, wording
+from hyperlora_jax.evaluate import charts, figures, verdicts, wording
 from hyperlora_jax.evaluate.compare import MethodResult
+from hyperlora_jax.evaluate.picture_sets import AnySet
 from hyperlora_jax.evaluate.protocol import EvaluationSet
 
 TEMPLATE = "report.html.j2"
@@ -57,7 +58,7 @@ def write_report(
     folder: epath.PathLike,
     summary: Mapping[str, Any],
     results: Mapping[str, MethodResult],
-    test: EvaluationSet,
+    test: AnySet,
     *,
     title: str,
     lead: str,
@@ -93,7 +94,7 @@ def write_report(
 
 
 def standard_figures(
-    test: EvaluationSet, results: Mapping[str, MethodResult], num_rows: int = 6
+    test: AnySet, results: Mapping[str, MethodResult], num_rows: int = 6
 ) -> list[Figure]:
     """The grid, the worst ten and the strength curves, as far as there are results for them."""
     grid = figures.main_grid(test, results, num_rows)
@@ -109,7 +110,9 @@ def standard_figures(
     if "generated" in results:
         cases = figures.worst_cases(test, results["generated"])
         page = figures.worst_grid(test, results["generated"], cases)
-        note = "“Taken for” is the candidate whose exact render is nearest to the generated one."
+        exact = isinstance(test, EvaluationSet)
+        near = "exact render is nearest" if exact else "pictures the judge finds most similar"
+        note = f"“Taken for” is the candidate whose {near} to the generated one."
         found.append(Figure("worst", figures.to_png(page), note, place="worst"))
     chart = charts.strength_chart(results)
     if chart is not None:
@@ -140,7 +143,7 @@ def render_page(
         table=wording.score_table(summary),
         differences=wording.difference_table(summary),
         judges=wording.judge_table(summary),
-        verdicts=wording.verdicts(summary),
+        verdicts=verdicts.verdicts(summary),
         timings=wording.timings(summary),
         provenance=wording.provenance(summary),
         figures=[_inline(figure) for figure in shown],

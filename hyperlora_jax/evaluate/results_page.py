@@ -20,7 +20,7 @@ from typing import Any
 from etils import epath
 
 from hyperlora_jax.errors import UserError
-from hyperlora_jax.evaluate import experiments_page, wording
+from hyperlora_jax.evaluate import experiments_page, verdicts, wording
 
 KEYS = ("name", "title", "command", "machine", "picture", "metrics")
 MARKED = re.compile(r"(<!-- results: ([\w-]+) -->\n)(.*?)(<!-- /results -->)", re.DOTALL)
@@ -181,14 +181,14 @@ def _section(record: Mapping[str, Any]) -> list[str]:
     if differences["rows"]:
         heading = ["generated minus …", *differences["columns"]]
         parts += [_markdown_table(heading, _rows(differences)), differences["note"]]
-    verdicts = [f"- ({good[line['tone']]}) {line['text']}" for line in wording.verdicts(metrics)]
+    said = [f"- ({good[line['tone']]}) {line['text']}" for line in verdicts.verdicts(metrics)]
     times = [[row["name"], row["value"]] for row in wording.timings(metrics)]
     facts = [
         [row["name"], row["value"]]
         for row in wording.provenance(metrics)
         if row["name"] not in ("config", "pictures")
     ]
-    parts.append("\n".join(verdicts))
+    parts.append("\n".join(said))
     if times:
         parts.append(_markdown_table(["stage", "time"], times))
     return [*parts, _markdown_table(["", "to run it again"], facts)]
@@ -196,7 +196,7 @@ def _section(record: Mapping[str, Any]) -> list[str]:
 
 def _sentences(metrics: Mapping[str, Any]) -> list[str]:
     wanted = ("Without a single training step", "PyTorch diffusers loads")
-    texts = [line["text"] for line in wording.verdicts(metrics)]
+    texts = [line["text"] for line in verdicts.verdicts(metrics)]
     found = [text for text in texts if text.startswith(wanted)]
     speed = wording.speed_up(metrics)
     if speed:

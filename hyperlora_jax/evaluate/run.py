@@ -7,20 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from hyperlora_jax.data.avatars import Avatars
 from hyperlora_jax.data.gauged_targets import read_in_gauge
 from hyperlora_jax.data.lora_targets import open_lora_targets
 from hyperlora_jax.distill.run import make_recipe
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.evaluate import comparison_file
-from hyperlora_jax.evaluate.analysis import all_sections, story
-from hyperlora_jax.evaluate.attribute_probe import AttributeProbe
+from hyperlora_jax.evaluate.analysis import all_sections
 from hyperlora_jax.evaluate.compare import Method, MethodResult, compare, run_method
 from hyperlora_jax.evaluate.conventional import seconds_per_fit
+from hyperlora_jax.evaluate.exams import lead, open_exam, story
 from hyperlora_jax.evaluate.fitted_sets import FittedSets
+from hyperlora_jax.evaluate.further_scores import further_scorers, further_scores
 from hyperlora_jax.evaluate.lora_sources import (
     Context,
     Source,
@@ -28,16 +27,15 @@ from hyperlora_jax.evaluate.lora_sources import (
     reference_embeddings,
 )
 from hyperlora_jax.evaluate.methods import check_base, fingerprint, lora_method
-from hyperlora_jax.evaluate.protocol import EvaluationSet, check_disjoint, make_evaluation_set
+from hyperlora_jax.evaluate.questions import check_disjoint
 from hyperlora_jax.evaluate.report import ReportFiles, write_report
 from hyperlora_jax.evaluate.sample_cache import SampleCache
-from hyperlora_jax.evaluate.sections import Section, memorisation_section
 from hyperlora_jax.evaluate.summary import summarise
+from hyperlora_jax.hypernet.conditioning import load_condition_encoder
 from hyperlora_jax.hypernet.model import FOLDER, Hypernetwork
-from hyperlora_jax.lora import vectorize
 from hyperlora_jax.parallel.mesh import make_mesh
 from hyperlora_jax.parallel.sharding import on_mesh
-from hyperlora_jax.stable_diffusion.embedded import load_base
+from hyperlora_jax.stable_diffusion.embedded import image_size, load_base
 from hyperlora_jax.train.loop import open_workdir
 
 SPEED_BATCH = 64
@@ -55,22 +53,18 @@ class Evaluation:
         self.sd = load_base(config.base)
         self.mesh = make_mesh(**config.mesh)
         self.sampler = on_mesh(self.sd, self.mesh)
-        self.hyper = Hypernetwork.restore(self.workdir)
+        # An encoder that is not ours (an ONNX file, say) is not kept with the hypernetwork.
+        kept = (self.workdir / FOLDER / "encoder").exists()
+        encoder = None if kept else load_condition_encoder(config.model.encoder)
+        self.hyper = Hypernetwork.restore(self.workdir, encoder)
         self.spec = self.hyper.spec
         check_base(self.hyper, self.sd, config.base)
         targets = config.data.targets or self.workdir / "targets"
         self.targets = open_lora_targets(targets, self.spec, self.sd.base_hash)
-        if config.data.source != "avatars":
-            raise UserError(
-                f"data.source is {config.data.source!r}; the comparison needs exact pictures, "
-                "which only 'avatars' have"
-            )
-        avatars = Avatars(config.data.style, config.data.size, config.data.split_seed)
-        self.avatars = avatars
-        self.probe = AttributeProbe.load(config.evaluate.probe or None)
-        self.validation = self._questions(avatars, "validation", config.evaluate.num_validation)
-        self.test = self._questions(avatars, "test", config.evaluate.num_identities)
-        self.probe.check_parts(self.test.parts)
+        known = frozenset(self.hyper.facts.get("trained_on", ())) | frozenset(self.targets.ids)
+        self.exam = open_exam(config, image_size(self.sd), known, self.workdir)
+        self.validation, self.test = self.exam.validation, self.exam.test
+        self.further = further_scorers(config.evaluate, self.test)
         self.seconds: dict[str, float] = {}
         self.sampling = {
             "num_steps": config.evaluate.num_sampling_steps,
@@ -78,21 +72,6 @@ class Evaluation:
             "identities_per_batch": config.evaluate.identities_per_batch,
             "mesh": self.mesh,
         }
-
-    def _questions(self, avatars: Avatars, split: str, count: int) -> EvaluationSet:
-        section = self.config.evaluate
-        known = frozenset(self.hyper.facts.get("trained_on", ())) | frozenset(self.targets.ids)
-        return make_evaluation_set(
-            avatars,
-            split=split,
-            identity_seed=section.identity_seed,
-            num_identities=count,
-            num_captions=section.num_captions,
-            num_views=section.num_views,
-            num_candidates=section.num_candidates,
-            training_ids=known,
-            cache_dir=self.workdir / "renders",
-        )
 
     @functools.cached_property
     def context(self) -> Context:
@@ -195,9 +174,10 @@ class Evaluation:
         if "generated" in names:
             # First of all: refinement starts from the generated LoRA at its best strength.
             method = self.methods(["generated"])[0]
-            chosen = run_method(method, self.validation, self.test, self.probe, cache)
+            chosen = run_method(method, self.validation, self.test, self.exam.score, cache)
             self._keep_defaults(chosen)
-        results = compare(self.methods(names), self.validation, self.test, self.probe, cache, say)
+        methods, score = self.methods(names), self.exam.score
+        results = compare(methods, self.validation, self.test, score, cache, say)
         self.seconds["sampling"] = time.perf_counter() - start
         return results
 
@@ -208,12 +188,6 @@ class Evaluation:
         self.hyper = self.hyper.with_facts(default_strength=chosen.strength, generate=generate)
         self.hyper.save(self.workdir / FOLDER)
         self.__dict__.pop("context", None)  # its hypernetwork is the old one
-
-    def memorisation(self) -> Section:
-        """The audit of generated LoRAs against the training LoRAs."""
-        generated = self.hyper.generate(jax.random.key(0), self.test.references)
-        training = vectorize.unflatten(jnp.asarray(self.context.vectors), self.spec)
-        return memorisation_section(jax.device_get(generated), jax.device_get(training))
 
     def summary(
         self,
@@ -231,6 +205,8 @@ class Evaluation:
             torch_parity=torch_parity,
             seconds={**self.seconds, **(seconds or {})},
             sections=sections,
+            further=further_scores(self.further, {n: r.images for n, r in results.items()}),
+            judges=self.exam.judged(results, self.hyper.encoder),
             facts={
                 "base": self.config.base,
                 "base_hash": self.sd.base_hash,
@@ -261,17 +237,13 @@ class Evaluation:
             seconds=seconds,
             sections={section.name: section.numbers for section in shown},
         )
-        lead = (
-            f"LoRAs for {self.test.num_identities} {self.config.data.style} identities that were "
-            "never trained on, written in one pass from one reference picture each."
-        )
         files = write_report(
             folder,
             summary,
             results,
             self.test,
             title=title,
-            lead=lead,
+            lead=lead(self.config, self.test),
             done=story(self.config, self.test, len(self.targets)),
             page_name=page_name,
             extra_figures=[figure for section in shown for figure in section.figures],
@@ -290,8 +262,8 @@ def evaluate(
     evaluation = Evaluation(config, workdir)
     results = evaluation.run()
     evaluation.measure_speed()
-    _, files = evaluation.report(results, evaluation.workdir / "report")
+    summary, files = evaluation.report(results, evaluation.workdir / "report")
     if comparison:
-        content = comparison_file.measured(evaluation, results, command)
+        content = comparison_file.measured(evaluation, summary, command)
         comparison_file.write(comparison, content)
     return files

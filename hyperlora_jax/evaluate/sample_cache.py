@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 
 from hyperlora_jax.array_types import AnyArray, Float
-from hyperlora_jax.evaluate.protocol import EvaluationSet
+from hyperlora_jax.evaluate.questions import Questions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,7 @@ class SampleCache:
     def images(
         self,
         fingerprint: str,
-        evaluation: EvaluationSet,
+        evaluation: Questions,
         strength: float,
         sample: Callable[[], AnyArray],
     ) -> Float[np.ndarray, "i c h w 3"]:
@@ -50,7 +50,7 @@ class SampleCache:
         return images
 
 
-def cache_key(fingerprint: str, evaluation: EvaluationSet, strength: float) -> str:
+def cache_key(fingerprint: str, evaluation: Questions, strength: float) -> str:
     """Hex sha256 of what decides the pictures."""
     asked: dict[str, Any] = {
         "fingerprint": fingerprint,

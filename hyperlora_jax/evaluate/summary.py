@@ -9,21 +9,26 @@ from typing import Any
 import numpy as np
 
 from hyperlora_jax.evaluate import metrics
-from hyperlora_jax.evaluate.compare import MethodResult, Scores
+from hyperlora_jax.evaluate.compare import AnyScores, MethodResult
+from hyperlora_jax.evaluate.picture_sets import AnySet
 from hyperlora_jax.evaluate.protocol import EvaluationSet
+
+Columns = Mapping[str, Mapping[str, np.ndarray]]  # {score: {method: [i', c, ...]}}
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "numpy", "diffusers", "torch", "peft")
 
 
 def summarise(
     results: Mapping[str, MethodResult],
-    test: EvaluationSet,
-    validation: EvaluationSet,
+    test: AnySet,
+    validation: AnySet,
     *,
     torch_parity: Mapping[str, Any] | None = None,
     seconds: Mapping[str, float] | None = None,
     facts: Mapping[str, Any] | None = None,
     sections: Mapping[str, Any] | None = None,
+    further: Columns | None = None,
+    judges: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Everything that was measured, JSON-able.
 
@@ -34,30 +39,35 @@ def summarise(
       seconds: per stage, and generate_one_lora and fit_one_lora.
       facts: more to record (base hash, checkpoint, seeds).
       sections: {name: numbers} of `sections.py` (memorisation, weights, steps_to_quality).
+      further: scores beside those of `results` (lpips, clip_text).
+      judges: of `judges.similarity_numbers`.
     """
     names = list(results)
     scores = {name: results[name].scores for name in names}
+    columns = {**_columns(scores), **(further or {})}
     summary: dict[str, Any] = {
-        "identity_top1": {n: _mean(scores[n].top1) for n in names},
-        "image_error": {n: _mean(scores[n].error) for n in names},
-        "caption_accuracy": {n: _mean(scores[n].caption) for n in names},
+        **{column: {n: _mean(columns[column][n]) for n in names} for column in columns},
         "paired": paired(scores),
         "torch_parity": dict(torch_parity or {}),
         "seconds": dict(seconds or {}),
-        "caption_all_parts": {n: _mean(scores[n].caption.min(axis=2)) for n in names},
-        "caption_parts": {n: _per_part(scores[n], test) for n in names},
         "diversity": {n: _mean(scores[n].diversity) for n in names},
         "failures": {n: scores[n].num_failures for n in names},
         "strength": {n: _strength(results[n]) for n in names},
-        "differences": differences(scores),
+        "differences": differences(columns),
         "evaluation": {"test": dict(test.facts), "validation": dict(validation.facts)},
         "facts": dict(facts or {}),
         "versions": versions(),
     }
+    if isinstance(test, EvaluationSet):
+        caption = {name: found.caption for name, found in scores.items()}
+        summary["caption_all_parts"] = {n: _mean(caption[n].min(axis=2)) for n in names}
+        summary["caption_parts"] = {n: _per_part(caption[n], test) for n in names}
+    if judges:
+        summary["judges"] = dict(judges)
     return {**summary, **(sections or {})}
 
 
-def paired(scores: Mapping[str, Scores]) -> dict[str, Any]:
+def paired(scores: Mapping[str, AnyScores]) -> dict[str, Any]:
     """Identity top-1 of generated and conventional on the identities that both have.
 
     {"generated", "conventional", "ratio", "ratio_stderr", "n"}; empty when one is missing.
@@ -75,23 +85,18 @@ def paired(scores: Mapping[str, Scores]) -> dict[str, Any]:
     }
 
 
-def differences(scores: Mapping[str, Scores], method: str = "generated") -> dict[str, Any]:
+def differences(columns: Columns, method: str = "generated") -> dict[str, Any]:
     """`method` minus every other, on the identities that both have, with z and a p value.
 
     {other: {score: {"mean", "stderr", "n", "z", "p"}}}; z is mean / stderr.
     """
-    if method not in scores:
+    others = [name for name in columns["identity_top1"] if name != method]
+    if len(others) == len(columns["identity_top1"]):
         return {}
-    ours, found = scores[method], {}
-    for other, theirs in scores.items():
-        if other == method:
-            continue
-        found[other] = {
-            "identity_top1": _difference(ours.top1, theirs.top1),
-            "image_error": _difference(ours.error, theirs.error),
-            "caption_accuracy": _difference(ours.caption, theirs.caption),
-        }
-    return found
+    return {
+        other: {name: _difference(found[method], found[other]) for name, found in columns.items()}
+        for other in others
+    }
 
 
 def versions() -> dict[str, str]:
@@ -105,23 +110,26 @@ def versions() -> dict[str, str]:
     return found
 
 
+def _columns(scores: Mapping[str, AnyScores]) -> dict[str, dict[str, np.ndarray]]:
+    found = {name: score.columns() for name, score in scores.items()}
+    return {
+        column: {name: columns[column] for name, columns in found.items()}
+        for column in next(iter(found.values()))
+    }
+
+
 def _mean(values: np.ndarray) -> dict[str, Any]:
     return metrics.clustered_mean(values).to_json()
 
 
-def _per_part(scores: Scores, test: EvaluationSet) -> dict[str, float]:
-    means = scores.caption.mean(axis=(0, 1))
+def _per_part(caption: np.ndarray, test: EvaluationSet) -> dict[str, float]:
+    means = caption.mean(axis=(0, 1))
     return {part: float(mean) for part, mean in zip(test.parts, means, strict=True)}
 
 
 def _strength(result: MethodResult) -> dict[str, Any]:
     curve = [
-        {
-            "strength": strength,
-            "identity_top1": _mean(scores.top1),
-            "image_error": _mean(scores.error),
-            "caption_accuracy": _mean(scores.caption),
-        }
+        {"strength": strength, **{name: _mean(v) for name, v in scores.columns().items()}}
         for strength, scores in result.curve.items()
     ]
     found = {"best": result.strength, "validation": curve}

@@ -3,12 +3,19 @@
 from collections.abc import Mapping
 from typing import Any
 
-from hyperlora_jax.evaluate.method_names import CONTROLS, ORDER, TITLES
+from hyperlora_jax.evaluate.method_names import ORDER, TITLES
 
 Summary = Mapping[str, Any]
 
+COLUMNS = {  # name in metrics.json: (title, digits, whether more is better)
+    "identity_top1": ("identity top-1", 3, True),
+    "image_error": ("error (MSE)", 4, False),
+    "lpips": ("LPIPS", 3, False),
+    "similarity": ("similarity", 3, True),
+    "caption_accuracy": ("caption parts", 3, True),
+    "clip_text": ("prompt (CLIP-T)", 3, True),
+}
 STANDARD_ERRORS = 3.0  # what counts as a difference
-MAX_PARITY = 1e-3
 TIMING_NAMES = {
     "generate_one_lora": "one generated LoRA (amortised, without compilation)",
     "fit_one_lora": "one conventional LoRA, fitted alone (without compilation)",
@@ -34,7 +41,7 @@ def tiles(summary: Summary) -> list[dict[str, str]]:
     if pair.get("ratio") is not None:
         label = f"of a conventional LoRA’s identity score (± {pair['ratio_stderr']:.2f})"
         found.append({"value": f"{pair['ratio']:.2f}×", "label": label})
-    caption = summary["caption_accuracy"].get("generated")
+    caption = summary.get("caption_accuracy", {}).get("generated")
     if caption:
         found.append({"value": percent(caption["mean"]), "label": "caption parts right"})
     speed = speed_up(summary)
@@ -45,49 +52,67 @@ def tiles(summary: Summary) -> list[dict[str, str]]:
 
 def score_table(summary: Summary) -> dict[str, Any]:
     """Methods × scores with standard errors."""
-    columns = ["identity top-1", "error (MSE)", "caption parts", "diversity", "strength", "n"]
+    found = {name: spec for name, spec in COLUMNS.items() if name in summary}
+    columns = [title for title, _, _ in found.values()] + ["diversity", "strength", "n"]
     rows = []
     for name in method_order(summary["identity_top1"]):
         strength = summary["strength"].get(name, {})
         chosen = f"{strength['best']:g}" if strength.get("validation") else "–"
-        cells = [
-            estimate(summary["identity_top1"][name], 3),
-            estimate(summary["image_error"][name], 4),
-            estimate(summary["caption_accuracy"][name], 3),
+        cells = [estimate(summary[score][name], digits) for score, (_, digits, _) in found.items()]
+        cells += [
             estimate(summary["diversity"][name], 2),
             {"value": chosen, "pm": ""},
             {"value": str(summary["identity_top1"][name]["n"]), "pm": ""},
         ]
         rows.append({"name": title(name), "mark": name == "generated", "cells": cells})
+    return {"columns": columns, "rows": rows, "note": _score_note(summary)}
+
+
+def _score_note(summary: Summary) -> str:
     test = summary["evaluation"]["test"]
-    note = (
-        f"Mean ± standard error over identities. Identity top-1: nearest exact render among "
-        f"{test.get('num_candidates', '?')} identities under the same caption. Error: mean squared "
-        "difference to the exact picture, pixels in [0, 1]. Caption parts: share that an attribute "
-        "probe, trained on renders, sees as asked. Diversity: variance over captions, 1 = that of "
-        "the exact pictures. A picture that could not be made counts as wrong. Strength was chosen "
-        "on other, validation identities; – means that there was nothing to choose."
+    among = test.get("num_candidates", "?")
+    if "image_error" in summary:
+        told = (
+            f"Identity top-1: nearest exact render among {among} identities under the same "
+            "caption. Error: mean squared difference to the exact picture, pixels in [0, 1]. "
+            "Caption parts: share that an attribute probe, trained on renders, sees as asked. "
+            "Diversity: variance over captions, 1 = that of the exact pictures."
+        )
+    else:
+        told = (
+            f"Similarity: mean cosine, by the judge {test.get('judge', '?')}, to "
+            f"{test.get('num_gallery', '?')} pictures of the subject that no method was shown. "
+            f"Identity top-1: the most similar of {among} subjects. A copied reference tells how "
+            "alike two real pictures are. Diversity: variance over captions, 1 = that of the "
+            "subject’s pictures."
+        )
+    if "lpips" in summary:
+        told += " LPIPS: perceptual distance to the exact picture."
+    if "clip_text" in summary:
+        told += " CLIP-T: cosine of CLIP’s picture and prompt embeddings."
+    return (
+        f"Mean ± standard error over identities. {told} A picture that could not be made counts "
+        "as wrong. Strength was chosen on other, validation identities; – means that there was "
+        "nothing to choose."
     )
-    return {"columns": columns, "rows": rows, "note": note}
 
 
 def difference_table(summary: Summary) -> dict[str, Any]:
     """Paired differences of generated to all others."""
+    found = {name: spec for name, spec in COLUMNS.items() if name in summary}
     rows = []
     for name in method_order(summary["differences"]):
-        found = summary["differences"][name]
+        difference = summary["differences"][name]
         cells = [
-            _signed(found["identity_top1"], 3, more_is_better=True),
-            _signed(found["image_error"], 4, more_is_better=False),
-            _signed(found["caption_accuracy"], 3, more_is_better=True),
+            _signed(difference[score], digits, more_is_better=more)
+            for score, (_, digits, more) in found.items()
         ]
         rows.append({"name": title(name), "cells": cells})
     note = (
         "Same identities, captions and start noise; mean ± standard error of the paired "
         f"difference, in colour where it exceeds {STANDARD_ERRORS:g} standard errors."
     )
-    columns = ["identity top-1", "error (MSE)", "caption parts"]
-    return {"columns": columns, "rows": rows, "note": note}
+    return {"columns": [title for title, _, _ in found.values()], "rows": rows, "note": note}
 
 
 def judge_table(summary: Summary) -> dict[str, Any]:
@@ -107,40 +132,12 @@ def judge_table(summary: Summary) -> dict[str, Any]:
         for name, judge in judges.items()
     ]
     note = (
-        "Cosine of the embeddings of generated picture and reference; an undetected subject counts "
-        "0. The condition encoder is a leaky judge: the hypernetwork was trained to listen to it."
+        "Cosine of the embeddings of generated picture and "
+        + ("reference" if "image_error" in summary else "the subject’s other pictures")
+        + "; an undetected subject counts 0. The condition encoder is a leaky judge: the "
+        "hypernetwork was trained to listen to it."
     )
     return {"columns": columns, "rows": rows, "note": note}
-
-
-def verdicts(summary: Summary) -> list[dict[str, str]]:
-    """What the numbers say, good and bad, one sentence each."""
-    found = []
-    for name in CONTROLS:
-        if name not in summary["differences"]:
-            continue
-        difference = summary["differences"][name]
-        better = [
-            _beats(difference["identity_top1"], True),
-            _beats(difference["image_error"], False),
-        ]
-        words = {2: "in identity and in error", 1: "in one of identity and error only", 0: "not"}
-        text = (
-            f"Generated LoRAs beat “{title(name)}” {words[sum(better)]} "
-            f"by more than {STANDARD_ERRORS:g} standard errors."
-        )
-        found.append(_verdict(all(better), text))
-    found += _copy_verdict(summary) + _paired_verdict(summary) + _parity_verdict(summary)
-    found += _memorisation_verdict(summary) + _steps_verdict(summary)
-    failures = {n: k for n, k in summary["failures"].items() if k}
-    text = (
-        "No method failed to make a picture."
-        if not failures
-        else "Failed pictures, counted as wrong: "
-        + ", ".join(f"{title(name)} {count}" for name, count in failures.items())
-    )
-    found.append(_verdict(not failures, text))
-    return found
 
 
 def timings(summary: Summary) -> list[dict[str, str]]:
@@ -203,85 +200,16 @@ def estimate(found: Mapping[str, Any], digits: int) -> dict[str, str]:
     return {"value": f"{found['mean']:.{digits}f}", "pm": pm}
 
 
-def _signed(found: Mapping[str, Any], digits: int, more_is_better: bool) -> dict[str, str]:
-    cell = estimate(found, digits)
-    tone = "good" if _beats(found, more_is_better) else ""
-    tone = "bad" if _beats(found, not more_is_better) else tone
-    return {**cell, "value": f"{found['mean']:+.{digits}f}", "tone": tone}
-
-
-def _beats(found: Mapping[str, Any], more_is_better: bool) -> bool:
+def beats(found: Mapping[str, Any], more_is_better: bool) -> bool:
+    """Whether a paired difference is a gain of more than `STANDARD_ERRORS`."""
     if found["stderr"] is None:
         return False
     gain = found["mean"] if more_is_better else -found["mean"]
     return gain > 0 and gain > STANDARD_ERRORS * found["stderr"]
 
 
-def _verdict(good: bool, text: str) -> dict[str, str]:
-    return {"tone": "good" if good else "bad", "text": text}
-
-
-def _copy_verdict(summary: Summary) -> list[dict[str, str]]:
-    if "copy_reference" not in summary["differences"]:
-        return []
-    difference = summary["differences"]["copy_reference"]
-    better = _beats(difference["image_error"], False) and _beats(
-        difference["caption_accuracy"], True
-    )
-    start = "They are no copies of the reference" if better else "They may be copies"
-    return [_verdict(better, f"{start}: compared with copying it, by error and caption.")]
-
-
-def _paired_verdict(summary: Summary) -> list[dict[str, str]]:
-    pair = summary["paired"]
-    if pair.get("ratio") is None:
-        return []
-    text = (
-        f"Without a single training step they reach {pair['ratio']:.2f} ± "
-        f"{pair['ratio_stderr']:.2f} of the conventional LoRA’s identity score, on the same "
-        f"{pair['n']} identities ({pair['generated']:.3f} against {pair['conventional']:.3f})."
-    )
-    return [_verdict(pair["ratio"] >= 0.7, text)]
-
-
-def _parity_verdict(summary: Summary) -> list[dict[str, str]]:
-    parity = summary["torch_parity"]
-    if parity.get("max_abs_diff") is None:
-        return []
-    good = parity["max_abs_diff"] <= MAX_PARITY
-    good = good and not parity.get("unexpected_keys") and not parity.get("missing_keys")
-    text = (
-        f"PyTorch diffusers loads the exported files: {parity.get('unexpected_keys', 0)} unexpected"
-        f" and {parity.get('missing_keys', 0)} missing keys; its pictures differ from JAX’s by at "
-        f"most {parity['max_abs_diff']:.1e}."
-    )
-    return [_verdict(good, text)]
-
-
-def _memorisation_verdict(summary: Summary) -> list[dict[str, str]]:
-    found = []
-    for space, audit in summary.get("memorisation", {}).get("weights", {}).items():
-        text = (
-            f"Memorisation audit ({space}): generated LoRAs are {audit['median_ratio']:.2f} times "
-            "as far from the nearest training LoRA as training LoRAs are from each other; noisy "
-            f"copies would be {audit['noisy_copy'] / audit['median_leave_one_out']:.2f} times."
-        )
-        found.append(_verdict(audit["passed"], text))
-    return found
-
-
-def _steps_verdict(summary: Summary) -> list[dict[str, str]]:
-    headline = summary.get("steps_to_quality", {}).get("headline", {})
-    if "hypernetwork" not in headline or "zero" not in headline:
-        return []
-    ours, theirs = headline["hypernetwork"], headline["zero"]
-    text = f"95 % of the full conventional LoRA’s identity score is reached {_when(ours)} from the "
-    text += f"generated LoRA and {_when(theirs)} from nothing."
-    good = ours["steps"] is not None and ours["steps"] <= 25
-    return [_verdict(good, text)]
-
-
-def _when(headline: Mapping[str, Any]) -> str:
-    if headline["steps"] is None:
-        return "never"
-    return f"after {headline['steps']} steps ({duration(headline['seconds_per_lora'])} per LoRA)"
+def _signed(found: Mapping[str, Any], digits: int, more_is_better: bool) -> dict[str, str]:
+    cell = estimate(found, digits)
+    tone = "good" if beats(found, more_is_better) else ""
+    tone = "bad" if beats(found, not more_is_better) else tone
+    return {**cell, "value": f"{found['mean']:+.{digits}f}", "tone": tone}

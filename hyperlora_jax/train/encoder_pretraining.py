@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from hyperlora_jax.data.avatars import Avatars
+from hyperlora_jax.data.worlds import open_world
 from hyperlora_jax.parallel.mesh import make_mesh
 from hyperlora_jax.train import encoder_task, probe_task
 from hyperlora_jax.train.configured import fit_section
@@ -65,7 +65,7 @@ def _bundle(config: Any, workdir: str | Path) -> RenderBundle:
     workdir = Path(str(open_workdir(workdir)))
     if config.data.bundle:
         return RenderBundle.load(config.data.bundle)
-    avatars = Avatars(config.data.style, config.data.size, config.data.split_seed)
+    avatars = open_world(config.data.style, config.data.size, config.data.split_seed)
     return render_bundle(
         avatars, config.data.num_identities, config.data.num_views, cache_dir=workdir / "renders"
     )

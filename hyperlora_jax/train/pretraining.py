@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from hyperlora_jax.array_types import Params
-from hyperlora_jax.data.avatars import Avatars
 from hyperlora_jax.data.encoded_subjects import encode_in_batches
+from hyperlora_jax.data.worlds import open_world
 from hyperlora_jax.diffusion.schedule import NoiseSchedule
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.parallel.mesh import make_mesh
@@ -104,7 +104,7 @@ def assemble(config: Any, workdir: Path, params: Params) -> StableDiffusion:
 
 def _draw_avatars(config: Any, workdir: Path) -> tuple[np.ndarray, list[str]]:
     """Pictures uint8 [n, h, w, 3] of training identities in training views, and their captions."""
-    avatars = Avatars(config.data.style, config.data.size, config.data.split_seed)
+    avatars = open_world(config.data.style, config.data.size, config.data.split_seed)
     people, views = config.data.num_identities, config.data.num_views
     available = avatars.num_identities("train")
     if people > available:

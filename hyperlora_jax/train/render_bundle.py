@@ -12,7 +12,9 @@ import numpy as np
 from etils import epath
 
 from hyperlora_jax.array_types import Int, UInt8
-from hyperlora_jax.data.avatars import Avatars, View
+from hyperlora_jax.data.avatars import View
+from hyperlora_jax.data.heads import HeadView
+from hyperlora_jax.data.worlds import World
 from hyperlora_jax.errors import UserError
 
 
@@ -89,18 +91,18 @@ class RenderBundle:
             ) from error
 
 
-def neutral_view(avatars: Avatars) -> View:
+def neutral_view(avatars: World) -> View | HeadView:
     """The view that hides least: optional parts left out, else the first class; white behind."""
     wanted = {"no": 0, "white": 1}
     classes = [
         min(names, key=lambda name: wanted.get(name, len(wanted)))
         for names in avatars.part_names.values()
     ]
-    return View(avatars.style, tuple(classes))
+    return avatars.view_of(classes)
 
 
 def render_bundle(
-    avatars: Avatars,
+    avatars: World,
     num_identities: int,
     num_views: int,
     *,

@@ -27,7 +27,7 @@ def results(test_set, validation_set, probe):
         Method("conventional", lambda q, s: blend(0.95)(q, 1.5)[:3]),
         Method("broken", lambda q, s: np.full_like(q.exact, np.nan)),
     ]
-    return compare.compare(methods, validation_set, test_set, probe)
+    return compare.compare(methods, validation_set, test_set, compare.scorer(probe))
 
 
 def test_exact_scores_all(results):
@@ -39,6 +39,15 @@ def test_exact_scores_all(results):
 def test_another_identity_scores_no_identity(results):
     scores = results["shuffled"].scores
     assert scores.top1.max() == 0.0 and scores.error.min() > 0.0
+
+
+def test_strangers_score_chance(test_set, probe):
+    """Everyone drawn as candidate k, over all k: right exactly once in n."""
+    drawn = np.stack([test_set.candidate_renders(i) for i in range(6)])  # [i, c, n, ...]
+    found = [compare.score(test_set, drawn[:, :, k], probe) for k in range(drawn.shape[2])]
+    assert np.mean([scores.top1.mean() for scores in found]) == pytest.approx(1 / 5)
+    for k, scores in enumerate(found):
+        np.testing.assert_array_equal(scores.taken_for, test_set.candidates[:, [k] * 3])
 
 
 def test_a_copied_reference_is_flagged(results):
@@ -67,7 +76,9 @@ def test_slow_methods_may_do_fewer_identities(results):
 
 def scores_of(top1, error):
     ones = np.ones((1, 1))
-    return Scores(top1 * ones, error * ones, np.ones((1, 1, 1)), np.ones(1), 0)
+    return Scores(
+        top1 * ones, error * ones, np.ones((1, 1, 1)), np.ones(1), 0, np.zeros((1, 1), int)
+    )
 
 
 def test_choice_prefers_identity_then_error():
@@ -107,7 +118,7 @@ def test_misuse(test_set, validation_set, probe):
         compare.score(test_set, np.zeros((7, 3, 16, 16, 3), np.float32), probe)
     twice = [Method("a", blend(1.0)), Method("a", blend(1.0))]
     with pytest.raises(ValueError, match="two methods of one name"):
-        compare.compare(twice, validation_set, test_set, probe)
+        compare.compare(twice, validation_set, test_set, compare.scorer(probe))
 
 
 def test_guidance_is_chosen_before_strength(test_set, validation_set, probe):
@@ -115,6 +126,6 @@ def test_guidance_is_chosen_before_strength(test_set, validation_set, probe):
         return blend(0.9 if guidance == 2.0 else 0.2)(questions, strength)
 
     method = Method("ridge", sample, strengths=(1.0, 1.5), guidances=(1.0, 2.0, 3.0))
-    found = compare.run_method(method, validation_set, test_set, probe)
+    found = compare.run_method(method, validation_set, test_set, compare.scorer(probe))
     assert (found.guidance, found.strength) == (2.0, 1.5)
     assert set(found.guidance_curve) == {1.0, 2.0, 3.0}

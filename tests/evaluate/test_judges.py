@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from hyperlora_jax.errors import UserError
-from hyperlora_jax.evaluate import compare, judges
-from hyperlora_jax.evaluate.compare import Method
+from hyperlora_jax.evaluate import judges
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +27,7 @@ def coloured(colours):
 
 
 def test_known_cosines():
-    references = coloured([[1.0, 0.5, 0.5], [0.5, 1.0, 0.5]])
+    references = coloured([[[1.0, 0.5, 0.5]], [[0.5, 1.0, 0.5]]])
     same, opposite, across = [1.0, 0.5, 0.5], [0.0, 0.5, 0.5], [0.5, 0.5, 1.0]
     generated = coloured([[same, opposite, across], [across, same, same]])
     found = judges.encoder_similarity(MeanColour(), generated, references)
@@ -36,7 +35,7 @@ def test_known_cosines():
 
 
 def test_undetected_subjects_and_failures_score_nothing():
-    references = coloured([[1.0, 0.5, 0.5]])
+    references = coloured([[[1.0, 0.5, 0.5]]])
     generated = coloured([[[1.0, 0.5, 0.5]] * 3]).copy()
     generated[0, 1, 2, 2, 0] = np.nan
     generated[0, 2] *= 0.9
@@ -46,16 +45,43 @@ def test_undetected_subjects_and_failures_score_nothing():
     np.testing.assert_allclose(found, [[1.0, 0.0, 0.0]], atol=1e-6)
 
 
-def test_numbers_say_which_judge_leaks(test_set, validation_set, probe):
-    methods = [Method("generated", lambda q, s: q.exact[:2])]
-    results = compare.compare(methods, validation_set, test_set, probe)
-    found = judges.similarity_numbers(
-        results, test_set, {"colour": MeanColour()}, condition_hash="h"
-    )["colour"]
+def test_numbers_say_which_judge_leaks(test_set):
+    references = test_set.references
+    images = {
+        "generated": test_set.exact[:2],
+        "copy_reference": np.repeat(references[:, None], 3, axis=1),
+    }
+    judged = {"colour": MeanColour()}
+    found = judges.similarity_numbers(images, references[:, None], judged, condition_hash="h")
+    found = found["colour"]
     assert found["is_condition_encoder"] and found["similarity"]["generated"]["n"] == 2
     assert found["similarity"]["copy_reference"]["mean"] == pytest.approx(1.0)
-    other = judges.similarity_numbers(results, test_set, {"colour": MeanColour()})
+    other = judges.similarity_numbers(images, references[:, None], judged)
     assert not other["colour"]["is_condition_encoder"]
+
+
+def test_several_real_pictures_are_averaged():
+    generated = coloured([[[1.0, 0.5, 0.5]]])
+    real = coloured([[[1.0, 0.5, 0.5], [0.5, 1.0, 0.5], [0.0, 0.5, 0.5], [1.0, 0.5, 0.5]]])
+    found = judges.encoder_similarity(MeanColour(), generated, real)
+    np.testing.assert_allclose(found, [[0.25]], atol=1e-6)
+
+
+def test_judges_are_loaded_by_name(tmp_path):
+    found = judges.load_judges({"avatars": "avatar", "independent": ""})
+    assert list(found) == ["avatars"] and found["avatars"].embedding_dim > 8
+    table = tmp_path / "table.npy"
+    np.save(table, np.ones((2, 4), np.float32))
+    with pytest.raises(UserError, match=r"evaluate\.judges\.mine: .* is a table of embeddings"):
+        judges.load_judges({"mine": str(table)})
+
+
+def test_detectors_are_named():
+    assert judges.load_detector("") is None
+    assert judges.load_detector("numpy:all") is np.all
+    for name in ("numpy", "numpy:nobody", "no_module:f", "numpy:pi"):
+        with pytest.raises(UserError, match=r"evaluate\.detector: "):
+            judges.load_detector(name)
 
 
 def save_clip(folder):
@@ -86,7 +112,7 @@ def test_clip_text_similarity(tmp_path):
     torch.manual_seed(0)
     model, tokenizer = save_clip(tmp_path)
     generated = np.random.default_rng(0).random((1, 2, 12, 12, 3)).astype(np.float32)
-    found = judges.clip_text_similarity(tmp_path, generated, [["red", "d red"]])
+    found = judges.load_clip(tmp_path).similarity(generated, [["red", "d red"]])
     pixels = torch.from_numpy(((generated[0] - 0.5) / 0.5).transpose(0, 3, 1, 2).copy())
     with torch.no_grad():
         tokens = tokenizer(
@@ -105,4 +131,4 @@ def test_no_clip(tmp_path):
     config = transformers.ViTConfig(**sizes, intermediate_size=8, image_size=8, patch_size=4)
     transformers.ViTModel(config).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="holds no CLIP model"):
-        judges.clip_text_similarity(tmp_path, np.zeros((1, 1, 8, 8, 3), np.float32), [["red"]])
+        judges.load_clip(tmp_path)

@@ -2,6 +2,7 @@ import importlib.util
 import json
 import pathlib
 
+import numpy as np
 import pytest
 
 from hyperlora_jax.errors import UserError
@@ -94,6 +95,20 @@ def test_a_changed_number_is_noticed(repository):
 
 def test_this_repository_is_up_to_date():
     assert [page.name for page in results_page.stale_pages(REPOSITORY)] == []
+
+
+@pytest.mark.parametrize("name", sorted(results_page.read_records(REPOSITORY)))
+def test_recorded_controls_are_at_their_level(name):
+    """In a recorded run the exact picture is always recognised, a shuffled reference is worth no
+    more than the mean LoRA, and a copied reference ignores the caption."""
+    metrics = results_page.read_records(REPOSITORY)[name]["metrics"]
+    top1, captions = metrics["identity_top1"], metrics["caption_accuracy"]
+    assert top1["exact"]["mean"] == 1.0
+    spread = np.hypot(top1["shuffled"]["stderr"], top1["mean_lora"]["stderr"])
+    assert top1["shuffled"]["mean"] <= top1["mean_lora"]["mean"] + 3 * spread
+    chance = 1 / metrics["evaluation"]["test"]["num_candidates"]
+    assert top1["mean_lora"]["mean"] < 3 * chance < top1["generated"]["mean"]
+    assert captions["copy_reference"]["mean"] < 0.5 * captions["generated"]["mean"]
 
 
 def test_refused(repository, tmp_path):

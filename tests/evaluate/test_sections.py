@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from hyperlora_jax.errors import UserError
-from hyperlora_jax.evaluate import sections, wording
+from hyperlora_jax.evaluate import sections, verdicts
 from hyperlora_jax.evaluate.steps_to_quality import run_curve
 
 RANDOM = np.random.default_rng(0)
@@ -36,7 +36,7 @@ def test_memorisation():
     assert set(numbers["weights"]) == {"delta", "pca"} and "images" in numbers
     copies = {"mid": {s: {k: v[:5] for k, v in p.items()} for s, p in training["mid"].items()}}
     summary = {"memorisation": check(sections.memorisation_section(copies, training))}
-    assert [line["tone"] for line in wording._memorisation_verdict(summary)] == ["bad", "bad"]
+    assert [line["tone"] for line in verdicts._memorisation_verdict(summary)] == ["bad", "bad"]
 
 
 def test_weights():
@@ -66,10 +66,10 @@ def test_steps():
         for name, start in (("zero", 0.0), ("hypernetwork", 0.96))
     }
     numbers = check(sections.steps_section(curves, np.ones(4)))
-    (verdict,) = wording._steps_verdict({"steps_to_quality": numbers})
+    (verdict,) = verdicts._steps_verdict({"steps_to_quality": numbers})
     assert verdict["tone"] == "good" and "after 0 steps" in verdict["text"]
     assert "after 100 steps (25 s per LoRA) from nothing" in verdict["text"]
-    assert wording._when({"steps": None}) == "never"
+    assert verdicts._when({"steps": None}) == "never"
 
 
 def test_learning(tmp_path):

@@ -1,0 +1,18 @@
+"""Worlds with exact pictures, by style: drawn avatars, and rendered heads."""
+
+from hyperlora_jax.data import heads
+from hyperlora_jax.data.avatars import Avatars
+from hyperlora_jax.data.heads import Heads
+
+World = Avatars | Heads
+
+
+def open_world(style: str, size: int | None = None, split_seed: int = 0) -> World:
+    """The world of a config's `data.style`: "heads", or one of `avatar_styles.STYLES`.
+
+    Raises:
+        UserError: an unknown style, a size it is not drawn at, or a package that is missing.
+    """
+    if style == heads.STYLE:
+        return Heads(size, split_seed)
+    return Avatars(style, size, split_seed)

@@ -1,0 +1,136 @@
+"""`hyperlora evaluate` from a workdir, on avatars and on a folder of pictures."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hyperlora_jax.cli.config import load_config
+from hyperlora_jax.data.avatars import Avatars
+from hyperlora_jax.data.lora_targets_writer import write_lora_targets
+from hyperlora_jax.data.pictures import encode_png
+from hyperlora_jax.data.subjects import Subject
+from hyperlora_jax.errors import UserError
+from hyperlora_jax.evaluate.run import Evaluation, evaluate
+from hyperlora_jax.hypernet.baselines import make_baseline
+from hyperlora_jax.hypernet.conditioning import load_condition_encoder
+from hyperlora_jax.hypernet.model import FOLDER, Hypernetwork
+from hyperlora_jax.stable_diffusion.embedded import load_base
+
+pytestmark = pytest.mark.slow
+
+SMALL = {
+    "num_identities": 3, "num_validation": 2, "num_captions": 2, "num_views": 2,
+    "num_candidates": 3, "num_sampling_steps": 2, "strengths": "(1.0,2.0)",
+    "methods": "('base','mean_lora','generated','shuffled')", "steps_to_quality.num_identities": 0,
+    "conventional.num_identities": 1, "conventional.num_validation": 1,
+    "conventional.num_slots": 2, "conventional.recipe.num_steps": 5,
+    "conventional.recipe.images_per_step": 1, "judges.independent": "avatar",
+}  # fmt: skip
+
+
+def config_of(**changes):
+    values = {**SMALL, **changes}
+    return load_config(
+        "configs/avatars.py", [f"--config.evaluate.{k}={v}" for k, v in values.items()]
+    )
+
+
+@pytest.fixture(name="people", scope="module")
+def _people():
+    """(name, pictures, captions) of training identities."""
+    avatars, found = Avatars(), []
+    for k in range(9):
+        views = avatars.views("train", 4, 4 * k)
+        person = avatars.identity("train", k)
+        drawn = [np.asarray(avatars.render(person, view)) for view in views]
+        found.append((f"person-{k}", drawn, [avatars.caption(view) for view in views]))
+    return found
+
+
+@pytest.fixture(name="workdir", scope="module")
+def _workdir(people, tmp_path_factory):
+    """A finished run: LoRA targets of the first four people, a hypernetwork of ridge regression."""
+    workdir = tmp_path_factory.mktemp("run")
+    sd, encoder = load_base("tiny-sd"), load_condition_encoder("avatar")
+    spec = sd.lora_spec("attn-qkvo", 4)
+    random = np.random.default_rng(0)
+    vectors = 0.05 * random.standard_normal((4, spec.num_parameters)).astype(np.float32)
+    subjects = [
+        Subject(
+            name,
+            name,
+            tuple(map(encode_png, drawn)),
+            tuple(map(encode_png, drawn)),
+            tuple(captions),
+            lora=vector,
+            split="train",
+        )
+        for (name, drawn, captions), vector in zip(people, vectors, strict=False)
+    ]
+    write_lora_targets(workdir / "targets", subjects, spec, sd.base_hash)
+    baseline = {"space": "raw", "kernel_width": 0.5, "num_components": 2}
+    generator = make_baseline("ridge", spec, **baseline)
+    seen = np.stack([drawn for _, drawn, _ in people[:4]]).reshape(-1, 16, 16, 3)
+    pooled = np.asarray(encoder.encode(seen.astype(np.float32) / 255)[0])
+    constants = generator.fit(pooled.reshape(4, 4, -1).mean(axis=1), vectors)
+    facts = {
+        "base": "tiny-sd",
+        "base_hash": sd.base_hash,
+        "trained_on": [name for name, _, _ in people[:4]],
+        "num_steps": 0,
+    }
+    model = {"generator": "ridge", "baseline": baseline}
+    Hypernetwork(generator, {}, encoder, facts, model, constants).save(workdir / FOLDER)
+    return workdir
+
+
+@pytest.fixture(name="folder", scope="module")
+def _folder(people, tmp_path_factory):
+    root = tmp_path_factory.mktemp("pictures")
+    for name, drawn, captions in people:
+        (root / name).mkdir()
+        rows = []
+        for k, (picture, text) in enumerate(zip(drawn, captions, strict=True)):
+            Image.fromarray(picture).save(root / name / f"{k}.png")
+            rows.append(json.dumps({"file_name": f"{k}.png", "text": text}))
+        (root / name / "metadata.jsonl").write_text("\n".join(rows))
+    return root
+
+
+def test_avatars(workdir, tmp_path):
+    files = evaluate(config_of(), workdir, tmp_path / "comparison.json", "the command")
+    metrics = json.loads(files.metrics.read_text())
+    assert set(metrics["judges"]) == {"own", "independent"}
+    assert metrics["judges"]["independent"]["similarity"]["copy_reference"]["mean"] > 0.99
+    assert metrics["identity_top1"]["exact"]["mean"] == 1.0
+    written = json.loads((tmp_path / "comparison.json").read_text())
+    assert written["memorisation"] == metrics["memorisation"]
+    assert set(written["methods"]) == set(metrics["identity_top1"])
+
+
+def test_a_folder_of_pictures(workdir, folder):
+    asked = config_of(source=folder, prompts="('smiling','open mouth')")
+    files = evaluate(asked, workdir)
+    metrics = json.loads(files.metrics.read_text())
+    assert "image_error" not in metrics and "exact" not in metrics["similarity"]
+    assert metrics["similarity"]["copy_reference"]["mean"] > metrics["similarity"]["base"]["mean"]
+    test = metrics["evaluation"]["test"]
+    assert test["judge"] == "independent" and test["num_gallery"] == 2
+    assert test["checked_against"] == 4
+    assert "memorisation" in metrics and "Other judges" in files.page.read_text()
+
+
+def test_without_the_generated_method(workdir):
+    files = evaluate(config_of(methods="('base','mean_lora')"), workdir)
+    metrics = json.loads(files.metrics.read_text())
+    assert set(metrics["identity_top1"]) == {"base", "mean_lora", "copy_reference", "exact"}
+    assert metrics["differences"] == {} and "memorisation" not in metrics
+
+
+def test_a_folder_needs_a_judge_and_newcomers(workdir, folder):
+    with pytest.raises(UserError, match=r"evaluate\.judges: found none"):
+        Evaluation(config_of(source=folder, **{"judges.independent": ""}), workdir)
+    with pytest.raises(UserError, match="found 5 identities that were not trained on"):
+        Evaluation(config_of(source=folder, num_identities=4), workdir)
