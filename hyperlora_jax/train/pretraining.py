@@ -6,7 +6,6 @@ Each stage keeps its result in the workdir, so that a killed run goes on where i
 """
 
 import functools
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +185,7 @@ def _train_unet(
     tokenizer_dir: Path,
     captions: list[str],
     latents: np.ndarray,
-) -> tuple[TrainState, dict[str, Any]]:
+) -> tuple[Params, dict[str, Any]]:
     from transformers import CLIPTokenizer
 
     tokenizer = CLIPTokenizer.from_pretrained(tokenizer_dir)
@@ -222,7 +221,7 @@ def _train_unet(
     return params, {"unet": unet, "text_encoder": text, "tokenizers": (tokenizer,)}
 
 
-def autoencoder_config(section: Mapping[str, Any], image_size: int) -> dict[str, Any]:
+def autoencoder_config(section: Any, image_size: int) -> dict[str, Any]:
     """diffusers config.json of an AutoencoderKL."""
     levels = len(section["block_out_channels"])
     return {
@@ -238,7 +237,7 @@ def autoencoder_config(section: Mapping[str, Any], image_size: int) -> dict[str,
     }
 
 
-def unet_config(section: Mapping[str, Any], latents_shape: tuple[int, ...]) -> dict[str, Any]:
+def unet_config(section: Any, latents_shape: tuple[int, ...]) -> dict[str, Any]:
     """diffusers config.json of a UNet2DConditionModel with cross-attention on every level."""
     levels = len(section["block_out_channels"])
     return {
@@ -253,7 +252,7 @@ def unet_config(section: Mapping[str, Any], latents_shape: tuple[int, ...]) -> d
     }
 
 
-def text_config(section: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
+def text_config(section: Any, tokenizer: Any) -> dict[str, Any]:
     """transformers config.json of a CLIPTextModel for a tokenizer."""
     return {
         "architectures": ["CLIPTextModel"],
@@ -269,5 +268,5 @@ def text_config(section: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
     }
 
 
-def _plain(section: Mapping[str, Any]) -> dict[str, Any]:
+def _plain(section: Any) -> dict[str, Any]:
     return {k: list(v) if isinstance(v, tuple) else v for k, v in dict(section).items()}
