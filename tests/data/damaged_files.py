@@ -86,7 +86,7 @@ DAMAGES = {
     "lfs pointer": (_bytes(lambda c: b"version https://git-lfs.github.com/spec/v1\n"), "Git LFS"),
     "more bytes": (_bytes(lambda c: c + b"more"), "after the last tensor"),
     "overlap": (_header(lambda h: _shift(list(h.values())[-1], -4)), "overlaps another tensor"),
-    "hole": (_header(lambda h: _shift(_first_entry(h), 4)), "leaves a hole before it"),
+    "hole": (_header(lambda h: _shift(_first_entry(h), 4)), "leaves a hole before"),
     "negative offset": (
         _header(lambda h: _first_entry(h).update(data_offsets=[-8, 8])),
         "data_off",
