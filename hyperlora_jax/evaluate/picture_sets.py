@@ -86,34 +86,19 @@ def make_picture_sets(
     Raises:
       UserError: too few held-out subjects, or one with too few pictures.
     """
-    free = held_out(subjects, training_ids)
     needed = num_validation + num_identities
-    if len(free) < needed:
-        raise UserError(
-            f"{source}: found {len(free)} identities that were not trained on (of {len(subjects)} "
-            "subjects), "
-            f"expected {needed}: evaluate.num_validation {num_validation} + "
-            f"evaluate.num_identities {num_identities}"
-        )
     if not 2 <= num_candidates <= needed or not num_validation:
         raise UserError(
             f"evaluate.num_candidates: found {num_candidates}, expected 2 to the {needed} subjects "
             f"of both splits (evaluate.num_validation {num_validation}, at least 1)"
         )
-    people = sorted(free, key=lambda s: _order(s.identity, split_seed))[:needed]
-    fewest = min(people, key=lambda s: len(_parted(s, num_views)[1]))
-    num_gallery = len(_parted(fewest, num_views)[1])
-    if not num_gallery:
-        raise UserError(
-            f"{source}/{fewest.id}: has too few pictures, expected evaluate.num_views "
-            f"({num_views}) to show and at least one more to judge by"
-        )
-    made = []
+    people = _newcomers(subjects, source, needed, split_seed, training_ids)
+    check_disjoint(people, training_ids)
+    num_gallery = _smallest_gallery(people, source, num_views)
     validation, test = people[:num_validation], people[num_validation:]
-    parts = (("validation", validation, test), ("test", test, validation))
-    for number, (split, chosen, rest) in enumerate(parts):
-        random = np.random.default_rng((identity_seed, number))
-        check_disjoint(chosen, training_ids)
+    made = []
+    for number, (chosen, rest) in enumerate(((validation, test), (test, validation))):
+        split = ("validation", "test")[number]
         facts = {
             "source": source,
             "split": split,
@@ -127,8 +112,37 @@ def make_picture_sets(
             "checked_against": len(training_ids),
         }
         sizes = num_captions, num_views, num_gallery, num_candidates
+        random = np.random.default_rng((identity_seed, number))
         made.append(_make(split, chosen, rest, prompts, sizes, random, facts))
     return made[0], made[1]
+
+
+def _newcomers(
+    subjects: Sequence[Subject],
+    source: str,
+    needed: int,
+    split_seed: int,
+    training_ids: frozenset[str],
+) -> list[Subject]:
+    """As many subjects that were not trained on as are needed, in the split's order."""
+    free = held_out(subjects, training_ids)
+    if len(free) < needed:
+        raise UserError(
+            f"{source}: found {len(free)} identities that were not trained on (of {len(subjects)} "
+            f"subjects), expected {needed}: evaluate.num_validation + evaluate.num_identities"
+        )
+    return sorted(free, key=lambda s: _order(s.identity, split_seed))[:needed]
+
+
+def _smallest_gallery(people: Sequence[Subject], source: str, num_views: int) -> int:
+    """How many pictures everybody has beside those to show."""
+    counts = [len(_parted(person, num_views)[1]) for person in people]
+    if not min(counts):
+        raise UserError(
+            f"{source}/{people[counts.index(0)].id}: has too few pictures, expected "
+            f"evaluate.num_views ({num_views}) to show and at least one more to judge by"
+        )
+    return min(counts)
 
 
 def _make(

@@ -97,20 +97,20 @@ def standard_figures(
     test: AnySet, results: Mapping[str, MethodResult], num_rows: int = 6
 ) -> list[Figure]:
     """The grid, the worst ten and the strength curves, as far as there are results for them."""
-    grid = figures.main_grid(test, results, num_rows)
+    exact = isinstance(test, EvaluationSet)
+    shown = "picture but the reference" if exact else "drawn picture"
     found = [
         Figure(
             "grid",
-            figures.to_png(grid),
+            figures.to_png(figures.main_grid(test, results, num_rows)),
             "The first held-out identities of the test set, in its own order; under each row the "
-            "caption that every picture but the reference should show.",
+            f"caption that every {shown} should show.",
             place="top",
         )
     ]
     if "generated" in results:
         cases = figures.worst_cases(test, results["generated"])
         page = figures.worst_grid(test, results["generated"], cases)
-        exact = isinstance(test, EvaluationSet)
         near = "exact render is nearest" if exact else "pictures the judge finds most similar"
         note = f"“Taken for” is the candidate whose {near} to the generated one."
         found.append(Figure("worst", figures.to_png(page), note, place="worst"))
