@@ -24,6 +24,7 @@ from hyperlora_jax.array_types import AnyArray
 from hyperlora_jax.errors import UserError
 
 Buffer = bytes | np.ndarray
+Entry = tuple[np.dtype, tuple[int, ...], int]  # dtype, shape, byte of the file where it starts
 MAX_HEADER_BYTES = 100_000_000
 MAX_DIMENSIONS = 8
 OWN_MARK, OWN_HASH, KOHYA_HASH = "hyperlora.spec", "hyperlora.sha256", "sshs_model_hash"
@@ -58,17 +59,11 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str,
     and the reason for everything that is not a sound file.
     """
     data = _bytes(path)
-    header, start = _header(path, data)
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise UserError(f"{path}: __metadata__ is no map of strings to strings")
-    tensors, spans = {}, []
-    for name, entry in header.items():
-        dtype, shape, begin, end = _entry(path, name, entry, len(data) - start)
-        spans.append((begin, end, name))
-        count = (end - begin) // dtype.itemsize
-        tensors[name] = np.frombuffer(data, dtype, count, start + begin).reshape(shape)
-    _check_spans(path, sorted(spans), len(data) - start)
+    entries, metadata, start = _table(path, data)
+    tensors = {
+        name: np.frombuffer(data, dtype, math.prod(shape), offset).reshape(shape)
+        for name, (dtype, shape, offset) in entries.items()
+    }
     if OWN_MARK in metadata:
         wanted = metadata.get(OWN_HASH, metadata.get(KOHYA_HASH))
         if wanted is None or hashlib.sha256(memoryview(data)[start:]).hexdigest() != wanted:
@@ -76,9 +71,14 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str,
     return tensors, metadata
 
 
+def read_entries(path: str | os.PathLike[str]) -> dict[str, Entry]:
+    """What every tensor is and where; touches no data. Raises UserError as `read` does."""
+    return _table(path, _bytes(path))[0]
+
+
 def read_shapes(path: str | os.PathLike[str]) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
     """{name: (dtype, shape)}; touches no data."""
-    return {name: (array.dtype, array.shape) for name, array in read(path)[0].items()}
+    return {name: (dtype, shape) for name, (dtype, shape, _) in read_entries(path).items()}
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
@@ -233,6 +233,23 @@ def _header(path: str | os.PathLike[str], data: bytes | mmap.mmap) -> tuple[dict
     if not isinstance(header, dict):
         raise UserError(f"{path}: header is no JSON object")
     return header, 8 + size
+
+
+def _table(
+    path: str | os.PathLike[str], data: bytes | mmap.mmap
+) -> tuple[dict[str, Entry], dict[str, str], int]:
+    """(entries, metadata, where the data starts), every number checked against the file."""
+    header, start = _header(path, data)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise UserError(f"{path}: __metadata__ is no map of strings to strings")
+    entries, spans = {}, []
+    for name, found in header.items():
+        dtype, shape, begin, end = _entry(path, name, found, len(data) - start)
+        spans.append((begin, end, name))
+        entries[name] = (dtype, shape, start + begin)
+    _check_spans(path, sorted(spans), len(data) - start)
+    return entries, metadata, start
 
 
 def _are_indices(values: Any, most: int) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from hyperlora_jax.array_types import AnyArray, Array, Float, Int, Params, PRNGKey
 from hyperlora_jax.diffusion.samplers import SAMPLERS
@@ -20,6 +21,7 @@ from hyperlora_jax.diffusion.schedule import NoiseSchedule
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora.factors import scale as scale_lora
 from hyperlora_jax.lora.sites import LoraSpec, component_tree, spec_from_shapes
+from hyperlora_jax.parallel.sharding import DEFAULT_RULES, Rule
 from hyperlora_jax.stable_diffusion import directory, inference, loading, single_file
 from hyperlora_jax.stable_diffusion.autoencoder import AutoencoderKL
 from hyperlora_jax.stable_diffusion.clip_text import ClipTextModel
@@ -42,31 +44,42 @@ class StableDiffusion:
 
     @staticmethod
     def from_pretrained(
-        path: str | Path, dtype: Any = jnp.float32, variant: str | None = None
+        path: str | Path,
+        dtype: Any = jnp.float32,
+        variant: str | None = None,
+        mesh: Mesh | None = None,
+        rules: Sequence[Rule] = DEFAULT_RULES,
     ) -> "StableDiffusion":
         """Reads a diffusers directory, hub id or single file; arithmetic in `dtype`.
 
-        `variant` "fp16" reads `*.fp16.safetensors`.
+        `variant` "fp16" reads `*.fp16.safetensors`. With a mesh, parameters are spread over it by
+        the sharding table `rules`. One tensor at a time is in host memory.
 
         Raises UserError naming the file for anything missing, unknown or unsupported in it.
         """
         if str(path).endswith((".safetensors", ".ckpt")) and Path(path).is_file():
-            return StableDiffusion.from_single_file(path, dtype)
+            return StableDiffusion.from_single_file(path, dtype, mesh=mesh, rules=rules)
         root = loading.local_directory(path)
-        modules, params, schedule = loading.load_directory(root, dtype, variant)
+        modules, params, schedule = loading.load_directory(root, dtype, variant, mesh, rules)
+        modules["unet"] = modules["unet"].clone(mesh=mesh)
         return StableDiffusion(**modules, params=params, schedule=schedule, path=root)
 
     @staticmethod
     def from_single_file(
-        path: str | Path, dtype: Any = jnp.float32, prediction_type: str | None = None
+        path: str | Path,
+        dtype: Any = jnp.float32,
+        prediction_type: str | None = None,
+        mesh: Mesh | None = None,
+        rules: Sequence[Rule] = DEFAULT_RULES,
     ) -> "StableDiffusion":
         """Reads an original single file (1.x, 2.x, XL): see `single_file.load_single_file`.
 
         Such a file holds no tokenizer: give one with `dataclasses.replace(sd, tokenizers=(t,))`.
         """
         modules, params, schedule = single_file.load_single_file(
-            Path(path), dtype, prediction_type=prediction_type
+            Path(path), dtype, prediction_type=prediction_type, mesh=mesh, rules=rules
         )
+        modules["unet"] = modules["unet"].clone(mesh=mesh)
         return StableDiffusion(**modules, params=params, schedule=schedule)
 
     def save_pretrained(self, path: str | Path, dtype: str = "float16") -> None:
