@@ -6,6 +6,7 @@ static arguments, so that two models of one config share the compiled program.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from hyperlora_jax.diffusion.schedule import NoiseSchedule
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora.factors import scale as scale_lora
 from hyperlora_jax.lora.sites import LoraSpec, component_tree, spec_from_shapes
-from hyperlora_jax.parallel.sharding import DEFAULT_RULES, Rule
+from hyperlora_jax.parallel.mesh import BATCH_AXES
+from hyperlora_jax.parallel.sharding import DEFAULT_RULES, Rule, batch_sharding
 from hyperlora_jax.stable_diffusion import directory, inference, loading, single_file
 from hyperlora_jax.stable_diffusion.autoencoder import AutoencoderKL
 from hyperlora_jax.stable_diffusion.clip_text import ClipTextModel
@@ -216,7 +218,8 @@ class StableDiffusion:
 
         L LoRAs serve the b prompts: image k uses LoRA k // (b / L), times `strength` (a number, or
         one per LoRA). `latents` is the initial standard normal noise; without it, it is drawn from
-        `key`. Negative prompts count where guidance differs from 1.
+        `key`. Negative prompts count where guidance differs from 1. A model on a mesh splits the
+        pictures over it.
         """
         batch = len(prompts)
         if lora is not None:
@@ -241,11 +244,18 @@ class StableDiffusion:
             num_steps,
             guided,
             {"unet": self.params["unet"], "vae": self.params["vae"]},
-            jnp.asarray(latents, jnp.float32),
+            self._spread(jnp.asarray(latents, jnp.float32)),
             text,
             jnp.asarray(guidance, jnp.float32),
             component_tree(lora, "unet") if lora else None,
         )
+
+    def _spread(self, rows: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
+        """Split over data × fsdp of the model's mesh, where these divide the rows."""
+        mesh = self.unet.mesh
+        if mesh is None or len(rows) % math.prod(mesh.shape[axis] for axis in BATCH_AXES):
+            return rows
+        return jax.device_put(rows, batch_sharding(mesh))
 
     @functools.cached_property
     def base_hash(self) -> str:
