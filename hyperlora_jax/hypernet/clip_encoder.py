@@ -21,6 +21,7 @@ from hyperlora_jax.stable_diffusion.clip_vision import (
     ClipVisionModel,
     vision_model_from_config,
 )
+from hyperlora_jax.stable_diffusion.tensor_stream import read_tensors, to_devices
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -83,12 +84,8 @@ def load_clip_vision(path: epath.PathLike) -> ClipImageEncoder:
     except UserError as error:
         raise UserError(f"{folder / 'config.json'}: {error}") from error
     files = directory.any_weight_files(folder, "image_encoder")
-    params = torch_to_flax(
-        directory.read_tensors(files),
-        param_shapes(module),
-        "image_encoder",
-        str(files[0]),
-        lambda _, array: jnp.asarray(array, jnp.float32),
-    )
+    shapes = param_shapes(module)
+    place = to_devices(shapes, jnp.float32)
+    params = torch_to_flax(read_tensors(files), shapes, "image_encoder", str(files[0]), place)
     mean, std = normalisation(epath.Path(path))
     return ClipImageEncoder(folder.name, module, params, tree_hash(params), tuple(mean), tuple(std))

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from hyperlora_jax.array_types import AnyArray, Array, Float, Params, PRNGKey
 from hyperlora_jax.lora.sites import LoraSpec, tree_from_sites
@@ -93,6 +94,26 @@ def scale(lora: Params, strength: float | Float[AnyArray, ""] | Float[AnyArray, 
 def stack(loras: Sequence[Params]) -> Params:
     """A batch from single LoRAs of one spec."""
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *loras)
+
+
+def stack_padded(loras: Sequence[Params]) -> Params:
+    """A batch from single LoRAs whose ranks or sites differ: zeros fill what one of them lacks.
+
+    Every delta stays what it is.
+    """
+    trees = [flatten_dict(lora) for lora in loras]
+    stacked = {}
+    for path in sorted(set().union(*trees)):
+        leaves = [tree.get(path) for tree in trees]
+        largest = max((leaf for leaf in leaves if leaf is not None), key=lambda leaf: leaf.size)
+        stacked[path] = jnp.stack([_grown(leaf, largest) for leaf in leaves])
+    return unflatten_dict(stacked)
+
+
+def _grown(leaf: AnyArray | None, to: AnyArray) -> Array:
+    if leaf is None:
+        return jnp.zeros(to.shape, to.dtype)
+    return jnp.pad(leaf, [(0, new - old) for old, new in zip(leaf.shape, to.shape, strict=True)])
 
 
 def index(lora: Params, i: int | slice) -> Params:

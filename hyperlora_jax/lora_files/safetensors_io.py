@@ -21,6 +21,7 @@ from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora_files import layout as layouts
 
 Buffer = bytes | np.ndarray
+Entry = tuple[np.dtype, tuple[int, ...], int]  # dtype, shape, byte of the file where it starts
 MAX_HEADER_BYTES = 100_000_000
 OWN_MARK, OWN_HASH, KOHYA_HASH = "hyperlora.spec", "hyperlora.sha256", "sshs_model_hash"
 DTYPES = layouts.DTYPES
@@ -54,10 +55,15 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str,
     return tensors, metadata
 
 
+def read_entries(path: str | os.PathLike[str]) -> dict[str, Entry]:
+    """What every tensor is and where; touches no data. Raises UserError as `read` does."""
+    layout, _, start = _header(path, _bytes(path))
+    return {place.name: (place.dtype, place.shape, start + place.begin) for place in layout.places}
+
+
 def read_shapes(path: str | os.PathLike[str]) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
     """{name: (dtype, shape)}; touches no data."""
-    layout, _, _ = _header(path, _bytes(path))
-    return {place.name: (place.dtype, place.shape) for place in layout.places}
+    return {name: (dtype, shape) for name, (dtype, shape, _) in read_entries(path).items()}
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:

@@ -1,9 +1,8 @@
 """The diffusers directory layout: component folders with config.json and safetensors."""
 
-import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 from hyperlora_jax.array_types import Params
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.stable_diffusion.checkpoint import flax_to_torch
+from hyperlora_jax.stable_diffusion.tensor_stream import Loader, read_tensors
 
 WEIGHT_STEMS = {
     "unet": "diffusion_pytorch_model",
@@ -77,42 +77,6 @@ def any_weight_files(folder: Path, component: str) -> list[Path]:
         return weight_files(folder, component, "fp16")
 
 
-def read_tensors(files: list[Path]) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
-    """(name, loader) of every tensor of safetensors files, one tensor in memory at a time."""
-    from safetensors import SafetensorError, safe_open
-
-    for path in files:
-        if path.suffix in (".bin", ".ckpt", ".pt"):
-            yield from _read_pickle(path)
-            continue
-        try:
-            # Not closed here: the loaders read from it; it closes when the last one is dropped.
-            handle = safe_open(path, framework="numpy")
-            for name in handle.keys():  # noqa: SIM118 (safe_open is no mapping)
-                yield name, lambda name=name, handle=handle: handle.get_tensor(name)
-        except SafetensorError as error:
-            raise UserError(f"{path}: not a readable safetensors file ({error})") from error
-
-
-def _read_pickle(path: Path) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
-    """Tensors of a PyTorch file; `weights_only=True` runs no code from it."""
-    try:
-        import torch
-    except ImportError as error:
-        raise UserError(
-            f"{path}: reading a .bin file needs PyTorch, install hyperlora-jax[torch] or use "
-            "safetensors"
-        ) from error
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise UserError(f"{path}: not a file of plain tensors ({type(error).__name__})") from error
-    for name, tensor in tensors.get("state_dict", tensors).items():
-        if not hasattr(tensor, "numpy"):
-            continue  # training bookkeeping: step counters and the like
-        yield name, lambda tensor=tensor: tensor.float().numpy()
-
-
 def write_component(
     folder: Path, component: str, config: Mapping[str, Any], params: Params, dtype: str
 ) -> None:
@@ -128,39 +92,27 @@ def write_component(
 
 def hash_of_params(params: Params) -> str:
     """sha256 of a model's tensors: see `hash_tensors`."""
-    return hash_tensors(flax_to_torch(jax.device_get(params)))
+    tensors = flax_to_torch(jax.device_get(params))
+    return hash_tensors((name, lambda array=array: array) for name, array in tensors.items())
 
 
-def hash_tensors(tensors: Mapping[str, np.ndarray | Callable[[], np.ndarray]]) -> str:
-    """sha256 over name, shape and float16 bytes of every tensor (or loader) in name order.
+def hash_of_files(files: list[Path]) -> str:
+    """sha256 of a model's tensors on disk: see `hash_tensors`."""
+    return hash_tensors(read_tensors(files))
+
+
+def hash_tensors(tensors: Iterable[tuple[str, Loader]]) -> str:
+    """sha256 over name, shape and float16 bytes of every tensor in name order, one at a time.
 
     float16, so that a base and its fp16 variant, or its export, have one identity.
     """
     digest = hashlib.sha256()
     with np.errstate(over="ignore"):
-        for name, given in sorted(tensors.items()):
-            array = given() if callable(given) else given
+        for name, load in sorted(tensors, key=lambda pair: pair[0]):
+            array = load()
             digest.update(f"{name}{array.shape}".encode())
             digest.update(np.ascontiguousarray(array.astype(np.float16)).tobytes())
     return digest.hexdigest()
-
-
-def hash_of_files(files: list[Path]) -> str:
-    """sha256 of a model's tensors on disk: see `hash_tensors`. One tensor is in memory at a time:
-    the file is opened anew for each, so that pages of the former one leave this process."""
-    loaders: dict[str, Callable[[], np.ndarray]] = {}
-    for path in files:
-        for name, load in read_tensors([path]):
-            alone = path.suffix == ".safetensors"
-            loaders[name] = functools.partial(_read_one, path, name) if alone else load
-    return hash_tensors(loaders)
-
-
-def _read_one(path: Path, name: str) -> np.ndarray:
-    from safetensors import safe_open
-
-    with safe_open(path, framework="numpy") as file:
-        return file.get_tensor(name)
 
 
 def cached_hash(folder: Path, files: list[Path], compute: Callable[[], str]) -> str:

@@ -1,24 +1,32 @@
 """Base models by name: "tiny-sd" is the one inside the package, anything else a path or hub id."""
 
 import importlib.resources
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from hyperlora_jax.errors import UserError
+from hyperlora_jax.parallel.sharding import DEFAULT_RULES, Rule
 from hyperlora_jax.stable_diffusion.model import StableDiffusion
 
 EMBEDDED = ("tiny-sd",)
 
 
-def load_base(source: str, dtype: Any = jnp.float32) -> StableDiffusion:
-    """The base model called `source`.
+def load_base(
+    source: str,
+    dtype: Any = jnp.float32,
+    mesh: Mesh | None = None,
+    rules: Sequence[Rule] = DEFAULT_RULES,
+) -> StableDiffusion:
+    """The base model called `source`; with a mesh its parameters are spread over it by `rules`.
 
     Raises:
         UserError: see `StableDiffusion.from_pretrained`; or the embedded model is not built yet.
     """
-    return StableDiffusion.from_pretrained(base_path(source), dtype=dtype)
+    return StableDiffusion.from_pretrained(base_path(source), dtype, mesh=mesh, rules=rules)
 
 
 def base_path(source: str) -> str:

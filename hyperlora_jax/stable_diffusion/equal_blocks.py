@@ -13,9 +13,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict, unflatten_dict
 
 from hyperlora_jax.array_types import Array, Float, Params
+from hyperlora_jax.lora.factors import stack_padded
 
 STACKED = "transformer_blocks"
 _BLOCK = re.compile(rf"^{STACKED}_(\d+)$")
@@ -77,7 +77,9 @@ def scan_blocks(
     if STACKED not in params:
         params = stack_blocks({name: params[name] for name in params if _BLOCK.match(name)})
     stacked = {"params": params[STACKED]}
-    if lora := _stacked_lora(variables.get("lora", {}), depth):
+    loras = variables.get("lora", {})
+    # Ranks may differ between blocks and sites may be missing.
+    if lora := stack_padded([loras.get(f"{STACKED}_{i}", {}) for i in range(depth)]):
         stacked["lora"] = lora
     return jax.lax.scan(lambda x, here: (block(here, x), None), hidden, stacked)[0]
 
@@ -86,24 +88,3 @@ def _blocks(tree: Params) -> list[Params]:
     """The blocks of a transformer in their order."""
     found = {int(match[1]): tree[name] for name in tree if (match := _BLOCK.match(name))}
     return [found[i] for i in sorted(found)]
-
-
-def _stacked_lora(tree: Params, depth: int) -> Params:
-    """The blocks' factors with a leading axis.
-
-    Ranks may differ between blocks and sites may be missing: zeros fill what is smaller, which
-    leaves down · up as it is.
-    """
-    blocks = [flatten_dict(tree.get(f"{STACKED}_{i}", {})) for i in range(depth)]
-    out = {}
-    for path in sorted(set().union(*blocks)):
-        leaves = [block.get(path) for block in blocks]
-        largest = max((leaf for leaf in leaves if leaf is not None), key=lambda leaf: leaf.size)
-        out[path] = jnp.stack([_grown(leaf, largest) for leaf in leaves])
-    return unflatten_dict(out)
-
-
-def _grown(leaf: Array | None, to: Array) -> Array:
-    if leaf is None:
-        return jnp.zeros(to.shape, to.dtype)
-    return jnp.pad(leaf, [(0, new - old) for old, new in zip(leaf.shape, to.shape, strict=True)])

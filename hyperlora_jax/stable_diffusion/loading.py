@@ -1,19 +1,22 @@
 """Whole models from and to diffusers directories."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from hyperlora_jax.array_types import Params
 from hyperlora_jax.diffusion.schedule import NoiseSchedule
 from hyperlora_jax.errors import UserError
+from hyperlora_jax.parallel.sharding import DEFAULT_RULES, Rule
 from hyperlora_jax.stable_diffusion import directory
 from hyperlora_jax.stable_diffusion.autoencoder import vae_from_config
 from hyperlora_jax.stable_diffusion.checkpoint import param_shapes, torch_to_flax
 from hyperlora_jax.stable_diffusion.clip_text import text_model_from_config
+from hyperlora_jax.stable_diffusion.tensor_stream import read_tensors, to_devices
 from hyperlora_jax.stable_diffusion.unet import unet_from_config
 
 CONSTRUCTORS = {
@@ -48,14 +51,20 @@ def local_directory(source: str | Path) -> Path:
 
 
 def load_directory(
-    root: Path, dtype: Any, variant: str | None
+    root: Path,
+    dtype: Any,
+    variant: str | None,
+    mesh: Mesh | None = None,
+    rules: Sequence[Rule] = DEFAULT_RULES,
 ) -> tuple[dict[str, Any], dict[str, Params], NoiseSchedule]:
     """Modules, parameters and schedule of a diffusers directory. Raises UserError naming files."""
     modules: dict[str, Any] = {}
     params: dict[str, Params] = {}
     for name in CONSTRUCTORS:
         if (root / name).is_dir():
-            modules[name], params[name] = load_component(root / name, name, dtype, variant)
+            modules[name], params[name] = load_component(
+                root / name, name, dtype, variant, mesh, rules
+            )
     if "unet" not in modules:
         raise UserError(f"{root / 'unet'}: folder not found, expected the UNet of the model")
     schedule_file = root / "scheduler" / "scheduler_config.json"
@@ -64,18 +73,22 @@ def load_directory(
 
 
 def load_component(
-    folder: Path, name: str, dtype: Any, variant: str | None = None
+    folder: Path,
+    name: str,
+    dtype: Any,
+    variant: str | None = None,
+    mesh: Mesh | None = None,
+    rules: Sequence[Rule] = DEFAULT_RULES,
 ) -> tuple[Any, Params]:
-    """Module and parameters of one component folder, one tensor in host memory at a time."""
+    """Module and parameters of one component folder, one tensor in host memory at a time.
+
+    With a mesh the parameters are spread over it by `rules`.
+    """
     module, dtype = load_module(folder, name, dtype)
     files = directory.weight_files(folder, name, variant)
-    params = torch_to_flax(
-        directory.read_tensors(files),
-        param_shapes(module),
-        name,
-        str(files[0]),
-        lambda _, array: jnp.asarray(array.astype(dtype)),
-    )
+    shapes = param_shapes(module)
+    place = to_devices(shapes, dtype, mesh, rules)
+    params = torch_to_flax(read_tensors(files), shapes, name, str(files[0]), place)
     return module, params
 
 

@@ -6,6 +6,7 @@ static arguments, so that two models of one config share the compiled program.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from hyperlora_jax.array_types import AnyArray, Array, Float, Int, Params, PRNGKey
 from hyperlora_jax.diffusion.samplers import SAMPLERS
@@ -20,6 +22,8 @@ from hyperlora_jax.diffusion.schedule import NoiseSchedule
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora.factors import scale as scale_lora
 from hyperlora_jax.lora.sites import LoraSpec, component_tree, spec_from_shapes
+from hyperlora_jax.parallel.mesh import BATCH_AXES
+from hyperlora_jax.parallel.sharding import DEFAULT_RULES, Rule, batch_sharding
 from hyperlora_jax.stable_diffusion import directory, inference, loading, single_file
 from hyperlora_jax.stable_diffusion.autoencoder import AutoencoderKL
 from hyperlora_jax.stable_diffusion.checkpoint import param_shapes
@@ -43,18 +47,24 @@ class StableDiffusion:
 
     @staticmethod
     def from_pretrained(
-        path: str | Path, dtype: Any = jnp.float32, variant: str | None = None
+        path: str | Path,
+        dtype: Any = jnp.float32,
+        variant: str | None = None,
+        mesh: Mesh | None = None,
+        rules: Sequence[Rule] = DEFAULT_RULES,
     ) -> "StableDiffusion":
         """Reads a diffusers directory, hub id or single file; arithmetic in `dtype`.
 
-        `variant` "fp16" reads `*.fp16.safetensors`.
+        `variant` "fp16" reads `*.fp16.safetensors`. With a mesh, parameters are spread over it by
+        the sharding table `rules`. One tensor at a time is in host memory.
 
         Raises UserError naming the file for anything missing, unknown or unsupported in it.
         """
         if str(path).endswith((".safetensors", ".ckpt")) and Path(path).is_file():
-            return StableDiffusion.from_single_file(path, dtype)
+            return StableDiffusion.from_single_file(path, dtype, mesh=mesh, rules=rules)
         root = loading.local_directory(path)
-        modules, params, schedule = loading.load_directory(root, dtype, variant)
+        modules, params, schedule = loading.load_directory(root, dtype, variant, mesh, rules)
+        modules["unet"] = modules["unet"].clone(mesh=mesh)
         return StableDiffusion(**modules, params=params, schedule=schedule, path=root)
 
     @staticmethod
@@ -78,15 +88,20 @@ class StableDiffusion:
 
     @staticmethod
     def from_single_file(
-        path: str | Path, dtype: Any = jnp.float32, prediction_type: str | None = None
+        path: str | Path,
+        dtype: Any = jnp.float32,
+        prediction_type: str | None = None,
+        mesh: Mesh | None = None,
+        rules: Sequence[Rule] = DEFAULT_RULES,
     ) -> "StableDiffusion":
         """Reads an original single file (1.x, 2.x, XL): see `single_file.load_single_file`.
 
         Such a file holds no tokenizer: give one with `dataclasses.replace(sd, tokenizers=(t,))`.
         """
         modules, params, schedule = single_file.load_single_file(
-            Path(path), dtype, prediction_type=prediction_type
+            Path(path), dtype, prediction_type=prediction_type, mesh=mesh, rules=rules
         )
+        modules["unet"] = modules["unet"].clone(mesh=mesh)
         return StableDiffusion(**modules, params=params, schedule=schedule)
 
     def save_pretrained(self, path: str | Path, dtype: str = "float16") -> None:
@@ -223,7 +238,8 @@ class StableDiffusion:
 
         L LoRAs serve the b prompts: image k uses LoRA k // (b / L), times `strength` (a number, or
         one per LoRA). `latents` is the initial standard normal noise; without it, it is drawn from
-        `key`. Negative prompts count where guidance differs from 1.
+        `key`. Negative prompts count where guidance differs from 1. A model on a mesh splits the
+        pictures over it.
         """
         batch = len(prompts)
         if lora is not None:
@@ -248,11 +264,18 @@ class StableDiffusion:
             num_steps,
             guided,
             {"unet": self.params["unet"], "vae": self.params["vae"]},
-            jnp.asarray(latents, jnp.float32),
+            self._spread(jnp.asarray(latents, jnp.float32)),
             text,
             jnp.asarray(guidance, jnp.float32),
             component_tree(lora, "unet") if lora else None,
         )
+
+    def _spread(self, rows: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
+        """Split over data × fsdp of the model's mesh, where these divide the rows."""
+        mesh = self.unet.mesh
+        if mesh is None or len(rows) % math.prod(mesh.shape[axis] for axis in BATCH_AXES):
+            return rows
+        return jax.device_put(rows, batch_sharding(mesh))
 
     @functools.cached_property
     def base_hash(self) -> str:

@@ -1,37 +1,43 @@
 """Models from the original single-file layouts of Stable Diffusion 1.x, 2.x and XL."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
-import numpy as np
+from jax.sharding import Mesh
 
 from hyperlora_jax.array_types import Params
 from hyperlora_jax.diffusion.schedule import NoiseSchedule
 from hyperlora_jax.errors import UserError
-from hyperlora_jax.stable_diffusion import directory, loading
+from hyperlora_jax.parallel.sharding import DEFAULT_RULES, Rule
+from hyperlora_jax.stable_diffusion import loading
 from hyperlora_jax.stable_diffusion.checkpoint import param_shapes, torch_to_flax
 from hyperlora_jax.stable_diffusion.families import FAMILIES, SCHEDULER
 from hyperlora_jax.stable_diffusion.original_names import Target, translate
+from hyperlora_jax.stable_diffusion.tensor_stream import Loader, read_tensors, to_devices
 
-Loader = Callable[[], np.ndarray]
 Configs = Mapping[str, Mapping[str, Any]]
 
 
 def load_single_file(
-    path: Path, dtype: Any, configs: Configs | None = None, prediction_type: str | None = None
+    path: Path,
+    dtype: Any,
+    configs: Configs | None = None,
+    prediction_type: str | None = None,
+    mesh: Mesh | None = None,
+    rules: Sequence[Rule] = DEFAULT_RULES,
 ) -> tuple[dict[str, Any], dict[str, Params], NoiseSchedule]:
     """Modules, parameters and schedule of one .safetensors or .ckpt file.
 
     `configs` (component -> config.json dict) replaces those of the family found. A file does not
     say what its UNet predicts: without `prediction_type` it is v for 2.x (the 768 model; 2.x base
-    models need "epsilon" here) and epsilon otherwise.
+    models need "epsilon" here) and epsilon otherwise. With a mesh the parameters are spread over it
+    by `rules`.
 
     Raises:
         UserError: for a foreign file, an unknown, missing or ill-shaped tensor.
     """
-    tensors = dict(directory.read_tensors([path]))
+    tensors = dict(read_tensors([path]))
     width = _text_width(tensors, path)
     configs = configs or _family(width, path)
     found: dict[str, list[tuple[str, Loader]]] = {name: [] for name in configs}
@@ -49,19 +55,15 @@ def load_single_file(
             continue  # pruned files leave parts out: an error only when they are used
         component_dtype = loading.component_dtype(name, config, dtype)
         modules[name] = loading.CONSTRUCTORS[name](config, component_dtype)
-        params[name] = torch_to_flax(
-            found[name],
-            param_shapes(modules[name]),
-            name,
-            str(path),
-            lambda _, array, dtype=component_dtype: jnp.asarray(array.astype(dtype)),
-        )
+        shapes = param_shapes(modules[name])
+        place = to_devices(shapes, component_dtype, mesh, rules)
+        params[name] = torch_to_flax(found[name], shapes, name, str(path), place)
     predicts = prediction_type or ("v_prediction" if width == 1024 else "epsilon")
     return modules, params, NoiseSchedule.from_config({**SCHEDULER, "prediction_type": predicts})
 
 
 def _loader(load: Loader, target: Target) -> Loader:
-    def cut() -> np.ndarray:
+    def cut():
         array = load()
         if target.third is not None:
             rows = array.shape[0] // 3

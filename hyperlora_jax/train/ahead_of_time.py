@@ -8,10 +8,14 @@ from the compiled program. Time is a roofline estimate from them, never a measur
     step ≈ max(compute, memory) + network          (no overlap assumed)
 """
 
+import hashlib
+import importlib.metadata
+import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -156,8 +160,11 @@ def compile_for(
     mesh_axes: Mapping[str, int] | None = None,
     batch_per_device: int = 1,
     low_effort: bool = False,
+    records: Path | None = None,
 ) -> dict[str, Any]:
     """Compiles the step for the slice; returns one JSON-able record, also when it does not fit.
+
+    `records` is a folder of earlier records: the same program is not compiled twice.
 
     Raises:
       UserError: the slice or the mesh is impossible, or libtpu is missing.
@@ -175,20 +182,44 @@ def compile_for(
     }
     traced = trace(workload, mesh, batch_per_device)
     lowered = traced.lower(lowering_platforms=("tpu",))
+    kept = records / f"{_identity(lowered, record)}.json" if records else None
+    if kept is not None and kept.is_file():
+        return json.loads(kept.read_text())
+    flops = of_jaxpr(traced.jaxpr.jaxpr) / mesh.size
+    if workload.extra_flops is not None:
+        flops += workload.extra_flops(batch_per_device)
+    record |= _compile(lowered, topology, mesh, flops, LOW_EFFORT if low_effort else {})
+    if kept is not None:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps(record, indent=1) + "\n")
+    return record
+
+
+def _identity(lowered: Any, record: Mapping[str, Any]) -> str:
+    """sha256 (hex) of the program, of what it is compiled for and of the compiler."""
+    compiler = [jax.__version__, importlib.metadata.version("libtpu")]
+    facts = json.dumps([compiler, record], sort_keys=True)
+    return hashlib.sha256((facts + lowered.as_text()).encode()).hexdigest()
+
+
+def _compile(
+    lowered: Any, topology: Topology, mesh: Mesh, flops: float, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What the compiler says of the program: its figures, or why it does not fit."""
     began = time.perf_counter()
     try:
-        compiled = lowered.compile(compiler_options=LOW_EFFORT if low_effort else {})
+        compiled = lowered.compile(compiler_options=dict(options))
     except Exception as error:
         if not does_not_fit(error):
             raise
         message = " ".join(str(error).split())[:400]
-        seconds = time.perf_counter() - began
-        return {**record, "fits": False, "reason": message, "compile_seconds": seconds}
-    record["compile_seconds"] = time.perf_counter() - began
-    flops = of_jaxpr(traced.jaxpr.jaxpr) / mesh.size
-    if workload.extra_flops is not None:
-        flops += workload.extra_flops(batch_per_device)
-    return {**record, **_read(compiled, topology, mesh, flops)}
+        return {
+            "fits": False,
+            "reason": message,
+            "compile_seconds": time.perf_counter() - began,
+        }
+    seconds = time.perf_counter() - began
+    return {"compile_seconds": seconds, **_read(compiled, topology, mesh, flops)}
 
 
 def _read(compiled: Any, topology: Topology, mesh: Mesh, flops: float) -> dict[str, Any]:

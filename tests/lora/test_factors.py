@@ -65,6 +65,26 @@ def test_scale_stack_index(spec, random_lora):
         factors.num_loras({})
 
 
+def test_padded_stack_keeps_every_delta(spec):
+    """The second LoRA has other ranks and lacks a site of the first; and the other way round."""
+    specs = spec.with_rank(5), type(spec)(spec.sites[1:]).with_rank(2)
+    loras = [
+        jax.tree.map(
+            lambda leaf, k=k: np.random.default_rng(k).standard_normal(leaf.shape, np.float32),
+            factors.zeros(own),
+        )
+        for k, own in enumerate(specs)
+    ]
+    for order in ((0, 1), (1, 0)):
+        stacked = factors.stack_padded([loras[k] for k in order])
+        validate(stacked, specs[0])
+        together = deltas(stacked, specs[0])
+        for place, k in enumerate(order):
+            alone = deltas(loras[k], specs[k])
+            for path, delta in together.items():
+                np.testing.assert_allclose(delta[place], alone.get(path, 0.0), atol=1e-5)
+
+
 @pytest.mark.parametrize("num", [None, 2])
 def test_concatenated_ranks_add_deltas(spec, random_lora, num):
     a, b = random_lora(num, 0), random_lora(num, 1)

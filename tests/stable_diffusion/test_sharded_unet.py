@@ -6,7 +6,20 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parent / "sharded_unet.py"
+FOLDER = Path(__file__).parent
+
+
+def on_eight_devices(script, *arguments):
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
+    done = subprocess.run(
+        [sys.executable, str(FOLDER / script), *arguments],
+        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=1800,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 @pytest.mark.parametrize(
@@ -18,17 +31,14 @@ SCRIPT = Path(__file__).parent / "sharded_unet.py"
     ],
 )
 def test_eight_devices_give_the_result_of_one(cases):
-    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), *cases],
-        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=1800,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    rows = on_eight_devices("sharded_unet.py", *cases)
     assert [row["case"] for row in rows] == cases
     for row in rows:
         assert row["error"] <= 1e-5, row["case"]
         assert "tensor" in row["placed"]  # the proof was not made on copies
+
+
+def test_pictures_do_not_depend_on_the_mesh():
+    for row in on_eight_devices("sharded_sampling.py", "4,1,2", "1,2,4"):
+        assert row["devices"] == 8
+        assert row["error"] <= 1e-4 < row["spread"]

@@ -1,4 +1,7 @@
-"""Compiles the LoRA step of a two-level UNet for TPU slices; prints one JSON record per line."""
+"""Compiles the LoRA step of a two-level UNet for TPU slices; prints one JSON record per line.
+
+Arguments: SLICE,DATA,FSDP,TENSOR:HEADS ...
+"""
 
 import json
 import sys
@@ -10,24 +13,27 @@ ahead_of_time.prepare_environment()
 from hyperlora_jax.parallel.topology import parse  # noqa: E402
 from hyperlora_jax.train.lora_workload import lora_workload  # noqa: E402
 
-CONFIG = {
-    "sample_size": 32,  # 1,024 tokens on the fine level: long enough for splash attention
-    "block_out_channels": [80, 160],
-    "layers_per_block": 1,
-    "down_block_types": ["CrossAttnDownBlock2D"] * 2,
-    "up_block_types": ["CrossAttnUpBlock2D"] * 2,
-    "norm_num_groups": 8,
-    "cross_attention_dim": 64,
-    "mid_block_type": "UNetMidBlock2D",
-    "attention_head_dim": 2,  # two heads of 40 and 80
-}
+
+def config(heads):
+    return {
+        "sample_size": 32,  # 1,024 tokens on the fine level: long enough for splash attention
+        "block_out_channels": [40 * heads, 80 * heads],
+        "layers_per_block": 1,
+        "down_block_types": ["CrossAttnDownBlock2D"] * 2,
+        "up_block_types": ["CrossAttnUpBlock2D"] * 2,
+        "norm_num_groups": 8,
+        "cross_attention_dim": 64,
+        "mid_block_type": "UNetMidBlock2D",
+        "attention_head_dim": heads,  # the number of heads, as in every SD config
+    }
 
 
 def main():
     for text in sys.argv[1:]:
+        text, heads = text.rsplit(":", 1)
         name, *axes = text.split(",")
-        mesh = dict(zip(("data", "fsdp", "tensor"), map(int, axes), strict=False))
-        workload = lora_workload(CONFIG, condition_width=8)
+        mesh = dict(zip(("data", "fsdp", "tensor"), map(int, axes), strict=True))
+        workload = lora_workload(config(int(heads)), condition_width=8)
         record = ahead_of_time.compile_for(
             workload, parse(name), mesh_axes=mesh, batch_per_device=2, low_effort=True
         )

@@ -76,6 +76,13 @@ def test_roofline_charges_slices_to_the_network():
     assert far["network"] == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize("start", [1, 8, 64])
 @pytest.mark.parametrize(("capacity", "found"), [(0, 0), (1, 1), (5, 4), (13, 12), (1000, 64)])
-def test_largest_batch(capacity, found):
-    assert largest_batch(lambda size: size <= capacity, limit=64) == found
+def test_largest_batch(capacity, found, start):
+    assert largest_batch(lambda size: size <= capacity, limit=64, start=start) == found
+
+
+def test_a_good_start_saves_trials():
+    tried = []
+    assert largest_batch(lambda size: not tried.append(size) and size <= 16, 24, start=16) == 16
+    assert tried == [16, 24]

@@ -1,0 +1,100 @@
+"""Tensors of weight files, one in host memory at a time, and their way to the devices.
+
+Files are read, not mapped: pages of a mapped file count as memory of the process, and a model would
+be there twice while it is loaded.
+"""
+
+import math
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
+from jax.sharding import Mesh
+
+from hyperlora_jax.array_types import Params
+from hyperlora_jax.errors import UserError
+from hyperlora_jax.lora_files import safetensors_io
+from hyperlora_jax.parallel.sharding import DEFAULT_RULES, Rule, param_shardings
+
+Loader = Callable[[], np.ndarray]
+Place = Callable[[tuple[str, ...], np.ndarray], jax.Array]
+
+
+def read_tensors(files: Sequence[Path]) -> Iterator[tuple[str, Loader]]:
+    """(name, loader) of every tensor of safetensors or PyTorch files.
+
+    Raises:
+        UserError: naming the file and what is wrong with it.
+    """
+    for path in files:
+        if path.suffix in (".bin", ".ckpt", ".pt"):
+            yield from _read_pickle(path)
+            continue
+        for name, (dtype, shape, offset) in safetensors_io.read_entries(path).items():
+            where = (path, dtype, shape, offset)
+            yield name, lambda where=where: _read(*where)
+
+
+def _read(path: Path, dtype: np.dtype, shape: tuple[int, ...], offset: int) -> np.ndarray:
+    data = np.empty(math.prod(shape) * dtype.itemsize, np.uint8)
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            found = file.readinto(data)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    if found != data.nbytes:
+        raise UserError(f"{path}: cut off: {found} of {data.nbytes} bytes at {offset}")
+    return data.view(dtype).reshape(shape)
+
+
+def _read_pickle(path: Path) -> Iterator[tuple[str, Loader]]:
+    """Tensors of a PyTorch file; `weights_only=True` runs no code from it."""
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError(
+            f"{path}: reading a .bin file needs PyTorch, install hyperlora-jax[torch] or use "
+            "safetensors"
+        ) from error
+    try:
+        # Files from before PyTorch 1.6 are no zip archives: those are read whole.
+        mapped = zipfile.is_zipfile(path)
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:
+        raise UserError(f"{path}: not a file of plain tensors ({type(error).__name__})") from error
+    for name, tensor in tensors.get("state_dict", tensors).items():
+        if not hasattr(tensor, "numpy"):
+            continue  # training bookkeeping: step counters and the like
+        yield name, lambda tensor=tensor: tensor.float().numpy()
+
+
+def to_devices(
+    shapes: Params, dtype: Any, mesh: Mesh | None = None, rules: Sequence[Rule] = DEFAULT_RULES
+) -> Place:
+    """What puts one array of a tree of `shapes` on its device, or its parts on theirs, as `dtype`.
+
+    With a mesh every process keeps only its devices' parts, by the sharding table `rules`. The
+    function returns when the array has arrived: transfers that lag behind the reading would keep
+    host memory.
+    """
+    if mesh is None:
+        return lambda _, array: jnp.asarray(_cast(array, dtype)).block_until_ready()
+    places = flatten_dict(param_shardings(shapes, mesh, rules))
+
+    def place(path: tuple[str, ...], array: np.ndarray) -> jax.Array:
+        cast = _cast(array, dtype)
+        parts = jax.make_array_from_callback(cast.shape, places[path], lambda index: cast[index])
+        return parts.block_until_ready()
+
+    return place
+
+
+def _cast(array: np.ndarray, dtype: Any) -> np.ndarray:
+    # C order in the same pass: JAX would copy a transposed view once more.
+    return np.asarray(array, dtype, order="C")

@@ -1,0 +1,69 @@
+"""`hyperlora sample` with several LoRA files."""
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from hyperlora_jax.cli.main import main
+from hyperlora_jax.lora import factors
+from hyperlora_jax.lora_files import save_lora
+from hyperlora_jax.stable_diffusion.embedded import load_base
+
+QUICK = ("sample", "tiny-sd", "--prompt", "a", "b", "--num_steps", "1")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Two LoRAs of different ranks and sites, in files of one name."""
+    root, sd = tmp_path_factory.mktemp("loras"), load_base("tiny-sd")
+    paths = []
+    for k, (preset, rank) in enumerate((("w2w", 1), ("attn-qkvo", 4))):
+        spec = sd.lora_spec(preset, rank)
+        rng = np.random.default_rng(k)
+        lora = jax.tree.map(
+            lambda leaf, rng=rng: rng.standard_normal(leaf.shape).astype(np.float32),
+            factors.zeros(spec),
+        )
+        paths.append(root / str(k) / "lora.safetensors")
+        save_lora(paths[-1], lora, spec, format="diffusers")
+    return [str(path) for path in paths]
+
+
+def pixels(folder):
+    return {path.name: np.asarray(Image.open(path), np.int16) for path in folder.iterdir()}
+
+
+def test_files_of_other_ranks_and_one_name_are_drawn_beside_each_other(files, tmp_path):
+    both, weak = tmp_path / "both", tmp_path / "weak"
+    assert main([*QUICK, "--lora", *files, "--out", str(both)]) == 0
+    found = pixels(both)
+    assert sorted(found) == [f"lora-{i}_0{j}.png" for i in (1, 2) for j in (0, 1)]
+    assert main([*QUICK, "--lora", *files, "--strength", "1", "0", "--out", str(weak)]) == 0
+    weakened = pixels(weak)
+    for name in ("lora-1_00.png", "lora-1_01.png"):
+        assert np.abs(weakened[name] - found[name]).max() <= 1
+    for name in ("lora-2_00.png", "lora-2_01.png"):
+        assert np.abs(weakened[name] - found[name]).max() > 20
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("--strength", "1", "2", "3"), "--strength: 3 numbers for 0 LoRAs"),
+        (("--negative_prompt", "x"), "--negative_prompt does nothing at --guidance 1"),
+        (("--num_steps", "0"), "num_steps is 0, expected 1 to 1000"),
+        (("--sampler", "magic"), "sampler is 'magic', expected one of"),
+        (("--lora", "nowhere.safetensors"), "nowhere.safetensors"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, message, tmp_path, capsys):
+    assert main([*QUICK, "--out", str(tmp_path), *arguments]) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error and "\n" not in error
+
+
+def test_out_must_be_a_folder(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main([*QUICK, "--out", str(tmp_path / "file")]) == 2
+    assert "--out" in capsys.readouterr().err

@@ -1,0 +1,197 @@
+"""The LoRA training step that the `unet` benchmarks time: ours, PyTorch's, and how they take turns.
+
+Where diffusers or peft is not installed the peer is a plain PyTorch UNet of the same layers
+(tools/bench_torch_unet.py), which `peer_name` says.
+"""
+
+import functools
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+TINY = {
+    "sample_size": 8,
+    "in_channels": 8,
+    "out_channels": 8,
+    "block_out_channels": [32, 64],
+    "layers_per_block": 1,
+    "down_block_types": ["CrossAttnDownBlock2D"] * 2,
+    "up_block_types": ["CrossAttnUpBlock2D"] * 2,
+    "norm_num_groups": 8,
+    "cross_attention_dim": 64,
+    "attention_head_dim": 4,
+}
+SD15 = {
+    "sample_size": 64,
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+}
+
+
+def jax_step(
+    config: dict,
+    batch: int,
+    tokens: int,
+    rank: int,
+    num_loras: int | None,
+    dtype: Any = None,
+    **unet_options: Any,
+) -> Callable[[], None]:
+    """A jitted LoRA gradient step on random weights, as a function that runs and waits.
+
+    The batch is split over all devices, as `hyperlora train` does; one LoRA for all (num_loras =
+    None) is on every device, LoRAs of their own are where their examples are.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from hyperlora_jax.lora import factors, sites
+    from hyperlora_jax.parallel import sharding
+    from hyperlora_jax.parallel.mesh import make_mesh
+    from hyperlora_jax.stable_diffusion.checkpoint import init_params
+    from hyperlora_jax.stable_diffusion.unet import unet_from_config
+
+    dtype = dtype or jnp.float32
+    mesh = make_mesh() if batch % jax.device_count() == 0 else make_mesh(devices=jax.devices()[:1])
+    rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+    unet = unet_from_config(config, dtype).clone(mesh=mesh, **unet_options)
+
+    @functools.partial(jax.jit, out_shardings=whole)
+    def weights(key: jax.Array) -> Any:
+        return jax.tree.map(lambda x: x.astype(dtype), init_params(unet, key))
+
+    params = weights(jax.random.key(0))
+    spec = sites.spec_from_shapes(params, "attn-qkvo", rank)
+    per_lora = whole if num_loras is None else rows
+    lora = jax.device_put(factors.init(jax.random.key(1), spec, num_loras), per_lora)
+    size, channels = config["sample_size"], config["in_channels"]
+    latents = jax.random.normal(jax.random.key(2), (batch, size, size, channels))
+    text = jax.random.normal(jax.random.key(3), (batch, tokens, config["cross_attention_dim"]))
+    inputs = jax.device_put((latents, jnp.linspace(0, 999, batch), text), rows)
+
+    @functools.partial(
+        jax.jit, in_shardings=(per_lora, whole, rows, rows, rows), out_shardings=per_lora
+    )
+    def step(lora, params, latents, times, text):
+        def loss(lora):
+            out = unet.apply({"params": params, "lora": lora}, latents, times, text)
+            return jnp.square(out.astype(jnp.float32)).mean()
+
+        return jax.grad(loss)(lora)
+
+    return lambda: jax.block_until_ready(step(lora, params, *inputs))
+
+
+def torch_step(
+    config: dict, batch: int, tokens: int, rank: int, device: str, compiled: bool
+) -> tuple[Callable[[], None], str]:
+    """The same step in PyTorch with one shared LoRA, and the name of what ran."""
+    import torch
+
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    unet, name = _torch_unet(config, rank)
+    unet = unet.to(device, dtype)
+    if device != "cpu":
+        unet = unet.to(memory_format=torch.channels_last)
+    factors = [p for p in unet.parameters() if p.requires_grad]
+    size, channels = config["sample_size"], config["in_channels"]
+    latents = torch.randn(batch, channels, size, size, device=device, dtype=dtype)
+    text = torch.randn(batch, tokens, config["cross_attention_dim"], device=device, dtype=dtype)
+    times = torch.linspace(0, 999, batch, device=device)
+    model = torch.compile(unet) if compiled else unet
+
+    def step() -> None:
+        out = model(latents, times, text)
+        out = out if isinstance(out, torch.Tensor) else out.sample
+        torch.autograd.grad(out.float().square().mean(), factors)
+        if device != "cpu":
+            torch.cuda.synchronize()
+
+    return step, name + (" compiled" if compiled else " eager")
+
+
+def _torch_unet(config: dict, rank: int) -> tuple[Any, str]:
+    targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    try:
+        from diffusers import UNet2DConditionModel
+        from peft import LoraConfig
+    except ImportError:
+        from bench_torch_unet import TorchUNet
+
+        return TorchUNet(config, rank), "plain PyTorch"
+    unet = UNet2DConditionModel(**config).requires_grad_(False)
+    unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))
+    return unet, "diffusers + peft"
+
+
+def interleaved(steps: Sequence[Callable[[], None]], runs: int) -> list[list[float]]:
+    """Seconds of every step, run by run; the steps take turns, after two warm-up rounds."""
+    times: list[list[float]] = [[] for _ in steps]
+    for round_index in range(runs + 2):
+        for step, seconds in zip(steps, times, strict=True):
+            start = time.perf_counter()
+            step()
+            if round_index >= 2:
+                seconds.append(time.perf_counter() - start)
+    return times
+
+
+def timed_row(
+    workload: str,
+    ours: Callable[[], None],
+    peer: Callable[[], None],
+    runs: int,
+    unit: str,
+    peer_name: str,
+) -> dict[str, Any]:
+    """The row of two steps that took turns: median times, median of the pairs' ratios."""
+    mine, theirs = interleaved([ours, peer], runs)
+    scale = 1e3 if unit == "ms/step" else 1.0
+    return {
+        **row(
+            workload,
+            scale * statistics.median(mine),
+            scale * statistics.median(theirs),
+            unit,
+            statistics.median(b / a for a, b in zip(mine, theirs, strict=True)),
+        ),
+        "runs": runs,
+        "machine": machine(),
+        "peer_name": peer_name,
+    }
+
+
+def row(workload: str, ours: float, peer: float, unit: str, ratio: float) -> dict[str, Any]:
+    """The first columns of a row, four digits each."""
+    values = {"ours": ours, "peer": peer, "unit": unit, "ratio": ratio}
+    return {"workload": workload, **{name: _rounded(value) for name, value in values.items()}}
+
+
+def _rounded(value: Any) -> Any:
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def machine() -> str:
+    """Processor or GPU, and the versions of what ran."""
+    import jax
+
+    device = jax.devices()[0]
+    kind = device.device_kind if device.platform != "cpu" else _cpu_name()
+    versions = f"jax {jax.__version__}"
+    try:
+        import torch
+
+        versions += f", torch {torch.__version__}"
+    except ImportError:
+        versions += ", no torch"
+    return f"{kind}; {versions}"
+
+
+def _cpu_name() -> str:
+    return f"{platform.machine()}, {os.cpu_count()} cores"
