@@ -23,7 +23,8 @@ def get_config() -> ConfigDict:
                 "split_seed": 0,
                 "num_identities": 2048,
                 "num_views": 8,
-                "targets": "",  # a LoRA-target dataset; empty = WORKDIR/targets
+                "targets": "",  # LoRA-target datasets, "A,B"; empty = WORKDIR/targets
+                "target_weights": (),  # how often each one's subjects are drawn; () = all alike
                 "gauge": "raw",  # of its LoRAs: raw, svd or procrustes
                 "num_targets": 0,  # how many of its LoRAs to learn from; 0 = all
             },
@@ -38,7 +39,10 @@ def get_config() -> ConfigDict:
                 "save_every_steps": 200,
                 "dtype": "float32",  # of the frozen base; factors are float32 always
                 "remat": "none",
+                "encode_batch_size": 256,  # pictures that the autoencoder sees at once
+                "buckets": False,  # True: folders' pictures are cut to the shape nearest to theirs
                 "flips": False,
+                "encoders": ("avatar",),  # whose embeddings of the references are kept too
                 "prompt": "",  # for all pictures; empty = their captions
                 "splits": "train",  # all; the held-out avatars are others
                 "recipe": {"images_per_step": 4, "learning_rate": 1e-2, "schedule": "constant"},
@@ -101,6 +105,7 @@ def get_config() -> ConfigDict:
                 "warm_up": {"num_steps": 0, "objectives": {"delta": 1.0}},  # before `objectives`
                 "prior_caption": "",
                 "vae": {  # first stage of latent_diffusion
+                    "workdir": "",  # to share one between runs; empty = WORKDIR/vae
                     "num_steps": 2000,
                     "batch_size": 32,
                     "kl_weight": 0.1,

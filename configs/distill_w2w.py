@@ -28,7 +28,10 @@ def get_config() -> ConfigDict:
                 "save_every_steps": 100,
                 "dtype": "bfloat16",
                 "remat": "block",
+                "encode_batch_size": 8,  # pictures that the autoencoder sees at once
+                "buckets": False,  # True: folders' pictures are cut to the shape nearest to theirs
                 "flips": False,
+                "encoders": (),  # e.g. a face encoder's .onnx: its embeddings are kept too
                 "prompt": "a photo of sks person",
                 "splits": "hash",  # train, validation, test by identity
                 "prior": {

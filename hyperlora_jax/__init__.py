@@ -26,6 +26,7 @@ _HOMES = {
     "load_base": "hyperlora_jax.stable_diffusion.embedded",
     "load_lora": "hyperlora_jax.lora_files",
     "save_lora": "hyperlora_jax.lora_files",
+    "save_loras": "hyperlora_jax.lora_files",
 }
 __all__ = [*_HOMES, "__version__"]
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from hyperlora_jax.lora.sites import LoraSpec as LoraSpec
     from hyperlora_jax.lora_files import load_lora as load_lora
     from hyperlora_jax.lora_files import save_lora as save_lora
+    from hyperlora_jax.lora_files import save_loras as save_loras
     from hyperlora_jax.stable_diffusion.embedded import load_base as load_base
     from hyperlora_jax.stable_diffusion.model import StableDiffusion as StableDiffusion
 

@@ -16,7 +16,7 @@ from hyperlora_jax.hypernet.editing import edit
 from hyperlora_jax.hypernet.model import Hypernetwork
 from hyperlora_jax.hypernet.references import read_references
 from hyperlora_jax.lora import factors
-from hyperlora_jax.lora_files import save_lora
+from hyperlora_jax.lora_files import save_loras
 
 MAX_BATCH = 64
 Edits = tuple[Mapping[str, np.ndarray], Mapping[str, float]]  # ({name: direction}, {name: amount})
@@ -42,7 +42,7 @@ def generate_one(
     edits: Edits | None = None,
     **writing: Any,
 ) -> list[Path]:
-    """One subject, one or several references → a file per sample; `writing` goes to `save_lora`.
+    """One subject, one or several references → a file per sample; `writing` goes to `save_loras`.
 
     Args:
         out: the file; with several samples `NAME.safetensors` becomes `NAME-0.safetensors`, ….
@@ -58,10 +58,9 @@ def generate_one(
     familiar = _familiar(hyper, pictures[None])[0]
     loras = hyper.generate(key, pictures[None], num_samples=num_samples, **(draw or {}))
     loras = loras if edits is None else edit(loras, hyper.spec, *edits)
-    return [
-        _write(hyper, loras, k, k, familiar, references, path, strength, seed, writing)
-        for k, path in enumerate(_names(Path(out), num_samples))
-    ]
+    paths = _names(Path(out), num_samples)
+    texts = [_texts(hyper, k, familiar, references, strength, seed) for k in range(num_samples)]
+    return _write(hyper, loras, paths, texts, strength, writing)
 
 
 def _names(path: Path, count: int) -> list[Path]:
@@ -101,49 +100,62 @@ def generate_many(
         loras = hyper.generate(key, pictures, num_samples=num_samples, **(draw or {}))
         loras = loras if edits is None else edit(loras, hyper.spec, *edits)
         familiar = _familiar(hyper, pictures)
+        paths, texts = [], []
         for k, i in enumerate(chunk):
-            path = Path(out) / f"{folders[i].name}.safetensors"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            for n, name in enumerate(_names(path, num_samples)):
-                row, shown = k * num_samples + n, files[i][:count]
-                written.append(
-                    _write(hyper, loras, row, n, familiar[k], shown, name, strength, seed, writing)
-                )
+            paths += _names(Path(out) / f"{folders[i].name}.safetensors", num_samples)
+            texts += [
+                _texts(hyper, n, familiar[k], files[i][:count], strength, seed)
+                for n in range(num_samples)
+            ]
+        written += _write(hyper, loras, paths, texts, strength, writing)
     return written
 
 
-def _write(
+def _texts(
     hyper: Hypernetwork,
-    loras: Params,
-    index: int,
     sample: int,
     familiar: float | None,
     references: Sequence[str | Path],
-    out: str | Path,
     strength: float | None,
     seed: int,
-    writing: dict[str, Any],
-) -> Path:
-    strength = hyper.default_strength if strength is None else strength
-    lora = jax.device_get(factors.scale(factors.index(loras, index), strength))
-    metadata = {
+) -> dict[str, Any]:
+    """Header texts of one file: where it comes from."""
+    return {
         "base_hash": hyper.facts["base_hash"],
         "base": hyper.facts["base"],
         "encoder_hash": hyper.encoder.hash,
         "reference_hash": reference_hash(references),
         "seed": seed,
-        "strength": strength,
+        "strength": hyper.default_strength if strength is None else strength,
         "sample": sample,
         **({} if familiar is None else {"familiarity": f"{familiar:.3f}"}),
         "generator": hyper.model.get("generator", "regression"),
         "training_steps": hyper.facts.get("num_steps", 0),
     }
+
+
+def _write(
+    hyper: Hypernetwork,
+    loras: Params,
+    paths: Sequence[Path],
+    texts: Sequence[dict[str, Any]],
+    strength: float | None,
+    writing: dict[str, Any],
+) -> list[Path]:
+    strength = hyper.default_strength if strength is None else strength
     try:
-        return save_lora(
-            out, lora, hyper.spec, family=hyper.facts["family"], metadata=metadata, **writing
+        return save_loras(
+            paths,
+            factors.scale(loras, strength),
+            hyper.spec,
+            family=hyper.facts["family"],
+            metadata=texts,
+            **writing,
         )
     except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({error.strerror or error})") from error
+        raise UserError(
+            f"--out {paths[0].parent}: cannot be written ({error.strerror or error})"
+        ) from error
 
 
 def _familiar(hyper: Hypernetwork, references: np.ndarray) -> list[float | None]:

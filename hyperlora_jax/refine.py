@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from hyperlora_jax.array_types import Params
-from hyperlora_jax.data import pictures
+from hyperlora_jax.data import pictures, size_buckets
 from hyperlora_jax.data.encoded_subjects import encode_subjects
 from hyperlora_jax.data.image_folder import open_image_folder, read_concept
 from hyperlora_jax.distill.fit import ConceptArrays, fit_loras
@@ -184,7 +184,8 @@ def _concept(sd: Any, folder: Path, caption: str, file: Path) -> ConceptArrays:
             f"{folder}: holds {len(folders)} folders of pictures, but {file.name} is one LoRA; "
             "expected the pictures of one subject"
         )
-    subject = read_concept(folders[0], image_size(sd), caption)
+    square = size_buckets.square(image_size(sd))
+    subject = read_concept(folders[0], square, caption)
     images = np.stack([pictures.decode(png) for png in subject.targets])[None]
     encoded = encode_subjects(sd, None, [subject.id], images, [subject.captions], progress=False)
     return encoded.concept(0)

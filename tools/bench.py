@@ -12,6 +12,7 @@ and peer and ratio are null where there is nothing to compare with.
 import argparse
 import importlib
 import json
+import os
 import pathlib
 import sys
 
@@ -37,6 +38,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", metavar="FILE", help="write the rows there")
     given = parser.parse_args(arguments)
     sys.path.insert(0, str(TOOLS))
+    if given.device == "cpu":  # JAX has one device per core only where the platform is named
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
     names = list(BENCHMARKS) if given.name == "all" else [given.name]
     rows = []
     for name in names:

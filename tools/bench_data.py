@@ -1,6 +1,6 @@
 """How fast LoRA-target datasets are written, read and turned, against the usual ways in PyTorch.
 
-    python tools/bench.py data --json docs/measurements/data.json
+    python tools/bench.py data --json docs/measurements/data_cpu.json
 
 weights2weights-size LoRAs (99,648 numbers, 64 layers, rank 1), everything on the local disk, page
 cache warm, ours and the peer measured in turns; the ratio is the median of the paired ratios.
@@ -24,7 +24,7 @@ from hyperlora_jax.lora.sites import LoraSite, LoraSpec
 NUM_LORAS = 512
 BATCH = 32
 RUNS = 5
-GAUGE_BATCH = 32
+GAUGE_BATCH = 16
 
 
 def run(device: str = "cpu", num_loras: int = NUM_LORAS, runs: int = RUNS) -> list[dict]:

@@ -1,12 +1,14 @@
 """How fast LoRA files are written, read and converted, against PEFT and diffusers.
 
-    python tools/bench.py export --json docs/measurements/export.json
+    python tools/bench.py export --json docs/measurements/export_cpu.json
 
 w2w: 64 layers of SD 1.5 at rank 1 (99,648 numbers); r8: q, k, v, out at rank 8 (1.6 M numbers).
-Every write includes fsync. Reading is to a checked, folded LoRA in float32, ready to use; PEFT is
-ready to use after `PeftModel.from_pretrained` (here on a model whose other weights are on the meta
-device and cost nothing); its `load_peft_weights` alone gives mapped, unchecked, unscaled tensors.
-A peer of null means that no other tool writes that form from factors alone.
+Writing is `save_loras`, which `generate --subjects` uses, of as many different LoRAs as files,
+fsync of every file included. Reading is `load_lora`: checked, folded, float32. Its peer is PEFT's
+way to usable weights, `PeftModel.from_pretrained`, here on a model whose other weights are on the
+meta device and cost nothing. In the rows "bare file" it is PEFT's `load_peft_weights` alone, which
+maps the tensors as they are: it converts, scales and hashes nothing and looks for no NaN.
+A peer of null: no other tool writes that form from factors alone, or reads it into a model.
 """
 
 import os
@@ -14,7 +16,7 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,10 +27,11 @@ import numpy as np
 from hyperlora_jax.array_types import Params
 from hyperlora_jax.lora.factors import is_site, zeros
 from hyperlora_jax.lora.sites import LoraSite, LoraSpec
-from hyperlora_jax.lora_files import load_lora, save_lora
+from hyperlora_jax.lora_files import load_lora, save_loras
 from hyperlora_jax.lora_files.writing import FORMATS
 
-COUNT = {"w2w": 40, "r8": 15}
+COUNT = {"w2w": 100, "r8": 30}
+READY = 5
 RUNS = 5
 
 
@@ -40,33 +43,40 @@ def run(device: str = "cpu", runs: int = RUNS) -> list[dict]:
         ("w2w", attention_spec(("to_q", "to_v"), 1)),
         ("r8", attention_spec(_ALL, 8)),
     ):
-        lora = _random(spec)
+        loras = _random(spec, COUNT[name])
         with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
-            rows += _rows(name, spec, lora, Path(folder), COUNT[name], runs)
+            rows += _rows(name, spec, loras, Path(folder), runs)
     return rows
 
 
 _ALL = ("to_q", "to_k", "to_v", "to_out.0")
 
 
-def _rows(
-    name: str, spec: LoraSpec, lora: Params, folder: Path, count: int, runs: int
-) -> list[dict]:
+def _rows(name: str, spec: LoraSpec, loras: Params, folder: Path, runs: int) -> list[dict]:
     rows = []
     for format in FORMATS:
-        paths = [folder / f"{format}{i}" for i in range(count)]
-        rates = [_rate(lambda p, f=format: save_lora(p, lora, spec, f), paths) for _ in range(runs)]
+        paths = [folder / f"{format}{i}" for i in range(COUNT[name])]
+        rates = []
+        for _ in range(runs):
+            start = time.perf_counter()
+            save_loras(paths, loras, spec, format)
+            rates.append(len(paths) / (time.perf_counter() - start))
         rows.append(_row(f"write {name} {format}", rates, None))
         files = [path if format in ("peft", "weights2weights") else _file(path) for path in paths]
-        ours = [_rate(load_lora, files) for _ in range(runs)]
-        rows.append(_row(f"read {name} {format}", ours, None))
-        if format == "peft":
-            model = _torch_model(spec)
-            ready = [_rate_peft(model, paths[:5]) for _ in range(runs)]
-            rows[-1] = _row(f"read {name} {format}, ready to use", ours, ready)
-            mapped = [_rate(_peft_map, paths) for _ in range(runs)]
-            rows.append(_row(f"read {name} {format}, peer only maps the file", ours, mapped))
+        for what, peer in (_peers(spec, paths) if format == "peft" else {"": None}).items():
+            pairs = [(_rate(load_lora, files), peer and peer()) for _ in range(runs)]
+            ours, theirs = zip(*pairs, strict=True)
+            rows.append(_row(f"read {name} {format}{what}", ours, theirs if peer else None))
     return rows
+
+
+def _peers(spec: LoraSpec, paths: list[Path]) -> dict[str, Callable[[], float]]:
+    """PEFT's readers of adapter directories, in files per second."""
+    model = _torch_model(spec)
+    return {
+        ", into a model": lambda: _rate_peft(model, paths[:READY]),
+        ", bare file": lambda: _rate(_peft_map, paths),
+    }
 
 
 def _file(path: Path) -> Path:
@@ -117,7 +127,7 @@ def _rate_peft(model: Any, paths: list[Path]) -> float:
     return len(paths) / (time.perf_counter() - start)
 
 
-def _row(workload: str, ours: list[float], peer: list[float] | None) -> dict:
+def _row(workload: str, ours: Sequence[float], peer: Sequence[float] | None) -> dict:
     rate = statistics.median(ours)
     other = statistics.median(peer) if peer else None
     return {
@@ -153,16 +163,16 @@ def _widths(side: str) -> tuple[int, ...]:
     return (320, 640, 1280) if side == "down" else (1280, 640, 320)
 
 
-def _random(spec: LoraSpec) -> Params:
+def _random(spec: LoraSpec, num_loras: int) -> Params:
     random = np.random.default_rng(0)
 
     def fill(pair: Params) -> Params:
         return {
-            side: (0.01 * random.standard_normal(leaf.shape)).astype(np.float32)
+            side: np.float32(0.01) * random.standard_normal(leaf.shape, np.float32)
             for side, leaf in pair.items()
         }
 
-    return jax.tree.map(fill, zeros(spec), is_leaf=is_site)
+    return jax.tree.map(fill, zeros(spec, num_loras), is_leaf=is_site)
 
 
 if __name__ == "__main__":

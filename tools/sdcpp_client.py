@@ -32,7 +32,7 @@ from hyperlora_jax.lora.sites import LoraSpec, tree_from_sites
 from hyperlora_jax.lora_files import safetensors_io, save_lora
 from hyperlora_jax.lora_files.algebra import merge_into_checkpoint
 from hyperlora_jax.lora_files.base_model import read_base_model
-from hyperlora_jax.lora_files.writing import CARRIED
+from hyperlora_jax.lora_files.normal_form import CARRIED
 
 CLIENT = "cyllama==0.2.18"
 RENDER = Path(__file__).with_name("sdcpp_render.py")

@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--base", help="diffusers directory, or sd1, sd2, sdxl; default: told from the layers"
     )
     parser.add_argument("--verify", action="store_true", help="load the result with PyTorch too")
-    parser.add_argument("--workers", type=int, help="files at a time (default: one per core)")
+    parser.add_argument("--workers", type=int, help="files at a time (default: two per core)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.workers < 1:
         raise UserError(f"--workers is {args.workers}, expected at least 1")
-    base = StableDiffusion.from_pretrained(args.base)
+    base = StableDiffusion.outline(args.base)
     spec = lora_import.choose_spec(args.paths, base, args.preset, args.rank)
     print(
         f"layers: {len(spec)} sites, rank {spec.max_rank}, {spec.num_parameters:,} numbers per LoRA"

@@ -25,6 +25,8 @@ COMMANDS = {
     "refine": ("refine", "a few steps on top of a generated LoRA"),
     "sample": ("sample", "images from a base model and LoRAs"),
     "convert": ("convert", "one LoRA file format into another"),
+    "merge": ("merge", "weighted sums of LoRA files, at any rank, or into a base"),
+    "extract": ("extract", "the difference of two models as a LoRA"),
     "export": ("export", "pretrained UNet -> diffusers directory, hypernetwork -> safetensors"),
     "inspect": ("inspect", "what a LoRA, dataset, checkpoint or workdir holds"),
     "evaluate": ("evaluate", "scores on held-out identities, figures, report"),

@@ -5,7 +5,10 @@ accelerator, and kept as arrays.
 """
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,6 +17,8 @@ import numpy as np
 from tqdm import tqdm
 
 from hyperlora_jax.array_types import Float, Int, UInt8
+
+LAYOUT = 2  # of the kept files
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -106,11 +111,51 @@ def encode_subjects(
     latents, pooled, tokens = encode_in_batches(
         from_picture, flat, batch_size, "latents and conditions" if progress else None
     )
+
+    def by_subject(rows: Any) -> np.ndarray:
+        return np.asarray(rows, np.float32).reshape(count, views, *rows.shape[1:])
+
     return EncodedSubjects(
         ids=tuple(ids),
-        latents=latents.reshape(count, views, *latents.shape[1:]),
+        latents=by_subject(latents),
         text_index=index,
         text_states=np.asarray(text_states, np.float32),
-        pooled=pooled.reshape(count, views, *pooled.shape[1:]),
-        tokens=tokens.reshape(count, views, *tokens.shape[1:]),
+        pooled=by_subject(pooled),
+        tokens=by_subject(tokens),
     )
+
+
+def encode_once(
+    folder: Path,
+    sd: Any,
+    encoder: Any,
+    ids: Sequence[str],
+    images: UInt8[np.ndarray, "n v h w 3"],
+    captions: Sequence[Sequence[str]],
+    *,
+    batch_size: int = 256,
+) -> EncodedSubjects:
+    """`encode_subjects`, kept in a file of `folder` and read again for the same pictures, captions
+    and models."""
+    asked = {
+        "ids": list(ids),
+        "pictures": hashlib.sha256(np.ascontiguousarray(images)).hexdigest(),
+        "shape": images.shape,
+        "captions": [list(own) for own in captions],
+        "base": sd.base_hash,
+        "dtype": str(jax.tree.leaves(sd.params["unet"])[0].dtype),
+        "encoder": "" if encoder is None else encoder.hash,
+        "layout": LAYOUT,
+    }
+    name = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:24]
+    file = folder / f"encoded-{name}.npz"
+    if file.exists():
+        with np.load(file, allow_pickle=False) as arrays:
+            stored = dict(arrays)
+        return EncodedSubjects(ids=tuple(map(str, stored.pop("ids"))), **stored)
+    encoded = encode_subjects(sd, encoder, ids, images, captions, batch_size=batch_size)
+    arrays = {k: v for k, v in vars(encoded).items() if k != "ids"}
+    temporary = file.with_suffix(".tmp.npz")
+    np.savez(temporary, ids=np.asarray(encoded.ids), **arrays)
+    temporary.replace(file)
+    return encoded

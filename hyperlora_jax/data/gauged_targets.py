@@ -24,7 +24,7 @@ from hyperlora_jax.lora import gauge, vectorize
 from hyperlora_jax.lora.sites import LoraSpec
 
 GAUGES = ("raw", "svd", "procrustes")
-CHUNK = 32  # vectors turned by one call: more fall out of the cache
+CHUNK = 16  # vectors turned by one call: more fall out of the cache
 REFERENCE_VECTORS = 512  # of the training split, for the mean of the svd gauge
 
 

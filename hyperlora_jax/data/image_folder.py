@@ -10,10 +10,12 @@ same for all lines of a folder), when several folders show one identity.
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
-from hyperlora_jax.data import pictures
+from hyperlora_jax.data import pictures, size_buckets
 from hyperlora_jax.data.pictures import load_image
+from hyperlora_jax.data.size_buckets import Size
 from hyperlora_jax.data.subjects import Subject
 from hyperlora_jax.errors import UserError
 
@@ -49,20 +51,24 @@ def open_image_folder(path: str | Path) -> list[Path]:
     raise UserError(f"{path}: empty, expected a folder per concept with pictures ({kinds})")
 
 
-def read_concept(folder: str | Path, size: int, default_caption: str = "") -> Subject:
-    """The subject of a concept folder, its pictures upright, centre-cropped to size x size.
+def read_concept(folder: str | Path, buckets: Sequence[Size], default_caption: str = "") -> Subject:
+    """The subject of a concept folder, its pictures upright, all cut to the bucket nearest to the
+    median shape of its targets.
 
     Raises UserError naming the file for unreadable pictures, wrong metadata, and folders without a
     reference or without a target.
     """
     folder = Path(folder)
     files, identity = list_concept(folder)
-    encoded = {file.path: pictures.encode_png(load_image(file.path, size)) for file in files}
     references = [f for f in files if f.role in ("reference", "both")]
     targets = [f for f in files if f.role in ("target", "both")]
     for role, chosen in (("reference", references), ("target", targets)):
         if not chosen:
             raise UserError(f"{folder / 'metadata.jsonl'}: names no {role} picture")
+    size = buckets[0]
+    if len(buckets) > 1:
+        size = size_buckets.nearest((pictures.upright_size(f.path) for f in targets), buckets)
+    encoded = {file.path: pictures.encode_png(load_image(file.path, size)) for file in files}
     return Subject(
         id=folder.name,
         identity=identity,

@@ -76,7 +76,8 @@ def import_loras(
     """Writes all usable LoRAs of files, folders and matrices to a dataset.
 
     Args:
-        paths: LoRA files, folders of them, and weights2weights matrices.
+        paths: LoRA files, folders of them, and weights2weights matrices; rows of a matrix are
+            called by their six-digit numbers, behind its name where it is not alone.
         out: the dataset's folder; `quarantine.jsonl` in it lists what was left out and why.
         spec: layers and rank of the dataset. base_hash: of the base, "" when unknown.
         on_missing, on_extra: see `lora_fitting`.
@@ -93,9 +94,11 @@ def import_loras(
         reader = lora_sources.FileReader(spec, base_hash, on_missing, on_extra)
         streams.append(lora_sources.read_files(files, reader, num_workers))
     total = len(files)
-    for path in matrices:
+    alone = len(matrices) == 1 and not files
+    for name, path in lora_sources.unique_names([(path.stem, path) for path in matrices]):
         total += lora_sources.open_matrix(path, spec.num_parameters).shape[0]
-        streams.append(lora_sources.read_matrix(path, spec, alpha))
+        prefix = "" if alone else f"{name}/"
+        streams.append(lora_sources.read_matrix(path, spec, alpha, prefix))
     facts: dict = {}
     subjects = _subjects(streams, report, facts, identities or {}, total, progress)
     write_lora_targets(

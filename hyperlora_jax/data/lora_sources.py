@@ -78,7 +78,7 @@ def find_lora_files(paths: Sequence[str | Path]) -> list[tuple[str, Path]]:
     if not found:
         shown = ", ".join(map(str, paths))
         raise UserError(f"{shown}: no LoRA files, expected {' '.join(LORA_SUFFIXES)}")
-    return _unique(found)
+    return unique_names(found)
 
 
 def _is_adapter(folder: Path) -> bool:
@@ -89,7 +89,7 @@ def _stem(path: Path) -> str:
     return path.stem if path.suffix in LORA_SUFFIXES else path.name
 
 
-def _unique(found: list[tuple[str, Path]]) -> list[tuple[str, Path]]:
+def unique_names(found: list[tuple[str, Path]]) -> list[tuple[str, Path]]:
     """Equal ids (two roots, or two formats of one name) get the suffix, then a number."""
     counts = collections.Counter(name for name, _ in found)
     used: set[str] = set()
@@ -232,12 +232,12 @@ def read_matrix(
     path: str | Path,
     spec: LoraSpec,
     alpha: float = W2W_ALPHA,
-    ids: Sequence[str] | None = None,
+    prefix: str = "",
 ) -> Iterator[Accepted | Rejected]:
     """Every row of a matrix of unfolded factors, alpha / rank multiplied into the up factors.
 
-    weights2weights' rows are lora_A, lora_B of the sites in order, trained with alpha 27; a
-    matrix of folded factors has alpha = rank.
+    Ids are six-digit row numbers behind `prefix`. weights2weights' rows are lora_A, lora_B of the
+    sites in order, trained with alpha 27; a matrix of folded factors has alpha = rank.
     """
     num_rows = open_matrix(path, spec.num_parameters).shape[0]
     factor = np.ones(spec.num_parameters, np.float32)
@@ -252,7 +252,7 @@ def read_matrix(
         for start in range(begin, end, ROWS_AT_ONCE):
             rows = _as_float32(matrix[start : min(start + ROWS_AT_ONCE, end)]) * factor
             for number, row in enumerate(rows, start):
-                name = ids[number] if ids is not None else f"{number:06d}"
+                name = f"{prefix}{number:06d}"
                 source = f"{path}[{number}]"
                 if np.isfinite(row).all():
                     yield Accepted(name, source, Fitted(row.copy(), 0.0, 0, 0, 0, 0))

@@ -47,6 +47,25 @@ class MixedOrder:
         return datasets, records
 
 
+class MixedSubjects:
+    """An endless series of subject numbers, of every group in its share."""
+
+    def __init__(
+        self,
+        groups: Sequence[Int[np.ndarray, " n"]],
+        weights: Sequence[float | int],
+        seed: int,
+    ):
+        self.groups = groups
+        self.order = MixedOrder([len(group) for group in groups], weights, seed)
+
+    def records(self, start: int, stop: int) -> Int[np.ndarray, " n"]:
+        """Subject numbers from position start to stop."""
+        datasets, records = self.order.records(start, stop)
+        pairs = zip(datasets, records, strict=True)
+        return np.asarray([self.groups[k][record] for k, record in pairs], np.int64)
+
+
 def _apportion(shares: Float[np.ndarray, " k"]) -> Int[np.ndarray, " k"]:
     """Whole positions by share (largest remainders), every dataset at least one."""
     exact = shares * PATTERN

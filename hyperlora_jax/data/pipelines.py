@@ -9,7 +9,7 @@ small JSON-able dicts (the number of the next step).
 import functools
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import grain.python as grain
 import numpy as np
@@ -48,6 +48,15 @@ class Order:
     def records(self, start: int, stop: int) -> Int[np.ndarray, " n"]:
         """Record numbers from position start to stop."""
         return self.at(np.arange(start, stop))
+
+
+@runtime_checkable
+class SubjectOrder(Protocol):
+    """Which subject is the i-th of an endless series."""
+
+    def records(self, start: int, stop: int) -> Int[np.ndarray, " n"]:
+        """Subject numbers from position start to stop."""
+        ...
 
 
 def step_batches(
@@ -93,9 +102,10 @@ def subject_batches(
     seed: int,
     num_references: int | tuple[int, int] = 1,
     num_targets: int = 1,
-    per_subject: Mapping[str, np.ndarray] | None = None,
+    per_subject: Mapping[str, Any] | None = None,
     subjects: np.ndarray | None = None,
     subjects_until: int | None = None,
+    order: SubjectOrder | None = None,
     shard_index: int = 0,
     num_shards: int = 1,
 ) -> grain.DatasetIterator:
@@ -108,9 +118,10 @@ def subject_batches(
         seed: fixes order and picks; what is picked depends on (seed, step, record) only.
         num_references: how many to give, or (least, most); without repeats.
         num_targets: how many targets per subject; without repeats.
-        per_subject: arrays [subjects, ...], e.g. LoRA vectors.
+        per_subject: arrays [subjects, ...] or what is indexed like one, e.g. LoRA vectors.
         subjects: numbers of the subjects to draw from (a split); None is all of them.
         subjects_until: from this step on, all subjects are drawn from; None is never.
+        order: in which `subjects` are drawn until then; None shuffles them.
         shard_index: which part of every global batch. num_shards: how many parts.
 
     A batch holds every array under its name, references as [b, most, ...] with
@@ -135,6 +146,8 @@ def subject_batches(
         start = step * batch_size + first
         if subjects_until is not None and step >= subjects_until:
             records = everyone.records(start, start + count)
+        elif order is not None:
+            records = order.records(start, start + count)
         else:
             records = chosen[some.records(start, start + count)]
         batch: Batch = {name: np.asarray(array[records]) for name, array in per_subject.items()}

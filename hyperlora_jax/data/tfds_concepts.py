@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from hyperlora_jax.data import pictures
+from hyperlora_jax.data import pictures, size_buckets
+from hyperlora_jax.data.size_buckets import Size
 from hyperlora_jax.data.subjects import Subject
 from hyperlora_jax.errors import UserError
 
@@ -16,18 +17,19 @@ CAPTION_FIELDS = ("caption", "text", "prompt")
 
 def read_tfds_concepts(
     path: str | Path,
-    size: int,
+    buckets: Sequence[Size],
     split: str = "train",
     concept_field: str | None = None,
     caption_field: str | None = None,
     default_caption: str = "",
     max_pictures: int | None = None,
 ) -> list[Subject]:
-    """One subject per value of the concept field, its pictures centre-cropped to size x size.
+    """One subject per value of the concept field, its pictures cut to the bucket nearest to their
+    median shape.
 
     Args:
         path: a dataset folder, read by `tfds.builder_from_directory`; random access is not needed
-            to be cheap, every picture of the split is read once.
+            to be cheap, every picture of the split is read once, with several buckets twice.
         concept_field: None takes the first of `CONCEPT_FIELDS` that the dataset has.
         caption_field: None takes the first of `CAPTION_FIELDS`, or none.
         max_pictures: per concept, the first ones are kept.
@@ -45,14 +47,26 @@ def read_tfds_concepts(
     concept = _field(path, fields, concept_field, CONCEPT_FIELDS, "concept")
     caption = _field(path, fields, caption_field, CAPTION_FIELDS, None)
     names = getattr(fields[concept], "names", None)
+
+    def rows() -> Iterator[tuple[str, np.ndarray, str]]:
+        """(concept, picture, caption) of the pictures that are kept."""
+        counts: dict[str, int] = {}
+        for row in _rows(path, builder, split):
+            name = names[row[concept]] if names else _text(row[concept])
+            counts[name] = counts.get(name, 0) + 1
+            if max_pictures is None or counts[name] <= max_pictures:
+                yield name, row[image], _text(row[caption]) if caption else ""
+
+    sizes: dict[str, Size] = {}
+    if len(buckets) > 1:
+        shapes: dict[str, list[Size]] = {}
+        for name, picture, _ in rows():
+            shapes.setdefault(name, []).append((picture.shape[0], picture.shape[1]))
+        sizes = {name: size_buckets.nearest(own, buckets) for name, own in shapes.items()}
     groups: dict[str, list[tuple[bytes, str]]] = {}
-    for row in _rows(path, builder, split):
-        name = names[row[concept]] if names else _text(row[concept])
-        group = groups.setdefault(name, [])
-        if max_pictures is not None and len(group) >= max_pictures:
-            continue
-        text = _text(row[caption]) if caption else ""
-        group.append((_fit(row[image], size, f"{path}, concept {name}"), text or default_caption))
+    for name, picture, text in rows():
+        cut = _fit(picture, sizes.get(name, buckets[0]), f"{path}, concept {name}")
+        groups.setdefault(name, []).append((cut, text or default_caption))
     if not groups:
         raise UserError(f"{path}: split {split!r} is empty, expected pictures")
     return [_subject(name, group) for name, group in sorted(groups.items())]
@@ -118,8 +132,8 @@ def _text(value: Any) -> str:
     return value.decode() if isinstance(value, bytes) else str(value)
 
 
-def _fit(picture: np.ndarray, size: int, name: str) -> bytes:
-    """PNG bytes of the centre square; grey pictures become RGB."""
+def _fit(picture: np.ndarray, size: Size, name: str) -> bytes:
+    """PNG bytes of the picture's centre at that size; grey pictures become RGB."""
     if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[-1] not in (1, 3):
         raise UserError(f"{name}: picture of {picture.dtype} {picture.shape}, expected uint8 RGB")
     whole = pictures.encode_png(np.repeat(picture, 3 // picture.shape[-1], axis=-1))

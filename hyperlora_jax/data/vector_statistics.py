@@ -1,6 +1,7 @@
 """Statistics of many flat LoRA vectors in one pass, in bounded memory."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -42,6 +43,23 @@ class VectorWhitening:
         """The standard deviation that belongs to every element of the vector."""
         sizes = [s.stop - s.start for s in factor_slices(spec)]
         return np.repeat(self.std, sizes).astype(np.float32)
+
+
+def pooled(
+    parts: Sequence[VectorWhitening], shares: Sequence[float | int], spec: LoraSpec
+) -> VectorWhitening:
+    """Statistics of a mixture: means by share, variance within the parts plus that between them."""
+    if len(parts) == 1:
+        return parts[0]
+    share = np.asarray(shares, np.float64) / np.sum(shares)
+    mean = np.einsum("k,kd->d", share, [part.mean for part in parts])
+    slices = factor_slices(spec)
+    starts, sizes = [s.start for s in slices], np.array([s.stop - s.start for s in slices])
+    variance = np.zeros(len(slices))
+    for weight, part in zip(share, parts, strict=True):
+        apart = np.add.reduceat(np.square(part.mean - mean), starts) / sizes
+        variance += weight * (np.square(part.std, dtype=np.float64) + apart)
+    return VectorWhitening(mean.astype(np.float32), np.sqrt(variance).astype(np.float32))
 
 
 class RunningWhitening:

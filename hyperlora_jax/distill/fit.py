@@ -47,6 +47,7 @@ def fit_loras(
     start: Callable[[int], Params] | None = None,
     shared: Params | None = None,
     prior: ConceptArrays | None = None,
+    max_images: int | None = None,
 ) -> Iterator[FittedLora]:
     """Fits one LoRA per concept, `num_slots` at a time, and yields them as they finish.
 
@@ -61,11 +62,12 @@ def fit_loras(
         start: number → the concept's own start LoRA, where the parametrisation wants one.
         shared: what the parametrisation reads for all concepts alike.
         prior: (latents, text states) of class pictures, for a recipe with a `prior_weight`.
+        max_images: room for a concept's images in a slot; None is as many as the first has.
 
     Raises:
-        UserError: steps_per_call does not divide num_steps, a concept without images, slots that
-            the mesh cannot share out evenly, a state file of another run, a recipe with a
-            `prior_weight` but no class pictures.
+        UserError: steps_per_call does not divide num_steps, a concept without images or with more
+            than there is room for, slots that the mesh cannot share out evenly, a state file of
+            another run, a recipe with a `prior_weight` but no class pictures.
     """
     if (recipe.prior_weight > 0) != (prior is not None):
         raise UserError(
@@ -84,7 +86,9 @@ def fit_loras(
     if not concepts:
         return
     trained = recipe.factors(spec) if parametrisation is None else parametrisation
-    run = SlotRun(trained, recipe, list(concepts), load, start, num_slots, seed, state_file)
+    run = SlotRun(
+        trained, recipe, list(concepts), load, start, num_slots, seed, state_file, max_images
+    )
     slots, unet_params = place(run.begin(), unet_params, mesh, num_slots)
     bar = tqdm(
         total=len(concepts) * recipe.num_steps,

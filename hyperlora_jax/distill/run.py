@@ -3,34 +3,39 @@
     pictures ─► latents, text states ─► many LoRAs at once ─► spool/ ─► targets/
 
 A finished LoRA is one file of the spool, written whole or not at all. A restarted run fits what the
-spool lacks; the dataset is made of the spool in one final step.
+spool lacks; the dataset is made of the spool in one final step. Concepts whose pictures have one
+size (`distill.buckets`) are fitted together, one size after another: one program for each.
 """
 
 import dataclasses
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from hyperlora_jax.data.encoded_subjects import encode_subjects
+from hyperlora_jax.data import size_buckets
+from hyperlora_jax.data.encoded_subjects import encode_once
 from hyperlora_jax.data.lora_targets_writer import write_lora_targets
 from hyperlora_jax.data.spool import Spool, finished_ids, write_finished
 from hyperlora_jax.data.subject_pictures import (
     SubjectPictures,
-    load_pictures,
+    load_in_sizes,
     with_flips,
     with_prompt,
 )
 from hyperlora_jax.data.subjects import Subject, split_by_hash
-from hyperlora_jax.distill.fit import FittedLora, fit_loras
+from hyperlora_jax.distill.fit import ConceptArrays, FittedLora, fit_loras
 from hyperlora_jax.distill.prior import class_pictures
+from hyperlora_jax.distill.reference_embeddings import ReferenceEmbeddings
 from hyperlora_jax.distill.slots import Recipe
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora import vectorize
 from hyperlora_jax.lora.sites import LoraSpec
 from hyperlora_jax.parallel.mesh import make_mesh
 from hyperlora_jax.stable_diffusion.embedded import image_size, load_base
+from hyperlora_jax.stable_diffusion.model import StableDiffusion
 from hyperlora_jax.train.loop import open_workdir
 
 CURVE_POINTS = 32
@@ -49,75 +54,40 @@ def make_recipe(section: Any, **overrides: Any) -> Recipe:
 
 
 def distill(config: Any, workdir: str | Path) -> Path:
-    """Fits `distill.num_concepts` LoRAs and writes WORKDIR/targets; returns that folder."""
+    """Fits `distill.num_concepts` LoRAs and writes WORKDIR/targets; returns that folder.
+
+    Raises:
+        UserError: an unknown or contradictory setting, pictures that cannot be used
+            (`load_in_sizes`), a fit that fails (`fit_loras`).
+    """
     workdir = Path(str(open_workdir(workdir)))
     out = workdir / "targets"
     if (out / "metadata.json").exists():
         return out
     section = config.distill
-    if section.splits not in ("train", "hash"):
-        raise UserError(f"distill.splits: got {section.splits!r}, expected 'train' or 'hash'")
-    if make_recipe(section).prior_weight > 0 and "prior" not in section:
-        raise UserError(
-            "distill.recipe: has a prior_weight, but there is no distill.prior section with "
-            "prompts, num_images, batch_size, num_steps and guidance"
-        )
-    sd = load_base(config.base, jnp.dtype(section.dtype))
-    size = image_size(sd)
-    unet = sd.unet.clone(remat=section.remat)
-    spec = sd.lora_spec(section.preset, section.rank)
     recipe = make_recipe(section)
-    pictures = load_pictures(config.data, section.num_concepts, size, workdir / "renders")
-    if section.flips:
-        pictures = with_flips(pictures)
-    if section.prompt:
-        pictures = with_prompt(pictures, section.prompt)
+    _check(section, recipe)
+    sd = load_base(config.base, jnp.dtype(section.dtype))
+    if sd.is_xl:
+        raise UserError(
+            f"config.base: {config.base} is an SDXL model, distill knows SD 1.x and 2.x only (it "
+            "keeps no pooled text states)"
+        )
+    spec = sd.lora_spec(section.preset, section.rank)
+    embeddings = ReferenceEmbeddings(section.encoders, image_size(sd))
+    groups = _pictures(config, sd, workdir)
     spool = workdir / "spool"
+    for pictures in groups:
+        for fitted in _fit(config, sd, spec, recipe, pictures, finished_ids(spool), workdir):
+            write_finished(spool, _subject(fitted, pictures, spec, section, embeddings))
     facts = {
         "recipe": dataclasses.asdict(recipe),
         "base": config.base,
         "dtype": section.dtype,
         "seed": section.seed,
-        "pictures": dict(pictures.facts),
+        "pictures": _describe(groups),
+        "encoders": embeddings.hashes(),
     }
-    done = finished_ids(spool)
-    numbers = [i for i in range(section.num_concepts) if pictures.ids[i] not in done]
-    if numbers:
-        wanted = np.asarray(numbers)
-        encoded = encode_subjects(
-            sd,
-            None,
-            [pictures.ids[i] for i in numbers],
-            pictures.images[wanted],
-            [pictures.captions[i] for i in numbers],
-        )
-        position = {number: k for k, number in enumerate(numbers)}
-        mesh = make_mesh(**config.mesh)
-        prior = None
-        if recipe.prior_weight > 0:
-            prior = class_pictures(sd, section.prior, section.seed, workdir / "prior.npz")
-        for fitted in fit_loras(
-            unet.clone(mesh=mesh),
-            sd.params["unet"],
-            sd.schedule,
-            spec,
-            recipe,
-            numbers,
-            lambda number: encoded.concept(position[number]),
-            num_slots=min(section.num_slots, section.num_concepts)
-            if mesh.size == 1
-            else section.num_slots,
-            steps_per_call=section.steps_per_call,
-            seed=section.seed,
-            mesh=mesh if mesh.size > 1 else None,
-            state_file=workdir / "slots.safetensors",
-            save_every_steps=section.save_every_steps,
-            prior=prior,
-        ):
-            subject = _subject(fitted, pictures, spec, section.seed)
-            if section.splits == "hash":
-                subject = dataclasses.replace(subject, split=split_by_hash(subject.identity))
-            write_finished(spool, subject)
     return write_lora_targets(
         out,
         Spool(spool),
@@ -129,19 +99,126 @@ def distill(config: Any, workdir: str | Path) -> Path:
     )
 
 
-def _subject(fitted: FittedLora, pictures: SubjectPictures, spec: LoraSpec, seed: int) -> Subject:
-    png = pictures.png(fitted.index)
+def _check(section: Any, recipe: Recipe) -> None:
+    if section.splits not in ("train", "hash"):
+        raise UserError(f"distill.splits: got {section.splits!r}, expected 'train' or 'hash'")
+    if recipe.prior_weight > 0 and "prior" not in section:
+        raise UserError(
+            "distill.recipe: has a prior_weight, but there is no distill.prior section with "
+            "prompts, num_images, batch_size, num_steps and guidance"
+        )
+
+
+def _pictures(config: Any, sd: StableDiffusion, workdir: Path) -> list[SubjectPictures]:
+    """All concepts, those of one picture size together; one program serves one size."""
+    section, size = config.distill, image_size(sd)
+    buckets = size_buckets.square(size)
+    if section.buckets:
+        levels = sd.unet.settings.num_levels
+        buckets = size_buckets.of_one_area(size, sd.vae.downsampling * 2 ** (levels - 1))
+    groups = load_in_sizes(config.data, section.num_concepts, buckets, workdir / "renders")
+    if section.flips:
+        groups = [with_flips(pictures) for pictures in groups]
+    if section.prompt:
+        groups = [with_prompt(pictures, section.prompt) for pictures in groups]
+    return groups
+
+
+def _describe(groups: Sequence[SubjectPictures]) -> dict[str, Any]:
+    """What the pictures were made from; how many concepts have which size where sizes differ."""
+    if len(groups) == 1:
+        return dict(groups[0].facts)
+    sizes = {_size_name(pictures): len(pictures.ids) for pictures in groups}
+    shared = {key: value for key, value in groups[0].facts.items() if key != "size"}
+    return {**shared, "concepts_by_size": sizes}
+
+
+def _size_name(pictures: SubjectPictures) -> str:
+    height, width = pictures.images.shape[2:4]
+    return f"{width}x{height}"
+
+
+def _fit(
+    config: Any,
+    sd: StableDiffusion,
+    spec: LoraSpec,
+    recipe: Recipe,
+    pictures: SubjectPictures,
+    done: Collection[str],
+    workdir: Path,
+) -> Iterator[FittedLora]:
+    """The LoRAs of concepts of one picture size that are not done yet."""
+    section = config.distill
+    state_file = workdir / f"slots-{_size_name(pictures)}.safetensors"
+    position = {
+        number: k for k, number in enumerate(pictures.numbers) if pictures.ids[k] not in done
+    }
+    if not position:
+        state_file.unlink(missing_ok=True)
+        return
+    encoded = encode_once(
+        workdir,
+        sd,
+        None,
+        pictures.ids,
+        pictures.images,
+        pictures.captions,
+        batch_size=section.encode_batch_size,
+    )
+
+    def load(number: int) -> ConceptArrays:
+        k = position[number]
+        latents, text_states = encoded.concept(k)
+        return latents[: pictures.counts[k]], text_states[: pictures.counts[k]]
+
+    mesh = make_mesh(**config.mesh)
+    few = min(section.num_slots, len(pictures.ids))
+    prior = None
+    if recipe.prior_weight > 0:
+        prior = class_pictures(sd, section.prior, section.seed, workdir / "prior.npz")
+    yield from fit_loras(
+        sd.unet.clone(remat=section.remat, mesh=mesh),
+        sd.params["unet"],
+        sd.schedule,
+        spec,
+        recipe,
+        list(position),
+        load,
+        num_slots=few if mesh.size == 1 else section.num_slots,
+        steps_per_call=section.steps_per_call,
+        seed=section.seed,
+        mesh=mesh if mesh.size > 1 else None,
+        state_file=state_file,
+        save_every_steps=section.save_every_steps,
+        progress=f"distill {_size_name(pictures)}",
+        prior=prior,
+        max_images=max(pictures.counts),
+    )
+
+
+def _subject(
+    fitted: FittedLora,
+    pictures: SubjectPictures,
+    spec: LoraSpec,
+    section: Any,
+    embeddings: ReferenceEmbeddings,
+) -> Subject:
+    k = pictures.numbers.index(fitted.index)
+    targets = pictures.targets_png(k)
+    references = pictures.references[k] or targets
     every = max(1, len(fitted.losses) // CURVE_POINTS)
     usable = len(fitted.losses) // every * every
+    identity = pictures.identities[k]
     return Subject(
-        id=pictures.ids[fitted.index],
-        identity=pictures.identities[fitted.index],
-        references=png,
-        targets=png,
-        captions=pictures.captions[fitted.index],
+        id=pictures.ids[k],
+        identity=identity,
+        references=references,
+        targets=targets,
+        captions=pictures.captions[k][: len(targets)],
+        embeddings=embeddings.of(references),
         lora=np.asarray(vectorize.flatten(fitted.lora, spec), np.float32),
-        seed=seed,
+        seed=section.seed,
         num_steps=len(fitted.losses),
         loss_curve=fitted.losses[:usable].reshape(-1, every).mean(axis=1),
-        split="train",
+        split="train" if section.splits == "train" else split_by_hash(identity),
     )

@@ -30,9 +30,12 @@ class FittedLora:
 class SlotRun:
     """Which slot works on which concept, and what is left."""
 
-    def __init__(self, trained, recipe, concepts, load, start, num_slots, seed, state_file):
+    def __init__(
+        self, trained, recipe, concepts, load, start, num_slots, seed, state_file, max_images=None
+    ):
         self.trained, self.recipe, self.load, self.start = trained, recipe, load, start
         self.seed, self.num_slots, self.state_file = seed, num_slots, state_file
+        self.max_images = max_images
         self.waiting: list[int] = list(concepts)
         self.owners: list[int | None] = [None] * num_slots
         self.curves: dict[int, list[np.ndarray]] = {}
@@ -46,8 +49,14 @@ class SlotRun:
         """Restored slots, or new ones with the first concepts handed out."""
         latents, text = self.load(self.waiting[0])
         start = None if self.start is None else self.start(self.waiting[0])
+        room = self.max_images or len(latents)
         slots = slot_state.empty_slots(
-            self.trained, self.recipe, self.num_slots, latents.shape, text.shape, start
+            self.trained,
+            self.recipe,
+            self.num_slots,
+            (room, *latents.shape[1:]),
+            (room, *text.shape[1:]),
+            start,
         )
         if self.state_file and self.state_file.exists():
             return self._restore(slots)
@@ -67,11 +76,11 @@ class SlotRun:
 
     def _fill(self, slots: Slots, slot: int, concept: int) -> Slots:
         latents, text = self.load(concept)
-        if len(latents) == 0:
-            raise UserError(f"distill: concept {concept} has no images, expected at least one")
         room = slots.latents.shape[1]
-        if len(latents) > room:
-            latents, text = latents[:room], text[:room]
+        if not 1 <= len(latents) <= room:
+            raise UserError(
+                f"distill: concept {concept} has {len(latents)} images, expected 1 to {room}"
+            )
         missing = [(0, room - len(latents))]
         return slot_state.load_slot(
             slots,

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from hyperlora_jax.array_types import Float
+from hyperlora_jax.data.size_buckets import square
 from hyperlora_jax.data.subject_pictures import read_subjects
 from hyperlora_jax.data.worlds import World, open_world
 from hyperlora_jax.errors import UserError
@@ -92,8 +93,11 @@ def open_exam(config: Any, size: int, trained_on: frozenset[str], workdir: Path)
             f"{source} by, e.g. --config.evaluate.judges.independent=judge.onnx"
         )
     judge = next(iter(found))
+    subjects = read_subjects(str(source), square(size))
+    if prompt := config.distill.prompt:
+        subjects = [dataclasses.replace(s, captions=(prompt,) * len(s.captions)) for s in subjects]
     validation, test = make_picture_sets(
-        read_subjects(source, size, config.distill.prompt),
+        subjects,
         str(source),
         prompts=tuple(section.prompts),
         split_seed=config.data.split_seed,

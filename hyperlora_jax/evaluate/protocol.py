@@ -39,6 +39,8 @@ class EvaluationSet(Questions):
         *Questions.PER_IDENTITY, "caption_labels", "caption_index", "candidates",
     )  # fmt: skip
 
+    POOL: ClassVar[str] = "pool"
+
     caption_labels: Int[np.ndarray, "i c q"]
     pool: UInt8[np.ndarray, "k p h w 3"]
     caption_index: Int[np.ndarray, "i c"]

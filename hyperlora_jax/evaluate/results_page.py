@@ -1,5 +1,7 @@
 """Writes docs/results.md and the README's results from measured records, so they cannot drift.
 
+Experiments (`experiments_page.py`) follow after the records.
+
 A record is docs/measurements/result_NAME.json: {"name", "title", "command", "machine", "picture",
 "metrics"}, with `metrics` the metrics.json of a run and `picture` relative to docs/. In the README,
 whatever stands between the two marker lines of a name is replaced:
@@ -18,7 +20,7 @@ from typing import Any
 from etils import epath
 
 from hyperlora_jax.errors import UserError
-from hyperlora_jax.evaluate import verdicts, wording
+from hyperlora_jax.evaluate import experiments_page, verdicts, wording
 
 KEYS = ("name", "title", "command", "machine", "picture", "metrics")
 MARKED = re.compile(r"(<!-- results: ([\w-]+) -->\n)(.*?)(<!-- /results -->)", re.DOTALL)
@@ -83,7 +85,9 @@ def expected_pages(root: epath.PathLike) -> dict[epath.Path, str]:
     """What docs/results.md and README.md should say, given the records."""
     records = read_records(root)
     readme = epath.Path(root) / "README.md"
-    pages = {epath.Path(root) / "docs" / "results.md": results_page(list(records.values()))}
+    experiments = experiments_page.read_experiments(root)
+    page = results_page(list(records.values()), experiments)
+    pages = {epath.Path(root) / "docs" / "results.md": page}
     if readme.exists():
         pages[readme] = fill_readme(readme.read_text(), records)
     return pages
@@ -143,15 +147,21 @@ def readme_block(record: Mapping[str, Any]) -> str:
     )
 
 
-def results_page(records: Sequence[Mapping[str, Any]]) -> str:
+def results_page(
+    records: Sequence[Mapping[str, Any]], experiments: Sequence[Mapping[str, Any]] = ()
+) -> str:
     """The whole docs/results.md."""
     parts = [
         "# Results",
-        "Written by `tools/make_results.py` from `measurements/result_*.json`; "
-        "edit those, not this.",
+        "Written by `tools/make_results.py` from `measurements/result_*.json` and "
+        "`measurements/experiment_*.json`; edit those, not this.",
     ]
     for record in records:
         parts += _section(record)
+    for experiment in experiments:
+        rows = _markdown_table(experiments_page.COLUMNS, experiments_page.table(experiment))
+        heading, command, note = experiments_page.section(experiment)
+        parts += [heading, command, rows, note]
     if not records:
         parts.append("Nothing has been recorded yet.")
     return "\n\n".join(parts) + "\n"

@@ -94,6 +94,8 @@ def _spectrum(down: Float[AnyArray, "*l m r"], up: Float[AnyArray, "*l r o"]) ->
 
 def _balanced(down: Array, up: Array, rank: int) -> tuple[Array, Array]:
     """SVD form of down·up with `rank` components (cut or zero-padded), signs undecided."""
+    if down.shape[1] == 1:
+        return _pad_components(*_balanced_vectors(down, up), rank)
     basis_down, tri_down = thin_qr(down)
     basis_up, tri_up = thin_qr(up.T)
     left, sigma, right = small_svd(tri_down @ tri_up.T)
@@ -101,13 +103,27 @@ def _balanced(down: Array, up: Array, rank: int) -> tuple[Array, Array]:
     root = jnp.sqrt(sigma[:keep])
     new_down = basis_down @ (left[:, :keep] / jnp.where(root > 0, root, 1.0))
     new_up = root[:, None] * (basis_up @ right[:, :keep]).T
-    more = rank - keep
-    return jnp.pad(new_down, ((0, 0), (0, more))), jnp.pad(new_up, ((0, more), (0, 0)))
+    return _pad_components(new_down, new_up, rank)
+
+
+def _balanced_vectors(down: Array, up: Array) -> tuple[Array, Array]:
+    """A column and a row of the same product, scaled to one length: what rank 1 comes to."""
+    length_down, length_up = jnp.linalg.norm(down), jnp.linalg.norm(up)
+    root = jnp.sqrt(length_down) * jnp.sqrt(length_up)
+    return (
+        down * jnp.where(length_down > 0, root / length_down, 0.0),
+        up * jnp.where(length_up > 0, root / length_up, 0.0),
+    )
+
+
+def _pad_components(down: Array, up: Array, rank: int) -> tuple[Array, Array]:
+    more = rank - down.shape[1]
+    return jnp.pad(down, ((0, 0), (0, more))), jnp.pad(up, ((0, more), (0, 0)))
 
 
 def _signs(down: Array, up: Array, reference: tuple[Array, Array] | None) -> Array:
     """±1 for each component [r]."""
-    largest = jnp.take_along_axis(up, jnp.argmax(jnp.abs(up), axis=1)[:, None], axis=1)[:, 0]
+    largest = up.max(axis=1) + up.min(axis=1)  # has the sign of the largest entry
     decided = largest
     if reference is not None:
         inner = jnp.sum(down * reference[0], axis=0) + jnp.sum(up * reference[1], axis=1)

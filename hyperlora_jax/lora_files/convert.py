@@ -14,7 +14,7 @@ from hyperlora_jax.lora_files.base_model import BaseModel, read_base_model
 from hyperlora_jax.lora_files.header import PREFIX
 from hyperlora_jax.lora_files.peft_directory import adapter_folders
 from hyperlora_jax.lora_files.reading import load_lora, read_metadata
-from hyperlora_jax.lora_files.writing import DIFFUSERS_NAME, save_lora
+from hyperlora_jax.lora_files.writing import DIFFUSERS_NAME, default_workers, save_lora
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,9 +115,8 @@ def convert_folder(
         except UserError as error:
             return Converted(*job, error=str(error))
 
-    workers = num_workers or len(os.sched_getaffinity(0))
     results = []
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+    with concurrent.futures.ThreadPoolExecutor(num_workers or default_workers()) as pool:
         for result in pool.map(one, jobs):
             results.append(result)
             if progress is not None:

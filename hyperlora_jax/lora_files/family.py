@@ -5,6 +5,7 @@ a linear layer later); the width of the text states only breaks ties, so tiny mo
 recognised too. A LoRA of any other base is out of scope and refused by its keys.
 """
 
+import functools
 import re
 from typing import Literal, get_args
 
@@ -28,6 +29,7 @@ _TEXT_STATES = re.compile(r"\.attn2\.to_[kv]$")
 _WIDTHS: dict[int, Family] = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
 
 
+@functools.lru_cache(maxsize=64)
 def recognise(spec: LoraSpec) -> tuple[Family, str]:
     """(family, the evidence in words). Undecidable means "sd1", and the evidence says so."""
     paths = [site.path for site in spec.sites]

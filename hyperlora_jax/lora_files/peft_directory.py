@@ -7,6 +7,7 @@ weights2weights: folder "unet" with keys that carry the adapter name "identity1"
 27 · rank, so 1/27 of the up factor is stored, beside the same numbers as one vector, weights.npy.
 """
 
+import functools
 import io
 import json
 import os
@@ -54,17 +55,24 @@ def read_folder(path: Path, component: str) -> tuple[dict[str, np.ndarray], dict
         raise UserError(f"{config_path}: no valid JSON") from error
     if not isinstance(config, dict):
         raise UserError(f"{config_path}: expected a JSON object")
+    check_config(config_path, config)
     result = {}
     for key, array in tensors.items():
-        bare = key.removeprefix("base_model.model.")
-        name = f"{component}.{bare}" if component else key
+        name, module, scale_name = _names(key, component)
         result[name] = array
-        stem, found, _ = name.rpartition(".lora_A")
-        if found and array.ndim >= 1:
-            module = bare.rpartition(".lora_A")[0]
+        if module is not None and array.ndim >= 1:
             scale = config_scale(config_path, config, module, array.shape[0])
-            result[f"{stem}.scale"] = np.array(scale, np.float64)
+            result[scale_name] = np.array(scale, np.float64)
     return result, metadata
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _names(key: str, component: str) -> tuple[str, str | None, str]:
+    """(key as in a single file, module of a lora_A key or None, name of its scale)."""
+    bare = key.removeprefix("base_model.model.")
+    name = f"{component}.{bare}" if component else key
+    module, found, _ = bare.rpartition(".lora_A")
+    return name, module if found else None, name.rpartition(".lora_A")[0] + ".scale"
 
 
 def config_scale(
@@ -72,8 +80,19 @@ def config_scale(
 ) -> float:
     """alpha/r (alpha/√r with rslora) of one module by a LoraConfig, patterns included.
 
-    Raises UserError for adapters that are no plain LoRA or whose rank is another one.
+    Raises UserError when the rank is another one.
     """
+    wanted = _pattern(config.get("rank_pattern"), module, config.get("r", 8))
+    alpha = _pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
+    if not _is_number(wanted) or not _is_number(alpha) or alpha == 0:
+        raise UserError(f"{path}: r {wanted!r}, lora_alpha {alpha!r} of {module}, expected numbers")
+    if wanted != rank:
+        raise UserError(f"{path}: rank of {module} is {wanted}, its factors have {rank}")
+    return float(alpha) / (float(rank) ** 0.5 if config.get("use_rslora") else float(rank))
+
+
+def check_config(path: str | os.PathLike[str], config: Mapping[str, Any]) -> None:
+    """Raises UserError for a LoraConfig of adapters that are no plain LoRA."""
     kind = config.get("peft_type", "LORA")
     if kind != "LORA":
         raise UserError(f"{path}: peft_type {kind!r} is not supported, only LORA is")
@@ -82,13 +101,6 @@ def config_scale(
             raise UserError(f"{path}: {flag} is not supported, only plain LoRA is")
     if config.get("bias", "none") != "none":
         raise UserError(f"{path}: bias {config['bias']!r} is not supported, only 'none' is")
-    wanted = _pattern(config.get("rank_pattern"), module, config.get("r", 8))
-    alpha = _pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
-    if not _is_number(wanted) or not _is_number(alpha) or alpha == 0:
-        raise UserError(f"{path}: r {wanted!r}, lora_alpha {alpha!r} of {module}, expected numbers")
-    if wanted != rank:
-        raise UserError(f"{path}: rank of {module} is {wanted}, its factors have {rank}")
-    return float(alpha) / (float(rank) ** 0.5 if config.get("use_rslora") else float(rank))
 
 
 def _is_number(value: Any) -> bool:
@@ -119,6 +131,8 @@ def header_scales(
             configs.setdefault(component, {})[field] = value
     except (ValueError, AttributeError) as error:
         raise UserError(f"{path}: lora_adapter_metadata is no JSON object") from error
+    for component in {key.partition(".")[0] for key in tensors} & set(configs):
+        check_config(path, configs[component])
     scales = {}
     for key, array in tensors.items():
         stem, found, _ = key.rpartition(".lora_A")
@@ -131,13 +145,19 @@ def header_scales(
 
 def write_peft(path: Path, sites: Arrays, spec: LoraSpec, metadata: Mapping[str, str]) -> Path:
     """Adapter directory; a folder for each model when there are several."""
-    models = [name for name in COMPONENTS if spec.component(name).sites]
-    folders = {name: path if models == ["unet"] else path / name for name in models}
+    models = _by_model(spec)
+    folders = {name: path if list(models) == ["unet"] else path / name for name in models}
     _remove_stale(path, set(folders.values()))
     for name, folder in folders.items():
-        part = spec.component(name)
+        part = models[name]
         _write_folder(folder, {s.path: sites[s.path] for s in part}, part, metadata)
     return path
+
+
+@functools.lru_cache(maxsize=64)
+def _by_model(spec: LoraSpec) -> Mapping[str, LoraSpec]:
+    parts = {name: spec.component(name) for name in COMPONENTS}
+    return {name: part for name, part in parts.items() if part.sites}
 
 
 def _remove_stale(path: Path, kept: set[Path]) -> None:
@@ -180,12 +200,18 @@ def _write_folder(
     scale: int = 1,
     adapter: str = "",
 ) -> None:
-    tensors, modules = {}, []
+    tensors = {}
     for name, (a, b) in sites.items():
         module = _module(name)
-        modules.append(module)
         tensors[f"base_model.model.{module}.lora_A{adapter}.weight"] = a
         tensors[f"base_model.model.{module}.lora_B{adapter}.weight"] = b
+    safetensors_io.write(folder / WEIGHTS_NAME, tensors, metadata)
+    safetensors_io.atomic_write(folder / CONFIG_NAME, _config(spec, scale))
+
+
+@functools.lru_cache(maxsize=64)
+def _config(spec: LoraSpec, scale: int) -> bytes:
+    """adapter_config.json of LoRAs of one spec."""
     config = {
         "base_model_name_or_path": None,
         "bias": "none",
@@ -195,12 +221,10 @@ def _write_folder(
         "lora_dropout": 0.0,
         "peft_type": "LORA",
         "r": spec.max_rank,
-        "target_modules": sorted(modules),
+        "target_modules": sorted(_module(site.path) for site in spec.sites),
         "task_type": None,
     }
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    safetensors_io.write(folder / WEIGHTS_NAME, tensors, metadata)
-    safetensors_io.atomic_write(folder / CONFIG_NAME, text.encode())
+    return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
 
 
 def _module(path: str) -> str:

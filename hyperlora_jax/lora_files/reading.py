@@ -4,8 +4,11 @@ Every key must be understood: a kind that is no plain LoRA, an unknown module, a
 shape that does not fit or a number that is not finite is an error with the file's name in it.
 """
 
+import dataclasses
+import functools
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora.sites import LoraSite, LoraSpec, tree_from_sites
 from hyperlora_jax.lora_files import keys, safetensors_io
 from hyperlora_jax.lora_files.base_check import check_base, layers_per_block_of
+from hyperlora_jax.lora_files.layout import Signature, signature
 from hyperlora_jax.lora_files.peft_directory import (
     WEIGHTS_NAME,
     adapter_folders,
@@ -26,7 +30,6 @@ from hyperlora_jax.lora_files.peft_directory import (
 from hyperlora_jax.lora_files.writing import DIFFUSERS_NAME
 
 _FLOATS = {safetensors_io.DTYPES[name] for name in ("F16", "BF16", "F32", "F64")}
-Groups = dict[str, dict[str, np.ndarray]]
 
 
 def load_lora(path: str | os.PathLike[str], base: Any = None) -> tuple[Params, LoraSpec]:
@@ -37,8 +40,7 @@ def load_lora(path: str | os.PathLike[str], base: Any = None) -> tuple[Params, L
     `BaseModel` is checked against the file: another base raises UserError that names both sides.
     """
     tensors, metadata = read_tensors(Path(path), base if isinstance(base, LoraSpec) else None)
-    sites = read_sites(path, tensors, layers_per_block_of(base))
-    lora, spec = fold(path, sites)
+    lora, spec = fold(path, tensors, layers_per_block_of(base))
     written = metadata.get(safetensors_io.OWN_MARK)
     # One folder of an adapter directory carries the fingerprint of the whole.
     single = not (Path(path).is_dir() and adapter_folders(Path(path)))
@@ -94,110 +96,145 @@ def _file(path: Path) -> Path:
     return path
 
 
-def read_sites(
+def fold(
     path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray], layers_per_block: int = 2
-) -> Groups:
-    """{diffusers path: {"down", "up", maybe "alpha" or "scale"}} as the file stores them."""
+) -> tuple[Params, LoraSpec]:
+    """Folded LoRA tree and its spec. Raises UserError for what is no sound plain LoRA."""
+    try:
+        plan = _plan(signature(tensors), layers_per_block)
+        return _folded(tensors, plan), plan.spec
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """Sites of a file and the names of their tensors: the same for all files of one kind."""
+
+    spec: LoraSpec
+    names: tuple[Mapping[str, str], ...]  # for each site {role: key}
+
+
+@functools.lru_cache(maxsize=64)
+def _plan(tensors: Signature, layers_per_block: int) -> _Plan:
     if not tensors:
-        raise UserError(f"{path}: holds no tensors, expected a LoRA")
-    groups: Groups = {}
+        raise UserError("holds no tensors, expected a LoRA")
+    groups = _groups([name for name, _, _ in tensors], layers_per_block)
+    kinds = {name: (dtype, shape) for name, dtype, shape in tensors}
+    sites = [_site(name, groups[name], kinds) for name in sorted(groups)]
+    return _Plan(LoraSpec(tuple(sites)), tuple(groups[site.path] for site in sites))
+
+
+def _groups(names: Sequence[str], layers_per_block: int) -> dict[str, dict[str, str]]:
+    """{diffusers path: {"down", "up", maybe "alpha" or "scale": key}}."""
+    groups: dict[str, dict[str, str]] = {}
     stems: dict[str, str] = {}
     unknown: list[str] = []
-    for key, array in tensors.items():
+    for key in names:
         found = keys.split_role(key)
         if found is None:
             unknown.append(key)
             continue
         stem, role = found
         if role not in keys.PLAIN:
-            raise UserError(f"{path}: {role} is not supported, only plain LoRA is (key {key!r})")
+            raise UserError(f"{role} is not supported, only plain LoRA is (key {key!r})")
         site = keys.canonical_path(stem, layers_per_block)
         if site is None:
             unknown.append(key)
             continue
         if stems.setdefault(site, stem) != stem:
-            raise UserError(f"{path}: {stems[site]!r} and {stem!r} both name the layer {site}")
+            raise UserError(f"{stems[site]!r} and {stem!r} both name the layer {site}")
         if role in groups.setdefault(site, {}):
-            raise UserError(f"{path}: layer {site} has two tensors for its {role} (key {key!r})")
-        groups[site][role] = array
+            raise UserError(f"layer {site} has two tensors for its {role} (key {key!r})")
+        groups[site][role] = key
     if unknown:
-        raise UserError(_unknown_message(path, unknown, len(tensors)))
+        raise UserError(_unknown_message(unknown, len(names)))
     for site, group in groups.items():
         if missing := {"down", "up"} - set(group):
-            raise UserError(f"{path}: layer {site} lacks its {min(missing)} factor")
+            raise UserError(f"layer {site} lacks its {min(missing)} factor")
     return groups
 
 
-def _unknown_message(path: str | os.PathLike[str], unknown: list[str], total: int) -> str:
+def _unknown_message(unknown: list[str], total: int) -> str:
     shown = repr(unknown[0][:120])
     if any(keys.TRANSFORMER_ONLY.search(key) for key in unknown):
         kind = "a LoRA of a diffusion transformer (Flux, SD3, …), expected Stable Diffusion 1/2/XL"
-        return f"{path}: {kind} (key {shown})"
+        return f"{kind} (key {shown})"
     if len(unknown) == total:
-        return f"{path}: no key belongs to a Stable Diffusion LoRA (first {shown})"
-    return f"{path}: {len(unknown)} of {total} keys are not understood, first {shown}"
+        return f"no key belongs to a Stable Diffusion LoRA (first {shown})"
+    return f"{len(unknown)} of {total} keys are not understood, first {shown}"
 
 
-def fold(path: str | os.PathLike[str], groups: Groups) -> tuple[Params, LoraSpec]:
-    """Folded LoRA tree and spec of stored factors. Raises UserError on shapes that do not fit."""
-    pairs, sites = {}, []
-    for name in sorted(groups):
-        site = _site(path, name, groups[name])
-        pairs[name] = _folded(path, site, groups[name])
-        sites.append(site)
-    return tree_from_sites(pairs), LoraSpec(tuple(sites))
-
-
-def _site(path: str | os.PathLike[str], name: str, group: dict[str, np.ndarray]) -> LoraSite:
-    down, up = group["down"], group["up"]
-    shapes = f"down {list(down.shape)}, up {list(up.shape)}"
-    if down.ndim not in (2, 4) or up.ndim != down.ndim or 0 in down.shape or 0 in up.shape:
-        raise UserError(f"{path}: layer {name} has {shapes}, expected two 2-D or two 4-D factors")
-    rank, in_features = down.shape[:2]
-    out_features = up.shape[0]
-    if up.shape[1] != rank or any(size != 1 for size in up.shape[2:]):
-        raise UserError(f"{path}: layer {name} has {shapes}: the ranks differ (swapped factors?)")
-    window = down.shape[2:] if down.ndim == 4 else (1, 1)
+def _site(
+    name: str, group: Mapping[str, str], kinds: Mapping[str, tuple[np.dtype, tuple[int, ...]]]
+) -> LoraSite:
+    for role in ("down", "up"):
+        if (dtype := kinds[group[role]][0]) not in _FLOATS:
+            raise UserError(
+                f"{role} of layer {name} has dtype {dtype}, expected float16, bfloat16, float32 "
+                "or float64"
+            )
+    down, up = kinds[group["down"]][1], kinds[group["up"]][1]
+    shapes = f"down {list(down)}, up {list(up)}"
+    if len(down) not in (2, 4) or len(up) != len(down) or 0 in down or 0 in up:
+        raise UserError(f"layer {name} has {shapes}, expected two 2-D or two 4-D factors")
+    rank, in_features = down[:2]
+    out_features = up[0]
+    if up[1] != rank or any(size != 1 for size in up[2:]):
+        raise UserError(f"layer {name} has {shapes}: the ranks differ (swapped factors?)")
+    window = down[2:] if len(down) == 4 else (1, 1)
     if rank > max(in_features * window[0] * window[1], out_features):
         raise UserError(
-            f"{path}: layer {name} has {shapes}: rank {rank} is above both sizes (swapped factors?)"
+            f"layer {name} has {shapes}: rank {rank} is above both sizes (swapped factors?)"
         )
-    kind = "linear" if down.ndim == 2 else "conv"
+    kind = "linear" if len(down) == 2 else "conv"
     stride = (2, 2) if ".downsamplers." in name else (1, 1)
     return LoraSite(name, in_features, out_features, rank, kind, (window[0], window[1]), stride)
 
 
-def _number(path: str | os.PathLike[str], name: str, role: str, array: np.ndarray) -> float:
-    if array.size != 1 or not np.isfinite(value := float(array.reshape(-1)[0])):
-        raise UserError(f"{path}: {role} of layer {name} is {array.tolist()!r}, expected a number")
+def _number(name: str, role: str, array: np.ndarray) -> float:
+    if array.size != 1 or not math.isfinite(value := float(array.reshape(-1)[0])):
+        raise UserError(f"{role} of layer {name} is {array.tolist()!r}, expected a number")
     if value == 0:
-        raise UserError(f"{path}: {role} of layer {name} is 0, which tools read as off or as 1")
+        raise UserError(f"{role} of layer {name} is 0, which tools read as off or as 1")
     return value
 
 
-def _folded(
-    path: str | os.PathLike[str], site: LoraSite, group: dict[str, np.ndarray]
-) -> dict[str, np.ndarray]:
-    for role in ("down", "up"):
-        if group[role].dtype not in _FLOATS:
-            raise UserError(
-                f"{path}: {role} of layer {site.path} has dtype {group[role].dtype}, expected "
-                "float16, bfloat16, float32 or float64"
-            )
-    factor = 1.0
-    if "scale" in group:
-        factor = _number(path, site.path, "scale", group["scale"])
-    elif "alpha" in group:
-        factor = _number(path, site.path, "alpha", group["alpha"]) / site.rank
+def _factor(tensors: Mapping[str, np.ndarray], site: LoraSite, names: Mapping[str, str]) -> float:
+    """What the up factor is multiplied by: the scale, else alpha / rank, else 1."""
+    if "scale" in names:
+        return _number(site.path, "scale", tensors[names["scale"]])
+    if "alpha" in names:
+        return _number(site.path, "alpha", tensors[names["alpha"]]) / site.rank
+    return 1.0
+
+
+def _folded(tensors: Mapping[str, np.ndarray], plan: _Plan) -> Params:
+    """The tree, float32. Its factors share one new vector: nothing refers to the file."""
+    vector = np.empty(plan.spec.num_parameters, np.float32)
+    pairs, stop = {}, 0
     with np.errstate(over="ignore", invalid="ignore"):
-        order = (1, 0) if site.kind == "linear" else (2, 3, 1, 0)
-        # Converted in the order of the file (fast), then turned as views. Always copies: nothing
-        # returned refers to the file.
-        down = group["down"].astype(np.float32).transpose(order)
-        up = group["up"].astype(np.float32).reshape(site.out_features, site.rank).T
-        if factor != 1.0:
-            up *= np.float32(factor)
-        total = sum(float(side.max()) - float(side.min()) for side in (down, up))
-    if not np.isfinite(total):
-        raise UserError(f"{path}: layer {site.path} has NaN or Inf, or overflows float32")
-    return {"down": down, "up": up}
+        for site, names in zip(plan.spec.sites, plan.names, strict=True):
+            sides = []
+            for role in ("down", "up"):
+                stored = tensors[names[role]]
+                start, stop = stop, stop + stored.size
+                # In the order of the file, which is fast; then turned as views.
+                vector[start:stop] = stored.reshape(-1)
+                sides.append(vector[start:stop].reshape(stored.shape))
+            down, up = sides
+            up = up.reshape(up.shape[:2]).T
+            if (factor := _factor(tensors, site, names)) != 1.0:
+                up *= np.float32(factor)
+            down = down.T if site.kind == "linear" else down.transpose(2, 3, 1, 0)
+            pairs[site.path] = {"down": down, "up": up}
+        # NaN stays NaN in both, an infinity is one of them.
+        finite = math.isfinite(vector.max()) and math.isfinite(vector.min())
+    if not finite:
+        bad = next(path for path, pair in pairs.items() if not _is_finite(pair))
+        raise UserError(f"layer {bad} has NaN or Inf, or overflows float32")
+    return tree_from_sites(pairs)
+
+
+def _is_finite(pair: Params) -> bool:
+    return bool(np.isfinite(pair["down"]).all() and np.isfinite(pair["up"]).all())

@@ -8,40 +8,22 @@ transposed views), and replaces the target atomically.
 """
 
 import hashlib
-import json
-import math
 import mmap
 import os
-import tempfile
+import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from hyperlora_jax.array_types import AnyArray
 from hyperlora_jax.errors import UserError
+from hyperlora_jax.lora_files import layout as layouts
 
 Buffer = bytes | np.ndarray
 MAX_HEADER_BYTES = 100_000_000
-MAX_DIMENSIONS = 8
 OWN_MARK, OWN_HASH, KOHYA_HASH = "hyperlora.spec", "hyperlora.sha256", "sshs_model_hash"
-DTYPES: dict[str, np.dtype] = {
-    "F64": np.dtype("<f8"),
-    "F32": np.dtype("<f4"),
-    "F16": np.dtype("<f2"),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
-    "I64": np.dtype("<i8"),
-    "I32": np.dtype("<i4"),
-    "I16": np.dtype("<i2"),
-    "I8": np.dtype("i1"),
-    "U8": np.dtype("u1"),
-    "BOOL": np.dtype("?"),
-}
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+DTYPES = layouts.DTYPES
 _OTHER_KINDS = (
     (b"PK\x03\x04", "a zip archive (a PyTorch pickle or .npz)"),
     (b"\x80", "a Python pickle"),
@@ -58,17 +40,13 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str,
     and the reason for everything that is not a sound file.
     """
     data = _bytes(path)
-    header, start = _header(path, data)
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise UserError(f"{path}: __metadata__ is no map of strings to strings")
-    tensors, spans = {}, []
-    for name, entry in header.items():
-        dtype, shape, begin, end = _entry(path, name, entry, len(data) - start)
-        spans.append((begin, end, name))
-        count = (end - begin) // dtype.itemsize
-        tensors[name] = np.frombuffer(data, dtype, count, start + begin).reshape(shape)
-    _check_spans(path, sorted(spans), len(data) - start)
+    layout, metadata, start = _header(path, data)
+    tensors = {
+        place.name: np.frombuffer(data, place.dtype, place.count, start + place.begin).reshape(
+            place.shape
+        )
+        for place in layout.places
+    }
     if OWN_MARK in metadata:
         wanted = metadata.get(OWN_HASH, metadata.get(KOHYA_HASH))
         if wanted is None or hashlib.sha256(memoryview(data)[start:]).hexdigest() != wanted:
@@ -78,12 +56,13 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str,
 
 def read_shapes(path: str | os.PathLike[str]) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
     """{name: (dtype, shape)}; touches no data."""
-    return {name: (array.dtype, array.shape) for name, array in read(path)[0].items()}
+    layout, _, _ = _header(path, _bytes(path))
+    return {place.name: (place.dtype, place.shape) for place in layout.places}
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
-    """The header's string metadata, {} when there is none."""
-    return read(path)[1]
+    """The header's string metadata, {} when there is none; touches no data."""
+    return _header(path, _bytes(path))[1]
 
 
 def write(
@@ -103,19 +82,17 @@ def encode(tensors: Mapping[str, AnyArray], metadata: Mapping[str, str]) -> byte
 
 
 def _parts(tensors: Mapping[str, AnyArray], metadata: Mapping[str, str]) -> list[Buffer]:
-    """Header and data, not yet joined: half of a write's time would be copying."""
+    """[header, data], not joined: the data would be copied once more."""
     arrays = {name: np.asarray(value) for name, value in tensors.items()}
-    order, entries = _layout(arrays)
-    # C order, whatever the strides of the array are.
-    body = [np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8) for name in order]
+    order, entries = layouts.describe(layouts.signature(arrays))
+    # In C order, whatever the strides of an array are.
+    parts = [np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8) for name in order]
+    data = np.concatenate(parts) if parts else np.empty(0, np.uint8)
     texts = dict(metadata)
     mark = KOHYA_HASH if any(key.startswith("ss_") for key in texts) else OWN_HASH
     if mark == KOHYA_HASH or OWN_MARK in texts:
-        hashed = hashlib.sha256()
-        for part in body:
-            hashed.update(part)
-        texts[mark] = hashed.hexdigest()
-    return [_header_bytes(entries, texts), *body]
+        texts[mark] = hashlib.sha256(data).hexdigest()
+    return [_header_bytes(entries, texts), data]
 
 
 def write_streamed(
@@ -125,7 +102,7 @@ def write_streamed(
     metadata: Mapping[str, str],
 ) -> None:
     """Writes `make(name)` for every name of `like` (same shape and dtype), one at a time."""
-    order, entries = _layout(like)
+    order, entries = layouts.describe(layouts.signature(like))
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.partial")
@@ -141,28 +118,8 @@ def write_streamed(
     temporary.replace(target)
 
 
-def _layout(arrays: Mapping[str, np.ndarray]) -> tuple[list[str], dict[str, Any]]:
-    """(order of the data, header entries); wide dtypes first keeps every tensor aligned."""
-    order = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
-    entries, offset = {}, 0
-    for name in order:
-        array = arrays[name]
-        if array.dtype not in _NAMES:
-            raise ValueError(f"safetensors cannot hold dtype {array.dtype} of {name}")
-        entries[name] = {
-            "dtype": _NAMES[array.dtype],
-            "shape": list(array.shape),
-            "data_offsets": [offset, offset + array.nbytes],
-        }
-        offset += array.nbytes
-    return order, entries
-
-
-def _header_bytes(entries: Mapping[str, Any], metadata: Mapping[str, str]) -> bytes:
-    if not all(isinstance(key, str) and isinstance(text, str) for key, text in metadata.items()):
-        raise ValueError(f"safetensors metadata must be strings, got {metadata!r}")
-    header = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
-    text = json.dumps({**header, **entries}, separators=(",", ":"), ensure_ascii=False).encode()
+def _header_bytes(entries: str, metadata: Mapping[str, str]) -> bytes:
+    text = layouts.header_text(entries, metadata).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
@@ -170,31 +127,28 @@ def _header_bytes(entries: Mapping[str, Any], metadata: Mapping[str, str]) -> by
 def atomic_write(path: str | os.PathLike[str], *parts: Buffer) -> None:
     """Puts the joined parts at the path in one step: temporary file, fsync, rename."""
     target = Path(path)
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+        # Mode "x" never follows or takes over what is there.
+        with temporary.open("xb", buffering=0) as file:
+            try:
+                for part in parts:
+                    _write_all(file.fileno(), part)
+                os.fsync(file.fileno())
+                temporary.replace(target)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
     except OSError as error:
         raise UserError(f"{target}: cannot write here ({error.strerror})") from error
-    try:
-        with os.fdopen(handle, "wb", buffering=1 << 18) as file:
-            for part in parts:
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o666 & ~_umask())
-        Path(temporary).replace(target)
-    except OSError as error:
-        Path(temporary).unlink(missing_ok=True)
-        raise UserError(f"{target}: cannot write here ({error.strerror})") from error
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _write_all(descriptor: int, part: Buffer) -> None:
+    """One call may write less than it is given, 2 GiB at most."""
+    rest = memoryview(part).cast("B")
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
 
 
 def _bytes(path: str | os.PathLike[str]) -> bytes | mmap.mmap:
@@ -208,16 +162,10 @@ def _bytes(path: str | os.PathLike[str]) -> bytes | mmap.mmap:
         raise UserError(f"{path}: cannot be read ({reason})") from error
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice!r} appears twice")
-    return result
-
-
-def _header(path: str | os.PathLike[str], data: bytes | mmap.mmap) -> tuple[dict[str, Any], int]:
+def _header(
+    path: str | os.PathLike[str], data: bytes | mmap.mmap
+) -> tuple[layouts.Layout, dict[str, str], int]:
+    """(layout, metadata, first byte of the data)."""
     for magic, kind in _OTHER_KINDS:
         if data[: len(magic)] == magic and data[8:9] != b"{":
             raise UserError(f"{path}: {kind}, expected a .safetensors file")
@@ -227,57 +175,18 @@ def _header(path: str | os.PathLike[str], data: bytes | mmap.mmap) -> tuple[dict
     if size > min(MAX_HEADER_BYTES, len(data) - 8):
         raise UserError(f"{path}: header of {size} bytes in a file of {len(data)}; cut off?")
     try:
-        header = json.loads(data[8 : 8 + size].decode(), object_pairs_hook=_no_duplicates)
-    except (ValueError, RecursionError) as error:
+        layout, metadata = layouts.parse(data[8 : 8 + size].decode())
+    except UnicodeDecodeError as error:
         raise UserError(f"{path}: header is no valid JSON ({str(error)[:80]})") from error
-    if not isinstance(header, dict):
-        raise UserError(f"{path}: header is no JSON object")
-    return header, 8 + size
-
-
-def _are_indices(values: Any, most: int) -> bool:
-    # `type` rather than isinstance: true and false are no numbers.
-    return (
-        type(values) is list
-        and len(values) <= most
-        and all(type(value) is int and 0 <= value < 2**62 for value in values)
-    )
-
-
-def _entry(
-    path: str | os.PathLike[str], name: str, entry: Any, size: int
-) -> tuple[np.dtype, tuple[int, ...], int, int]:
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise UserError(f"{path}: entry of {name!r} needs dtype, shape and data_offsets")
-    shape, offsets = entry["shape"], entry["data_offsets"]
-    if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
-        raise UserError(f"{path}: {name!r} has unsupported dtype {str(entry['dtype'])[:20]!r}")
-    if not _are_indices(shape, MAX_DIMENSIONS):
-        raise UserError(f"{path}: {name!r} has shape {str(shape)[:60]}, expected a few sizes")
-    if not _are_indices(offsets, 2) or len(offsets) != 2:
-        raise UserError(f"{path}: {name!r} has data_offsets {str(offsets)[:60]}")
-    begin, end = offsets
-    dtype = DTYPES[entry["dtype"]]
-    count = math.prod(shape)
-    if not begin <= end <= size:
-        raise UserError(f"{path}: {name!r} lies outside the file ({begin}..{end} of {size} bytes)")
-    if end - begin != count * dtype.itemsize:
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    rest = len(data) - 8 - size - layout.num_bytes
+    if rest < 0:
+        last = layout.places[-1]
         raise UserError(
-            f"{path}: {name!r} has {end - begin} bytes, its shape {shape} needs "
-            f"{count * dtype.itemsize}"
+            f"{path}: {last.name!r} lies outside the file (ends at {last.end} of "
+            f"{len(data) - 8 - size} bytes)"
         )
-    return dtype, tuple(shape), begin, end
-
-
-def _check_spans(
-    path: str | os.PathLike[str], spans: list[tuple[int, int, str]], size: int
-) -> None:
-    """Tensors must cover the data exactly, without overlap or hole."""
-    expected = 0
-    for begin, end, name in spans:
-        if begin != expected:
-            kind = "overlaps another tensor" if begin < expected else "leaves a hole before it"
-            raise UserError(f"{path}: {name!r} {kind} (starts at {begin}, expected {expected})")
-        expected = end
-    if expected != size:
-        raise UserError(f"{path}: {size - expected} bytes after the last tensor")
+    if rest:
+        raise UserError(f"{path}: {rest} bytes after the last tensor")
+    return layout, metadata, 8 + size

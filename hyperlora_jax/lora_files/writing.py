@@ -6,37 +6,30 @@ scale folded into the up factor, convolution factors 4-D, both factors balanced 
 the others no alpha: the effective scale is 1 for every reader.
 """
 
-import math
+import functools
 import os
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import jax
-import ml_dtypes
 import numpy as np
 
 from hyperlora_jax.array_types import Params
 from hyperlora_jax.errors import UserError
-from hyperlora_jax.lora.sites import LoraSite, LoraSpec, site_factors, validate
+from hyperlora_jax.lora import factors
+from hyperlora_jax.lora.sites import LoraSpec, validate
 from hyperlora_jax.lora_files import family as families
 from hyperlora_jax.lora_files import header, keys, peft_directory, safetensors_io
+from hyperlora_jax.lora_files.normal_form import DTYPES, Matrices, normal_form
 from hyperlora_jax.lora_files.peft_directory import W2W_SCALE
 
 Format = Literal["kohya", "diffusers", "peft", "weights2weights"]
 FORMATS: tuple[Format, ...] = get_args(Format)
-DTYPES: dict[str, np.dtype] = {
-    "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float32": np.dtype(np.float32),
-}
-_LIMITS = {dtype: float(ml_dtypes.finfo(dtype).max) for dtype in DTYPES.values()}
-CARRIED = re.compile(
-    r"(^|\.)(attentions|resnets|downsamplers|upsamplers)\.\d+\.|\.(self_attn|mlp)\.[a-z0-9_]+$"
-)
 DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
 _KOHYA_TEXT = {"text_encoder": ("lora_te_", "lora_te1_"), "text_encoder_2": ("lora_te2_",) * 2}
+__all__ = ["DTYPES", "FORMATS", "Format", "save_lora", "save_loras"]
 
 
 def save_lora(
@@ -81,83 +74,48 @@ def save_lora(
     return target
 
 
-def normal_form(
-    lora: Params, spec: LoraSpec, dtype: str = "float32", balance: bool = True, scale: int = 1
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """{path: (A [r, in, (kh, kw)], B [out, r, (1, 1)])} in PyTorch layout, padded and balanced.
+def save_loras(
+    paths: Sequence[str | os.PathLike[str]],
+    loras: Params,
+    spec: LoraSpec,
+    format: str = "kohya",
+    dtype: str = "float16",
+    family: str | None = None,
+    metadata: Sequence[Mapping[str, Any] | None] | None = None,
+    layers_per_block: int = 2,
+    num_workers: int | None = None,
+) -> list[Path]:
+    """Writes a batch (leading axis l) to l paths, several at a time; returns the files' paths.
 
-    B is divided by `scale`, which the file then carries itself.
+    `metadata` has an entry for each file; `num_workers` None means `default_workers()`. The rest
+    is as in `save_lora`, whose errors it raises; files that are done by then stay.
     """
-    validate(lora, spec)
-    if dtype not in DTYPES:
-        raise UserError(f"dtype {dtype!r} is unknown; expected one of {sorted(DTYPES)}")
-    if not spec.sites:
-        raise UserError("LoRA has no sites; nothing to write")
-    if site_factors(lora, spec.sites[0])["up"].ndim == 3:
-        raise ValueError("save_lora takes one LoRA, got a batch: use factors.index(lora, i)")
-    if bad := [site.path for site in spec.sites if not CARRIED.search(site.path)]:
+    validate(loras, spec)
+    found = factors.num_loras(loras)
+    texts = [None] * len(paths) if metadata is None else list(metadata)
+    if not found == len(paths) == len(texts):
         raise UserError(
-            f"LoRA site {bad[0]} cannot be carried by the common formats and tools ({len(bad)} "
-            "such sites): only attention, resnet and sampler layers and text encoder layers can"
+            f"save_loras: {len(paths)} paths and {len(texts)} metadata for {found} LoRAs; "
+            "expected one for each"
         )
-    rank = spec.max_rank
-    for site in spec.sites:
-        if rank > max(site.fan_in, site.out_features):
-            raise UserError(
-                f"LoRA site {site.path}: rank {rank} is above both its sizes {site.fan_in}→"
-                f"{site.out_features}, which readers take for swapped factors; resize the LoRA to "
-                f"rank {min(site.fan_in, site.out_features)} or less, which loses nothing there"
-            )
-    host = jax.device_get(lora)
-    return {
-        site.path: _site_arrays(site_factors(host, site), site, rank, DTYPES[dtype], balance, scale)
-        for site in spec.sites
-    }
+    if len({os.fspath(path) for path in paths}) < len(paths):
+        raise UserError("save_loras: a path is given twice, expected another one for each LoRA")
+    host = jax.device_get(loras)
+
+    def write(i: int) -> Path:
+        lora = factors.index(host, i)
+        return save_lora(paths[i], lora, spec, format, dtype, family, texts[i], layers_per_block)
+
+    with ThreadPoolExecutor(num_workers or default_workers()) as pool:
+        return list(pool.map(write, range(len(paths))))
 
 
-def _site_arrays(
-    pair: Params, site: LoraSite, rank: int, dtype: np.dtype, balance: bool, scale: int
-) -> tuple[np.ndarray, np.ndarray]:
-    down = np.asarray(pair["down"], np.float32).reshape(site.down_shape)
-    up = np.asarray(pair["up"], np.float32)
-    peak_down, peak_up = _peak(down), _peak(up)
-    if not (np.isfinite(peak_down) and np.isfinite(peak_up)):
-        raise UserError(f"LoRA site {site.path} has NaN or Inf; nothing was written")
-    if balance and peak_down > 0 and peak_up > 0:
-        # Within 2^±1.5 nothing moves, so that rewriting a rounded file changes no byte.
-        imbalance = (math.log2(peak_up) - math.log2(peak_down)) / 2
-        if abs(imbalance) > 0.75:
-            power = round(imbalance)
-            down, up = np.ldexp(down, power), np.ldexp(up, -power)
-            peak_down, peak_up = _peak(down), _peak(up)
-    if scale != 1:
-        up = _divided(up, np.float32(scale))
-        peak_up = _peak(up)
-    if max(peak_down, peak_up) > _LIMITS[dtype]:
-        raise UserError(f"LoRA site {site.path} overflows {dtype.name}; write float32 instead")
-    down, up = down.astype(dtype, copy=False), up.astype(dtype, copy=False)
-    more = rank - site.rank
-    down = np.pad(down, [(0, 0)] * (down.ndim - 1) + [(0, more)]) if more else down
-    up = np.pad(up, [(0, more), (0, 0)]) if more else up
-    order = (1, 0) if site.kind == "linear" else (3, 2, 0, 1)
-    b = up.T if site.kind == "linear" else up.T[:, :, None, None]
-    return np.ascontiguousarray(down.transpose(order)), np.ascontiguousarray(b)
+def default_workers() -> int:
+    """Files at a time: two for each core, because half of them wait for the disk in fsync."""
+    return 2 * len(os.sched_getaffinity(0))
 
 
-def _peak(array: np.ndarray) -> float:
-    """Largest magnitude; NaN when there is one."""
-    return float(np.maximum(array.max(), -array.min()))
-
-
-def _divided(up: np.ndarray, scale: np.float32) -> np.ndarray:
-    """up / scale, nudged by at most an ulp to what reading and dividing again leaves alone."""
-    result = up / scale
-    for _ in range(4):
-        result = (result * scale) / scale
-    return result
-
-
-def diffusers_tensors(sites: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:
+def diffusers_tensors(sites: Matrices) -> dict[str, np.ndarray]:
     """Keys of diffusers' `load_lora_weights`: "unet." or "text_encoder." + path + lora_A/lora_B."""
     tensors = {}
     for path, (a, b) in sites.items():
@@ -167,23 +125,31 @@ def diffusers_tensors(sites: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dic
 
 
 def kohya_tensors(
-    sites: Mapping[str, tuple[np.ndarray, np.ndarray]],
-    spec: LoraSpec,
-    family: families.Family,
-    layers_per_block: int = 2,
+    sites: Matrices, spec: LoraSpec, family: families.Family, layers_per_block: int = 2
 ) -> dict[str, np.ndarray]:
     """kohya keys with alpha = rank on every module; diffusers names for SD, sgm names for SDXL."""
     alpha = np.array(spec.max_rank, np.float32)
+    names = kohya_names(spec, family, layers_per_block)
     tensors = {}
     for path, (a, b) in sites.items():
-        name = kohya_name(path, spec.by_path[path].component, family, layers_per_block)
+        name = names[path]
         tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"] = a, b
         tensors[f"{name}.alpha"] = alpha
     return tensors
 
 
-def kohya_name(path: str, component: str, family: families.Family, layers_per_block: int) -> str:
-    """Module name of a site in a kohya file, e.g. "lora_unet_mid_block_attentions_0_proj_in"."""
+@functools.lru_cache(maxsize=64)
+def kohya_names(
+    spec: LoraSpec, family: families.Family, layers_per_block: int
+) -> Mapping[str, str]:
+    """{path: module name in a kohya file, e.g. "lora_unet_mid_block_attentions_0_proj_in"}."""
+    return {
+        site.path: _kohya_name(site.path, site.component, family, layers_per_block)
+        for site in spec.sites
+    }
+
+
+def _kohya_name(path: str, component: str, family: families.Family, layers_per_block: int) -> str:
     if component in _KOHYA_TEXT:
         prefix = _KOHYA_TEXT[component][family == "sdxl"]
         return prefix + path.split(".", 1)[1].replace(".", "_")

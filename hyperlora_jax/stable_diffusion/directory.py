@@ -1,5 +1,6 @@
 """The diffusers directory layout: component folders with config.json and safetensors."""
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -130,22 +131,36 @@ def hash_of_params(params: Params) -> str:
     return hash_tensors(flax_to_torch(jax.device_get(params)))
 
 
-def hash_tensors(tensors: Mapping[str, np.ndarray]) -> str:
-    """sha256 over name, shape and float16 bytes of every tensor in name order.
+def hash_tensors(tensors: Mapping[str, np.ndarray | Callable[[], np.ndarray]]) -> str:
+    """sha256 over name, shape and float16 bytes of every tensor (or loader) in name order.
 
     float16, so that a base and its fp16 variant, or its export, have one identity.
     """
     digest = hashlib.sha256()
     with np.errstate(over="ignore"):
-        for name, array in sorted(tensors.items()):
+        for name, given in sorted(tensors.items()):
+            array = given() if callable(given) else given
             digest.update(f"{name}{array.shape}".encode())
             digest.update(np.ascontiguousarray(array.astype(np.float16)).tobytes())
     return digest.hexdigest()
 
 
 def hash_of_files(files: list[Path]) -> str:
-    """sha256 of a model's tensors on disk: see `hash_tensors`."""
-    return hash_tensors({name: load() for name, load in read_tensors(files)})
+    """sha256 of a model's tensors on disk: see `hash_tensors`. One tensor is in memory at a time:
+    the file is opened anew for each, so that pages of the former one leave this process."""
+    loaders: dict[str, Callable[[], np.ndarray]] = {}
+    for path in files:
+        for name, load in read_tensors([path]):
+            alone = path.suffix == ".safetensors"
+            loaders[name] = functools.partial(_read_one, path, name) if alone else load
+    return hash_tensors(loaders)
+
+
+def _read_one(path: Path, name: str) -> np.ndarray:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="numpy") as file:
+        return file.get_tensor(name)
 
 
 def cached_hash(folder: Path, files: list[Path], compute: Callable[[], str]) -> str:

@@ -67,12 +67,7 @@ def load_component(
     folder: Path, name: str, dtype: Any, variant: str | None = None
 ) -> tuple[Any, Params]:
     """Module and parameters of one component folder, one tensor in host memory at a time."""
-    config = directory.read_json(folder / "config.json")
-    dtype = component_dtype(name, config, dtype)
-    try:
-        module = CONSTRUCTORS[name](config, dtype)
-    except UserError as error:
-        raise UserError(f"{folder / 'config.json'}: {error}") from error
+    module, dtype = load_module(folder, name, dtype)
     files = directory.weight_files(folder, name, variant)
     params = torch_to_flax(
         directory.read_tensors(files),
@@ -82,6 +77,16 @@ def load_component(
         lambda _, array: jnp.asarray(array.astype(dtype)),
     )
     return module, params
+
+
+def load_module(folder: Path, name: str, dtype: Any) -> tuple[Any, Any]:
+    """Module of one component folder, from its config.json alone, and the dtype it works in."""
+    config = directory.read_json(folder / "config.json")
+    dtype = component_dtype(name, config, dtype)
+    try:
+        return CONSTRUCTORS[name](config, dtype), dtype
+    except UserError as error:
+        raise UserError(f"{folder / 'config.json'}: {error}") from error
 
 
 def component_dtype(name: str, config: Mapping[str, Any], dtype: Any) -> Any:

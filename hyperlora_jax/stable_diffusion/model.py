@@ -22,6 +22,7 @@ from hyperlora_jax.lora.factors import scale as scale_lora
 from hyperlora_jax.lora.sites import LoraSpec, component_tree, spec_from_shapes
 from hyperlora_jax.stable_diffusion import directory, inference, loading, single_file
 from hyperlora_jax.stable_diffusion.autoencoder import AutoencoderKL
+from hyperlora_jax.stable_diffusion.checkpoint import param_shapes
 from hyperlora_jax.stable_diffusion.clip_text import ClipTextModel
 from hyperlora_jax.stable_diffusion.lora_argument import check_lora
 from hyperlora_jax.stable_diffusion.unet import UNet
@@ -55,6 +56,25 @@ class StableDiffusion:
         root = loading.local_directory(path)
         modules, params, schedule = loading.load_directory(root, dtype, variant)
         return StableDiffusion(**modules, params=params, schedule=schedule, path=root)
+
+    @staticmethod
+    def outline(path: str | Path) -> "StableDiffusion":
+        """The UNet and text encoders of a diffusers directory without their numbers: `params` are
+        shapes. Enough for specs, for the base's hash and for checking LoRA files, in milliseconds
+        and without memory. A single file is read whole.
+
+        Raises UserError as `from_pretrained` does.
+        """
+        if str(path).endswith((".safetensors", ".ckpt")) and Path(path).is_file():
+            return StableDiffusion.from_single_file(path)
+        root = loading.local_directory(path)
+        modules = {
+            name: loading.load_module(root / name, name, jnp.float32)[0]
+            for name in ("unet", "text_encoder", "text_encoder_2")
+            if name == "unet" or (root / name).is_dir()
+        }
+        params = {name: param_shapes(module) for name, module in modules.items()}
+        return StableDiffusion(**modules, params=params, schedule=NoiseSchedule(), path=root)
 
     @staticmethod
     def from_single_file(

@@ -6,8 +6,9 @@ from typing import Any
 from hyperlora_jax.data.worlds import open_world
 from hyperlora_jax.parallel.mesh import make_mesh
 from hyperlora_jax.train import encoder_task, probe_task
+from hyperlora_jax.train.configured import fit_section
 from hyperlora_jax.train.level_widths import level_widths
-from hyperlora_jax.train.loop import fit, open_workdir
+from hyperlora_jax.train.loop import open_workdir
 from hyperlora_jax.train.render_bundle import RenderBundle, render_bundle
 
 SMALLEST = 4  # cells per side of the encoder's last level
@@ -71,16 +72,6 @@ def _bundle(config: Any, workdir: str | Path) -> RenderBundle:
 
 
 def _fit(task: Any, config: Any, workdir: str | Path) -> Any:
-    state = fit(
-        task,
-        workdir=workdir,
-        mesh=make_mesh(**config.mesh),
-        seed=config.train.seed,
-        num_steps=config.train.num_steps,
-        optimizer=dict(config.train.optimizer),
-        log_every_steps=config.train.log_every_steps,
-        checkpoint_every_steps=config.train.checkpoint_every_steps,
-        ema_decay=config.train.ema_decay,
-        config=config.to_dict(),
-    )
-    return state.ema if state.ema is not None else state.params
+    mesh = make_mesh(**config.mesh)
+    section = config.train
+    return fit_section(task, section, workdir=workdir, mesh=mesh, seed=section.seed, config=config)

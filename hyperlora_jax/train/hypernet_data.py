@@ -1,18 +1,19 @@
 """What the hypernetwork is trained on: encoded pictures, and LoRA vectors of a dataset."""
 
 import dataclasses
-import hashlib
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hyperlora_jax.array_types import Float, Int
-from hyperlora_jax.data.encoded_subjects import EncodedSubjects, encode_subjects
-from hyperlora_jax.data.gauged_targets import read_in_gauge
-from hyperlora_jax.data.lora_targets import open_lora_targets
-from hyperlora_jax.data.subject_pictures import load_pictures
+from hyperlora_jax.data.encoded_subjects import EncodedSubjects, encode_once
+from hyperlora_jax.data.gauged_targets import GaugedVectors, read_in_gauge
+from hyperlora_jax.data.lora_targets import LoraTargets, open_lora_targets
+from hyperlora_jax.data.mixing import MixedSubjects
+from hyperlora_jax.data.subject_pictures import load_pictures, split_paths
+from hyperlora_jax.data.vector_statistics import pooled
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora.sites import LoraSpec
 from hyperlora_jax.stable_diffusion.embedded import image_size
@@ -22,17 +23,28 @@ CHECKED = 256  # vectors per look for numbers that are not finite
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Rows:
-    """LoRA vectors by number of their subject, read when asked for (they may be memory-mapped)."""
+    """LoRA vectors by number of their subject, read when asked for (they may be memory-mapped).
 
-    vectors: Float[np.ndarray, "n d"]
-    row_of: Int[np.ndarray, " s"]  # -1 = the subject has none: zeros
+    Attributes:
+        vectors: of every dataset.
+        dataset_of: which dataset a subject's LoRA is in.
+        row_of: its row there; -1 = the subject has none: zeros.
+    """
+
+    vectors: tuple[Float[np.ndarray, "_ d"], ...]
+    dataset_of: Int[np.ndarray, " s"]
+    row_of: Int[np.ndarray, " s"]
 
     def __len__(self) -> int:
         return len(self.row_of)
 
     def __getitem__(self, subjects: Any) -> Float[np.ndarray, "b d"]:
-        rows = self.row_of[subjects]
-        return np.where((rows >= 0)[:, None], np.asarray(self.vectors[np.maximum(rows, 0)]), 0.0)
+        rows, datasets = self.row_of[subjects], self.dataset_of[subjects]
+        found = np.zeros((len(rows), self.vectors[0].shape[1]), np.float32)
+        for k, vectors in enumerate(self.vectors):
+            mine = (rows >= 0) & (datasets == k)
+            found[mine] = vectors[rows[mine]]
+        return found
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -44,6 +56,7 @@ class TrainingTargets:
         subjects: the subjects that have one, ascending.
         mean, std: statistics, see `vector_statistics.VectorWhitening`.
         facts: dataset, gauge and number, for the checkpoint.
+        weights: how often every dataset's subjects are drawn; () = all subjects equally often.
     """
 
     rows: Rows
@@ -51,6 +64,15 @@ class TrainingTargets:
     mean: Float[np.ndarray, " d"]
     std: Float[np.ndarray, " m"]
     facts: dict[str, Any]
+    weights: tuple[float, ...] = ()
+
+    def order(self, seed: int) -> MixedSubjects | None:
+        """The order by `weights`, None without."""
+        if not self.weights:
+            return None
+        datasets = self.rows.dataset_of[self.subjects]
+        groups = [self.subjects[datasets == k] for k in range(len(self.weights))]
+        return MixedSubjects(groups, self.weights, seed)
 
 
 def read_encoded(
@@ -61,15 +83,8 @@ def read_encoded(
     pictures = load_pictures(
         config.data, config.data.num_identities, image_size(sd), workdir / "renders"
     )
-    facts = dict(pictures.facts)
-    asked = {"pictures": facts, "base": sd.base_hash, "encoder": encoder.hash, "layout": 1}
-    name = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:24]
-    file = workdir / f"encoded-{name}.npz"
-    if file.exists():
-        with np.load(file, allow_pickle=False) as arrays:
-            stored = dict(arrays)
-        return EncodedSubjects(ids=tuple(map(str, stored.pop("ids"))), **stored), facts
-    encoded = encode_subjects(
+    encoded = encode_once(
+        workdir,
         sd,
         encoder,
         pictures.ids,
@@ -77,38 +92,77 @@ def read_encoded(
         pictures.captions,
         batch_size=config.train.encode_batch_size,
     )
-    arrays = {k: v for k, v in vars(encoded).items() if k != "ids"}
-    temporary = file.with_suffix(".tmp.npz")
-    np.savez(temporary, ids=np.asarray(encoded.ids), **arrays)
-    temporary.replace(file)
-    return encoded, facts
+    return encoded, dict(pictures.facts)
 
 
 def read_targets(
     config: Any, workdir: Path, spec: LoraSpec, base_hash: str, encoded: EncodedSubjects
 ) -> TrainingTargets:
-    """LoRA vectors of the training subjects in the gauge `data.gauge`, at most `data.num_targets`.
+    """LoRA vectors of the training subjects in the gauge `data.gauge`, at most `data.num_targets`
+    of each of the datasets `data.targets`.
 
     Raises:
         UserError: a dataset of another base or spec, of none of the subjects, or with numbers that
-            are not finite.
+            are not finite; weights for another number of datasets, several datasets in a gauge
+            that depends on them, a subject in two of them.
     """
-    dataset = open_lora_targets(config.data.targets or workdir / "targets", spec, base_hash)
-    gauged = read_in_gauge(dataset, config.data.gauge, workdir / "cache")
+    data = config.data
+    paths = split_paths(data.targets) if data.targets else [str(workdir / "targets")]
+    weights = tuple(float(weight) for weight in data.target_weights)
+    if weights and len(weights) != len(paths):
+        raise UserError(f"data.target_weights: got {weights} for {len(paths)} datasets")
+    if len(paths) > 1 and data.gauge != "raw":
+        raise UserError(
+            f"data.gauge: got {data.gauge!r} for {len(paths)} datasets, expected 'raw': the others "
+            "are turned by each dataset's own mean"
+        )
     number = {name: k for k, name in enumerate(encoded.ids)}
+    dataset_of = np.zeros(len(encoded.ids), np.int64)
+    row_of = np.full(len(encoded.ids), -1, np.int64)
+    sources: list[GaugedVectors] = []
+    facts: list[dict[str, Any]] = []
+    for path in paths:
+        dataset = open_lora_targets(path, spec, base_hash)
+        gauged = read_in_gauge(dataset, data.gauge, workdir / "cache")
+        rows = _rows_of(dataset, gauged, number, data.num_targets)
+        subjects = np.asarray([number[dataset.ids[i]] for i in rows])
+        if (row_of[subjects] >= 0).any():
+            twice = encoded.ids[int(subjects[row_of[subjects] >= 0][0])]
+            raise UserError(f"{path}: subject {twice} is in another dataset of data.targets too")
+        dataset_of[subjects], row_of[subjects] = len(sources), rows
+        sources.append(gauged)
+        recipe = dataset.facts.get("recipe", {})
+        facts.append({**gauged.facts(), "targets": len(rows), "dataset": recipe})
+    shares = weights or [fact["targets"] for fact in facts]
+    whitening = pooled([gauged.whitening for gauged in sources], shares, spec)
+    alone = len(facts) == 1
+    return TrainingTargets(
+        Rows(tuple(gauged.vectors for gauged in sources), dataset_of, row_of),
+        np.flatnonzero(row_of >= 0),
+        np.asarray(whitening.mean, np.float32),
+        np.asarray(whitening.std, np.float32),
+        facts[0] if alone else {"datasets": facts, "weights": weights},
+        () if alone else weights,
+    )
+
+
+def _rows_of(
+    dataset: LoraTargets, gauged: GaugedVectors, number: Mapping[str, int], most: int
+) -> list[int]:
+    """Rows of a dataset's training subjects, checked; the first `most` of them (0 = all)."""
     rows = [int(i) for i in dataset.split_indices("train") if dataset.ids[int(i)] in number]
     if not rows:
         raise UserError(
             f"{dataset.path}: none of its {len(dataset)} subjects is among the "
-            f"{len(encoded.ids)} training identities; were both made with the same data section?"
+            f"{len(number)} training identities; were both made with the same data section?"
         )
-    if config.data.num_targets:
-        if config.data.num_targets > len(rows):
+    if most:
+        if most > len(rows):
             raise UserError(
-                f"data.num_targets: got {config.data.num_targets}, but {dataset.path} has "
+                f"data.num_targets: got {most}, but {dataset.path} has "
                 f"{len(rows)} LoRAs of training identities"
             )
-        rows = rows[: config.data.num_targets]
+        rows = rows[:most]
     for start in range(0, len(rows), CHECKED):
         chunk = np.asarray(rows[start : start + CHECKED])
         finite = np.isfinite(gauged.vectors[chunk]).all(axis=1)
@@ -118,13 +172,4 @@ def read_targets(
                 f"{dataset.path}: the LoRA of subject {bad} holds numbers that are not finite; "
                 "expected finite targets"
             )
-    row_of = np.full(len(encoded.ids), -1, np.int64)
-    row_of[[number[dataset.ids[i]] for i in rows]] = rows
-    facts = {**gauged.facts(), "targets": len(rows), "dataset": dataset.facts.get("recipe", {})}
-    return TrainingTargets(
-        Rows(gauged.vectors, row_of),
-        np.flatnonzero(row_of >= 0),
-        np.asarray(gauged.whitening.mean, np.float32),
-        np.asarray(gauged.whitening.std, np.float32),
-        facts,
-    )
+    return rows

@@ -30,9 +30,10 @@ from hyperlora_jax.hypernet.weight_vae import Latents
 from hyperlora_jax.parallel import sharding
 from hyperlora_jax.parallel.mesh import make_mesh
 from hyperlora_jax.stable_diffusion.embedded import load_base
+from hyperlora_jax.train.configured import fit_section
 from hyperlora_jax.train.hypernet_data import TrainingTargets, read_encoded, read_targets
 from hyperlora_jax.train.hypernet_task import Base, Phase, hypernet_task
-from hyperlora_jax.train.loop import fit, open_workdir
+from hyperlora_jax.train.loop import open_workdir
 from hyperlora_jax.train.vae_training import train_vae
 
 
@@ -83,11 +84,11 @@ def train_hypernetwork(config: Any, workdir: str | Path) -> Hypernetwork:
             targets.rows,
             targets.subjects,
             section.vae,
-            workdir=workdir / "vae",
+            workdir=section.vae.workdir or workdir / "vae",
             mesh=mesh,
             seed=section.seed,
-            facts=facts,
-            config=config.to_dict(),
+            facts={**facts, "model": {"vae": model["vae"]}},  # all that a VAE depends on
+            config=config,
         )
     frozen: Params = {"constants": constants} if constants else {}
     if any(phase.weights.need_base for phase in phases):
@@ -103,19 +104,10 @@ def train_hypernetwork(config: Any, workdir: str | Path) -> Hypernetwork:
         base=Base(sd.unet.clone(mesh=mesh), sd.schedule, section.min_snr_gamma),
         facts=facts,
     )
-    state = fit(
-        task,
-        workdir=workdir,
-        mesh=mesh,
-        seed=section.seed,
-        num_steps=section.num_steps,
-        optimizer=dict(section.optimizer),
-        log_every_steps=section.log_every_steps,
-        checkpoint_every_steps=section.checkpoint_every_steps,
-        ema_decay=section.ema_decay,
-        config=config.to_dict(),
+    trained = fit_section(
+        task, section, workdir=workdir, mesh=mesh, seed=section.seed, config=config
     )
-    params = sharding.gather(state.ema if state.ema is not None else state.params, mesh)
+    params = sharding.gather(trained, mesh)
     kept = {**(constants if generator.needs_targets else {}), **known}
     return _saved(Hypernetwork(generator, params, encoder, stored, model, kept), workdir)
 
@@ -152,6 +144,7 @@ def _batches(
         per_subject={} if targets is None else {"target": targets.rows},
         subjects=None if targets is None else targets.subjects,
         subjects_until=targets_until,
+        order=None if targets is None else targets.order(section.seed),
         shard_index=shard,
         num_shards=num_shards,
     )

@@ -6,7 +6,6 @@ Each stage keeps its result in the workdir, so that a killed run goes on where i
 """
 
 import functools
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +27,9 @@ from hyperlora_jax.stable_diffusion.tokenizer_training import train_tokenizer
 from hyperlora_jax.stable_diffusion.unet import unet_from_config
 from hyperlora_jax.train import base_task
 from hyperlora_jax.train.checkpoints import restore_params
+from hyperlora_jax.train.configured import fit_section
 from hyperlora_jax.train.level_widths import level_widths
-from hyperlora_jax.train.loop import fit, open_workdir
-from hyperlora_jax.train.state import TrainState
+from hyperlora_jax.train.loop import open_workdir
 
 # Zero terminal SNR, velocity prediction, trailing steps (Lin et al., arXiv 2305.08891): without
 # them the last step is not pure noise in training, and sampled colours drift.
@@ -65,8 +64,7 @@ def pretrain(config: Any, workdir: str | Path) -> Path:
     vae, vae_params = _train_autoencoder(config, workdir, mesh, images)
     latents = _latents(vae, vae_params, workdir / "latents.npy", images)
     vae, latents = _normalised(vae, latents)
-    state, modules = _train_unet(config, workdir, mesh, tokenizer_dir, captions, latents)
-    trained = state.ema if state.ema is not None else state.params
+    trained, modules = _train_unet(config, workdir, mesh, tokenizer_dir, captions, latents)
     params = {**jax.device_get(trained), "vae": jax.device_get(vae_params)}
     sd = StableDiffusion(
         params=params,
@@ -144,8 +142,15 @@ def _train_autoencoder(
         l1_weight=section.l1_weight,
         facts={"autoencoder": dict(vae.config)},
     )
-    state = _fit(task, section, workdir / "autoencoder", mesh, config.train.seed, config)
-    return vae, state.ema if state.ema is not None else state.params
+    params = fit_section(
+        task,
+        section,
+        workdir=workdir / "autoencoder",
+        mesh=mesh,
+        seed=config.train.seed,
+        config=config,
+    )
+    return vae, params
 
 
 def _latents(vae: AutoencoderKL, params: Params, file: Path, images: np.ndarray) -> np.ndarray:
@@ -180,7 +185,7 @@ def _train_unet(
     tokenizer_dir: Path,
     captions: list[str],
     latents: np.ndarray,
-) -> tuple[TrainState, dict[str, Any]]:
+) -> tuple[Params, dict[str, Any]]:
     from transformers import CLIPTokenizer
 
     tokenizer = CLIPTokenizer.from_pretrained(tokenizer_dir)
@@ -210,26 +215,13 @@ def _train_unet(
         min_snr_gamma=section.min_snr_gamma,
         facts={"unet": dict(unet.config), "text_encoder": dict(text.config)},
     )
-    state = _fit(task, section, workdir, mesh, section.seed, config)
-    return state, {"unet": unet, "text_encoder": text, "tokenizers": (tokenizer,)}
-
-
-def _fit(task: Any, section: Any, workdir: Path, mesh: Any, seed: int, config: Any) -> TrainState:
-    return fit(
-        task,
-        workdir=workdir,
-        mesh=mesh,
-        seed=seed,
-        num_steps=section.num_steps,
-        optimizer=dict(section.optimizer),
-        log_every_steps=section.log_every_steps,
-        checkpoint_every_steps=section.checkpoint_every_steps,
-        ema_decay=section.ema_decay,
-        config=config.to_dict(),
+    params = fit_section(
+        task, section, workdir=workdir, mesh=mesh, seed=section.seed, config=config
     )
+    return params, {"unet": unet, "text_encoder": text, "tokenizers": (tokenizer,)}
 
 
-def autoencoder_config(section: Mapping[str, Any], image_size: int) -> dict[str, Any]:
+def autoencoder_config(section: Any, image_size: int) -> dict[str, Any]:
     """diffusers config.json of an AutoencoderKL."""
     levels = len(section["block_out_channels"])
     return {
@@ -245,7 +237,7 @@ def autoencoder_config(section: Mapping[str, Any], image_size: int) -> dict[str,
     }
 
 
-def unet_config(section: Mapping[str, Any], latents_shape: tuple[int, ...]) -> dict[str, Any]:
+def unet_config(section: Any, latents_shape: tuple[int, ...]) -> dict[str, Any]:
     """diffusers config.json of a UNet2DConditionModel with cross-attention on every level."""
     levels = len(section["block_out_channels"])
     return {
@@ -260,7 +252,7 @@ def unet_config(section: Mapping[str, Any], latents_shape: tuple[int, ...]) -> d
     }
 
 
-def text_config(section: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
+def text_config(section: Any, tokenizer: Any) -> dict[str, Any]:
     """transformers config.json of a CLIPTextModel for a tokenizer."""
     return {
         "architectures": ["CLIPTextModel"],
@@ -276,5 +268,5 @@ def text_config(section: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
     }
 
 
-def _plain(section: Mapping[str, Any]) -> dict[str, Any]:
+def _plain(section: Any) -> dict[str, Any]:
     return {k: list(v) if isinstance(v, tuple) else v for k, v in dict(section).items()}

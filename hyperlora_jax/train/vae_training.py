@@ -14,7 +14,8 @@ from hyperlora_jax.data.pipelines import subject_batches
 from hyperlora_jax.hypernet.weight_diffusion import Whitened
 from hyperlora_jax.hypernet.weight_vae import Latents, vae_losses
 from hyperlora_jax.parallel import sharding
-from hyperlora_jax.train.loop import Task, fit
+from hyperlora_jax.train.configured import fit_section
+from hyperlora_jax.train.loop import Task
 
 CHUNK = 256
 
@@ -41,11 +42,11 @@ def train_vae(
     subjects: np.ndarray,
     section: Any,
     *,
-    workdir: Path,
+    workdir: str | Path,
     mesh: Mesh,
     seed: int,
     facts: dict[str, Any],
-    config: dict[str, Any],
+    config: Any,
 ) -> Params:
     """Trains the VAE in `workdir` and returns the constants that its latents need.
 
@@ -53,6 +54,7 @@ def train_vae(
         constants: "mean" and "std" of the vectors.
         targets: array-like [n, d] of LoRA vectors; subjects: rows to train on.
         section: the config's `train.vae`.
+        workdir: a finished one gives its VAE at once, so that several generators can share it.
     """
     shard, num_shards = sharding.host_shard(mesh)
     batches = subject_batches(
@@ -77,19 +79,7 @@ def train_vae(
         batches=batches,
         facts=facts,
     )
-    state = fit(
-        task,
-        workdir=workdir,
-        mesh=mesh,
-        seed=seed,
-        num_steps=section.num_steps,
-        optimizer=dict(section.optimizer),
-        log_every_steps=section.log_every_steps,
-        checkpoint_every_steps=section.checkpoint_every_steps,
-        ema_decay=section.ema_decay,
-        config=config,
-    )
-    trained = state.params if state.ema is None else state.ema
+    trained = fit_section(task, section, workdir=workdir, mesh=mesh, seed=seed, config=config)
     found = {**constants, "vae": sharding.gather(trained, mesh)}
     return {**found, **latent_statistics(codec, found, targets, subjects)}
 

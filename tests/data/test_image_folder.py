@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from hyperlora_jax.data import image_folder, pictures
+from hyperlora_jax.data.size_buckets import of_one_area, square
 from hyperlora_jax.errors import UserError
 
 
@@ -24,7 +25,7 @@ def test_folders_are_concepts(tmp_path):
     folders = image_folder.open_image_folder(tmp_path)
     assert [folder.name for folder in folders] == ["anna", "bert"]
     assert image_folder.open_image_folder(tmp_path / "bert") == [tmp_path / "bert"]
-    anna = image_folder.read_concept(folders[0], 8, "a photo of sks")
+    anna = image_folder.read_concept(folders[0], square(8), "a photo of sks")
     assert (anna.id, anna.identity) == ("anna", "anna")
     assert len(anna.references) == len(anna.targets) == 2
     assert anna.captions == ("a photo of sks",) * 2
@@ -39,7 +40,7 @@ def test_metadata_gives_captions_roles_and_identity(tmp_path):
         {"file_name": "b.png", "role": "target", "text": "anna at the sea"},
     ]
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
-    concept = image_folder.read_concept(tmp_path, 8)
+    concept = image_folder.read_concept(tmp_path, square(8))
     assert concept.identity == "Anna"
     assert (len(concept.references), concept.captions) == (2, ("anna at the sea", ""))
 
@@ -52,6 +53,34 @@ def test_pictures_are_upright_and_centre_cropped(tmp_path):
     plain = pictures.load_image(save(tmp_path / "p.jpg", quality=95))
     assert np.abs(turned.astype(int) - np.rot90(plain, -1)).max() < 40
     assert pictures.load_image(tmp_path / "p.jpg", 16).shape == (16, 16, 3)
+
+
+def test_a_concept_takes_the_bucket_of_its_targets(tmp_path):
+    """Upright, EXIF counted; a reference of another shape is cut to the same."""
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    save(tmp_path / "a.jpg", 40, 20, exif=exif)  # stands upright: 40 high
+    save(tmp_path / "b.webp", 22, 38)
+    save(tmp_path / "c.png", 38, 22)
+    rows = [{"file_name": "c.png", "role": "reference"}]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert pictures.upright_size(tmp_path / "a.jpg") == (40, 20)
+    concept = image_folder.read_concept(tmp_path, of_one_area(16, 4))
+    assert len(concept.targets) == 2 and len(concept.references) == 3
+    for png in (*concept.targets, *concept.references):
+        assert pictures.decode(png).shape == (20, 12, 3)
+    with pytest.raises(UserError, match=r"text\.png: found 5 bytes that are no picture"):
+        (tmp_path / "text.png").write_bytes(b"hello")
+        image_folder.read_concept(tmp_path, of_one_area(16, 4))
+
+
+def test_the_centre_of_a_shape_is_cut_without_stretching(tmp_path):
+    pixels = np.zeros((8, 40, 3), np.uint8)
+    pixels[:, 12:28] = 90  # the centre of twice the height's width
+    Image.fromarray(pixels).save(tmp_path / "p.png")
+    assert (pictures.load_image(tmp_path / "p.png", (4, 8)) == 90).all()
+    assert (np.abs(pictures.load_image(tmp_path / "p.png", (3, 6)) - 90.0) < 10).all()
+    assert (pictures.load_image(tmp_path / "p.png", (4, 10))[:, [0, -1]] == 0).all()
 
 
 def test_transparent_gray_and_palette_pictures_become_rgb(tmp_path):
@@ -94,7 +123,7 @@ def test_bad_folders_are_named(tmp_path):
     with pytest.raises(UserError, match="empty: empty, expected a folder per concept"):
         image_folder.open_image_folder(tmp_path / "empty")
     with pytest.raises(UserError, match="empty: has no pictures"):
-        image_folder.read_concept(tmp_path / "empty", 8)
+        image_folder.read_concept(tmp_path / "empty", square(8))
 
 
 @pytest.mark.parametrize(
@@ -113,7 +142,7 @@ def test_bad_metadata_is_named(tmp_path, lines, match):
     save(tmp_path / "a.png")
     (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
     with pytest.raises(UserError, match=match):
-        image_folder.read_concept(tmp_path, 8)
+        image_folder.read_concept(tmp_path, square(8))
 
 
 def test_two_identities_in_one_folder(tmp_path):
@@ -123,4 +152,4 @@ def test_two_identities_in_one_folder(tmp_path):
         rows.append(json.dumps({"file_name": f"{name}.png", "identity": identity}))
     (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
     with pytest.raises(UserError, match=r"identities \['Anna', 'Bert'\], expected one"):
-        image_folder.read_concept(tmp_path, 8)
+        image_folder.read_concept(tmp_path, square(8))

@@ -206,6 +206,19 @@ def test_matrix_rows_are_scaled_by_alpha_over_rank(matrix, kind, tmp_path, monke
         np.testing.assert_allclose(a["up"], b["up"] * 13.5, rtol=tolerance)
 
 
+def test_rows_of_several_matrices_are_told_apart(matrix, tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        np.save(tmp_path / folder / "m.npy", matrix[:3])
+    good(tmp_path / "000001.safetensors", 1)
+    paths = [tmp_path / "a/m.npy", tmp_path / "b/m.npy", tmp_path / "000001.safetensors"]
+    people = {"m.npy/000002": "Anna", "000001": "Bert"}
+    assert run(paths, tmp_path / "out", identities=people).imported == 7
+    targets = open_lora_targets(tmp_path / "out")
+    ids = {f"{name}/{k:06d}" for name in ("m.npy", "m.npy 2") for k in range(3)}
+    assert set(targets.ids) == {"000001", *ids} and {"Anna", "Bert"} <= set(targets.identities)
+
+
 def test_bad_rows_go_to_quarantine(matrix, tmp_path):
     spoilt = matrix.copy()
     spoilt[3, 5] = np.nan

@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
@@ -5,8 +7,16 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from hyperlora_jax.data import pictures
-from hyperlora_jax.data.subject_pictures import load_pictures, with_flips, with_prompt
+from hyperlora_jax.data.lora_targets_writer import write_lora_targets
+from hyperlora_jax.data.subject_pictures import (
+    load_in_sizes,
+    load_pictures,
+    with_flips,
+    with_prompt,
+)
+from hyperlora_jax.data.subjects import Subject
 from hyperlora_jax.errors import UserError
+from hyperlora_jax.lora.sites import LoraSpec
 from tests.data.test_tfds_concepts import IMAGE, write
 
 
@@ -46,10 +56,50 @@ def test_flips_and_prompts(folder):
     plain = load_pictures(section(folder), 2, 4)
     both = with_prompt(with_flips(plain), "a photo of sks person")
     assert both.images.shape == (2, 6, 4, 4, 3)
-    np.testing.assert_array_equal(both.images[:, :3], plain.images)
-    np.testing.assert_array_equal(both.images[:, 3:, :, ::-1], plain.images)
+    np.testing.assert_array_equal(both.images[:, ::2], plain.images)
+    np.testing.assert_array_equal(both.images[:, 1::2, :, ::-1], plain.images)
+    assert plain.counts == (3, 2) and both.counts == (6, 4)
     assert both.captions == (("a photo of sks person",) * 6,) * 2
+    assert len(both.targets_png(1)) == 4 and both.references[1] == plain.targets_png(1)
     assert both.facts["flips"] and both.facts["prompt"] == "a photo of sks person"
+
+
+def test_concepts_of_one_size_come_together(folder, tmp_path):
+    wide = np.zeros((8, 16, 3), np.uint8)
+    (tmp_path / "carl").mkdir()
+    Image.fromarray(wide).save(tmp_path / "carl" / "0.png")
+    row = '{"file_name": "0.png", "role": "reference"}'
+    (tmp_path / "anna" / "metadata.jsonl").write_text(row)
+    buckets = ((4, 4), (2, 4))
+    flat, even = load_in_sizes(section(folder), 3, buckets)
+    assert (flat.ids, flat.numbers, flat.images.shape) == (("carl",), (2,), (1, 1, 2, 4, 3))
+    assert (even.ids, even.numbers, even.counts) == (("anna", "bert"), (0, 1), (2, 2))
+    assert [len(own) for own in even.references] == [3, 0], "anna has one more reference"
+    assert flat.facts["size"] == [2, 4] and flat.facts["num_identities"] == 3
+    (first,) = load_in_sizes(section(folder), 1, buckets)
+    assert first.ids == ("anna",)
+
+
+def test_a_dataset_of_loras_is_a_source_too(folder, tmp_path):
+    plain = load_pictures(section(folder), 2, 4)
+    for name, k in (("one", 0), ("two", 1)):
+        png = plain.targets_png(k)
+        subject = Subject(plain.ids[k], f"{k}", png[:1], png, plain.captions[k][: len(png)])
+        other = dataclasses.replace(subject, id=f"{name} held out", identity="h", split="test")
+        write_lora_targets(
+            tmp_path / name, [dataclasses.replace(subject, split="train"), other], LoraSpec(()), ""
+        )
+    both = section(f"{tmp_path / 'one'},{tmp_path / 'two'}")
+    found = load_pictures(both, 2, 4)
+    assert (found.ids, found.counts) == (plain.ids, plain.counts)
+    np.testing.assert_array_equal(found.images, plain.images)
+    assert found.references == tuple(plain.targets_png(k)[:1] for k in range(2))
+    with pytest.raises(UserError, match="1 concepts are there twice, first 'anna'"):
+        load_pictures(section(f"{tmp_path / 'one'},{folder}"), 2, 4)
+    bare = Subject("a", "a", split="train")
+    write_lora_targets(tmp_path / "bare", [bare], LoraSpec(()), "")
+    with pytest.raises(UserError, match="bare: subject a has no pictures"):
+        load_pictures(section(tmp_path / "bare"), 1, 4)
 
 
 def test_whole_factors_are_block_means():

@@ -98,6 +98,13 @@ def test_state_of_another_run_is_refused(world, tmp_path):
         next(fit(world, [0, 1], 2, state_file=state, seed=7))
 
 
+def test_no_picture_is_dropped_in_silence(world):
+    with pytest.raises(UserError, match="concept 0 has 3 images, expected 1 to 2"):
+        next(fit(world, [1, 0], 2))
+    with pytest.raises(UserError, match="concept 0 has 3 images, expected 1 to 1"):
+        next(fit(world, [0], 1, max_images=1))
+
+
 def test_steps_per_call_must_divide(world):
     with pytest.raises(UserError, match="got 30, expected a multiple of"):
         next(fit(world, [0], 1, recipe=Recipe(num_steps=30)))

@@ -53,6 +53,16 @@ def test_first_keeps_the_questions(test_set):
     np.testing.assert_array_equal(two.noise((3,)), test_set.noise((3,))[:2])
 
 
+def test_any_identities_keep_their_questions_and_answers(test_set):
+    some = test_set.select([4, 1])
+    assert some.identities == (test_set.identities[4], test_set.identities[1])
+    np.testing.assert_array_equal(some.exact, test_set.exact[[4, 1]])
+    assert (test_set.exact[4] != test_set.exact[1]).any()
+    for k, number in enumerate((4, 1)):
+        np.testing.assert_array_equal(some.candidate_renders(k), test_set.candidate_renders(number))
+        np.testing.assert_array_equal(some.noise((3,))[k], test_set.noise((3,))[number])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -125,7 +125,8 @@ def read_torch(path):
     import torch
 
     from hyperlora_jax.lora_files import load_lora
-    from hyperlora_jax.lora_files.writing import diffusers_tensors, normal_form
+    from hyperlora_jax.lora_files.normal_form import normal_form
+    from hyperlora_jax.lora_files.writing import diffusers_tensors
 
     lora, spec = load_lora(path)
     unet = spec.component("unet")

@@ -2,10 +2,11 @@
 
 import pytest
 
-from hyperlora_jax.lora.sites import spec_from_shapes
+from hyperlora_jax.lora.sites import LoraSpec, spec_from_shapes
 from hyperlora_jax.lora_files import keys
 from hyperlora_jax.lora_files.family import recognise
-from hyperlora_jax.lora_files.writing import CARRIED, kohya_name
+from hyperlora_jax.lora_files.normal_form import CARRIED
+from hyperlora_jax.lora_files.writing import kohya_names
 from tests.lora_files.conftest import shapes_of
 
 FULL = {
@@ -86,7 +87,7 @@ def test_counts_names_and_recognition(shapes):
             path,
         ):
             assert keys.canonical_path(stem) == path
-    names = {kohya_name(site.path, "unet", family, 2) for site in carried}
+    names = set(kohya_names(LoraSpec(tuple(carried)), family, 2).values())
     assert len(names) == len(carried)
     known = {
         "sd1": "lora_unet_down_blocks_2_downsamplers_0_conv",

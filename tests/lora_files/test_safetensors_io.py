@@ -172,6 +172,46 @@ def test_damage_is_named(tmp_path, content, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_kept_layout_is_checked_against_every_file(tmp_path):
+    """Files of one kind share a header but for the metadata; each has its own data."""
+    content = encode(TENSORS, {"a": "1"})
+    other = encode({name: array * 0 for name, array in TENSORS.items()}, {"b": "2"})
+    for name, data in (("a", content), ("b", other)):
+        (tmp_path / name).write_bytes(data)
+    first, second = read(tmp_path / "a"), read(tmp_path / "b")
+    assert (first[1], second[1]) == ({"a": "1"}, {"b": "2"})
+    for name, array in TENSORS.items():
+        np.testing.assert_array_equal(first[0][name], array)
+        np.testing.assert_array_equal(second[0][name], array * 0)
+    (tmp_path / "c").write_bytes(content[:-2])
+    with pytest.raises(UserError, match="lies outside the file"):
+        read(tmp_path / "c")
+    (tmp_path / "d").write_bytes(content + b"00")
+    with pytest.raises(UserError, match="2 bytes after the last tensor"):
+        read(tmp_path / "d")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b'{"__metadata__":{"x":"y"},"a":E}',
+        b'{"__metadata__": {"x": "y"}, "a": E}',
+        b'{"a":E,"__metadata__":{"x":"y"}}',
+        b' {"__metadata__":{"x":"y"} , "a":E}',
+    ],
+)
+def test_metadata_may_stand_anywhere(tmp_path, text):
+    path = tmp_path / "a.safetensors"
+    text = text.replace(b"E", json.dumps(entry()).encode())
+    path.write_bytes(raw(text, b"0" * 8))
+    for _ in range(2):
+        tensors, metadata = read(path)
+        assert (list(tensors), metadata) == (["a"], {"x": "y"})
+    path.write_bytes(raw(text[:-1] + b',"__metadata__":{"z":"z"}}', b"0" * 8))
+    with pytest.raises(UserError, match="'__metadata__' appears twice"):
+        read(path)
+
+
 def test_a_zip_bomb_is_never_unpacked(tmp_path):
     path = tmp_path / "a.safetensors"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:

@@ -10,6 +10,8 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from hyperlora_jax.errors import UserError
+from hyperlora_jax.lora import factors
+from hyperlora_jax.lora_files import load_lora, save_lora
 from hyperlora_jax.stable_diffusion import directory, loading
 from hyperlora_jax.stable_diffusion.model import StableDiffusion
 
@@ -59,6 +61,23 @@ def test_fp16_variant_has_the_identity_of_its_base(tiny_pipeline, tmp_path):
     half = StableDiffusion.from_pretrained(tmp_path / "sd", jnp.bfloat16, variant="fp16")
     assert half.base_hash == base
     assert {leaf.dtype for leaf in jax.tree.leaves(half.params)} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_an_outline_knows_everything_but_the_numbers(tiny_pipeline, tmp_path):
+    shutil.copytree(tiny_pipeline[0], tmp_path / "sd")
+    whole = StableDiffusion.from_pretrained(tmp_path / "sd")
+    expected = directory.hash_of_params(whole.params["unet"])
+    shutil.rmtree(tmp_path / "sd/vae")
+    (tmp_path / "sd/text_encoder/model.safetensors").write_bytes(b"not read")
+    outline = StableDiffusion.outline(tmp_path / "sd")
+    assert outline.lora_spec("all", 2) == whole.lora_spec("all", 2)
+    assert outline.base_hash == expected
+    spec = whole.lora_spec("w2w", 2)
+    path = save_lora(tmp_path / "a.safetensors", factors.init(jax.random.key(0), spec), spec)
+    assert load_lora(path, outline)[1] == load_lora(path, whole)[1]
+    (tmp_path / "sd/unet/config.json").unlink()
+    with pytest.raises(UserError, match=r"config\.json"):
+        StableDiffusion.outline(tmp_path / "sd")
 
 
 def test_autoencoder_that_overflows_stays_float32():

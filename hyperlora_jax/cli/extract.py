@@ -1,0 +1,35 @@
+"""`hyperlora extract`: what a fine-tuned model learned, as a LoRA of its base."""
+
+import argparse
+
+from hyperlora_jax.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Two models, output."""
+    from hyperlora_jax.lora.sites import PRESETS
+    from hyperlora_jax.lora_files.writing import DTYPES, FORMATS
+
+    parser.add_argument("base", metavar="BASE", help="diffusers directory")
+    parser.add_argument("tuned", metavar="TUNED", help="diffusers directory of the tuned model")
+    parser.add_argument("--out", required=True, help="LoRA to write")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--preset", choices=sorted(set(PRESETS) - {"text"}), default="attn-ff")
+    parser.add_argument("--to", choices=FORMATS, default="kohya", help="form of the LoRA")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="float16")
+
+
+def run(args: argparse.Namespace) -> int:
+    """SVD layer by layer, then one file."""
+    from hyperlora_jax.lora_files import algebra, save_lora
+    from hyperlora_jax.lora_files.base_model import read_base_model
+
+    if args.rank < 1:
+        raise UserError(f"--rank is {args.rank}, expected at least 1")
+    model = read_base_model(args.base)
+    lora, spec = algebra.extract(args.base, args.tuned, args.rank, args.preset)
+    written = save_lora(
+        args.out, lora, spec, args.to, args.dtype, model.family, None, model.layers_per_block
+    )
+    print(f"wrote {written}: {len(spec)} sites, rank {spec.max_rank}")
+    return 0

@@ -1,0 +1,67 @@
+"""`hyperlora merge`: weighted sums of LoRA files, at full or a smaller rank, or into a base."""
+
+import argparse
+from collections.abc import Mapping, Sequence
+
+from hyperlora_jax.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Files with weights, output."""
+    from hyperlora_jax.lora_files.writing import DTYPES, FORMATS
+
+    parser.add_argument(
+        "loras", metavar="LORA[=WEIGHT]", nargs="+", help="weight 1 if none is given; =-1 subtracts"
+    )
+    parser.add_argument("--out", required=True, help="LoRA to write, or folder with --into")
+    parser.add_argument("--rank", type=int, help="best LoRA of this rank; default: exact")
+    parser.add_argument("--into", metavar="BASE", help="add to a diffusers directory, write a copy")
+    parser.add_argument("--to", choices=FORMATS, default="kohya", help="form of the LoRA")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="float16")
+    parser.add_argument("--base", help="diffusers directory, or sd1, sd2, sdxl: whose layers")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Reads, adds, writes."""
+    from hyperlora_jax.lora_files import algebra, convert, load_lora, read_metadata, save_lora
+    from hyperlora_jax.lora_files.base_model import BaseModel
+
+    base = convert.open_base(args.into or args.base)
+    model = base if isinstance(base, BaseModel) else None
+    if args.rank is not None and args.rank < 1:
+        raise UserError(f"--rank is {args.rank}, expected at least 1")
+    named = [_weighted(text) for text in args.loras]
+    paths, weights = [path for path, _ in named], [weight for _, weight in named]
+    merged = algebra.merge([load_lora(path, model) for path in paths], weights, args.rank)
+    spec = merged[1]
+    if args.into:
+        written = algebra.merge_into_checkpoint(args.into, merged, args.out)
+    else:
+        family = model.family if model else base
+        layers = model.layers_per_block if model else 2
+        texts = _shared([read_metadata(path) for path in paths])
+        written = save_lora(args.out, *merged, args.to, args.dtype, family, texts, layers)
+    print(f"wrote {written}: {len(spec)} sites, rank {spec.max_rank}")
+    return 0
+
+
+def _weighted(text: str) -> tuple[str, float]:
+    path, found, weight = text.rpartition("=")
+    if not found:
+        return text, 1.0
+    try:
+        return path, float(weight)
+    except ValueError:
+        raise UserError(f"{text}: expected LORA=WEIGHT, e.g. anna.safetensors=0.7") from None
+
+
+def _shared(headers: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """Own texts that all files agree on: their base, their checkpoint."""
+    from hyperlora_jax.lora_files.header import PREFIX
+
+    first, *others = headers
+    return {
+        key: text
+        for key, text in first.items()
+        if key.startswith(PREFIX) and all(other.get(key) == text for other in others)
+    }

@@ -1,0 +1,50 @@
+"""Embeddings of a finished concept's references, by the name of the condition encoder."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from hyperlora_jax.array_types import Float
+from hyperlora_jax.data import pictures
+from hyperlora_jax.errors import UserError
+from hyperlora_jax.hypernet.conditioning import load_condition_encoder
+
+AT_ONCE = 16  # pictures in a batch; the last one is filled up, so that one program serves all
+
+
+class ReferenceEmbeddings:
+    """Pooled embeddings of PNG files by several encoders, each picture as a centre square.
+
+    Args:
+        encoders: what `load_condition_encoder` takes.
+        size: pixels per side that the encoders are given.
+
+    Raises UserError for an encoder that cannot be read and for two of one name.
+    """
+
+    def __init__(self, encoders: Sequence[str], size: int):
+        loaded = [load_condition_encoder(source) for source in encoders]
+        self.encoders = {encoder.name.replace("/", "_"): encoder for encoder in loaded}
+        self.size = size
+        if len(self.encoders) != len(loaded):
+            names = ", ".join(encoder.name for encoder in loaded)
+            raise UserError(f"distill.encoders: got {names}, expected different names")
+
+    def hashes(self) -> dict[str, str]:
+        """Hash of the weights by name, for the dataset's card."""
+        return {name: encoder.hash for name, encoder in self.encoders.items()}
+
+    def of(self, references: Sequence[bytes]) -> dict[str, Float[np.ndarray, "n e"]]:
+        """One row per reference, by encoder."""
+        if not self.encoders:
+            return {}
+        count = len(references)
+        images = np.stack([pictures.decode(png, self.size) for png in references])
+        images = np.pad(images, [(0, -count % AT_ONCE), (0, 0), (0, 0), (0, 0)], "edge")
+        batches = images.reshape(-1, AT_ONCE, *images.shape[1:]).astype(np.float32) / 255.0
+        return {
+            name: np.concatenate([np.asarray(encoder.encode(b)[0], np.float32) for b in batches])[
+                :count
+            ]
+            for name, encoder in self.encoders.items()
+        }

@@ -1,0 +1,91 @@
+"""The experiments' part of docs/results.md, from docs/measurements/experiment_NAME.json.
+
+A record is {"name", "title", "command", "rows"}; a row is one run with one seed: {"run", "seed",
+"identity_top1": {"mean", "stderr", "n"}, "image_error", "caption_accuracy", "strength", "guidance",
+"steps", "train_seconds", "cores"}. Written by tools/experiments.py.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from hyperlora_jax.errors import UserError
+from hyperlora_jax.evaluate import wording
+
+KEYS = ("name", "title", "command", "rows")
+SCORES = ("identity_top1", "image_error", "caption_accuracy")
+COLUMNS = (
+    "", "identity top-1", "error (MSE)", "caption parts", "strength", "steps", "training", "seeds",
+)  # fmt: skip
+
+
+def read_experiments(root: epath.PathLike) -> list[Mapping[str, Any]]:
+    """All records, in the order of their names.
+
+    Raises:
+      UserError: a file that is no such record.
+    """
+    folder = epath.Path(root) / "docs" / "measurements"
+    files = sorted(folder.glob("experiment_*.json"), key=lambda file: file.name)
+    records = []
+    for file in files if folder.exists() else []:
+        try:
+            record = json.loads(file.read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"{file}: cannot be read as JSON ({error})") from error
+        missing = [key for key in KEYS if key not in record]
+        if missing:
+            raise UserError(f"{file}: found no {', '.join(missing)}, expected {', '.join(KEYS)}")
+        records.append(record)
+    return records
+
+
+def table(record: Mapping[str, Any]) -> list[list[str]]:
+    """One row of text per run, all its seeds together, in the order of the record."""
+    by_run: dict[str, list[Mapping[str, Any]]] = {}
+    for row in record["rows"]:
+        by_run.setdefault(row["run"], []).append(row)
+    return [[name, *_cells(rows)] for name, rows in by_run.items()]
+
+
+def across_seeds(estimates: Sequence[Mapping[str, float]]) -> tuple[float, float]:
+    """Mean and standard error of one score over training seeds.
+
+    The identities are the same for every seed: their standard error (the mean of the seeds') does
+    not shrink with more seeds. The spread of the seeds is added to it.
+    """
+    means = np.array([estimate["mean"] for estimate in estimates])
+    identities = float(np.mean([estimate["stderr"] for estimate in estimates]))
+    seeds = float(means.std(ddof=1) / np.sqrt(len(means))) if len(means) > 1 else 0.0
+    return float(means.mean()), float(np.hypot(identities, seeds))
+
+
+def _cells(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    scores = [across_seeds([row[score] for row in rows]) for score in SCORES]
+    digits = (3, 4, 3)
+    cells = [f"{m:.{d}f} ± {e:.{d}f}" for (m, e), d in zip(scores, digits, strict=True)]
+    strengths = sorted({row["strength"] for row in rows})
+    took = [row["train_seconds"] for row in rows]
+    cores = sorted({row["cores"] for row in rows})
+    return [
+        *cells,
+        ", ".join(f"{value:g}" for value in strengths),
+        ", ".join(f"{steps:,}" for steps in sorted({row["steps"] for row in rows})),
+        f"{wording.duration(float(np.median(took)))}, {'/'.join(map(str, cores))} core(s)",
+        str(len(rows)),
+    ]
+
+
+def section(record: Mapping[str, Any]) -> list[str]:
+    """(heading, command, note) of one experiment; the rows are `table`."""
+    counts = {row["identity_top1"]["n"] for row in record["rows"]}
+    return [
+        f"## {record['title']}",
+        f"`{record['command']}`",
+        f"{'/'.join(map(str, sorted(counts)))} held-out identities, the same for all runs; mean ± "
+        "standard error over identities and training seeds; every run at the strength that was "
+        "best on validation identities.",
+    ]

@@ -1,0 +1,37 @@
+"""`loop.fit` as a config's section describes it."""
+
+from typing import Any
+
+from etils import epath
+from jax.sharding import Mesh
+
+from hyperlora_jax.array_types import Params
+from hyperlora_jax.train.loop import Task, fit
+
+
+def fit_section(
+    task: Task, section: Any, *, workdir: epath.PathLike, mesh: Mesh, seed: int, config: Any
+) -> Params:
+    """Trains `task`; returns its averaged parameters, or the last ones where none are averaged.
+
+    Args:
+        section: ConfigDict with num_steps, optimizer, log_every_steps, checkpoint_every_steps and
+            ema_decay (None: no average).
+        config: the whole ConfigDict, kept beside the checkpoints.
+
+    Raises:
+        UserError, TrainingDiverged, Preempted: see `loop.fit`.
+    """
+    state = fit(
+        task,
+        workdir=workdir,
+        mesh=mesh,
+        seed=seed,
+        num_steps=section.num_steps,
+        optimizer=dict(section.optimizer),
+        log_every_steps=section.log_every_steps,
+        checkpoint_every_steps=section.checkpoint_every_steps,
+        ema_decay=section.ema_decay,
+        config=config.to_dict(),
+    )
+    return state.params if state.ema is None else state.ema

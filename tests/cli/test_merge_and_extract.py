@@ -1,0 +1,79 @@
+"""Sums of LoRA files, merged models and LoRAs of the difference, from the command line."""
+
+import numpy as np
+import pytest
+
+from hyperlora_jax.cli.main import run_command
+from hyperlora_jax.lora_files import load_lora, read_metadata, save_lora
+from tests.lora_files.conftest import random_lora, spec_of, torch_modules
+from tests.lora_files.test_round_trip import deltas
+
+
+@pytest.fixture(name="world", scope="module")
+def _world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("merge")
+    modules = torch_modules("sd1")
+    for name, module in modules.items():
+        module.save_pretrained(folder / "base" / name)
+    spec = spec_of(modules, "attn-ff", rank=2, text=False)
+    for seed, name in enumerate("ab"):
+        texts = {"base_hash": "f" * 64, "seed": seed}
+        file = folder / f"{name}.safetensors"
+        save_lora(file, random_lora(spec, seed), spec, dtype="float32", metadata=texts)
+    return folder, spec
+
+
+def run(name, *arguments):
+    return run_command(name, [str(item) for item in arguments])
+
+
+def test_weighted_sums_and_what_the_files_share(world, tmp_path, capsys):
+    folder, spec = world
+    a, b, out = folder / "a.safetensors", folder / "b.safetensors", tmp_path / "c.safetensors"
+    wanted = {
+        path: 0.5 * value - deltas(random_lora(spec, 1), spec)[path]
+        for path, value in deltas(random_lora(spec, 0), spec).items()
+    }
+    assert run("merge", f"{a}=0.5", f"{b}=-1", "--out", out, "--dtype", "float32") == 0
+    assert f"{len(spec)} sites, rank 4" in capsys.readouterr().out
+    found = deltas(*load_lora(out))
+    assert found.keys() == wanted.keys()
+    for path, value in wanted.items():
+        np.testing.assert_allclose(found[path], value, atol=1e-6)
+    texts = read_metadata(out)
+    assert texts["hyperlora.base_hash"] == "f" * 64
+    assert "hyperlora.seed" not in texts
+    assert run("merge", a, "--rank", 1, "--out", out, "--to", "diffusers") == 0
+    assert load_lora(out)[1].max_rank == 1
+    for path, value in deltas(*load_lora(out)).items():
+        sigma = np.linalg.svd(deltas(random_lora(spec, 0), spec)[path], compute_uv=False)
+        np.testing.assert_allclose(np.linalg.norm(value), sigma[0], rtol=2e-3)
+
+
+def test_a_merged_model_gives_its_lora_back(world, tmp_path):
+    folder, spec = world
+    a, tuned, out = folder / "a.safetensors", tmp_path / "tuned", tmp_path / "c.safetensors"
+    assert run("merge", f"{a}=2", "--into", folder / "base", "--out", tuned) == 0
+    assert run("extract", folder / "base", tuned, "--rank", 2, "--out", out) == 0
+    found = deltas(*load_lora(out, spec))
+    for path, value in deltas(random_lora(spec, 0), spec).items():
+        np.testing.assert_allclose(found[path], 2 * value, atol=5e-3)
+
+
+def test_wrong_use_is_one_line_and_code_2(world, tmp_path, capsys):
+    folder, _ = world
+    a, base, out = folder / "a.safetensors", folder / "base", tmp_path / "c.safetensors"
+    for arguments, message in (
+        (("merge", f"{a}=x", "--out", out), "expected LORA=WEIGHT"),
+        (("merge", folder / "none.safetensors", "--out", out), "no such file"),
+        (("merge", a, "--rank", 0, "--out", out), "--rank is 0, expected at least 1"),
+        (("merge", a, "--into", tmp_path, "--out", out), "expected a diffusers model directory"),
+        (("merge", a, "--into", base, "--out", base), "already exists, expected a new folder"),
+        (("extract", base, tmp_path, "--out", out), "expected a diffusers model directory"),
+        (("extract", base, base, "--rank", -1, "--out", out), "--rank is -1"),
+    ):
+        assert run(*arguments) == 2, arguments
+        shown = capsys.readouterr().err.strip()
+        assert message in shown
+        assert "\n" not in shown
+        assert not out.exists()

@@ -1,0 +1,52 @@
+import json
+
+import numpy as np
+import pytest
+
+from hyperlora_jax.errors import UserError
+from hyperlora_jax.evaluate import experiments_page, results_page
+
+
+def row(run="ridge", seed=0, mean=0.5):
+    score = {"mean": mean, "stderr": 0.03, "n": 64}
+    return {
+        "run": run, "seed": seed, "identity_top1": score, "image_error": score,
+        "caption_accuracy": score, "strength": 2.0, "guidance": 1.0, "steps": 1500,
+        "train_seconds": 90.0, "cores": 1,
+    }  # fmt: skip
+
+
+def record(*rows):
+    return {"name": "a", "title": "Which one?", "command": "python x.py a", "rows": list(rows)}
+
+
+def test_seeds_share_one_row_and_their_spread_widens_the_error():
+    rows = experiments_page.table(record(row(), row(seed=1, mean=0.7), row("knn")))
+    assert [cells[0] for cells in rows] == ["ridge", "knn"]
+    spread = np.std([0.5, 0.7], ddof=1) / np.sqrt(2)
+    assert rows[0][1] == f"0.600 ± {np.hypot(0.03, spread):.3f}"
+    assert rows[0][-1] == "2"
+    assert rows[1][1] == "0.500 ± 0.030"
+
+
+def test_more_seeds_never_make_the_identities_error_smaller():
+    mean, error = experiments_page.across_seeds([{"mean": 0.5, "stderr": 0.03}] * 9)
+    assert (mean, error) == pytest.approx((0.5, 0.03))
+
+
+def test_the_page_holds_every_record(tmp_path):
+    folder = tmp_path / "docs" / "measurements"
+    folder.mkdir(parents=True)
+    (folder / "experiment_a.json").write_text(json.dumps(record(row())))
+    page = results_page.expected_pages(tmp_path)[tmp_path / "docs" / "results.md"]
+    assert "## Which one?" in page
+    assert "| ridge | 0.500 ± 0.030 |" in page
+    assert "64 held-out identities" in page
+
+
+def test_a_file_that_is_no_record_is_named(tmp_path):
+    folder = tmp_path / "docs" / "measurements"
+    folder.mkdir(parents=True)
+    (folder / "experiment_b.json").write_text("{}")
+    with pytest.raises(UserError, match=r"experiment_b\.json: found no name, title"):
+        experiments_page.read_experiments(tmp_path)

@@ -1,0 +1,93 @@
+"""Target LoRAs of one dataset or of several, by subject."""
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from hyperlora_jax.data.encoded_subjects import EncodedSubjects
+from hyperlora_jax.data.lora_targets_writer import write_lora_targets
+from hyperlora_jax.data.pipelines import subject_batches
+from hyperlora_jax.data.subjects import Subject
+from hyperlora_jax.errors import UserError
+from hyperlora_jax.lora.sites import LoraSite, LoraSpec
+from hyperlora_jax.train.hypernet_data import read_targets
+
+SPEC = LoraSpec((LoraSite("mid_block.attentions.0.to_q", 6, 4, 2),))
+NAMES = [f"p{k}" for k in range(12)]
+
+
+def vector(k):
+    return np.random.default_rng(k).normal(k, 1, SPEC.num_parameters).astype(np.float32)
+
+
+def write(path, numbers):
+    subjects = [Subject(NAMES[k], NAMES[k], lora=vector(k), split="train") for k in numbers]
+    return write_lora_targets(path, subjects, SPEC, "base", {"recipe": {"from": path.name}})
+
+
+def read(tmp_path, targets, **settings):
+    empty = np.zeros((len(NAMES), 1, 0), np.float32)
+    encoded = EncodedSubjects(
+        ids=tuple(NAMES),
+        latents=np.zeros((len(NAMES), 1, 1, 1, 1), np.float32),
+        text_index=np.zeros((len(NAMES), 1), np.int32),
+        text_states=np.zeros((1, 1, 1), np.float32),
+        pooled=empty,
+        tokens=empty[:, :, None],
+    )
+    data = {"targets": targets, "target_weights": (), "gauge": "raw", "num_targets": 0}
+    return read_targets(ConfigDict({"data": {**data, **settings}}), tmp_path, SPEC, "base", encoded)
+
+
+def test_one_dataset(tmp_path):
+    write(tmp_path / "targets", [1, 4, 7])
+    found = read(tmp_path, "")
+    np.testing.assert_array_equal(found.subjects, [1, 4, 7])
+    np.testing.assert_array_equal(found.rows[np.array([4, 0])], [vector(4), 0 * vector(0)])
+    assert found.facts["dataset"] == {"from": "targets"} and found.order(0) is None
+    assert len(read(tmp_path, "", num_targets=2).subjects) == 2
+    with pytest.raises(UserError, match=r"got 4, but .*targets has 3 LoRAs"):
+        read(tmp_path, "", num_targets=4)
+
+
+def test_several_datasets_are_drawn_in_their_shares(tmp_path):
+    few, many = write(tmp_path / "few", [0, 5]), write(tmp_path / "many", [1, 2, 3, 6, 7, 8])
+    found = read(tmp_path, f"{few},{many}", target_weights=(3, 1))
+    np.testing.assert_array_equal(found.subjects, [0, 1, 2, 3, 5, 6, 7, 8])
+    chosen = np.array([5, 2, 9, 0])
+    expected = np.stack([vector(5), vector(2), 0 * vector(9), vector(0)])
+    np.testing.assert_array_equal(found.rows[chosen], expected)
+    batches = subject_batches(
+        {}, {}, 64, seed=0, per_subject={"target": found.rows}, subjects=found.subjects,
+        order=found.order(0),
+    )  # fmt: skip
+    drawn = np.concatenate([next(batches)["record_id"] for _ in range(16)])
+    assert abs(np.isin(drawn, [0, 5]).mean() - 0.75) < 0.01
+    assert set(drawn) == set(found.subjects)
+    assert [part["dataset"]["from"] for part in found.facts["datasets"]] == ["few", "many"]
+
+
+def test_statistics_of_a_mixture_are_those_of_its_draws(tmp_path):
+    few, many = write(tmp_path / "few", [0, 5]), write(tmp_path / "many", [1, 2, 3, 6, 7, 8])
+    together = write(tmp_path / "both", [0, 5, 1, 2, 3, 6, 7, 8])
+    found, whole = read(tmp_path, f"{few},{many}"), read(tmp_path, str(together))
+    np.testing.assert_allclose(found.mean, whole.mean, rtol=1e-5)
+    np.testing.assert_allclose(found.std, whole.std, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("targets", "settings", "match"),
+    [
+        ("few,many", {"target_weights": (1,)}, r"got \(1\.0,\) for 2 datasets"),
+        ("few,many", {"gauge": "svd"}, "got 'svd' for 2 datasets, expected 'raw'"),
+        ("few,few2", {}, "few2: subject p5 is in another dataset"),
+        ("few,gone", {}, "gone: is no LoRA-target dataset"),
+    ],
+)
+def test_wrong_mixtures_are_named(tmp_path, targets, settings, match):
+    write(tmp_path / "few", [0, 5])
+    write(tmp_path / "few2", [5])
+    write(tmp_path / "many", [1, 2])
+    paths = ",".join(str(tmp_path / name) for name in targets.split(","))
+    with pytest.raises(UserError, match=match):
+        read(tmp_path, paths, **settings)

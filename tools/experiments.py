@@ -1,0 +1,259 @@
+"""Experiments on the avatar world: which hypernetwork writes the best LoRA, and why.
+
+    hyperlora distill --config configs/distill_avatars.py --workdir runs/targets
+    python tools/experiments.py NAME --targets runs/targets/targets --workdir runs/experiments
+    python tools/make_results.py
+
+Every experiment is a table of runs; every run trains a config of this repository with some values
+changed and is scored on the same held-out identities, captions and noise, at its own best strength
+(and guidance) of the validation identities. Finished runs are kept: the same command goes on where
+it stopped, and adds new seeds. Writes docs/measurements/experiment_NAME.json, which
+tools/make_results.py turns into a table of docs/results.md.
+"""
+
+import argparse
+import dataclasses
+import gc
+import json
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+SHARED = ("renders", "cache")  # folders that all runs of a dataset can share
+PAPER = "configs/paper.py"
+AVATARS = "configs/avatars.py"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One row of an experiment: a config file and what is changed in it."""
+
+    config: str = AVATARS
+    changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A question, and the runs that answer it."""
+
+    title: str
+    runs: Mapping[str, Run]
+
+
+def _closed(kind: str, **changes: Any) -> Run:
+    return Run(changes={"model.generator": kind, **changes})
+
+
+def _paper_grid() -> dict[str, Run]:
+    runs = {}
+    for space, generator in (("VAE latents", "latent_diffusion"), ("raw", "diffusion")):
+        for prediction in ("x0", "v"):
+            for conditioning in ("adanorm", "adalora"):
+                changes = {
+                    "model.generator": generator,
+                    "model.diffusion.prediction": prediction,
+                    "model.mlp.conditioning": conditioning,
+                }
+                runs[f"{space}, {prediction}, {conditioning}"] = Run(PAPER, changes)
+    return runs
+
+
+def _objectives() -> dict[str, Run]:
+    def weights(steps: int, **objectives: float) -> dict[str, Any]:
+        named = {"end_to_end": 0.0, **objectives}
+        found = {f"train.objectives.{name}": value for name, value in named.items()}
+        return {**found, "train.num_steps": steps}
+
+    pictures = weights(1500, end_to_end=1.0)
+    tokens = {"model.generator": "diffusion", "train.images_per_subject": 1}
+    return {
+        "regression, pictures": Run(changes=pictures),
+        "regression, delta": Run(changes=weights(4000, delta=1.0)),
+        "regression, whitened factors": Run(changes=weights(4000, whitened=1.0)),
+        "regression, delta then pictures": Run(
+            changes={**pictures, "train.num_steps": 1800, "train.warm_up.num_steps": 1000}
+        ),
+        "iterative regression, pictures": Run(
+            changes={**pictures, "train.num_steps": 900, "model.generator": "iterative"}
+        ),
+        "token diffusion, x0": Run(changes={**weights(2500, diffusion=1.0), **tokens}),
+    }
+
+
+def _gauges() -> dict[str, Run]:
+    spaces = {"raw": ("raw", "raw"), "svd": ("svd", "raw"), "procrustes": ("procrustes", "raw"),
+              "delta space": ("raw", "delta")}  # fmt: skip
+    return {
+        f"{kind}, {name}": _closed(kind, **{"data.gauge": gauge, "model.baseline.space": space})
+        for kind in ("ridge", "knn")
+        for name, (gauge, space) in spaces.items()
+    }
+
+
+def _num_targets() -> dict[str, Run]:
+    return {
+        f"{kind}, {count or 'all'} targets": _closed(
+            kind, **{"data.num_targets": count, "model.baseline.num_neighbours": 20}
+        )
+        for kind in ("nearest", "knn", "ridge")
+        for count in (100, 300, 0)
+    }
+
+
+def _compute() -> dict[str, Run]:
+    return {
+        f"pictures, {steps} steps": Run(changes={"train.num_steps": steps})
+        for steps in (200, 600, 1800)
+    }
+
+
+EXPERIMENTS = {
+    "gauges": Experiment("Which form of a LoRA is learned best?", _gauges()),
+    "num_targets": Experiment("How many LoRA targets are enough?", _num_targets()),
+    "compute": Experiment("How long should a hypernetwork train on pictures?", _compute()),
+    "objectives": Experiment("Objective and generator, about ten minutes each", _objectives()),
+    "paper": Experiment("The paper's grid (arXiv 2412.02352)", _paper_grid()),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parses, runs what is missing, writes the JSON after every run."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("name", choices=sorted(EXPERIMENTS))
+    parser.add_argument("--targets", required=True, help="LoRA-target dataset")
+    parser.add_argument("--workdir", required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="training seeds")
+    parser.add_argument("--only", help="runs whose name contains this")
+    parser.add_argument("--json", help="default: docs/measurements/experiment_NAME.json")
+    given = parser.parse_args(arguments)
+    from hyperlora_jax.errors import UserError
+    from hyperlora_jax.parallel import compilation_cache, cpu_devices
+
+    compilation_cache.enable()
+    cpu_devices.one_per_core()
+    experiment = EXPERIMENTS[given.name]
+    file = pathlib.Path(given.json or ROOT / f"docs/measurements/experiment_{given.name}.json")
+    workdir = pathlib.Path(given.workdir)
+    try:
+        for seed in given.seeds:
+            for name, run in experiment.runs.items():
+                if given.only and given.only not in name:
+                    continue
+                row = kept_row(name, run, seed, pathlib.Path(given.targets).resolve(), workdir)
+                print(f"{name}, seed {seed}: {_brief(row)}", flush=True)
+                write(file, given.name, experiment, workdir)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {file}")
+    return 0
+
+
+def kept_row(
+    name: str, run: Run, seed: int, targets: pathlib.Path, workdir: pathlib.Path
+) -> dict[str, Any]:
+    """The scores of one run, from its folder if the same run was finished before."""
+    from hyperlora_jax.cli.config import load_config
+
+    changes = {**run.changes, "data.targets": str(targets), "train.seed": seed}
+    if run.config == PAPER:  # runs of the grid share the VAE
+        changes["train.vae.workdir"] = str(workdir / f"vae-{seed}")
+    overrides = [f"--config.{key}={value}" for key, value in changes.items()]
+    folder = workdir / f"{_slug(name)}-{seed}"
+    kept = folder / "row.json"
+    asked = {"config": run.config, "changes": dict(run.changes), "seed": seed}
+    if kept.exists():
+        row = json.loads(kept.read_text())
+        if all(row[key] == value for key, value in asked.items()):
+            return row
+    folder.mkdir(parents=True, exist_ok=True)
+    _share(folder, workdir / "shared")
+    config = load_config(ROOT / run.config, overrides)
+    row = {"run": name, **asked, **measure(config, folder)}
+    _keep_encoded(folder, workdir / "shared")
+    temporary = kept.with_suffix(".tmp")
+    temporary.write_text(json.dumps(row, indent=1))
+    temporary.replace(kept)
+    return row
+
+
+def measure(config: Any, folder: pathlib.Path) -> dict[str, Any]:
+    """Trains one config and scores it on the held-out identities."""
+    from hyperlora_jax.evaluate.run import Evaluation
+    from hyperlora_jax.train.hypernet_training import train_hypernetwork
+
+    config.evaluate.methods = ("generated",)
+    start = time.perf_counter()
+    train_hypernetwork(config, folder)
+    seconds = time.perf_counter() - start
+    gc.collect()
+    evaluation = Evaluation(config, folder)
+    summary = evaluation.summary(evaluation.run())
+    chosen = summary["strength"]["generated"]
+    return {
+        **{
+            score: summary[score]["generated"]
+            for score in ("identity_top1", "image_error", "caption_accuracy", "diversity")
+        },
+        "strength": chosen["best"],
+        "guidance": chosen.get("guidance", 1.0),
+        "steps": config.train.num_steps if evaluation.hyper.params else 0,
+        "train_seconds": round(seconds, 1),
+        "cores": len(os.sched_getaffinity(0)),
+        "num_targets": evaluation.hyper.facts.get("targets", {}).get("targets", 0),
+    }
+
+
+def write(
+    file: pathlib.Path, name: str, experiment: Experiment, workdir: pathlib.Path
+) -> pathlib.Path:
+    """All finished runs of an experiment, in the order of its table."""
+    rows = []
+    for run in experiment.runs:
+        for kept in sorted(workdir.glob(f"{_slug(run)}-*/row.json")):
+            rows.append(json.loads(kept.read_text()))
+    content = {
+        "name": name,
+        "title": experiment.title,
+        "command": f"python tools/experiments.py {name} --targets TARGETS --workdir WORKDIR",
+        "rows": [row for row in rows if row["run"] in experiment.runs],
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(content, indent=1) + "\n")
+    return file
+
+
+def _share(folder: pathlib.Path, shared: pathlib.Path) -> None:
+    for name in SHARED:
+        (shared / name).mkdir(parents=True, exist_ok=True)
+        if not (folder / name).exists():
+            (folder / name).symlink_to((shared / name).resolve(), target_is_directory=True)
+    for encoded in shared.glob("encoded-*.npz"):
+        if not (folder / encoded.name).exists():
+            (folder / encoded.name).hardlink_to(encoded)
+
+
+def _keep_encoded(folder: pathlib.Path, shared: pathlib.Path) -> None:
+    for encoded in folder.glob("encoded-*.npz"):
+        if not (shared / encoded.name).exists():
+            (shared / encoded.name).hardlink_to(encoded)
+
+
+def _slug(name: str) -> str:
+    return "".join(letter if letter.isalnum() else "_" for letter in name)
+
+
+def _brief(row: Mapping[str, Any]) -> str:
+    identity, error = row["identity_top1"], row["image_error"]
+    return (
+        f"identity {identity['mean']:.3f} ± {identity['stderr']:.3f}, error {error['mean']:.4f}, "
+        f"strength {row['strength']:g}, {row['train_seconds']:.0f} s"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
