@@ -153,15 +153,15 @@ def load_pictures(
     """The training subjects of a config's `data` section, their pictures cut to squares.
 
     `source` is "avatars", a folder per concept, a TFDS dataset, a LoRA-target dataset (its training
-    subjects), or several paths of the latter kinds with commas between them, which give all their
-    concepts.
+    subjects), or several paths of the latter kinds with commas between them, whose
+    concepts are joined. The first `count` subjects are taken, the others stay held out.
 
     Raises:
         UserError: fewer than `count` concepts; see `load_in_sizes`.
     """
     if data.source == "avatars":
         return _avatars(data, count, size, cache_dir)
-    (found,) = _by_size(_at_least(count, data.source, square(size)), data.source)
+    (found,) = _by_size(read_subjects(data.source, square(size), count)[:count], data.source)
     return found
 
 
@@ -179,7 +179,7 @@ def load_in_sizes(
     """
     if data.source == "avatars":
         return [_avatars(data, count, buckets[0][0], cache_dir)]
-    return _by_size(_at_least(count, data.source, buckets)[:count], data.source)
+    return _by_size(read_subjects(data.source, buckets, count)[:count], data.source)
 
 
 def _avatars(data: Any, count: int, size: int, cache_dir: str | Path | None) -> SubjectPictures:
@@ -192,32 +192,27 @@ def _avatars(data: Any, count: int, size: int, cache_dir: str | Path | None) -> 
     return avatar_pictures(avatars, count, data.num_views, cache_dir=cache_dir)
 
 
-def _at_least(count: int, source: str, buckets: Sequence[Size]) -> list[Subject]:
-    subjects = read_subjects(source, buckets)
-    if count > len(subjects):
-        raise UserError(f"{source}: has {len(subjects)} concepts, expected {count}")
-    return subjects
+def read_subjects(source: str, buckets: Sequence[Size], count: int = 1) -> list[Subject]:
+    """Every subject of a folder or dataset, or of several, in the order of their names.
 
-
-def read_subjects(source: str, buckets: Sequence[Size], default_caption: str = "") -> list[Subject]:
-    """All subjects of a folder per concept, a TFDS dataset or a LoRA-target dataset, or of several
-    with commas between them, in the order of their names; their pictures cut to `buckets`.
+    Args:
+        buckets: sizes to choose from.
+        count: how many there must be at least.
 
     Raises:
-        UserError: no such folder, a concept without pictures, a picture that cannot be read, no
-            field of a dataset that tells concepts apart, a concept that is there twice.
+        UserError: see `load_in_sizes`.
     """
     subjects: list[Subject] = []
     for path in split_paths(source):
         if (Path(path) / "index.json").is_file():
             subjects += _dataset_subjects(path, buckets)
         elif (Path(path) / "dataset_info.json").is_file():
-            subjects += read_tfds_concepts(path, buckets, default_caption=default_caption)
+            subjects += read_tfds_concepts(path, buckets)
         else:
-            subjects += [
-                image_folder.read_concept(folder, buckets, default_caption)
-                for folder in image_folder.open_image_folder(path)
-            ]
+            folders = image_folder.open_image_folder(path)
+            subjects += [image_folder.read_concept(folder, buckets) for folder in folders]
+    if count > len(subjects):
+        raise UserError(f"{source}: has {len(subjects)} concepts, expected {count}")
     counts = collections.Counter(subject.id for subject in subjects)
     if twice := [name for name, number in counts.items() if number > 1]:
         raise UserError(f"{source}: {len(twice)} concepts are there twice, first {twice[0]!r}")

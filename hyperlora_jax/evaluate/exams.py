@@ -93,8 +93,11 @@ def open_exam(config: Any, size: int, trained_on: frozenset[str], workdir: Path)
             f"{source} by, e.g. --config.evaluate.judges.independent=judge.onnx"
         )
     judge = next(iter(found))
+    subjects = read_subjects(str(source), square(size))
+    if prompt := config.distill.prompt:
+        subjects = [dataclasses.replace(s, captions=(prompt,) * len(s.captions)) for s in subjects]
     validation, test = make_picture_sets(
-        read_subjects(source, square(size), config.distill.prompt),
+        subjects,
         str(source),
         prompts=tuple(section.prompts),
         split_seed=config.data.split_seed,

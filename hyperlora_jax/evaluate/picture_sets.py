@@ -34,6 +34,8 @@ class PictureSet(Questions):
 
     PER_IDENTITY: ClassVar[tuple[str, ...]] = (*Questions.PER_IDENTITY, "candidates")
 
+    POOL: ClassVar[str] = "gallery"
+
     gallery: UInt8[np.ndarray, "k g h w 3"]
     candidates: Int[np.ndarray, "i n"]
 

@@ -6,7 +6,7 @@ Strengths are chosen on the validation reserve, scores are told on the test rese
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -39,6 +39,8 @@ class EvaluationSet(Questions):
         *Questions.PER_IDENTITY, "caption_labels", "caption_index", "candidates",
     )  # fmt: skip
 
+    POOL: ClassVar[str] = "pool"
+
     caption_labels: Int[np.ndarray, "i c q"]
     pool: UInt8[np.ndarray, "k p h w 3"]
     caption_index: Int[np.ndarray, "i c"]
@@ -55,15 +57,6 @@ class EvaluationSet(Questions):
         """Exact renders of identity `index`'s candidates under its captions; column 0 is true."""
         captions = self.caption_index[index][:, None]
         return unit_pixels(self.pool[self.candidates[index][None, :], captions])
-
-    def select(self, numbers: Sequence[int]) -> "EvaluationSet":
-        """See `Questions`; candidates stay who they were."""
-        chosen = np.asarray(numbers)
-        # The pool starts with the identities: they change places with the rows that stood there.
-        order = np.concatenate([chosen, np.setdiff1d(np.arange(len(self.pool)), chosen)])
-        found = super().select(numbers)
-        candidates = np.argsort(order)[found.candidates]
-        return dataclasses.replace(found, pool=self.pool[order], candidates=candidates)
 
 
 def make_evaluation_set(

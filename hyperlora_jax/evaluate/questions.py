@@ -35,6 +35,8 @@ class Questions:
         "identities", "captions", "views", "view_captions", "noise_seeds",
     )  # fmt: skip
 
+    POOL: ClassVar[str] = ""  # the field whose rows `candidates` names, if there are any
+
     split: str
     identities: tuple[Any, ...]
     captions: tuple[tuple[str, ...], ...]
@@ -67,16 +69,23 @@ class Questions:
         return np.stack(draws).reshape(*self.noise_seeds.shape, *shape)
 
     def first(self: Asked, count: int) -> Asked:
-        """The same questions for the first `count` identities."""
+        """The same questions for the first `count` identities; candidates stay what they were."""
         return self.select(range(count))
 
     def select(self: Asked, numbers: Sequence[int]) -> Asked:
         """The same questions for the identities of these numbers, in their order."""
-        cut = {}
+        chosen = np.asarray(numbers)
+        cut: dict[str, Any] = {}
         for name in self.PER_IDENTITY:
             values = getattr(self, name)
-            given = isinstance(values, np.ndarray)
-            cut[name] = values[np.asarray(numbers)] if given else tuple(values[i] for i in numbers)
+            is_array = isinstance(values, np.ndarray)
+            cut[name] = values[chosen] if is_array else tuple(values[i] for i in chosen)
+        if self.POOL:
+            # It starts with the identities: they change places with the rows that stood there.
+            pool = getattr(self, self.POOL)
+            order = np.concatenate([chosen, np.setdiff1d(np.arange(len(pool)), chosen)])
+            cut[self.POOL] = pool[order]
+            cut["candidates"] = np.argsort(order)[cut["candidates"]]
         return dataclasses.replace(self, **cut)
 
 

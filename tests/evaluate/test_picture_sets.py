@@ -55,7 +55,12 @@ def test_draws_depend_on_the_seeds_alone():
     }
     assert len(names) > 1
     np.testing.assert_array_equal(first.first(2).noise((2,)), first.noise((2,))[:2])
-    assert first.first(2).gallery is first.gallery
+    np.testing.assert_array_equal(first.first(2).gallery, first.gallery)
+    swapped = first.select([2, 0])
+    assert swapped.identities == (first.identities[2], first.identities[0])
+    np.testing.assert_array_equal(swapped.gallery[:2], first.gallery[[2, 0]])
+    kept = swapped.gallery[swapped.candidates]
+    np.testing.assert_array_equal(kept, first.gallery[first.candidates[[2, 0]]])
 
 
 def test_prompts_are_tried_in_turn():
