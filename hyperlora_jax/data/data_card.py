@@ -20,9 +20,10 @@ Splits are by identity: no identity is in two of them.
 ## Reading it
 ```python
 import tensorflow_datasets as tfds
+
 source = tfds.builder_from_directory("THIS FOLDER").as_data_source(split="{first}")
 example = source[0]{decode}
-picture = PIL.Image.open(io.BytesIO(example["references"][0]))   # where there is one
+picture = PIL.Image.open(io.BytesIO(example["references"][0]))  # where there is one
 ```
 or, with hyperlora_jax: `from hyperlora_jax.data.lora_targets import open_lora_targets`.
 

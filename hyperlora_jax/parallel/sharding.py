@@ -8,6 +8,7 @@ Convolution kernels take the first alternative that splits one dimension.
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -109,6 +110,13 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The sharding of a batch: its leading axis split over data × fsdp."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def split_rows(rows: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """`rows` [b, ...] split over data × fsdp where these divide b, otherwise as they are."""
+    if mesh is None or len(rows) % math.prod(mesh.shape[axis] for axis in BATCH_AXES):
+        return rows
+    return jax.device_put(rows, batch_sharding(mesh))
 
 
 def on_mesh(model: Any, mesh: Mesh) -> Any:

@@ -6,7 +6,6 @@ static arguments, so that two models of one config share the compiled program.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,7 @@ from hyperlora_jax.diffusion.schedule import NoiseSchedule
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora.factors import scale as scale_lora
 from hyperlora_jax.lora.sites import LoraSpec, component_tree, spec_from_shapes
-from hyperlora_jax.parallel.mesh import BATCH_AXES
-from hyperlora_jax.parallel.sharding import DEFAULT_RULES, Rule, batch_sharding
+from hyperlora_jax.parallel.sharding import DEFAULT_RULES, Rule, split_rows
 from hyperlora_jax.stable_diffusion import directory, inference, loading, single_file
 from hyperlora_jax.stable_diffusion.autoencoder import AutoencoderKL
 from hyperlora_jax.stable_diffusion.checkpoint import param_shapes
@@ -264,18 +262,11 @@ class StableDiffusion:
             num_steps,
             guided,
             {"unet": self.params["unet"], "vae": self.params["vae"]},
-            self._spread(jnp.asarray(latents, jnp.float32)),
+            split_rows(jnp.asarray(latents, jnp.float32), self.unet.mesh),
             text,
             jnp.asarray(guidance, jnp.float32),
             component_tree(lora, "unet") if lora else None,
         )
-
-    def _spread(self, rows: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
-        """Split over data × fsdp of the model's mesh, where these divide the rows."""
-        mesh = self.unet.mesh
-        if mesh is None or len(rows) % math.prod(mesh.shape[axis] for axis in BATCH_AXES):
-            return rows
-        return jax.device_put(rows, batch_sharding(mesh))
 
     @functools.cached_property
     def base_hash(self) -> str:
