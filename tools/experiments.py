@@ -115,7 +115,7 @@ EXPERIMENTS = {
     "gauges": Experiment("Which form of a LoRA is learned best?", _gauges()),
     "num_targets": Experiment("How many LoRA targets are enough?", _num_targets()),
     "compute": Experiment("How long should a hypernetwork train on pictures?", _compute()),
-    "objectives": Experiment("Objective and generator, about ten minutes each", _objectives()),
+    "objectives": Experiment("Objective and generator", _objectives()),
     "paper": Experiment("The paper's grid (arXiv 2412.02352)", _paper_grid()),
 }
 
