@@ -6,16 +6,17 @@
 
 Every experiment is a table of runs; every run trains a config of this repository with some values
 changed and is scored on the same held-out identities, captions and noise, at its own best strength
-(and guidance) of the validation identities. Finished runs are kept: the same command goes on where
-it stopped, and adds new seeds. Writes docs/measurements/experiment_NAME.json, which
+(and guidance) of the validation identities. Finished runs are kept, and shared by all experiments:
+the same command goes on where it stopped, and adds new seeds. Training is timed in CPU seconds,
+which other work on the machine changes little. Writes docs/measurements/experiment_NAME.json, which
 tools/make_results.py turns into a table of docs/results.md.
 """
 
 import argparse
 import dataclasses
 import gc
+import hashlib
 import json
-import os
 import pathlib
 import sys
 import time
@@ -57,8 +58,11 @@ def _paper_grid() -> dict[str, Run]:
                     "model.generator": generator,
                     "model.diffusion.prediction": prediction,
                     "model.mlp.conditioning": conditioning,
+                    "train.num_steps": 2000,
                 }
                 runs[f"{space}, {prediction}, {conditioning}"] = Run(PAPER, changes)
+    shared = {**runs["raw, x0, adalora"].changes, "data.gauge": "raw"}
+    runs["raw, x0, adalora, no SVD but one initialisation"] = Run(PAPER, shared)
     return runs
 
 
@@ -68,7 +72,7 @@ def _objectives() -> dict[str, Run]:
         found = {f"train.objectives.{name}": value for name, value in named.items()}
         return {**found, "train.num_steps": steps}
 
-    pictures = weights(1500, end_to_end=1.0)
+    pictures = {"train.num_steps": 1500}
     tokens = {"model.generator": "diffusion", "train.images_per_subject": 1}
     return {
         "regression, pictures": Run(changes=pictures),
@@ -107,7 +111,7 @@ def _num_targets() -> dict[str, Run]:
 def _compute() -> dict[str, Run]:
     return {
         f"pictures, {steps} steps": Run(changes={"train.num_steps": steps})
-        for steps in (200, 600, 1800)
+        for steps in (200, 600, 1500)
     }
 
 
@@ -163,16 +167,14 @@ def kept_row(
     if run.config == PAPER:  # runs of the grid share the VAE
         changes["train.vae.workdir"] = str(workdir / f"vae-{seed}")
     overrides = [f"--config.{key}={value}" for key, value in changes.items()]
-    folder = workdir / f"{_slug(name)}-{seed}"
+    folder = run_folder(workdir, run, seed)
     kept = folder / "row.json"
-    asked = {"config": run.config, "changes": dict(run.changes), "seed": seed}
     if kept.exists():
-        row = json.loads(kept.read_text())
-        if all(row[key] == value for key, value in asked.items()):
-            return row
+        return {**json.loads(kept.read_text()), "run": name}
     folder.mkdir(parents=True, exist_ok=True)
     _share(folder, workdir / "shared")
     config = load_config(ROOT / run.config, overrides)
+    asked = {"config": run.config, "changes": dict(run.changes), "seed": seed}
     row = {"run": name, **asked, **measure(config, folder)}
     _keep_encoded(folder, workdir / "shared")
     temporary = kept.with_suffix(".tmp")
@@ -181,15 +183,21 @@ def kept_row(
     return row
 
 
+def run_folder(workdir: pathlib.Path, run: Run, seed: int | str) -> pathlib.Path:
+    """WORKDIR/DIGEST-SEED: the digest is of what is run, whatever experiment it belongs to."""
+    asked = json.dumps([run.config, dict(run.changes)], sort_keys=True)
+    return workdir / f"{hashlib.sha256(asked.encode()).hexdigest()[:16]}-{seed}"
+
+
 def measure(config: Any, folder: pathlib.Path) -> dict[str, Any]:
     """Trains one config and scores it on the held-out identities."""
     from hyperlora_jax.evaluate.run import Evaluation
     from hyperlora_jax.train.hypernet_training import train_hypernetwork
 
     config.evaluate.methods = ("generated",)
-    start = time.perf_counter()
+    start = time.process_time()
     train_hypernetwork(config, folder)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     gc.collect()
     evaluation = Evaluation(config, folder)
     summary = evaluation.summary(evaluation.run())
@@ -202,8 +210,7 @@ def measure(config: Any, folder: pathlib.Path) -> dict[str, Any]:
         "strength": chosen["best"],
         "guidance": chosen.get("guidance", 1.0),
         "steps": config.train.num_steps if evaluation.hyper.params else 0,
-        "train_seconds": round(seconds, 1),
-        "cores": len(os.sched_getaffinity(0)),
+        "cpu_seconds": round(seconds, 1),
         "num_targets": evaluation.hyper.facts.get("targets", {}).get("targets", 0),
     }
 
@@ -213,14 +220,14 @@ def write(
 ) -> pathlib.Path:
     """All finished runs of an experiment, in the order of its table."""
     rows = []
-    for run in experiment.runs:
-        for kept in sorted(workdir.glob(f"{_slug(run)}-*/row.json")):
-            rows.append(json.loads(kept.read_text()))
+    for title, run in experiment.runs.items():
+        for kept in sorted(workdir.glob(f"{run_folder(workdir, run, '*').name}/row.json")):
+            rows.append({**json.loads(kept.read_text()), "run": title})
     content = {
         "name": name,
         "title": experiment.title,
         "command": f"python tools/experiments.py {name} --targets TARGETS --workdir WORKDIR",
-        "rows": [row for row in rows if row["run"] in experiment.runs],
+        "rows": rows,
     }
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(content, indent=1) + "\n")
@@ -243,15 +250,11 @@ def _keep_encoded(folder: pathlib.Path, shared: pathlib.Path) -> None:
             (shared / encoded.name).hardlink_to(encoded)
 
 
-def _slug(name: str) -> str:
-    return "".join(letter if letter.isalnum() else "_" for letter in name)
-
-
 def _brief(row: Mapping[str, Any]) -> str:
     identity, error = row["identity_top1"], row["image_error"]
     return (
         f"identity {identity['mean']:.3f} ± {identity['stderr']:.3f}, error {error['mean']:.4f}, "
-        f"strength {row['strength']:g}, {row['train_seconds']:.0f} s"
+        f"strength {row['strength']:g}, {row['cpu_seconds']:.0f} s"
     )
 
 

@@ -2,7 +2,7 @@
 
 A record is {"name", "title", "command", "rows"}; a row is one run with one seed: {"run", "seed",
 "identity_top1": {"mean", "stderr", "n"}, "image_error", "caption_accuracy", "strength", "guidance",
-"steps", "train_seconds", "cores"}. Written by tools/experiments.py.
+"steps", "cpu_seconds" (of training)}. Written by tools/experiments.py.
 """
 
 import json
@@ -18,7 +18,7 @@ from hyperlora_jax.evaluate import wording
 KEYS = ("name", "title", "command", "rows")
 SCORES = ("identity_top1", "image_error", "caption_accuracy")
 COLUMNS = (
-    "", "identity top-1", "error (MSE)", "caption parts", "strength", "steps", "training", "seeds",
+    "", "identity top-1", "error (MSE)", "caption parts", "strength", "steps", "CPU time", "seeds",
 )  # fmt: skip
 
 
@@ -68,13 +68,12 @@ def _cells(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     digits = (3, 4, 3)
     cells = [f"{m:.{d}f} ± {e:.{d}f}" for (m, e), d in zip(scores, digits, strict=True)]
     strengths = sorted({row["strength"] for row in rows})
-    took = [row["train_seconds"] for row in rows]
-    cores = sorted({row["cores"] for row in rows})
+    took = [row["cpu_seconds"] for row in rows]
     return [
         *cells,
         ", ".join(f"{value:g}" for value in strengths),
         ", ".join(f"{steps:,}" for steps in sorted({row["steps"] for row in rows})),
-        f"{wording.duration(float(np.median(took)))}, {'/'.join(map(str, cores))} core(s)",
+        wording.duration(float(np.median(took))),
         str(len(rows)),
     ]
 

@@ -12,7 +12,7 @@ def row(run="ridge", seed=0, mean=0.5):
     return {
         "run": run, "seed": seed, "identity_top1": score, "image_error": score,
         "caption_accuracy": score, "strength": 2.0, "guidance": 1.0, "steps": 1500,
-        "train_seconds": 90.0, "cores": 1,
+        "cpu_seconds": 90.0,
     }  # fmt: skip
 
 
