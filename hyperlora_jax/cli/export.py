@@ -13,8 +13,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Workdir and output folder."""
     parser.add_argument("workdir", help="workdir of `hyperlora pretrain` or `hyperlora train`")
     parser.add_argument("out", help="folder to write")
-    parser.add_argument("--step", type=int, help="checkpoint; default: the newest")
+    parser.add_argument(
+        "--step", type=_step, help="checkpoint: its step, or `best`; default: the newest"
+    )
     parser.add_argument("--dtype", choices=("float16", "float32"), default="float16")
+
+
+def _step(text: str) -> int | str:
+    return text if text == "best" else int(text)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -26,7 +26,7 @@ def summary(path: str | Path) -> dict[str, Any]:
     Raises:
       UserError: `path` is no workdir.
     """
-    from hyperlora_jax.train.checkpoints import complete_steps, read_meta
+    from hyperlora_jax.train.checkpoints import best_step, complete_steps, read_meta
     from hyperlora_jax.train.events import goodput
     from hyperlora_jax.train.json_lines import read_rows
 
@@ -44,6 +44,7 @@ def summary(path: str | Path) -> dict[str, Any]:
     return {
         "workdir": str(path),
         "checkpoints": steps,
+        "best_checkpoint": best_step(root / "checkpoints"),
         "last_row": rows[-1] if rows else None,
         "lowest_loss": min((row for row in rows if row["loss"] is not None), default=None,
                            key=lambda row: row["loss"]),
@@ -62,6 +63,8 @@ def as_text(found: dict[str, Any]) -> str:
         f"{found['workdir']}: {found['starts']} start(s), last event {found['last_event']}",
         f"  checkpoints at steps {found['checkpoints'] or 'none'}",
     ]
+    if found["best_checkpoint"] is not None:
+        lines[-1] += f", lowest mean loss at {found['best_checkpoint']}"
     if found["last_row"]:
         shown = {
             name: round(value, 6) if isinstance(value, float) else value

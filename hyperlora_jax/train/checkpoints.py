@@ -1,20 +1,23 @@
-"""Checkpoints of a run: WORKDIR/checkpoints/STEP/{state, data, meta}, written by Orbax, async.
+"""Checkpoints of a run: WORKDIR/checkpoints/STEP/{state, data, meta, metrics}, by Orbax, async.
 
 `state` is the TrainState (never the frozen base), `data` the position of the data iterator, `meta`
-the run's facts (what it was trained on) and its resolved config. A checkpoint that a kill left half
-written is skipped with a warning; one that is whole but cannot be read stops the run.
+the run's facts (what it was trained on) and its resolved config, `metrics` the mean loss of the
+steps since the checkpoint before, by which the best ones are kept beside the newest. A checkpoint
+that a kill left half written is skipped with a warning; one that is whole but cannot be read stops
+the run.
 """
 
 import contextlib
 import json
 import logging
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from orbax.checkpoint import checkpoint_managers
 
 from hyperlora_jax.array_types import Params
 from hyperlora_jax.errors import UserError
@@ -85,19 +88,30 @@ def check_facts(saved: Mapping[str, Any], expected: Mapping[str, Any], where: st
             )
 
 
+def best_step(directory: epath.PathLike) -> int | None:
+    """The whole checkpoint of the lowest mean loss; None where none says its loss."""
+    losses = {}
+    for step in complete_steps(directory):
+        file = epath.Path(directory) / str(step) / "metrics" / "metrics"
+        if file.exists():
+            losses[step] = json.loads(file.read_text())["loss"]
+    return min(losses, key=losses.__getitem__) if losses else None
+
+
 def restore_params(
-    workdir: epath.PathLike, step: int | None = None, prefer_ema: bool = True
+    workdir: epath.PathLike, step: int | Literal["best"] | None = None, prefer_ema: bool = True
 ) -> tuple[Params, dict[str, Any]]:
     """(parameters as numpy arrays, {"facts", "config", "seed", "step"}), without the optimiser.
 
-    Takes the newest whole checkpoint of `workdir` unless `step` says which, and the moving average
-    if there is one and `prefer_ema`.
+    Takes the newest whole checkpoint of `workdir` unless `step` says which ("best": that of the
+    lowest mean loss), and the moving average if there is one and `prefer_ema`.
 
     Raises:
       UserError: there is no such checkpoint, or it cannot be read.
     """
     directory = epath.Path(workdir) / "checkpoints"
     steps = complete_steps(directory)
+    step = best_step(directory) if step == "best" else step
     if not steps or (step is not None and step not in steps):
         raise UserError(
             f"{directory}: found checkpoints of steps {steps}, expected {step or 'one'}"
@@ -119,6 +133,10 @@ def restore_params(
     return params, {**read_meta(directory, step), "step": step}
 
 
+def _quality(metrics: Mapping[str, float]) -> float:
+    return -metrics["loss"]
+
+
 def _cannot_restore(folder: epath.Path, error: Exception) -> str:
     reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else "no reason given"
     return (
@@ -130,15 +148,19 @@ def _cannot_restore(folder: epath.Path, error: Exception) -> str:
 class Checkpoints:
     """The checkpoints of one workdir, open for saving and restoring."""
 
-    def __init__(self, workdir: epath.PathLike, keep: int):
+    def __init__(self, workdir: epath.PathLike, keep: int, keep_best: int = 0):
         self.directory = epath.Path(workdir).resolve() / "checkpoints"
         self.directory.mkdir(parents=True, exist_ok=True)
         # All processes go by what the first one found: a listing can differ between hosts.
         found = json.dumps(complete_steps(self.directory) if jax.process_index() == 0 else [])
         self._steps = json.loads(multihost.agree(f"checkpoints/{self.directory}", found))
         _set_aside(self.directory, self._steps)
+        policies: list[checkpoint_managers.PreservationPolicy] = [checkpoint_managers.LatestN(keep)]
+        if keep_best:
+            policies.append(checkpoint_managers.BestN(get_metric_fn=_quality, n=keep_best))
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+            best_fn=_quality,
             enable_async_checkpointing=True,
             cleanup_tmp_directories=True,
             step_name_format=ocp.path.step.standard_name_format(),
@@ -151,8 +173,13 @@ class Checkpoints:
         """The newest whole checkpoint's step, None without any."""
         return self._steps[-1] if self._steps else None
 
-    def save(self, step: int, state: TrainState, data: Any, meta: Mapping[str, Any]) -> None:
+    def save(
+        self, step: int, state: TrainState, data: Any, meta: Mapping[str, Any], loss: float
+    ) -> None:
         """Starts writing; returns when the arrays are copied off the device.
+
+        Args:
+          loss: what the best checkpoints have least of.
 
         Raises:
           UserError: this one or the one before could not be written (full disk, lost bucket).
@@ -165,7 +192,7 @@ class Checkpoints:
             meta=ocp.args.JsonSave(dict(meta)),
         )
         with self._writing():
-            self._manager.save(step, args=arguments, force=True)
+            self._manager.save(step, args=arguments, metrics={"loss": loss}, force=True)
         self._steps.append(step)
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, Any]:

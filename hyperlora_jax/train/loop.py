@@ -22,7 +22,7 @@ from hyperlora_jax.train.checkpoints import Checkpoints, check_facts, read_meta
 from hyperlora_jax.train.events import EventLog, as_text, goodput
 from hyperlora_jax.train.optimizer import make_optimizer
 from hyperlora_jax.train.preemption import Preempted, PreemptionGuard
-from hyperlora_jax.train.reporting import PendingStep, Report, TrainingDiverged
+from hyperlora_jax.train.reporting import PendingStep, Profile, Report, TrainingDiverged
 from hyperlora_jax.train.state import TrainState, abstract_state, state_builder, state_shardings
 from hyperlora_jax.train.step import Loss, jit_step
 from hyperlora_jax.train.watchdog import Watchdog
@@ -109,6 +109,7 @@ def fit(
     checkpoint_every_steps: int = 1000,
     ema_decay: float | None = None,
     keep: int = 2,
+    keep_best: int = 1,
     config: Mapping[str, Any] | None = None,
     progress: bool = True,
     tensorboard: bool = False,
@@ -119,6 +120,7 @@ def fit(
 
     `optimizer` are the keyword arguments of `make_optimizer`, `config` the resolved config, kept
     beside the checkpoints, `profile_steps` the (first, last) step of a profile in WORKDIR/profile.
+    The `keep` newest checkpoints stay, and the `keep_best` of the lowest mean loss.
     A finished workdir gives its state at once.
 
     Raises:
@@ -141,7 +143,7 @@ def fit(
 
     # ---- State: the newest whole checkpoint, or a new one
     primary = jax.process_index() == 0
-    checkpoints = Checkpoints(workdir, keep=keep)
+    checkpoints = Checkpoints(workdir, keep, keep_best)
     start_step = checkpoints.latest_step
     finished = start_step is not None and start_step >= num_steps
     events = EventLog(workdir / "events.jsonl" if primary and not finished else None)
@@ -179,7 +181,7 @@ def fit(
         log_every_steps=log_every_steps, units=task.units,
         flops_per_example=task.flops_per_example, progress=progress, tensorboard=tensorboard,
     )  # fmt: skip
-    profile = _Profile(workdir / "profile", profile_steps) if profile_steps else None
+    profile = Profile(workdir / "profile", profile_steps) if profile_steps else None
     run = _Run(task, mesh, step_fn, frozen, key, checkpoints, meta, events, report, profile)
     try:
         with PreemptionGuard() as guard, Watchdog(stall_timeout_seconds) as watchdog:
@@ -197,21 +199,6 @@ def fit(
 
 
 @dataclass(frozen=True)
-class _Profile:
-    folder: epath.Path
-    window: tuple[int, int]
-
-    def before(self, step: int) -> None:
-        if step == self.window[0]:
-            jax.profiler.start_trace(str(self.folder))
-
-    def after(self, step: int, state: TrainState) -> None:
-        if step == self.window[1]:
-            jax.block_until_ready(state)
-            jax.profiler.stop_trace()
-
-
-@dataclass(frozen=True)
 class _Run:
     task: Task
     mesh: Mesh
@@ -222,7 +209,7 @@ class _Run:
     meta: Mapping[str, Any]
     events: EventLog
     report: Report
-    profile: _Profile | None
+    profile: Profile | None
 
     def steps(
         self,
@@ -292,7 +279,8 @@ class _Run:
 
     def _save(self, step: int, state: TrainState, wait: bool) -> None:
         self.events.switch("save")
-        self.checkpoints.save(step, state, self.task.batches.get_state(), self.meta)
+        position = self.task.batches.get_state()
+        self.checkpoints.save(step, state, position, self.meta, self.report.mean_loss())
         if wait:
             self.checkpoints.wait()
             multihost.barrier(f"saved/{step}")

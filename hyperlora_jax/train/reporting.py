@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from hyperlora_jax.array_types import Array
+from hyperlora_jax.array_types import Array, ArrayTree
 from hyperlora_jax.train.events import EventLog
 from hyperlora_jax.train.metrics import Progress, Throughput, open_metrics, open_tensorboard
 
@@ -27,6 +27,25 @@ class PendingStep:
     step: int
     metrics: Mapping[str, Array]
     record_ids: Any
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A trace of the steps of a window (first, last), for TensorBoard's profiler."""
+
+    folder: epath.Path
+    window: tuple[int, int]
+
+    def before(self, step: int) -> None:
+        """Starts it if this is the first step."""
+        if step == self.window[0]:
+            jax.profiler.start_trace(str(self.folder))
+
+    def after(self, step: int, state: ArrayTree) -> None:
+        """Ends it when the last step's arrays are there."""
+        if step == self.window[1]:
+            jax.block_until_ready(state)
+            jax.profiler.stop_trace()
 
 
 class Report:
@@ -50,6 +69,7 @@ class Report:
         self.name, self.events = name, events
         self._every, self._last = log_every_steps, num_steps
         self._finished = start_step
+        self._losses: list[float] = []
         self._rows = open_metrics(workdir / "metrics.jsonl", start_step) if primary else None
         self._board = open_tensorboard(workdir / "tensorboard") if tensorboard and primary else None
         self.throughput = Throughput(units, flops_per_example)
@@ -72,10 +92,17 @@ class Report:
                 f" {_short(pending.record_ids)}. The last checkpoint is from before."
             )
         self._finished = pending.step
+        self._losses.append(values["loss"])
         if pending.step % self._every == 0 or pending.step in (1, self._last):
             self.events.switch("log")
             self._write(pending.step, values)
             self.events.switch("step")
+
+    def mean_loss(self) -> float:
+        """Of the finished steps since the last call, at least one."""
+        mean = float(np.mean(self._losses))
+        self._losses.clear()
+        return mean
 
     def _write(self, step: int, values: dict[str, float]) -> None:
         row = {"step": step, "loss": values.pop("loss"), **values, **self.throughput.take()}

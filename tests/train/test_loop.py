@@ -11,6 +11,7 @@ import pytest
 from toy_task import ToyBatches, fit_toy, loss, toy_task
 
 from hyperlora_jax.errors import UserError
+from hyperlora_jax.train.checkpoints import best_step, restore_params
 from hyperlora_jax.train.json_lines import read_rows
 from hyperlora_jax.train.loop import TrainingDiverged
 from hyperlora_jax.train.preemption import Preempted
@@ -94,8 +95,23 @@ def test_longer_run_goes_on(tmp_path):
 
 
 def test_keeps_only_the_newest_checkpoints(tmp_path):
-    fit_toy(tmp_path, checkpoint_every_steps=2, keep=2)
+    fit_toy(tmp_path, checkpoint_every_steps=2, keep=2, keep_best=0)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["10", "12"]
+
+
+def test_keeps_the_best_checkpoint_also_over_a_restart(tmp_path):
+    class Worsening(ToyBatches):  # from the seventh batch on
+        def __next__(self):
+            n, batch = self.position, super().__next__()
+            return {**batch, "y": batch["y"] + (100.0 if n >= 6 else 0.0)}
+
+    fit_toy(tmp_path, toy_task(batches=Worsening()), 10, checkpoint_every_steps=2, keep=2)
+    folder = tmp_path / "checkpoints"
+    assert sorted(int(path.name) for path in folder.iterdir()) == [6, 8, 10]
+    fit_toy(tmp_path, toy_task(batches=Worsening()), 16, checkpoint_every_steps=2, keep=2)
+    assert sorted(int(path.name) for path in folder.iterdir()) == [6, 14, 16]
+    assert best_step(folder) == 6
+    assert restore_params(tmp_path, step="best")[1]["step"] == 6
 
 
 def test_frozen_base_is_never_written(tmp_path):
