@@ -49,8 +49,8 @@ def start_toy():
 def run_toy(start_toy):
     """Runs toy_task.py to its end."""
 
-    def run(*arguments, devices=1, check=True, timeout=150):
-        process = start_toy(*arguments, devices=devices)
+    def run(*arguments, devices=1, check=True, timeout=150, environment=None):
+        process = start_toy(*arguments, devices=devices, environment=environment)
         try:
             out, err = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
