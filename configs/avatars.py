@@ -93,6 +93,8 @@ def get_config() -> ConfigDict:
                 "images_per_subject": 4,
                 "num_references": (1, 1),  # fewest and most pictures that a subject is told by
                 "encode_batch_size": 256,
+                "dtype": "float32",  # of the frozen base; the hypernetwork's: model.network.dtype
+                "remat": "none",  # of UNet and backbone: none, block, save_attention or full
                 "min_snr_gamma": config_dict.placeholder(float),
                 "objectives": {
                     "end_to_end": 1.0,

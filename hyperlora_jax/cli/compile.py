@@ -13,7 +13,12 @@ from hyperlora_jax.errors import UserError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """--config, --topology and what to do with them."""
-    parser.add_argument("--config", metavar="FILE", required=True, help="a config of train")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        required=True,
+        help="a config of train, or of pretrain with task unet",
+    )
     parser.add_argument(
         "--topology",
         metavar="NAMES",
@@ -44,14 +49,14 @@ def run(args: argparse.Namespace) -> int:
     for topology in topologies:
         print(f"compiling for {topology.name} ({topology.num_chips} chips)…", file=sys.stderr)
         if args.search:
-            options = [workloads.hypernetwork_workload(config, name) for name in workloads.REMAT]
+            options = [workloads.config_workload(config, name) for name in workloads.REMAT]
             record = compile_search.search(
                 options, topology, mesh_axes=axes, report=lambda r: print(_trial(r), flush=True)
             )
             record = record or {"topology": topology.name, "fits": False, "reason": "batch 1"}
         else:
             record = ahead_of_time.compile_for(
-                workloads.hypernetwork_workload(config),
+                workloads.config_workload(config),
                 topology,
                 mesh_axes=axes,
                 batch_per_device=batch,

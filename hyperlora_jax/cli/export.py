@@ -33,7 +33,11 @@ def run(args: argparse.Namespace) -> int:
     params, meta = restore_params(workdir, args.step)
     config = ml_collections.ConfigDict(meta["config"])
     out = Path(args.out)
-    if "unet" in params:
+    if config.get("task") == "unet":
+        from hyperlora_jax.stable_diffusion.embedded import load_base
+
+        load_base(config.base).replace_params(params).save_pretrained(out, dtype=args.dtype)
+    elif "unet" in params:
         from hyperlora_jax.train.pretraining import assemble
 
         assemble(config, workdir, params).save_pretrained(out, dtype=args.dtype)

@@ -1,4 +1,4 @@
-"""`hyperlora pretrain`: trains a base model, or one of the avatar world's encoders."""
+"""`hyperlora pretrain`: trains a base model or its UNet, or one of the avatar world's encoders."""
 
 import argparse
 import importlib
@@ -8,6 +8,7 @@ from hyperlora_jax.errors import UserError
 
 TASKS = {
     "base": ("pretraining", "pretrain"),
+    "unet": ("unet_finetuning", "finetune_unet"),
     "avatar_encoder": ("encoder_pretraining", "pretrain_encoder"),
     "avatar_probe": ("encoder_pretraining", "pretrain_probe"),
 }

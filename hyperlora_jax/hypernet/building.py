@@ -40,6 +40,13 @@ def architecture(model: Any) -> dict[str, Any]:
     return {name: plain[name] for name in SECTIONS if name in plain}
 
 
+def with_remat(model: Mapping[str, Any], remat: str) -> dict[str, Any]:
+    """The same architecture; its backbone recomputes every block unless `remat` is "none"."""
+    if remat == "none":
+        return dict(model)
+    return {**model, "network": {**model.get("network", {}), "remat": True}}
+
+
 def build_generator(spec: LoraSpec, model: Mapping[str, Any]) -> Generator:
     """The generator that `architecture` describes.
 

@@ -1,8 +1,8 @@
 """Training a base model itself: the autoencoder, then the UNet with (or without) its text encoder.
 
     autoencoder   mean |x − x̂|² + l1 · mean |x − x̂| + kl · KL(q(z|x) ‖ N(0, I))
-    UNet          the denoising loss on cached latents and token ids, captions dropped at random so
-                  that classifier-free guidance works
+    UNet          the denoising loss on cached latents and token ids or text states, captions
+                  dropped at random so that classifier-free guidance works
 
 Both are `Task`s of the ordinary training loop.
 """
@@ -82,15 +82,15 @@ def unet_loss(
 ) -> tuple[Array, dict[str, Array]]:
     """Per-image denoising loss [b].
 
-    The batch holds scaled latents [b, h, w, c] and token ids [b, n]; `frozen` holds the ids of the
-    empty prompt [n] and, if it is not trained, the text encoder's parameters.
+    The batch holds scaled latents [b, h, w, c] and captions as `encode_text` takes them, "text"
+    [b, ...]; `frozen` holds the empty one, "empty_text" [...].
     """
     drop_key, noise_key = jax.random.split(key)
-    ids = batch["token_ids"]
-    dropped = jax.random.bernoulli(drop_key, caption_dropout, (ids.shape[0], 1))
-    ids = jnp.where(dropped, frozen["empty_ids"], ids)
-    text_params = params.get("text_encoder", frozen.get("text_encoder"))
-    text_states = encode_text(text_params, ids)
+    text = batch["text"]
+    dropped = jax.random.bernoulli(
+        drop_key, caption_dropout, text.shape[:1] + (1,) * (text.ndim - 1)
+    )
+    text_states = encode_text(params, frozen, jnp.where(dropped, frozen["empty_text"], text))
     losses = denoising_loss(
         unet,
         params["unet"],
@@ -109,21 +109,30 @@ def unet_task(
     schedule: Any,
     init: Any,
     frozen: Params,
-    arrays: dict[str, np.ndarray],
+    arrays: dict[str, np.ndarray] | None,
     *,
     batch_size: int,
     seed: int,
     caption_dropout: float = 0.1,
     min_snr_gamma: float | None = None,
     facts: dict[str, Any] | None = None,
+    start: Params | None = None,
+    shard_index: int = 0,
+    num_shards: int = 1,
 ) -> Task:
-    """Trains a UNet on `arrays` = {"latents": [n, h, w, c], "token_ids": [n, t]}.
+    """Trains a UNet on `arrays` = {"latents": [n, h, w, c], "text": [n, ...]}.
 
     Args:
-        encode_text: (parameters, ids [b, t]) → text states [b, t, e].
+        encode_text: (trained parameters, `frozen`, text [b, ...]) → text states [b, t, e].
         init: key → {"unet": …} or {"unet": …, "text_encoder": …}: what is in it is trained.
-        frozen: {"empty_ids": [t]} and the text encoder's parameters if it is not trained.
+        frozen: {"empty_text": [...]} and what `encode_text` reads.
+        arrays: None for a task of shapes, which has no batches.
+        start: parameters to go on from, instead of `init`'s.
+        shard_index, num_shards: which part of every batch is this host's.
     """
+    batches = None
+    if arrays is not None:
+        batches = array_batches(arrays, batch_size, seed, shard_index, num_shards)
     loss = functools.partial(
         unet_loss,
         unet=unet,
@@ -137,6 +146,7 @@ def unet_task(
         init=init,
         loss=loss,
         frozen=frozen,
-        batches=array_batches(arrays, batch_size=batch_size, seed=seed),
+        batches=batches,
         facts=facts or {},
+        start=start,
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from hyperlora_jax.array_types import Params
@@ -20,7 +21,7 @@ from hyperlora_jax.data.pipelines import subject_batches
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.hypernet import familiarity
 from hyperlora_jax.hypernet.baselines import Fitted
-from hyperlora_jax.hypernet.building import architecture, build_generator
+from hyperlora_jax.hypernet.building import architecture, build_generator, with_remat
 from hyperlora_jax.hypernet.conditioning import load_condition_encoder
 from hyperlora_jax.hypernet.generators import Generator
 from hyperlora_jax.hypernet.model import FOLDER, Hypernetwork
@@ -46,11 +47,11 @@ def train_hypernetwork(config: Any, workdir: str | Path) -> Hypernetwork:
     """
     workdir = Path(str(open_workdir(workdir)))
     mesh = make_mesh(**config.mesh)
-    sd = load_base(config.base)
+    sd = load_base(config.base, jnp.dtype(config.train.dtype))
     encoder = load_condition_encoder(config.model.encoder)
     section, model = config.train, architecture(config.model)
     spec = sd.lora_spec(config.model.preset, config.model.rank)
-    generator = build_generator(spec, model)
+    generator = build_generator(spec, with_remat(model, section.remat))
     phases = make_phases(section)
     encoded, pictures_facts = read_encoded(config, workdir, sd, encoder)
     facts = {
@@ -101,7 +102,9 @@ def train_hypernetwork(config: Any, workdir: str | Path) -> Hypernetwork:
         _batches(section, mesh, encoded, targets, _targets_until(generator, phases)),
         phases=phases,
         condition_shapes=(encoded.pooled.shape[2:], encoded.tokens.shape[2:]),
-        base=Base(sd.unet.clone(mesh=mesh), sd.schedule, section.min_snr_gamma),
+        base=Base(
+            sd.unet.clone(mesh=mesh, remat=section.remat), sd.schedule, section.min_snr_gamma
+        ),
         facts=facts,
     )
     trained = fit_section(

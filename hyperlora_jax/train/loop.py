@@ -23,7 +23,13 @@ from hyperlora_jax.train.events import EventLog, as_text, goodput
 from hyperlora_jax.train.optimizer import make_optimizer
 from hyperlora_jax.train.preemption import Preempted, PreemptionGuard
 from hyperlora_jax.train.reporting import PendingStep, Profile, Report, TrainingDiverged
-from hyperlora_jax.train.state import TrainState, abstract_state, state_builder, state_shardings
+from hyperlora_jax.train.state import (
+    TrainState,
+    abstract_state,
+    first_state,
+    state_builder,
+    state_shardings,
+)
 from hyperlora_jax.train.step import Loss, jit_step
 from hyperlora_jax.train.watchdog import Watchdog
 
@@ -63,6 +69,7 @@ class Task:
       rules, frozen_rules: sharding tables of both trees (`parallel/sharding.py`).
       units: {"images": 4, "loras": 1}: what one example of a batch counts for, for images/s.
       flops_per_example: model FLOPs of one example of training, for MFU.
+      start: parameters to go on from, where `init` does not draw new ones.
     """
 
     name: str
@@ -75,6 +82,7 @@ class Task:
     frozen_rules: Sequence[sharding.Rule] = sharding.REPLICATED_RULES
     units: Mapping[str, float | int] = field(default_factory=dict)
     flops_per_example: float | int | None = None
+    start: ArrayTree | None = None
 
 
 def open_workdir(workdir: epath.PathLike) -> epath.Path:
@@ -149,7 +157,7 @@ def fit(
     events = EventLog(workdir / "events.jsonl" if primary and not finished else None)
     if start_step is None:
         events.switch("compile")
-        state, start_step = jax.jit(build, out_shardings=shardings)(key), 0
+        state, start_step = first_state(build, key, task.start, transform, shardings), 0
         if primary and progress and mesh.size > 1:
             print(sharding.describe(shapes.params, shardings.params), file=sys.stderr)
     else:

@@ -198,8 +198,9 @@ def _train_unet(
         text_key, unet_key = jax.random.split(key)
         return {"unet": init_params(unet, unet_key), "text_encoder": init_params(text, text_key)}
 
-    def encode_text(params, token_ids):
-        return text.apply({"params": params}, token_ids).last_hidden_state
+    def encode_text(params, frozen, token_ids):
+        del frozen
+        return text.apply({"params": params["text_encoder"]}, token_ids).last_hidden_state
 
     section = config.train
     task = base_task.unet_task(
@@ -207,8 +208,8 @@ def _train_unet(
         encode_text,
         NoiseSchedule.from_config(SCHEDULER_CONFIG),
         init,
-        {"empty_ids": ids[-1]},
-        {"latents": latents, "token_ids": ids[:-1]},
+        {"empty_text": ids[-1]},
+        {"latents": latents, "text": ids[:-1]},
         batch_size=section.batch_size,
         seed=section.seed,
         caption_dropout=section.caption_dropout,

@@ -3,6 +3,7 @@
 No array is born on one device: shapes first (`eval_shape`), then shardings, then a jitted init.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -72,6 +73,22 @@ def state_builder(
         return new_state(init(jax.random.fold_in(key, INIT_STREAM)), optimizer, with_ema)
 
     return build
+
+
+def first_state(
+    build: Callable[[Array], TrainState],
+    key: PRNGKey,
+    start: Params | None,
+    optimizer: optax.GradientTransformation,
+    shardings: TrainState,
+) -> TrainState:
+    """The state before the first step on its devices: `build`'s, or one with the parameters
+    `start`, whole on every host. They are arguments, never constants of the program."""
+    if start is None:
+        return jax.jit(build, out_shardings=shardings)(key)
+    begin = functools.partial(new_state, optimizer=optimizer, with_ema=shardings.ema is not None)
+    placed = sharding.place(start, shardings.params)
+    return jax.jit(begin, out_shardings=shardings)(placed)
 
 
 def abstract_state(shapes: TrainState, shardings: TrainState) -> TrainState:

@@ -1,4 +1,5 @@
-"""The step that `hyperlora train --config …` would run, from shapes alone: no weights, no pictures.
+"""The step that `hyperlora train` or `pretrain --config …` would run, from shapes alone: without
+weights, without pictures.
 
 The base may be a full model folder, or one that holds nothing but config.json files.
 """
@@ -12,7 +13,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from hyperlora_jax.diffusion.schedule import NoiseSchedule
-from hyperlora_jax.hypernet.building import architecture, build_generator
+from hyperlora_jax.errors import UserError
+from hyperlora_jax.hypernet.building import architecture, build_generator, with_remat
 from hyperlora_jax.hypernet.conditioning import load_condition_encoder
 from hyperlora_jax.hypernet.weight_vae import Latents
 from hyperlora_jax.lora.sites import spec_from_shapes
@@ -24,29 +26,97 @@ from hyperlora_jax.train.ahead_of_time import Workload
 from hyperlora_jax.train.hypernet_task import Base, hypernet_task
 from hyperlora_jax.train.hypernet_training import make_phases
 from hyperlora_jax.train.loop import Task
+from hyperlora_jax.train.unet_finetuning import finetuning_task, training_unet
 
-REMAT = ("none", "block", "full")  # from cheap to frugal
+REMAT = ("none", "save_attention", "full")  # from cheap to frugal
 NUM_TEXTS = 1024  # text states kept on the device; the caption table of a dataset is of this order
 
 
-def hypernetwork_workload(config: Any, remat: str = "none") -> Workload:
-    """The workload of a `hyperlora train` config; `remat` recomputes parts of the UNet
-    and, unless it is "none", the blocks of the backbone.
+def config_workload(config: Any, remat: str | None = None) -> Workload:
+    """The workload of a config of `hyperlora train`, or of `pretrain` with task "unet".
+
+    Raises:
+      UserError: another config; see also the two functions below.
+    """
+    task = config.get("task", "hypernetwork" if "model" in config else None)
+    if task == "hypernetwork":
+        return hypernetwork_workload(config, remat)
+    if task == "unet":
+        return unet_workload(config, remat)
+    raise UserError(
+        f"config.task is {task!r}, expected a config of `hyperlora train` or one of task 'unet'"
+    )
+
+
+def unet_workload(config: Any, remat: str | None = None) -> Workload:
+    """The workload of full UNet training (`configs/finetune_unet.py`).
 
     Raises:
       UserError: the base's configs are missing, or a config value is bad.
     """
     root = Path(base_path(config.base))
     unet_config = directory.read_json(root / "unet" / "config.json")
+    schedule = directory.read_json(root / "scheduler" / "scheduler_config.json")
+    section = config.train
+    remat = remat or section.remat
+    plain = unet_from_config(unet_config).clone(attention="splash")
+    unet = training_unet(plain, section, None).clone(remat=remat)
+    text = (NUM_TEXTS, _num_text_tokens(root), int(unet_config["cross_attention_dim"]))
+    frozen = {
+        "text_states": jax.ShapeDtypeStruct(text, jnp.float32),
+        "empty_text": jax.ShapeDtypeStruct((), jnp.int32),
+    }
+
+    def on_mesh(mesh: Mesh | None) -> Task:
+        noise = NoiseSchedule.from_config(schedule)
+        return finetuning_task(unet.clone(mesh=mesh), noise, frozen, None, section, None)
+
+    side = _latent_side(config, unet_config, root)
+    arrays = {
+        "latents": ((side, side, int(unet_config["in_channels"])), jnp.float32),
+        "text": ((), jnp.int32),
+    }
+    task = on_mesh(None)
+    return Workload(
+        name="unet",
+        init=task.init,
+        loss=task.loss,
+        loss_on=lambda mesh: on_mesh(mesh).loss,
+        frozen=frozen,
+        batch=lambda size: {
+            name: jax.ShapeDtypeStruct((size, *shape), dtype)
+            for name, (shape, dtype) in arrays.items()
+        },
+        optimizer=dict(section.optimizer),
+        ema_decay=section.ema_decay,
+        rules=task.rules,
+        frozen_rules=task.frozen_rules,
+        remat=remat,
+    )
+
+
+def _latent_side(config: Any, unet_config: Any, root: Path) -> int:
+    if not config.data.size:  # the base's own
+        return int(np.max(unet_config["sample_size"]))
     vae_config = directory.read_json(root / "vae" / "config.json")
+    return config.data.size // 2 ** (len(vae_config["block_out_channels"]) - 1)
+
+
+def hypernetwork_workload(config: Any, remat: str | None = None) -> Workload:
+    """The workload of a `hyperlora train` config, with another `train.remat` where one is given.
+
+    Raises:
+      UserError: the base's configs are missing, or a config value is bad.
+    """
+    root = Path(base_path(config.base))
+    unet_config = directory.read_json(root / "unet" / "config.json")
     schedule = directory.read_json(root / "scheduler" / "scheduler_config.json")
     # What "auto" is on a TPU; this machine has none to tell.
-    unet = unet_from_config(unet_config).clone(remat=remat, attention="splash")
+    dtype, remat = jnp.dtype(config.train.dtype), remat or config.train.remat
+    unet = unet_from_config(unet_config, dtype).clone(remat=remat, attention="splash")
     weights = param_shapes(unet)
     spec = spec_from_shapes(weights, config.model.preset, config.model.rank)
-    model = architecture(config.model)
-    model["network"] = {**model["network"], "remat": remat != "none"}
-    generator = build_generator(spec, model)
+    generator = build_generator(spec, with_remat(architecture(config.model), remat))
     encoder = load_condition_encoder(config.model.encoder)
     pooled, tokens = _condition_shapes(encoder)
     section = config.train
@@ -57,7 +127,7 @@ def hypernetwork_workload(config: Any, remat: str = "none") -> Workload:
     frozen = {}
     if needs_base:
         frozen = {
-            "unet": weights,
+            "unet": jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), weights),
             "text_states": jax.ShapeDtypeStruct(text, jnp.float32),
             "prior_text": jax.ShapeDtypeStruct(text[1:], jnp.float32),
         }
@@ -78,9 +148,7 @@ def hypernetwork_workload(config: Any, remat: str = "none") -> Workload:
         )
 
     task = on_mesh(None)
-    side = int(np.max(unet_config["sample_size"]))  # without a size, the base's own
-    if config.data.size:
-        side = config.data.size // 2 ** (len(vae_config["block_out_channels"]) - 1)
+    side = _latent_side(config, unet_config, root)
     latent = (section.images_per_subject, side, side, int(unet_config["in_channels"]))
     refs = section.num_references[1]
 

@@ -25,6 +25,14 @@ def test_a_thousand_million_parameters_on_w2w_tokens():
     assert "unet" not in workload.frozen, "weight space only: the base is not needed"
 
 
+def test_three_hundred_million_parameters_through_stable_diffusion():
+    workload = hypernetwork_workload(load_config(CONFIG.with_name("sd15.py")))
+    shapes = jax.eval_shape(workload.init, jax.random.key(0))
+    assert 3.0e8 < sum(leaf.size for leaf in jax.tree.leaves(shapes)) < 3.2e8
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(workload.frozen["unet"])} == {"bfloat16"}
+    assert workload.batch(16)["latents"].shape == (16, 1, 64, 64, 4)
+
+
 @pytest.mark.slow
 def test_fits_sixteen_v5e_chips(tmp_path):
     pytest.importorskip("libtpu")

@@ -1,0 +1,145 @@
+"""`hyperlora pretrain` with a config of task "unet": the whole UNet of a base model, on pictures.
+
+    base model ─► latents and text states of all pictures, once ─► UNet ─► diffusers folder
+
+The autoencoder and the text encoders stay as they are. The result is a base model like any other:
+LoRAs can be distilled on it, a hypernetwork trained through it.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from hyperlora_jax.array_types import Array, Params
+from hyperlora_jax.data.encoded_subjects import encode_once
+from hyperlora_jax.data.subject_pictures import load_pictures
+from hyperlora_jax.diffusion.schedule import NoiseSchedule
+from hyperlora_jax.errors import UserError
+from hyperlora_jax.parallel import sharding
+from hyperlora_jax.parallel.mesh import make_mesh
+from hyperlora_jax.stable_diffusion.checkpoint import init_params
+from hyperlora_jax.stable_diffusion.embedded import image_size, load_base
+from hyperlora_jax.stable_diffusion.model import StableDiffusion
+from hyperlora_jax.stable_diffusion.unet import UNet
+from hyperlora_jax.train import base_task
+from hyperlora_jax.train.configured import fit_section
+from hyperlora_jax.train.loop import Task, open_workdir
+
+
+def finetune_unet(config: Any, workdir: str | Path) -> Path:
+    """Trains as `configs/finetune_unet.py` describes; returns the exported folder.
+
+    Raises:
+        UserError: bad config values, a base that cannot be trained, an unusable workdir; see also
+            `train.loop.fit`.
+    """
+    workdir = Path(str(open_workdir(workdir)))
+    mesh = make_mesh(**config.mesh)
+    sd = load_base(config.base)
+    unet = training_unet(sd.unet, config.train, mesh)
+    arrays, text_states, facts = _encoded(config, workdir, sd)
+    section = config.train
+    task = finetuning_task(
+        unet,
+        sd.schedule,
+        {"text_states": text_states, "empty_text": np.int32(len(text_states) - 1)},
+        arrays,
+        section,
+        mesh,
+        start=None if section.from_scratch else {"unet": sd.params["unet"]},
+        facts={**facts, "base": config.base, "base_hash": sd.base_hash},
+    )
+    trained = fit_section(
+        task, section, workdir=workdir, mesh=mesh, seed=section.seed, config=config
+    )
+    out = Path(config.export.path or workdir / "base")
+    params = sharding.gather(trained, mesh)
+    if jax.process_index() == 0:
+        sd.replace_params(params).save_pretrained(out, dtype=config.export.dtype)
+    return out
+
+
+def training_unet(unet: UNet, section: Any, mesh: Mesh | None) -> UNet:
+    """A base's UNet with the arithmetic that a config's `train` section asks for.
+
+    Raises:
+        UserError: SDXL's, whose added conditions are not cached; an unknown dtype.
+    """
+    if unet.settings.addition_time_width is not None:
+        raise UserError(
+            "base: found an SDXL UNet, expected one of Stable Diffusion 1 or 2: the pictures' sizes"
+            " and pooled text states are not cached for training"
+        )
+    if section.dtype not in ("float32", "bfloat16"):
+        raise UserError(f"train.dtype: got {section.dtype!r}, expected float32 or bfloat16")
+    return unet.clone(dtype=jnp.dtype(section.dtype), remat=section.remat, mesh=mesh)
+
+
+def finetuning_task(
+    unet: UNet,
+    schedule: NoiseSchedule,
+    frozen: Params,
+    arrays: dict[str, Any] | None,
+    section: Any,
+    mesh: Mesh | None,
+    start: Params | None = None,
+    facts: dict[str, Any] | None = None,
+) -> Task:
+    """The task of the training loop.
+
+    Args:
+        frozen: {"text_states": [u, n, e] of all captions, "empty_text": number of the empty one}.
+        arrays: {"latents": [n, h, w, c], "text": [n] numbers of captions}; None for shapes alone.
+        start: {"unet": parameters} to go on from; None draws new ones.
+    """
+    batch_size = section.batch_size
+    if section.batch_per_device and mesh is not None:
+        batch_size *= mesh.shape["data"] * mesh.shape["fsdp"]
+    shard, num_shards = (0, 1) if mesh is None else sharding.host_shard(mesh)
+    return base_task.unet_task(
+        unet,
+        _cached_text,
+        schedule,
+        lambda key: {"unet": init_params(unet, key)},
+        frozen,
+        arrays,
+        batch_size=batch_size,
+        seed=section.seed,
+        caption_dropout=section.caption_dropout,
+        min_snr_gamma=section.min_snr_gamma,
+        facts=facts,
+        start=start,
+        shard_index=shard,
+        num_shards=num_shards,
+    )
+
+
+def _cached_text(params: Params, frozen: Params, text: Array) -> Array:
+    del params
+    return frozen["text_states"][text]
+
+
+def _encoded(
+    config: Any, workdir: Path, sd: StableDiffusion
+) -> tuple[dict[str, np.ndarray], np.ndarray, dict[str, Any]]:
+    """({"latents", "text"} of every picture, text states with the empty prompt last, facts)."""
+    size, count = image_size(sd), config.data.num_identities
+    pictures = load_pictures(config.data, count, size, workdir / "renders")
+    encoded = encode_once(
+        workdir,
+        sd,
+        None,
+        pictures.ids,
+        pictures.images,
+        pictures.captions,
+        batch_size=config.train.encode_batch_size,
+    )
+    own = np.arange(pictures.images.shape[1]) < np.asarray(pictures.counts)[:, None]
+    empty = np.asarray(sd.encode_prompt([""]), np.float32)
+    arrays = {"latents": encoded.latents[own], "text": encoded.text_index[own]}
+    text_states = np.concatenate([encoded.text_states, empty])
+    return arrays, text_states, {"data": dict(pictures.facts)}
