@@ -46,7 +46,7 @@ TRIED_STEPS = 40  # to choose the number of threads
 
 def run(device: str = "cpu", rounds: int = ROUNDS, slots: int | None = None) -> list[dict]:
     """The speed's row and the quality's rows."""
-    cpu_devices.one_per_core()
+    cpu_devices.prepare()
     config = _config()
     section = config.distill
     mesh = make_mesh(**config.mesh)

@@ -25,7 +25,7 @@ def run(device: str) -> list[dict[str, Any]]:
         return sd15_v5e()
     from hyperlora_jax.parallel import cpu_devices
 
-    cpu_devices.one_per_core()
+    cpu_devices.prepare()
     return [tiny_cpu(64), tiny_cpu(4), sd15_cpu(), per_example()]
 
 

@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from hyperlora_jax.parallel import compilation_cache, cpu_devices, multihost
 
-    cpu_devices.one_per_core()
+    cpu_devices.prepare()
     multihost.start()
     compilation_cache.enable()
     return run_command(name, arguments[1:])

@@ -1,17 +1,36 @@
-"""One JAX device per CPU core.
+"""How XLA uses a CPU: one JAX device per core, and small products without a detour.
 
 XLA:CPU leaves most of a second core idle when a program is made of small operations. As one device
-per core, data-parallel work keeps all of them busy.
+per core, data-parallel work keeps all of them busy. Its compiler hands products to YNNPACK, whose
+cost of a call is that of a whole product in a model as small as the embedded one.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 
 import jax
 
 from hyperlora_jax.parallel import multihost
 
+YNN = "--xla_cpu_experimental_ynn_fusion_type"
+KNOWN_TO = (0, 10)  # versions of jaxlib; one that does not know a flag ends the program
 MOST = 8  # batches divide by 8; more devices would ask for other batch sizes
+
+
+def prepare() -> None:
+    """Both, for a program of this project; call it before anything asks for devices."""
+    small_products(os.environ)
+    one_per_core()
+
+
+def small_products(environment: MutableMapping[str, str]) -> bool:
+    """Leaves only convolutions to YNNPACK, by XLA_FLAGS, unless they speak of it already or
+    this is another jaxlib than was measured; returns whether it did."""
+    flags = environment.get("XLA_FLAGS", "")
+    if YNN in flags or jax.version.__version_info__[:2] != KNOWN_TO:
+        return False
+    environment["XLA_FLAGS"] = f"{flags} {YNN}=LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION".strip()
+    return True
 
 
 def one_per_core(environment: Mapping[str, str] | None = None) -> int | None:

@@ -1,4 +1,4 @@
-"""One device per core, unless the environment says otherwise."""
+"""One device per core and XLA's own products, unless the environment says otherwise."""
 
 import subprocess
 import sys
@@ -24,6 +24,25 @@ def test_cores_become_devices(cores, devices):
     command = [sys.executable, "-c", COUNT.format(cores=cores)]
     shown = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert int(shown.stdout) == devices
+
+
+PRODUCT = """
+from hyperlora_jax.parallel import cpu_devices
+cpu_devices.prepare()
+import jax, jax.numpy as jnp
+x = jnp.ones((4, 16, 32))
+print("ynn" in jax.jit(lambda x, w: x @ w).lower(x, jnp.ones((32, 32))).compile().as_text())
+"""
+
+
+@pytest.mark.parametrize(
+    ("flags", "found"), [("", "False"), (f"{cpu_devices.YNN}=LIBRARY_FUSION_TYPE_DOT", "True")]
+)
+def test_small_products_are_xla_s_own_unless_told_otherwise(flags, found):
+    environment = {"JAX_PLATFORMS": "cpu", "PATH": "/usr/bin", "XLA_FLAGS": flags}
+    command = [sys.executable, "-c", PRODUCT]
+    shown = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == found
 
 
 @pytest.mark.parametrize(
