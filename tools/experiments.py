@@ -49,9 +49,6 @@ class Experiment:
 LARGE_BATCH = {
     "train.batch_size": 256, "train.num_steps": 500, "train.optimizer.learning_rate": 5e-4,
 }  # fmt: skip
-SMALL_BATCH = {
-    "train.batch_size": 64, "train.num_steps": 2000, "train.optimizer.learning_rate": 3e-4,
-}  # fmt: skip
 
 
 def _closed(kind: str, **changes: Any) -> Run:
@@ -59,21 +56,29 @@ def _closed(kind: str, **changes: Any) -> Run:
 
 
 def _paper_grid() -> dict[str, Run]:
-    runs = {}
-    for space, generator in (("VAE latents", "latent_diffusion"), ("raw", "diffusion")):
-        for prediction in ("x0", "v"):
-            for conditioning in ("adanorm", "adalora"):
-                changes = {
-                    "model.generator": generator,
-                    "model.diffusion.prediction": prediction,
-                    "model.mlp.conditioning": conditioning,
-                    **LARGE_BATCH,
-                }
-                runs[f"{space}, {prediction}, {conditioning}"] = Run(PAPER, changes)
-    shared = {**runs["raw, x0, adalora"].changes, "data.gauge": "raw"}
-    runs["raw, x0, adalora, no SVD but one initialisation"] = Run(PAPER, shared)
-    longer = {**runs["VAE latents, x0, adalora"].changes, **SMALL_BATCH}
-    runs["VAE latents, x0, adalora, 2,000 steps of 64"] = Run(PAPER, longer)
+    def cell(generator: str, prediction: str, conditioning: str, **more: Any) -> Run:
+        changes = {
+            "model.generator": generator,
+            "model.diffusion.prediction": prediction,
+            "model.mlp.conditioning": conditioning,
+        }
+        return Run(PAPER, {**changes, **more})
+
+    runs = {
+        f"{space}, {prediction}, {conditioning}": cell(
+            generator, prediction, conditioning, **LARGE_BATCH
+        )
+        for space, generator in (("VAE latents", "latent_diffusion"), ("raw", "diffusion"))
+        for prediction in ("x0", "v")
+        for conditioning in ("adanorm", "adalora")
+    }
+    best = ("x0", "adalora")
+    runs["VAE latents, x0, adalora, 2,000 steps of 64"] = cell(
+        "latent_diffusion", *best, **{"train.num_steps": 2000}
+    )
+    runs["raw, x0, adalora, no SVD but one initialisation"] = cell(
+        "diffusion", *best, **LARGE_BATCH, **{"data.gauge": "raw"}
+    )
     return runs
 
 
