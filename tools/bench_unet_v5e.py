@@ -6,7 +6,6 @@ are kept beside JAX's compilation cache, so that a search that was stopped goes 
 """
 
 import sys
-from pathlib import Path
 from typing import Any
 
 from bench_unet_steps import SD15, row
@@ -15,14 +14,13 @@ from hyperlora_jax.train import ahead_of_time
 
 ahead_of_time.prepare_environment()
 
-from hyperlora_jax.parallel.compilation_cache import default_directory  # noqa: E402
+from hyperlora_jax.cli.compile import records_folder  # noqa: E402
 from hyperlora_jax.parallel.topology import parse  # noqa: E402
 from hyperlora_jax.train import compile_search  # noqa: E402
 from hyperlora_jax.train.lora_workload import lora_workload  # noqa: E402
 
 MAXDIFFUSION = 4  # images per chip: 12.69 GiB of temporaries and 1.61 GiB of weights
 SEARCH = {"none": (16, 24), "save_attention": (32, 48)}  # where to begin, most to try
-RECORDS = Path(default_directory()).parent / "compiled"
 
 
 def sd15_v5e() -> list[dict[str, Any]]:
@@ -37,7 +35,7 @@ def _row(remat: str, start: int, limit: int) -> dict[str, Any]:
         limit=limit,
         start=start,
         report=_say,
-        records=RECORDS,
+        records=records_folder(),
     )
     images = found["batch_per_chip"] if found else 0
     return {

@@ -26,7 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="slices, separated by commas: v5p-128, v5e-16, v6e:4x4, 2xv5e-256",
     )
     parser.add_argument(
-        "--search", action="store_true", help="the largest batch per chip that fits"
+        "--search",
+        action="store_true",
+        help="the largest batch per chip that fits, with the cheapest remat that allows it",
     )
     parser.add_argument("--batch_per_device", type=int, help="instead of the config's batch size")
     parser.add_argument("--effort", choices=("full", "low"), default="full", help="of the compiler")
@@ -39,29 +41,31 @@ def run(args: argparse.Namespace) -> int:
 
     ahead_of_time.prepare_environment()
     from hyperlora_jax.parallel.topology import parse
-    from hyperlora_jax.train import compile_search, workloads
+    from hyperlora_jax.train import workloads
 
     config = load_config(args.config, getattr(args, "overrides", ()))
     topologies = [parse(name) for name in args.topology.split(",") if name.strip()]
     batch = args.batch_per_device or _config_batch(config)
-    axes = dict(config.mesh)
     records = []
     for topology in topologies:
         print(f"compiling for {topology.name} ({topology.num_chips} chips)…", file=sys.stderr)
+        remat: str | None = None
         if args.search:
-            options = [workloads.config_workload(config, name) for name in workloads.REMAT]
-            record = compile_search.search(
-                options, topology, mesh_axes=axes, report=lambda r: print(_trial(r), flush=True)
-            )
-            record = record or {"topology": topology.name, "fits": False, "reason": "batch 1"}
-        else:
-            record = ahead_of_time.compile_for(
-                workloads.config_workload(config),
-                topology,
-                mesh_axes=axes,
-                batch_per_device=batch,
-                low_effort=args.effort == "low",
-            )
+            found = _search(config, topology)
+            if found is None:
+                name = topology.name
+                records.append({"topology": name, "fits": False, "reason": "not even batch 1"})
+                print(as_text(records[-1]))
+                continue
+            batch, remat = found["batch_per_chip"] // topology.chip.devices, found["remat"]
+        record = ahead_of_time.compile_for(
+            workloads.config_workload(config, remat),
+            topology,
+            mesh_axes=dict(config.mesh),
+            batch_per_device=batch,
+            low_effort=args.effort == "low",
+            records=records_folder(),
+        )
         records.append(record)
         print(as_text(record))
     if args.json:
@@ -72,6 +76,29 @@ def run(args: argparse.Namespace) -> int:
     return 0 if all(record["fits"] for record in records) else 1
 
 
+def records_folder() -> Path:
+    """Where records of compilations are kept, beside JAX's own cache of programs: the same program
+    for the same slice by the same compiler is not compiled again."""
+    from hyperlora_jax.parallel.compilation_cache import default_directory
+
+    return Path(default_directory()).parent / "compiled"
+
+
+def _search(config: Any, topology: Any) -> dict[str, Any] | None:
+    """The record of the largest batch that fits, at low effort: on four chips, unless parameters
+    are spread over more."""
+    from hyperlora_jax.train import compile_search, workloads
+
+    spread = config.mesh.fsdp != 1 or config.mesh.tensor != 1
+    return compile_search.search(
+        [workloads.config_workload(config, name) for name in workloads.REMAT],
+        topology if spread else topology.smallest,
+        mesh_axes=dict(config.mesh),
+        records=records_folder(),
+        report=lambda record: print(_trial(record), flush=True),
+    )
+
+
 def _config_batch(config: Any) -> int:
     """Examples per device that the config asks for; a global batch is taken as per device."""
     return int(config.train.batch_size)
@@ -79,7 +106,10 @@ def _config_batch(config: Any) -> int:
 
 def _trial(record: Mapping[str, Any]) -> str:
     fits = "fits" if record["fits"] else "does not fit"
-    return f"  batch {record['batch_per_chip']} per chip, remat {record['remat']}: {fits}"
+    return (
+        f"  {record['topology']}, batch {record['batch_per_chip']} per chip,"
+        f" remat {record['remat']}: {fits}"
+    )
 
 
 def as_text(record: Mapping[str, Any]) -> str:

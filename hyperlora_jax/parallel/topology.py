@@ -79,6 +79,12 @@ class Topology:
         return self.num_chips * self.chip.devices
 
     @property
+    def smallest(self) -> "Topology":
+        """One host's four chips of the same kind: what a step takes of a chip's memory is found
+        there as well, where nothing is spread over more chips."""
+        return parse(f"{self.chip.name}-{4 * self.chip.cores_in_name}")
+
+    @property
     def description(self) -> str:
         """The name that libtpu understands, "v5e:16x16"."""
         return f"{self.chip.name}:{'x'.join(map(str, self.grid))}"
