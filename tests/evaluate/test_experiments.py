@@ -1,0 +1,80 @@
+"""tools/experiments.py: its configs exist, equal runs are shared, finished ones are kept."""
+
+import importlib.util
+import json
+import pathlib
+
+import pytest
+
+from hyperlora_jax.cli.config import load_config
+from hyperlora_jax.evaluate import experiments_page
+from hyperlora_jax.hypernet.building import architecture, build_generator
+from hyperlora_jax.stable_diffusion.embedded import base_path
+from hyperlora_jax.stable_diffusion.model import StableDiffusion
+from hyperlora_jax.train.hypernet_training import make_phases
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def experiments():
+    spec = importlib.util.spec_from_file_location("experiments", ROOT / "tools" / "experiments.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_run_is_a_config_that_can_be_built(experiments):
+    outline = StableDiffusion.outline(base_path("tiny-sd"))
+    for experiment in experiments.EXPERIMENTS.values():
+        for run in experiment.runs.values():
+            overrides = [f"--config.{name}={value}" for name, value in run.changes.items()]
+            config = load_config(ROOT / run.config, overrides)
+            spec = outline.lora_spec(config.model.preset, config.model.rank)
+            generator = build_generator(spec, architecture(config.model))
+            assert make_phases(config.train) or generator
+
+
+def score(mean):
+    return {"mean": mean, "stderr": 0.01, "n": 64}
+
+
+@pytest.fixture
+def measured(experiments, monkeypatch):
+    """What was trained instead of kept, in order; nothing is trained really."""
+    done = []
+
+    def measure(config, folder):
+        done.append(config.train.num_steps)
+        (folder / "encoded-abc.npz").write_bytes(b"pictures")
+        scores = dict.fromkeys(("identity_top1", "image_error", "caption_accuracy"), score(0.5))
+        return {
+            **scores, "strength": 1.0, "guidance": 1.0, "steps": done[-1], "cpu_seconds": 60.0,
+        }  # fmt: skip
+
+    monkeypatch.setattr(experiments, "measure", measure)
+    return done
+
+
+def test_equal_runs_of_two_experiments_are_trained_once(experiments, measured, tmp_path):
+    flags = ["--targets", str(tmp_path), "--workdir", str(tmp_path / "w")]
+    for name in ("compute", "objectives", "compute"):
+        file = tmp_path / f"experiment_{name}.json"
+        assert experiments.main([name, *flags, "--json", str(file)]) == 0
+    pictures = experiments.EXPERIMENTS["objectives"].runs["regression, pictures"]
+    assert pictures in experiments.EXPERIMENTS["compute"].runs.values()
+    runs = [e.runs for n, e in experiments.EXPERIMENTS.items() if n in ("compute", "objectives")]
+    assert len(measured) == sum(map(len, runs)) - 1
+    record = json.loads((tmp_path / "experiment_compute.json").read_text())
+    assert [row["run"] for row in record["rows"]] == [*experiments.EXPERIMENTS["compute"].runs]
+    assert experiments_page.table(record)[0][-2:] == ["60 s", "1"]
+    kept = tmp_path / "w" / "shared" / "encoded-abc.npz"
+    assert kept.read_bytes() == b"pictures"
+
+
+def test_seeds_are_rows_of_their_own(experiments, measured, tmp_path):
+    file = tmp_path / "e.json"
+    flags = ["--targets", str(tmp_path), "--workdir", str(tmp_path / "w"), "--json", str(file)]
+    experiments.main(["compute", *flags, "--only", "250"])
+    experiments.main(["compute", *flags, "--only", "250", "--seeds", "1", "2"])
+    assert [row["seed"] for row in json.loads(file.read_text())["rows"]] == [0, 1, 2]
