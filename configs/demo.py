@@ -6,18 +6,13 @@ Two CPU cores: 8 to 10 minutes. Identity top-1 of 32 on 64 held-out identities: 
 conventional .89 (on 32 of them), nearest .25, base .04 (docs/results.md).
 """
 
-import importlib.util
-import pathlib
-
 from ml_collections import ConfigDict
+
+from hyperlora_jax.cli.config import parent_config
 
 
 def get_config() -> ConfigDict:
-    path = pathlib.Path(__file__).with_name("avatars.py")
-    spec = importlib.util.spec_from_file_location("avatars", path)
-    avatars = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(avatars)
-    config = avatars.get_config()
+    config = parent_config(__file__, "avatars.py")
     config.data.num_identities = 1536
     config.distill.num_concepts = 64
     config.distill.num_steps = 75

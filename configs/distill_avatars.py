@@ -7,18 +7,13 @@ again at any moment. One CPU core: 23 minutes with other work beside it. Ends wi
 runs/avatars_1024/targets (97 MB), which carries its own data card.
 """
 
-import importlib.util
-import pathlib
-
 from ml_collections import ConfigDict
+
+from hyperlora_jax.cli.config import parent_config
 
 
 def get_config() -> ConfigDict:
-    path = pathlib.Path(__file__).with_name("avatars.py")
-    spec = importlib.util.spec_from_file_location("avatars", path)
-    avatars = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(avatars)
-    config = avatars.get_config()
+    config = parent_config(__file__, "avatars.py")
     config.distill.num_concepts = 1024
     config.distill.num_steps = 100
     config.distill.recipe.schedule = "cosine"

@@ -7,18 +7,13 @@ Gradients of two batches of two pictures a step (`accumulate`), mirrored picture
 when 200 more steps no longer lower its loss. 1.6 M numbers a LoRA.
 """
 
-import importlib.util
-import pathlib
-
 from ml_collections import ConfigDict
+
+from hyperlora_jax.cli.config import parent_config
 
 
 def get_config() -> ConfigDict:
-    path = pathlib.Path(__file__).with_name("distill_w2w.py")
-    spec = importlib.util.spec_from_file_location("distill_w2w", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config()
+    config = parent_config(__file__, "distill_w2w.py")
     config.distill.preset, config.distill.rank = "attn-qkvo", 8
     config.distill.num_steps = 1200
     config.distill.flips, config.distill.prompt = True, ""

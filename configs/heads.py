@@ -14,18 +14,13 @@ Meant for an accelerator: a base of 64-pixel faces with a UNet of 9.4 million pa
 has been run on two CPU cores with a few steps of every stage only, so there is no expected result.
 """
 
-import importlib.util
-import pathlib
-
 from ml_collections import ConfigDict
+
+from hyperlora_jax.cli.config import parent_config
 
 
 def get_config() -> ConfigDict:
-    path = pathlib.Path(__file__).with_name("avatars.py")
-    spec = importlib.util.spec_from_file_location("avatars", path)
-    avatars = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(avatars)
-    config = avatars.get_config()
+    config = parent_config(__file__, "avatars.py")
     config.base = "runs/heads/heads-sd"
     config.data.style = "heads"
     config.data.num_identities = 8192

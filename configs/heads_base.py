@@ -6,18 +6,13 @@ As configs/tiny_sd.py, wider and longer: 16 x 16 latents, a UNet of 9.4 million 
 Captions name expression, pose, light and background, never the person.
 """
 
-import importlib.util
-import pathlib
-
 from ml_collections import ConfigDict
+
+from hyperlora_jax.cli.config import parent_config
 
 
 def get_config() -> ConfigDict:
-    path = pathlib.Path(__file__).with_name("tiny_sd.py")
-    spec = importlib.util.spec_from_file_location("tiny_sd", path)
-    tiny = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tiny)
-    config = tiny.get_config()
+    config = parent_config(__file__, "tiny_sd.py")
     config.data.style = "heads"
     config.data.num_identities = 8192
     config.base.latent_size = 16

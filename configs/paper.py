@@ -16,18 +16,13 @@ The paper trains 80,000 to 600,000 steps on accelerators. Here the VAE has 86 M 
 most of the time on two CPU cores; a whole run has not been timed.
 """
 
-import importlib.util
-import pathlib
-
 from ml_collections import ConfigDict
+
+from hyperlora_jax.cli.config import parent_config
 
 
 def get_config() -> ConfigDict:
-    path = pathlib.Path(__file__).with_name("avatars.py")
-    spec = importlib.util.spec_from_file_location("avatars", path)
-    avatars = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(avatars)
-    config = avatars.get_config()
+    config = parent_config(__file__, "avatars.py")
     config.data.gauge = "svd"  # its canonical form
     config.model.generator = "latent_diffusion"
     config.model.condition_dropout = 0.1

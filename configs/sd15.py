@@ -11,19 +11,17 @@ FACES is a folder of pictures per subject, ENCODER any condition encoder (docs/h
 dataset of LoRAs is needed. Compiled for pods (docs/scaling.md), never trained.
 """
 
-import importlib.util
 import pathlib
 
 from ml_collections import ConfigDict
+
+from hyperlora_jax.cli.config import parent_config
 
 HERE = pathlib.Path(__file__).parent
 
 
 def get_config() -> ConfigDict:
-    spec = importlib.util.spec_from_file_location("avatars", HERE / "avatars.py")
-    avatars = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(avatars)
-    config = avatars.get_config()
+    config = parent_config(__file__, "avatars.py")
     config.base = str(HERE / "bases" / "sd15")
     config.data.size = 512
     config.data.num_identities = 60000

@@ -10,19 +10,17 @@ rank 1: 128 tokens, 99,648 numbers), learned in weight space from imported LoRAs
 FACES is a folder of pictures per subject, LORAS what `hyperlora import` made of the LoRA vectors.
 """
 
-import importlib.util
 import pathlib
 
 from ml_collections import ConfigDict
+
+from hyperlora_jax.cli.config import parent_config
 
 HERE = pathlib.Path(__file__).parent
 
 
 def get_config() -> ConfigDict:
-    spec = importlib.util.spec_from_file_location("avatars", HERE / "avatars.py")
-    avatars = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(avatars)
-    config = avatars.get_config()
+    config = parent_config(__file__, "avatars.py")
     config.base = str(HERE / "bases" / "sd15")
     config.data.size = 512
     config.data.num_identities = 60000

@@ -29,6 +29,12 @@ def add_config_arguments(parser: argparse.ArgumentParser, default: str | None = 
     parser.add_argument("--workdir", metavar="DIR", required=True, help="where everything goes")
 
 
+def parent_config(file: str, name: str) -> ml_collections.ConfigDict:
+    """get_config() of the config file `name` beside the config `file` (its own __file__), for
+    configs that change some values of another."""
+    return _get_config(Path(file).with_name(name))
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
     """The config of a file with overrides `--config.a.b=value` applied; its keys are locked.
 
@@ -38,19 +44,24 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ml_collectio
     file = Path(path)
     if not file.is_file():
         raise UserError(f"--config {path}: no such file")
-    module_spec = importlib.util.spec_from_file_location("hyperlora_config", file)
-    if module_spec is None or module_spec.loader is None:
+    if file.suffix != ".py":
         raise UserError(f"--config {path}: expected a Python file")
-    module = importlib.util.module_from_spec(module_spec)
     try:
-        module_spec.loader.exec_module(module)
-        config = module.get_config()
+        config = _get_config(file)
     except Exception as error:
         raise UserError(f"--config {path}: {type(error).__name__}: {error}") from error
     config.lock()
     for override in overrides:
         _apply(config, override)
     return config
+
+
+def _get_config(file: Path) -> ml_collections.ConfigDict:
+    module_spec = importlib.util.spec_from_file_location(f"hyperlora_config_{file.stem}", file)
+    assert module_spec is not None and module_spec.loader is not None, f"{file} is no Python file"
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    return module.get_config()
 
 
 def _apply(config: ml_collections.ConfigDict, override: str) -> None:
