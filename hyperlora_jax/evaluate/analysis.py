@@ -10,7 +10,7 @@ import numpy as np
 
 from hyperlora_jax.array_types import Float, Params
 from hyperlora_jax.data.worlds import World
-from hyperlora_jax.evaluate import sections
+from hyperlora_jax.evaluate import confidence, sections
 from hyperlora_jax.evaluate.compare import MethodResult
 from hyperlora_jax.evaluate.memorisation import image_memorisation
 from hyperlora_jax.evaluate.picture_sets import AnySet
@@ -50,6 +50,7 @@ def all_sections(evaluation: Any, results: Mapping[str, MethodResult]) -> list[S
             strength=results["generated"].strength,
             num_steps=evaluation.sampling["num_steps"],
         )
+        found += _confidence(evaluation, results["generated"])
     metrics_file = evaluation.workdir / "metrics.jsonl"
     if metrics_file.exists():
         found.append(sections.learning_section(metrics_file))
@@ -80,6 +81,15 @@ def all_sections(evaluation: Any, results: Mapping[str, MethodResult]) -> list[S
         mesh=evaluation.mesh if evaluation.mesh.size > 1 else None,
     )
     return [*found, sections.steps_section(curves, conventional.scores.top1[:count])]
+
+
+def _confidence(evaluation: Any, generated: MethodResult) -> list[Section]:
+    hyper, references = evaluation.hyper, evaluation.test.references
+    if hyper.familiarity(references[:1]) is None:
+        return []
+    others = confidence.strangers(references, evaluation.exam.avatars)
+    losses = generated.scores.loss.mean(axis=1)
+    return [confidence.confidence_section(hyper.familiarity, references, others, losses)]
 
 
 def _needed(results: Mapping[str, MethodResult]) -> list[str]:

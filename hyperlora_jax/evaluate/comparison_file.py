@@ -2,7 +2,7 @@
 
 {"methods": {name: {"identity_top1": {"mean", "stderr", "n"}, "image_error": {…},
  "caption_accuracy": {…}, "strength", "guidance", "steps", "seconds"}},
- "differences": {…}, "memorisation": {…}, "command", "seeds", …}
+ "differences": {…}, "memorisation": {…}, "confidence": {…}, "command", "seeds", …}
 """
 
 import dataclasses
@@ -53,6 +53,7 @@ def comparison(
         "generated_minus": differences,
         "paired": summary["paired"],
         "memorisation": summary.get("memorisation", {}),
+        "confidence": summary.get("confidence", {}),
         "command": command,
         "seeds": dict(seeds),
         "evaluation": summary["evaluation"],

@@ -15,6 +15,7 @@ from hyperlora_jax.evaluate.wording import (
 
 LOSSES = ("image_error", "similarity")  # what tells beside identity how good a picture is
 MAX_PARITY = 1e-3
+GOOD_AUC = 0.9
 
 
 def verdicts(summary: Summary) -> list[dict[str, str]]:
@@ -41,7 +42,8 @@ def verdicts(summary: Summary) -> list[dict[str, str]]:
         )
         found.append(_verdict(all(better), text))
     found += _copy_verdict(summary) + _paired_verdict(summary) + _parity_verdict(summary)
-    found += _memorisation_verdict(summary) + _steps_verdict(summary)
+    found += _memorisation_verdict(summary) + _confidence_verdict(summary)
+    found += _steps_verdict(summary)
     failures = {n: k for n, k in summary["failures"].items() if k}
     text = (
         "No method failed to make a picture."
@@ -102,6 +104,19 @@ def _memorisation_verdict(summary: Summary) -> list[dict[str, str]]:
         )
         found.append(_verdict(audit["passed"], text))
     return found
+
+
+def _confidence_verdict(summary: Summary) -> list[dict[str, str]]:
+    kinds = summary.get("confidence", {}).get("strangers", {})
+    if not kinds:
+        return []
+    worst = min(kinds, key=lambda kind: kinds[kind]["auc"])
+    text = (
+        "Pictures that are not of its subjects are less familiar to the hypernetwork than held-out "
+        f"people are: AUC {kinds[worst]['auc']:.2f} or more over {len(kinds)} kinds, the least for "
+        f"“{worst}”."
+    )
+    return [_verdict(kinds[worst]["auc"] >= GOOD_AUC, text)]
 
 
 def _steps_verdict(summary: Summary) -> list[dict[str, str]]:
