@@ -41,6 +41,11 @@ def get_config() -> ConfigDict:
                 "ema_decay": 0.999,
                 "log_every_steps": 25,
                 "checkpoint_every_steps": 500,
+                "keep": 2,  # newest checkpoints
+                "keep_best": 1,  # and those of the lowest mean loss
+                "tensorboard": False,
+                "profile_steps": (),  # (first, last) of a profile in WORKDIR/profile
+                "stall_timeout_seconds": 1800,
                 "optimizer": {
                     "learning_rate": 1e-4,
                     "schedule": "cosine",

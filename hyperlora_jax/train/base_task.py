@@ -65,6 +65,7 @@ def autoencoder_task(
         frozen={},
         batches=array_batches({"images": images}, batch_size=batch_size, seed=seed),
         facts=facts or {},
+        units={"images": 1},
     )
 
 
@@ -148,5 +149,6 @@ def unet_task(
         frozen=frozen,
         batches=batches,
         facts=facts or {},
+        units={"images": 1},
         start=start,
     )

@@ -6,7 +6,10 @@ from etils import epath
 from jax.sharding import Mesh
 
 from hyperlora_jax.array_types import Params
+from hyperlora_jax.errors import UserError
 from hyperlora_jax.train.loop import Task, fit
+
+OPTIONS = ("keep", "keep_best", "tensorboard", "stall_timeout_seconds")
 
 
 def fit_section(
@@ -16,12 +19,15 @@ def fit_section(
 
     Args:
         section: ConfigDict with num_steps, optimizer, log_every_steps, checkpoint_every_steps and
-            ema_decay (None: no average).
+            ema_decay (None: no average); and what else of `OPTIONS` differs from `loop.fit`'s.
         config: the whole ConfigDict, kept beside the checkpoints.
 
     Raises:
         UserError, TrainingDiverged, Preempted: see `loop.fit`.
     """
+    window = tuple(section.get("profile_steps", ()))
+    if window and not (len(window) == 2 and 1 <= window[0] <= window[1]):
+        raise UserError(f"train.profile_steps: got {window}, expected () or (first, last)")
     state = fit(
         task,
         workdir=workdir,
@@ -33,5 +39,7 @@ def fit_section(
         checkpoint_every_steps=section.checkpoint_every_steps,
         ema_decay=section.ema_decay,
         config=config.to_dict(),
+        profile_steps=window or None,
+        **{name: section[name] for name in OPTIONS if name in section},
     )
     return state.params if state.ema is None else state.ema

@@ -17,6 +17,11 @@ def flops(function: Callable[..., Any], *arguments: Any) -> float:
     return of_jaxpr(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
+def of_training(loss: Callable[..., Any]) -> Callable[..., float]:
+    """Model FLOPs of a training step on the arguments of `loss`: its forward pass three times."""
+    return lambda *arguments: 3.0 * flops(loss, *arguments)
+
+
 def of_jaxpr(jaxpr: Any) -> float:
     """FLOPs of a jaxpr, with everything that it calls; a `cond` counts its dearest branch."""
     total = 0.0

@@ -27,6 +27,7 @@ from hyperlora_jax.hypernet.condition import Condition, merge_references
 from hyperlora_jax.hypernet.generators import Estimate, Generator
 from hyperlora_jax.hypernet.objectives import ObjectiveWeights
 from hyperlora_jax.lora import vectorize
+from hyperlora_jax.train.flop_count import flops
 from hyperlora_jax.train.loop import Task
 
 Parts = dict[str, Float[Array, " l"]]
@@ -61,14 +62,7 @@ def hypernet_loss(
 ) -> tuple[Float[Array, " l"], Parts]:
     """Weighted sum of the objectives [l], and each of them by name."""
     draw_key, base_key, prior_key = jax.random.split(key, 3)
-    condition = merge_references(
-        batch["pooled"].astype(jnp.float32),
-        batch["tokens"].astype(jnp.float32),
-        batch.get("reference_mask"),
-    )
-    target = batch["target"].astype(jnp.float32) if "target" in batch else None
-    constants = frozen.get("constants", {})
-    estimate = generator.train(params, constants, condition, target, draw_key)
+    estimate, target = _estimate(params, frozen, batch, draw_key, generator)
 
     def parts_of(weights: ObjectiveWeights) -> Parts:
         return _parts(
@@ -77,7 +71,7 @@ def hypernet_loss(
 
     names = [f.name for f in dataclasses.fields(ObjectiveWeights)]
     used = [n for n in names if any(getattr(phase.weights, n) for phase in phases)]
-    zeros = jnp.zeros(len(condition.pooled))
+    zeros = jnp.zeros(len(batch["pooled"]))
 
     def branch(weights: ObjectiveWeights) -> tuple[Float[Array, " l"], Parts]:
         found = parts_of(weights)
@@ -90,6 +84,43 @@ def hypernet_loss(
     bounds = jnp.asarray([phase.until for phase in phases[:-1]])
     number = jnp.sum(step >= bounds)
     return jax.lax.switch(number, [functools.partial(branch, phase.weights) for phase in phases])
+
+
+def _estimate(
+    params: Params, frozen: Params, batch: dict[str, Array], key: Array, generator: Generator
+) -> tuple[Estimate, Float[Array, "l d"] | None]:
+    """The generator's training pass, and the target LoRAs if the batch has any."""
+    condition = merge_references(
+        batch["pooled"].astype(jnp.float32),
+        batch["tokens"].astype(jnp.float32),
+        batch.get("reference_mask"),
+    )
+    target = batch["target"].astype(jnp.float32) if "target" in batch else None
+    constants = frozen.get("constants", {})
+    return generator.train(params, constants, condition, target, key), target
+
+
+def model_flops(
+    params: Params,
+    frozen: Params,
+    batch: dict[str, Array],
+    key: Array,
+    *,
+    generator: Generator,
+    phases: Sequence[Phase],
+    base: Base,
+) -> float:
+    """Model FLOPs of training on a batch: the generator's forward pass three times, everything
+    else twice, as the frozen base needs no gradients of its weights. Rematerialisation does not
+    count. Of several phases the dearest counts."""
+
+    def own(*arguments: Any) -> Any:
+        estimate, _ = _estimate(*arguments, generator)
+        return estimate.lora, estimate.losses
+
+    loss = functools.partial(hypernet_loss, generator=generator, phases=phases, base=base)
+    generating = flops(own, params, frozen, batch, key)
+    return generating + 2.0 * flops(loss, params, frozen, batch, key)
 
 
 def _parts(
@@ -143,6 +174,7 @@ def hypernet_task(
     condition_shapes: tuple[tuple[int, ...], tuple[int, ...]],
     base: Base = Base(),
     facts: dict[str, Any] | None = None,
+    num_images: int = 0,
 ) -> Task:
     """The task of the ordinary training loop.
 
@@ -152,6 +184,7 @@ def hypernet_task(
         batches: as described in this file's head.
         phases: one after the other; all but the last have an end.
         condition_shapes: shapes of one subject's (pooled, tokens), ([e], [m, e]).
+        num_images: of a subject that the base sees in a step, for images/s.
     """
     pooled_shape, tokens_shape = condition_shapes
 
@@ -159,12 +192,15 @@ def hypernet_task(
         condition = Condition(jnp.zeros((1, *pooled_shape)), jnp.zeros((1, *tokens_shape)))
         return generator.init(key, condition)
 
-    loss = functools.partial(hypernet_loss, generator=generator, phases=tuple(phases), base=base)
+    parts = {"generator": generator, "phases": tuple(phases), "base": base}
+    images = {"images": num_images} if num_images else {}
     return Task(
         name="hypernetwork",
         init=init,
-        loss=loss,
+        loss=functools.partial(hypernet_loss, **parts),
         frozen=frozen,
         batches=batches,
         facts=facts or {},
+        units={"loras": 1, **images},
+        model_flops=functools.partial(model_flops, **parts),
     )

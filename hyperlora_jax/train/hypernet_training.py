@@ -106,6 +106,7 @@ def train_hypernetwork(config: Any, workdir: str | Path) -> Hypernetwork:
             sd.unet.clone(mesh=mesh, remat=section.remat), sd.schedule, section.min_snr_gamma
         ),
         facts=facts,
+        num_images=section.images_per_subject if "unet" in frozen else 0,
     )
     trained = fit_section(
         task, section, workdir=workdir, mesh=mesh, seed=section.seed, config=config

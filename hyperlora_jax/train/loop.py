@@ -18,6 +18,7 @@ from hyperlora_jax.array_types import Array, ArrayTree
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.parallel import multihost, sharding
 from hyperlora_jax.parallel.mesh import make_mesh
+from hyperlora_jax.train import flop_count
 from hyperlora_jax.train.checkpoints import Checkpoints, check_facts, read_meta
 from hyperlora_jax.train.events import EventLog, as_text, goodput
 from hyperlora_jax.train.optimizer import make_optimizer
@@ -68,7 +69,8 @@ class Task:
       facts: JSON-able identity of the run (spec fingerprint, base hash), compared on restore.
       rules, frozen_rules: sharding tables of both trees (`parallel/sharding.py`).
       units: {"images": 4, "loras": 1}: what one example of a batch counts for, for images/s.
-      flops_per_example: model FLOPs of one example of training, for MFU.
+      model_flops: (params, frozen, batch, key) → model FLOPs of training on a batch, for MFU; None
+        is three times the forward pass, as where nothing that costs is frozen.
       start: parameters to go on from, where `init` does not draw new ones.
     """
 
@@ -81,7 +83,7 @@ class Task:
     rules: Sequence[sharding.Rule] = sharding.DEFAULT_RULES
     frozen_rules: Sequence[sharding.Rule] = sharding.REPLICATED_RULES
     units: Mapping[str, float | int] = field(default_factory=dict)
-    flops_per_example: float | int | None = None
+    model_flops: Callable[..., float] | None = None
     start: ArrayTree | None = None
 
 
@@ -187,7 +189,7 @@ def fit(
     report = Report(
         task.name, workdir, events, start_step, num_steps,
         log_every_steps=log_every_steps, units=task.units,
-        flops_per_example=task.flops_per_example, progress=progress, tensorboard=tensorboard,
+        progress=progress, tensorboard=tensorboard,
     )  # fmt: skip
     profile = Profile(workdir / "profile", profile_steps) if profile_steps else None
     run = _Run(task, mesh, step_fn, frozen, key, checkpoints, meta, events, report, profile)
@@ -241,6 +243,8 @@ class _Run:
             events.switch("compile" if first else "step")
             if first:
                 report.progress.say("compiling train step…")
+                count = self.task.model_flops or flop_count.of_training(self.task.loss)
+                report.count_flops(count, state.params, self.frozen, batch, self.key)
             state, metrics = self.step_fn(state, self.frozen, batch, self.key)
             if first:
                 jax.block_until_ready(metrics)

@@ -5,7 +5,7 @@ metrics.jsonl has one row per logged step, with that step's own values, never ru
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -49,15 +49,19 @@ class Throughput:
 
     Args:
       units: {"images": 4}: what one example counts for; reported as images_per_second.
-      flops_per_example: model FLOPs of one training example (a frozen base counts twice its
-        forward pass, not three times), for MFU where the chip's peak is known.
     """
 
-    def __init__(self, units: Mapping[str, float | int], flops_per_example: float | int | None):
+    def __init__(self, units: Mapping[str, float | int]):
         self._units = units
-        peak = peak_flops(jax.devices()[0].device_kind) * jax.device_count()
-        self._mfu_per_rate = flops_per_example / peak if flops_per_example and peak else None
+        self._peak = peak_flops(jax.devices()[0].device_kind) * jax.device_count()
+        self._mfu_per_rate: float | None = None
         self.reset()
+
+    def count_flops(self, per_example: Callable[[], float]) -> None:
+        """From now on MFU is reported, where the chip's peak is known; else `per_example`, the
+        model FLOPs of one training example, is not called."""
+        if self._peak:
+            self._mfu_per_rate = per_example() / self._peak
 
     def reset(self) -> None:
         """Starts a new window now."""

@@ -3,7 +3,7 @@
 Only the first process writes; the checks run on all of them, on the same replicated numbers.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,7 +61,6 @@ class Report:
         *,
         log_every_steps: int,
         units: Mapping[str, float | int],
-        flops_per_example: float | int | None,
         progress: bool,
         tensorboard: bool,
     ):
@@ -72,8 +71,20 @@ class Report:
         self._losses: list[float] = []
         self._rows = open_metrics(workdir / "metrics.jsonl", start_step) if primary else None
         self._board = open_tensorboard(workdir / "tensorboard") if tensorboard and primary else None
-        self.throughput = Throughput(units, flops_per_example)
+        self.throughput = Throughput(units)
         self.progress = Progress(name, start_step, num_steps, shown=primary and progress)
+
+    def count_flops(
+        self,
+        model_flops: Callable[..., float],
+        params: ArrayTree,
+        frozen: ArrayTree,
+        batch: Mapping[str, Array],
+        key: Array,
+    ) -> None:
+        """Reports MFU from now on, by the model FLOPs of a batch (see `Task`)."""
+        examples = len(next(iter(batch.values())))
+        self.throughput.count_flops(lambda: model_flops(params, frozen, batch, key) / examples)
 
     def finish(self, pending: PendingStep | None) -> None:
         """Waits for a step's metrics, checks them, and writes them if the step is a logged one.

@@ -7,9 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hyperlora_jax.diffusion.schedule import NoiseSchedule
 from hyperlora_jax.hypernet.building import build_generator
+from hyperlora_jax.hypernet.condition import Condition
 from hyperlora_jax.hypernet.objectives import ObjectiveWeights
-from hyperlora_jax.lora.sites import LoraSite, LoraSpec
+from hyperlora_jax.lora import factors
+from hyperlora_jax.lora.sites import LoraSite, LoraSpec, spec_from_shapes
+from hyperlora_jax.stable_diffusion.checkpoint import param_shapes
+from hyperlora_jax.stable_diffusion.unet import unet_from_config
+from hyperlora_jax.train.flop_count import flops
 from hyperlora_jax.train.hypernet_task import Base, Phase, hypernet_loss, hypernet_task
 
 IN, OUT, RANK, COUNT = 37, 53, 2, 3  # sizes that nothing else has
@@ -81,3 +87,42 @@ def test_phases_follow_the_step():
     total, parts = parts_at(10)
     np.testing.assert_allclose(total, 3.0 * parts["l2"], rtol=1e-6)
     assert float(jnp.abs(parts["delta"]).max()) == 0
+
+
+def test_model_flops_count_the_frozen_base_twice_and_the_generator_three_times():
+    unet = unet_from_config(
+        {
+            "sample_size": 4, "in_channels": 4, "out_channels": 4, "block_out_channels": [8],
+            "layers_per_block": 1, "down_block_types": ["CrossAttnDownBlock2D"],
+            "up_block_types": ["CrossAttnUpBlock2D"], "norm_num_groups": 4,
+            "cross_attention_dim": 12, "attention_head_dim": 2,
+        }
+    )  # fmt: skip
+    weights = param_shapes(unet)
+    spec = spec_from_shapes(weights, "attn-qkvo", 2)
+    generator = build_generator(spec, {**MODEL, "generator": "regression"})
+    images, like = 2, jax.ShapeDtypeStruct
+    given = {
+        **batch(),
+        "latents": like((COUNT, images, 4, 4, 4), jnp.float32),
+        "text_index": like((COUNT, images), jnp.int32),
+    }
+    frozen = {"unet": weights, "text_states": like((7, 5, 12), jnp.float32)}
+    task = hypernet_task(
+        generator, frozen, None, phases=(Phase(ObjectiveWeights()),), num_images=images,
+        condition_shapes=((5,), (4, 5)), base=Base(unet, NoiseSchedule()),
+    )  # fmt: skip
+    assert task.units == {"loras": 1, "images": images}
+    params, key = jax.eval_shape(task.init, jax.random.key(0)), jax.random.key(1)
+    condition = Condition(jnp.zeros((COUNT, 5)), jnp.zeros((COUNT, 8, 5)))
+    own = flops(lambda p: generator.net.apply({"params": p}, condition), params)
+    lora = jax.eval_shape(lambda: factors.init(key, spec, COUNT))
+    rows = COUNT * images
+    base = flops(
+        lambda w, lora, x, text: unet.apply(
+            {"params": w, "lora": lora}, x, jnp.zeros(rows, jnp.int32), text
+        ),
+        weights, lora, like((rows, 4, 4, 4), jnp.float32), like((rows, 5, 12), jnp.float32),
+    )  # fmt: skip
+    assert own > 0 and base > 0
+    assert task.model_flops(params, frozen, given, key) == 3 * own + 2 * base
