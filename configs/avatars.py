@@ -163,7 +163,7 @@ def get_config() -> ConfigDict:
                 "num_sampling_steps": 20,
                 "guidance": 1.0,
                 "identities_per_batch": 16,
-                "strengths": (0.75, 1.0, 1.5, 2.0),
+                "strengths": (0.75, 1.0, 1.5, 2.0, 3.0),
                 "guidances": (1.0, 2.0, 3.0),  # of generators that know what guidance is
                 "methods": (  # see evaluate/lora_sources.py
                     "base",

@@ -168,7 +168,9 @@ class Evaluation:
 
     def run(self, say: Any = print) -> dict[str, MethodResult]:
         """Scores all methods; stores the generated LoRAs' best strength with the hypernetwork."""
-        names = [n for n in self.config.evaluate.methods if n not in ("exact", "copy_reference")]
+        others = [name for name, path in self.config.evaluate.others.items() if path]
+        asked = dict.fromkeys([*self.config.evaluate.methods, *others])
+        names = [name for name in asked if name not in ("exact", "copy_reference")]
         cache = SampleCache(self.workdir / "samples")
         start = time.perf_counter()
         if "generated" in names:
