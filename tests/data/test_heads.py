@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from hyperlora_jax.data import head_mesh, head_shapes, worlds
-from hyperlora_jax.data.heads import SPLITS, VIEW_PARTS, Heads, rotation
+from hyperlora_jax.data.heads import VIEW_PARTS, Heads, rotation
+from hyperlora_jax.data.named_views import SPLITS
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.evaluate.protocol import make_evaluation_set
 
