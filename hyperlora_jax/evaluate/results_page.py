@@ -1,6 +1,7 @@
 """Writes docs/results.md and the README's results from measured records, so they cannot drift.
 
-Experiments (`experiments_page.py`) follow after the records.
+Experiments (`experiments_page.py`) follow after the records; `pods_page.py` fills the table of
+docs/scaling.md.
 
 A record is docs/measurements/result_NAME.json: {"name", "title", "command", "machine", "picture",
 "metrics"}, with `metrics` the metrics.json of a run and `picture` relative to docs/. In the README,
@@ -20,7 +21,7 @@ from typing import Any
 from etils import epath
 
 from hyperlora_jax.errors import UserError
-from hyperlora_jax.evaluate import experiments_page, verdicts, wording
+from hyperlora_jax.evaluate import experiments_page, pods_page, verdicts, wording
 
 KEYS = ("name", "title", "command", "machine", "picture", "metrics")
 MARKED = re.compile(r"(<!-- results: ([\w-]+) -->\n)(.*?)(<!-- /results -->)", re.DOTALL)
@@ -82,7 +83,7 @@ def read_records(root: epath.PathLike) -> dict[str, Mapping[str, Any]]:
 
 
 def expected_pages(root: epath.PathLike) -> dict[epath.Path, str]:
-    """What docs/results.md and README.md should say, given the records."""
+    """What docs/results.md, docs/scaling.md and README.md should say, given the records."""
     records = read_records(root)
     readme = epath.Path(root) / "README.md"
     experiments = experiments_page.read_experiments(root)
@@ -90,6 +91,9 @@ def expected_pages(root: epath.PathLike) -> dict[epath.Path, str]:
     pages = {epath.Path(root) / "docs" / "results.md": page}
     if readme.exists():
         pages[readme] = fill_readme(readme.read_text(), records)
+    scaling = epath.Path(root) / "docs" / "scaling.md"
+    if scaling.exists():
+        pages[scaling] = pods_page.fill(scaling.read_text(), pods_page.read_pods(root))
     return pages
 
 
