@@ -10,7 +10,7 @@ RECORD = {
     "mesh": {"data": 256, "fsdp": 1, "tensor": 1}, "effort": "low", "compile_seconds": 61.2,
     "bytes": {"arguments": 2**30, "temporaries": 2**31, "peak": 3 * 2**30, "limit": 16 * 2**30},
     "flops_per_chip": 2.5e13, "step_seconds_estimate": 0.25,
-    "collective_bytes": {"all-reduce": {"data": 2**20, "slices": 2**20}, "all-to-all": {"x": 2**21}},
+    "collective_bytes": {"all-reduce": {"data": 2**20, "slices": 2**20}, "permute": {"x": 2**21}},
 }  # fmt: skip
 
 
