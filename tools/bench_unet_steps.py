@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+SHORT, BURST = 0.5, 5  # seconds; steps in a turn
 TINY = {
     "sample_size": 8,
     "in_channels": 8,
@@ -131,15 +132,26 @@ def _torch_unet(config: dict, rank: int) -> tuple[Any, str]:
 
 
 def interleaved(steps: Sequence[Callable[[], None]], runs: int) -> list[list[float]]:
-    """Seconds of every step, run by run; the steps take turns, after two warm-up rounds."""
+    """Seconds of every step, turn by turn; the steps take turns, after two warm-up rounds.
+
+    A turn of a short step is `BURST` of them, as in training, and counts their median; the first is
+    left out: OpenMP's threads spin for a while after PyTorch's turn, and take cores from ours.
+    """
     times: list[list[float]] = [[] for _ in steps]
     for round_index in range(runs + 2):
         for step, seconds in zip(steps, times, strict=True):
-            start = time.perf_counter()
-            step()
+            took = [_seconds(step)]
+            if took[0] < SHORT:
+                took = [_seconds(step) for _ in range(BURST)]
             if round_index >= 2:
-                seconds.append(time.perf_counter() - start)
+                seconds.append(statistics.median(took))
     return times
+
+
+def _seconds(step: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
 
 
 def timed_row(

@@ -47,7 +47,7 @@ class Experiment:
 
 # A step of the paper's denoiser costs what its 100 M parameters cost, at any batch.
 LARGE_BATCH = {
-    "train.batch_size": 256, "train.num_steps": 500, "train.optimizer.learning_rate": 5e-4,
+    "train.batch_size": 256, "train.num_steps": 300, "train.optimizer.learning_rate": 5e-4,
 }  # fmt: skip
 
 
@@ -98,7 +98,7 @@ def _objectives() -> dict[str, Run]:
             changes={**pictures, "train.num_steps": 1500, "train.warm_up.num_steps": 1000}
         ),
         "iterative regression, pictures": Run(
-            changes={**pictures, "train.num_steps": 600, "model.generator": "iterative"}
+            changes={**pictures, "train.num_steps": 300, "model.generator": "iterative"}
         ),
         "token diffusion, x0": Run(changes={**weights(1200, diffusion=1.0), **tokens}),
     }
