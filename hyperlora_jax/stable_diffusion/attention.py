@@ -5,14 +5,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from hyperlora_jax.array_types import Array, Float
 from hyperlora_jax.stable_diffusion.attention_kernels import attend
 from hyperlora_jax.stable_diffusion.equal_blocks import scan_blocks
 from hyperlora_jax.stable_diffusion.layers import Conv, Dense, GroupNorm, LayerNorm
-from hyperlora_jax.stable_diffusion.rematerialisation import ATTENTION_OUTPUT, rematerialised
+from hyperlora_jax.stable_diffusion.rematerialisation import rematerialised
 
 
 class Attention(nn.Module):
@@ -42,7 +41,6 @@ class Attention(nn.Module):
             self.implementation,
             self.mesh,
         )
-        mixed = checkpoint_name(mixed, ATTENTION_OUTPUT)
         return Dense(width, dtype=self.dtype, name="to_out_0")(mixed.reshape(x.shape))
 
 

@@ -13,10 +13,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 
 from hyperlora_jax.array_types import Array, Float
 from hyperlora_jax.errors import UserError
+from hyperlora_jax.stable_diffusion.rematerialisation import ATTENTION_OUTPUT
 
 IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash")
 _SPLASH_TOKENS = 1024
@@ -32,20 +34,22 @@ def attend(
     implementation: str = "auto",
     mesh: Mesh | None = None,
 ) -> Heads:
-    """softmax(q kᵀ / sqrt(d)) v by the implementation asked for."""
+    """softmax(q kᵀ / sqrt(d)) v by the implementation asked for. What the remat policy
+    save_attention keeps carries the name ATTENTION_OUTPUT: the output, and of splash attention,
+    which names its own, also the log-sum-exp that its gradient needs."""
     if implementation == "auto":
         implementation = choose(query, key, jax.default_backend())
         if implementation == "splash" and mesh is None and jax.device_count() > 1:
             implementation = "xla"  # XLA can partition a program for several devices, not Mosaic
-    if implementation == "xla":
-        return xla_attention(query, key, value)
-    if implementation == "cudnn":
-        return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
-    if implementation == "splash":
-        if not splash_takes(query, key):
-            return xla_attention(query, key, value)
+    if implementation not in IMPLEMENTATIONS:
+        raise UserError(f"attention = {implementation!r}, expected one of {list(IMPLEMENTATIONS)}")
+    if implementation == "splash" and splash_takes(query, key):
         return splash_attention(query, key, value, mesh)
-    raise UserError(f"attention = {implementation!r}, expected one of {list(IMPLEMENTATIONS)}")
+    if implementation == "cudnn":
+        out = jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
+    else:
+        out = xla_attention(query, key, value)
+    return checkpoint_name(out, ATTENTION_OUTPUT)
 
 
 def choose(query: Any, key: Any, platform: str) -> str:
@@ -153,7 +157,12 @@ def _splash(query: Heads, key: Heads, value: Heads, interpret: bool) -> Heads:
     )
     mask = masks.MultiHeadMask([masks.FullMask((tokens, tokens)) for _ in range(num_heads)])
     kernel = kernels.make_splash_mha(
-        mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret
+        mask,
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=1,
+        residual_checkpoint_name=ATTENTION_OUTPUT,
+        interpret=interpret,
     )
     heads_first = [x.swapaxes(1, 2) for x in (query / math.sqrt(head_dim), key, value)]
     return jax.vmap(kernel)(*heads_first).swapaxes(1, 2).astype(value.dtype)

@@ -1,6 +1,6 @@
 """Compiles the LoRA step of a two-level UNet for TPU slices; prints one JSON record per line.
 
-Arguments: SLICE,DATA,FSDP,TENSOR:HEADS ...
+Arguments: SLICE,DATA,FSDP,TENSOR:HEADS[:REMAT] ...
 """
 
 import json
@@ -30,10 +30,12 @@ def config(heads):
 
 def main():
     for text in sys.argv[1:]:
-        text, heads = text.rsplit(":", 1)
+        text, heads, *remat = text.replace("v5e:", "v5e~").split(":")
+        text = text.replace("~", ":")
         name, *axes = text.split(",")
         mesh = dict(zip(("data", "fsdp", "tensor"), map(int, axes), strict=True))
-        workload = lora_workload(config(int(heads)), condition_width=8)
+        remat = remat[0] if remat else "none"
+        workload = lora_workload(config(int(heads)), condition_width=8, remat=remat)
         record = ahead_of_time.compile_for(
             workload, parse(name), mesh_axes=mesh, batch_per_device=2, low_effort=True
         )

@@ -18,6 +18,7 @@ pytestmark = pytest.mark.slow
     "slice_and_mesh, heads, chips",
     [
         ("v5e:2x2,2,1,2", 2, 4),
+        ("v5e:2x2,2,1,2", "2:save_attention", 4),  # no forward kernel runs twice
         ("v5p-8,1,2,2", 2, 4),
         ("v6e-4,1,1,4", 2, 4),  # 2 heads on 4 chips
         ("v5e:2x4,2,2,2", 2, 8),
