@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from hyperlora_jax import storage
 from hyperlora_jax.array_types import UInt8
 from hyperlora_jax.data.named_views import SPLITS, NamedView, NamedViews, checked_split
 from hyperlora_jax.errors import UserError
@@ -138,8 +139,8 @@ def fonts_folder() -> Path:
     Raises:
         UserError: there is no such folder.
     """
-    cache = os.environ.get("HYPERLORA_CACHE") or "~/.cache/hyperlora_jax"
-    folder = Path(os.environ.get("HYPERLORA_FONTS") or Path(cache) / "fonts").expanduser()
+    named = os.environ.get("HYPERLORA_FONTS")
+    folder = Path(named).expanduser() if named else storage.cache_folder() / "fonts"
     if not folder.is_dir():
         raise UserError(
             f"data.style fonts: {folder} is no folder; install fonts by tools/install_fonts.sh, "

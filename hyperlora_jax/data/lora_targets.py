@@ -9,6 +9,7 @@ from typing import Any
 import grain.python as grain
 import numpy as np
 
+from hyperlora_jax import storage
 from hyperlora_jax.array_types import Float, Int
 from hyperlora_jax.data import lora_target_records as record_format
 from hyperlora_jax.data.lora_targets_writer import FORMAT
@@ -22,12 +23,12 @@ from hyperlora_jax.lora.sites import LoraSpec
 def open_lora_targets(
     path: str | Path, spec: LoraSpec | None = None, base_hash: str | None = None
 ) -> "LoraTargets":
-    """The dataset of a folder.
+    """The dataset of a folder, which is copied here first where it lies in a bucket.
 
     With `spec` or `base_hash` it must be of the same layers and base model. Raises UserError
     naming the folder and both sides when it is not, or when it is no such dataset.
     """
-    targets = LoraTargets(Path(path))
+    targets = LoraTargets(storage.fetched(path))
     if spec is not None and spec.fingerprint != targets.spec.fingerprint:
         raise UserError(
             f"{path}: its LoRAs have the layers {_describe(targets.spec)}, "

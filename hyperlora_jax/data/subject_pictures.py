@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from hyperlora_jax import storage
 from hyperlora_jax.array_types import UInt8
 from hyperlora_jax.data import image_folder, pictures
 from hyperlora_jax.data.lora_targets import open_lora_targets
@@ -203,7 +204,8 @@ def read_subjects(source: str, buckets: Sequence[Size], count: int = 1) -> list[
         UserError: see `load_in_sizes`.
     """
     subjects: list[Subject] = []
-    for path in split_paths(source):
+    for given in split_paths(source):
+        path = str(storage.fetched(given))
         if (Path(path) / "index.json").is_file():
             subjects += _dataset_subjects(path, buckets)
         elif (Path(path) / "dataset_info.json").is_file():

@@ -15,6 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from hyperlora_jax import storage
 from hyperlora_jax.data import size_buckets
 from hyperlora_jax.data.encoded_subjects import encode_once
 from hyperlora_jax.data.lora_targets_writer import write_lora_targets
@@ -60,7 +61,7 @@ def distill(config: Any, workdir: str | Path) -> Path:
         UserError: an unknown or contradictory setting, pictures that cannot be used
             (`load_in_sizes`), a fit that fails (`fit_loras`).
     """
-    workdir = Path(str(open_workdir(workdir)))
+    workdir = Path(open_workdir(storage.local(workdir, "distill")))
     out = workdir / "targets"
     if (out / "metadata.json").exists():
         return out

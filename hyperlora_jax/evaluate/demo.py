@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from hyperlora_jax import storage
 from hyperlora_jax.data.pictures import encode_png
 from hyperlora_jax.distill.run import distill
 from hyperlora_jax.evaluate.method_names import TITLES
@@ -35,7 +36,7 @@ def demo(config: Any, workdir: str | Path, console: Console | None = None) -> di
         UserError: PyTorch is not installed, an unusable workdir.
     """
     console = console or Console()
-    out = Path(str(open_workdir(workdir)))
+    out = Path(open_workdir(storage.local(workdir, "demo")))
     run, seconds = out / "run", {}
     _check_torch()
 

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from hyperlora_jax import storage
 from hyperlora_jax.data.gauged_targets import read_in_gauge
 from hyperlora_jax.data.lora_targets import open_lora_targets
 from hyperlora_jax.distill.run import make_recipe
@@ -49,7 +50,7 @@ class Evaluation:
     """
 
     def __init__(self, config: Any, workdir: str | Path):
-        self.config, self.workdir = config, Path(str(open_workdir(workdir)))
+        self.config, self.workdir = config, Path(open_workdir(storage.local(workdir, "evaluate")))
         self.sd = load_base(config.base)
         self.mesh = make_mesh(**config.mesh)
         self.sampler = on_mesh(self.sd, self.mesh)

@@ -22,6 +22,7 @@ from flax import traverse_util
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
+from hyperlora_jax import storage
 from hyperlora_jax.array_types import AnyArray, Array, Float, Params
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.hypernet import conditioning, familiarity
@@ -164,8 +165,8 @@ class Hypernetwork:
         kept = traverse_util.flatten_dict({"constants": dict(self.constants)}, sep="/")
         flat |= {name: np.asarray(value) for name, value in kept.items()}
         arrays = {k: np.ascontiguousarray(jax.device_get(v)) for k, v in flat.items()}
-        _replace(folder / "model.safetensors", save_safetensors(arrays))
-        _replace(folder / "config.json", (json.dumps(config, indent=1) + "\n").encode())
+        storage.replaced(folder / "model.safetensors", save_safetensors(arrays))
+        storage.replaced(folder / "config.json", (json.dumps(config, indent=1) + "\n").encode())
 
     @classmethod
     def restore(cls, path: epath.PathLike, encoder: Any = None) -> "Hypernetwork":
@@ -234,9 +235,3 @@ def _find(path: epath.Path) -> epath.Path:
         f"checkpoint {path}: {state}; expected a folder with config.json and model.safetensors, "
         "or the workdir of a finished `hyperlora train`"
     )
-
-
-def _replace(path: epath.Path, data: bytes) -> None:
-    temporary = path.parent / (path.name + ".tmp")
-    temporary.write_bytes(data)
-    temporary.replace(path)

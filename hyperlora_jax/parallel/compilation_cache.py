@@ -1,15 +1,13 @@
 """JAX's persistent compilation cache: a second start of the same program compiles nothing."""
 
-import os
-
 import jax
-from etils import epath
+
+from hyperlora_jax import storage
 
 
 def default_directory() -> str:
     """$HYPERLORA_CACHE/xla, or ~/.cache/hyperlora_jax/xla."""
-    root = os.environ.get("HYPERLORA_CACHE") or "~/.cache/hyperlora_jax"
-    return str(epath.Path(root).expanduser() / "xla")
+    return str(storage.cache_folder() / "xla")
 
 
 def enable(directory: str | None = None, min_compile_seconds: float = 0.5) -> str:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from hyperlora_jax import storage
 from hyperlora_jax.array_types import Params
 from hyperlora_jax.diffusion.schedule import NoiseSchedule
 from hyperlora_jax.errors import UserError
@@ -28,11 +29,11 @@ CONSTRUCTORS = {
 
 
 def local_directory(source: str | Path) -> Path:
-    """The directory itself, or a hub id's files after downloading them.
+    """The directory itself, or the files of a bucket or hub id after downloading them.
 
-    Raises UserError when `source` is neither.
+    Raises UserError when `source` is none of them.
     """
-    root = Path(source)
+    root = storage.fetched(source)
     if root.is_dir():
         return root
     parts = str(source).split("/")

@@ -22,6 +22,7 @@ from orbax.checkpoint import checkpoint_managers
 from hyperlora_jax.array_types import Params
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.parallel import multihost
+from hyperlora_jax.storage import is_remote
 from hyperlora_jax.train.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ def complete_steps(directory: epath.PathLike) -> list[int]:
 
 def _set_aside(directory: epath.Path, whole: list[int]) -> None:
     """Renames half-written STEP folders, so that the step can be saved again; keeps their bytes."""
-    if jax.process_index() != 0:
+    if jax.process_index() != 0 or not directory.exists():  # a bucket has no empty folders
         return
     for folder in list(directory.iterdir()):
         if folder.name.isdigit() and int(folder.name) not in whole:
@@ -149,7 +150,9 @@ class Checkpoints:
     """The checkpoints of one workdir, open for saving and restoring."""
 
     def __init__(self, workdir: epath.PathLike, keep: int, keep_best: int = 0):
-        self.directory = epath.Path(workdir).resolve() / "checkpoints"
+        path = epath.Path(workdir)
+        path = path if is_remote(path) else path.resolve()  # would take gs:// for a folder here
+        self.directory = path / "checkpoints"
         self.directory.mkdir(parents=True, exist_ok=True)
         # All processes go by what the first one found: a listing can differ between hosts.
         found = json.dumps(complete_steps(self.directory) if jax.process_index() == 0 else [])

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from hyperlora_jax import storage
 from hyperlora_jax.data.worlds import open_world
 from hyperlora_jax.parallel.mesh import make_mesh
 from hyperlora_jax.train import encoder_task, probe_task
@@ -62,7 +63,7 @@ def _encoder(config: Any, bundle: RenderBundle) -> dict[str, Any]:
 
 
 def _bundle(config: Any, workdir: str | Path) -> RenderBundle:
-    workdir = Path(str(open_workdir(workdir)))
+    workdir = Path(open_workdir(storage.local(workdir, "pretrain")))
     if config.data.bundle:
         return RenderBundle.load(config.data.bundle)
     avatars = open_world(config.data.style, config.data.size, config.data.split_seed)

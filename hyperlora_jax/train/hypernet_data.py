@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from hyperlora_jax.array_types import Float, Int
 from hyperlora_jax.data.encoded_subjects import EncodedSubjects, encode_once
@@ -76,15 +77,15 @@ class TrainingTargets:
 
 
 def read_encoded(
-    config: Any, workdir: Path, sd: Any, encoder: Any
+    config: Any, scratch: Path, sd: Any, encoder: Any
 ) -> tuple[EncodedSubjects, dict[str, Any]]:
-    """Encoded training subjects, from the workdir if the same were encoded before; and their
-    pictures' facts."""
+    """Encoded training subjects, from the folder `scratch` if the same were encoded before; and
+    their pictures' facts."""
     pictures = load_pictures(
-        config.data, config.data.num_identities, image_size(sd), workdir / "renders"
+        config.data, config.data.num_identities, image_size(sd), scratch / "renders"
     )
     encoded = encode_once(
-        workdir,
+        scratch,
         sd,
         encoder,
         pictures.ids,
@@ -96,10 +97,16 @@ def read_encoded(
 
 
 def read_targets(
-    config: Any, workdir: Path, spec: LoraSpec, base_hash: str, encoded: EncodedSubjects
+    config: Any,
+    own: epath.Path,
+    scratch: Path,
+    spec: LoraSpec,
+    base_hash: str,
+    encoded: EncodedSubjects,
 ) -> TrainingTargets:
     """LoRA vectors of the training subjects in the gauge `data.gauge`, at most `data.num_targets`
-    of each of the datasets `data.targets`.
+    of each of the datasets `data.targets` (none given: the dataset `own`); turned ones are kept in
+    `scratch`.
 
     Raises:
         UserError: a dataset of another base or spec, of none of the subjects, or with numbers that
@@ -107,7 +114,7 @@ def read_targets(
             that depends on them, a subject in two of them.
     """
     data = config.data
-    paths = split_paths(data.targets) if data.targets else [str(workdir / "targets")]
+    paths = split_paths(data.targets) if data.targets else [str(own)]
     weights = tuple(float(weight) for weight in data.target_weights)
     if weights and len(weights) != len(paths):
         raise UserError(f"data.target_weights: got {weights} for {len(paths)} datasets")
@@ -123,7 +130,7 @@ def read_targets(
     facts: list[dict[str, Any]] = []
     for path in paths:
         dataset = open_lora_targets(path, spec, base_hash)
-        gauged = read_in_gauge(dataset, data.gauge, workdir / "cache")
+        gauged = read_in_gauge(dataset, data.gauge, scratch / "cache")
         rows = _rows_of(dataset, gauged, number, data.num_targets)
         subjects = np.asarray([number[dataset.ids[i]] for i in rows])
         if (row_of[subjects] >= 0).any():

@@ -8,13 +8,14 @@ nearest, knn, ridge, pca_gaussian) are fitted in closed form instead of trained.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
+from hyperlora_jax import storage
 from hyperlora_jax.array_types import Params
 from hyperlora_jax.data.encoded_subjects import EncodedSubjects
 from hyperlora_jax.data.pipelines import subject_batches
@@ -38,14 +39,15 @@ from hyperlora_jax.train.loop import open_workdir
 from hyperlora_jax.train.vae_training import train_vae
 
 
-def train_hypernetwork(config: Any, workdir: str | Path) -> Hypernetwork:
+def train_hypernetwork(config: Any, workdir: epath.PathLike) -> Hypernetwork:
     """Trains as `configs/avatars.py` describes; writes and returns the hypernetwork.
 
     Raises:
         UserError: bad config values, a LoRA-target dataset of another base or spec, an unusable
             workdir; see also `train.loop.fit`.
     """
-    workdir = Path(str(open_workdir(workdir)))
+    workdir = open_workdir(workdir)
+    scratch = storage.scratch(workdir)
     mesh = make_mesh(**config.mesh)
     sd = load_base(config.base, jnp.dtype(config.train.dtype))
     encoder = load_condition_encoder(config.model.encoder)
@@ -53,7 +55,7 @@ def train_hypernetwork(config: Any, workdir: str | Path) -> Hypernetwork:
     spec = sd.lora_spec(config.model.preset, config.model.rank)
     generator = build_generator(spec, with_remat(model, section.remat))
     phases = make_phases(section)
-    encoded, pictures_facts = read_encoded(config, workdir, sd, encoder)
+    encoded, pictures_facts = read_encoded(config, scratch, sd, encoder)
     facts = {
         "base": config.base,
         "base_hash": sd.base_hash,
@@ -65,7 +67,7 @@ def train_hypernetwork(config: Any, workdir: str | Path) -> Hypernetwork:
     }
     targets, constants = None, {}
     if generator.needs_targets or any(phase.weights.need_targets for phase in phases):
-        targets = read_targets(config, workdir, spec, sd.base_hash, encoded)
+        targets = read_targets(config, workdir / "targets", scratch, spec, sd.base_hash, encoded)
         facts["targets"] = targets.facts
         constants = {"mean": targets.mean, "std": targets.std}
     stored = {
@@ -116,7 +118,7 @@ def train_hypernetwork(config: Any, workdir: str | Path) -> Hypernetwork:
     return _saved(Hypernetwork(generator, params, encoder, stored, model, kept), workdir)
 
 
-def _saved(hyper: Hypernetwork, workdir: Path) -> Hypernetwork:
+def _saved(hyper: Hypernetwork, workdir: epath.Path) -> Hypernetwork:
     if jax.process_index() == 0:
         hyper.save(workdir / FOLDER)
     return hyper

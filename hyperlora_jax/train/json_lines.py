@@ -13,6 +13,7 @@ from typing import Any
 from etils import epath
 
 from hyperlora_jax.errors import UserError
+from hyperlora_jax.storage import is_remote
 
 log = logging.getLogger(__name__)
 
@@ -33,11 +34,6 @@ def read_rows(path: epath.PathLike) -> list[dict[str, Any]]:
     return rows
 
 
-def is_bucket(path: epath.PathLike) -> bool:
-    """Whether `path` lies in an object store."""
-    return "://" in str(path)
-
-
 class JsonLines:
     """Appends rows to `path`, starting from `rows` (what an earlier run left and is kept)."""
 
@@ -48,7 +44,7 @@ class JsonLines:
         upload: bool | None = None,
     ):
         self._target = epath.Path(path)
-        self._upload = is_bucket(path) if upload is None else upload
+        self._upload = is_remote(path) if upload is None else upload
         if self._upload:
             self._folder = tempfile.TemporaryDirectory(prefix="hyperlora-")
             self._local = Path(self._folder.name) / self._target.name

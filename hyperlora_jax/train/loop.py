@@ -14,6 +14,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 import hyperlora_jax
+from hyperlora_jax import storage
 from hyperlora_jax.array_types import Array, ArrayTree
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.parallel import multihost, sharding
@@ -88,20 +89,16 @@ class Task:
 
 
 def open_workdir(workdir: epath.PathLike) -> epath.Path:
-    """Creates the folder and proves that it can be written.
-
-    Raises:
-      UserError: it cannot.
-    """
-    path = epath.Path(workdir)
-    probe = path / f".writable-{jax.process_index()}"
+    """Creates the folder and proves that it can be written; UserError if it cannot."""
     try:
+        path = epath.Path(workdir)
+        probe = path / f".writable-{jax.process_index()}"
         path.mkdir(parents=True, exist_ok=True)
         probe.write_text("")
         probe.unlink()
-    except OSError as error:
+    except Exception as error:  # a bucket's file system has errors of its own
         raise UserError(
-            f"--workdir {path}: cannot write there ({error.strerror or error});"
+            f"--workdir {workdir}: cannot write there ({storage.reason(error)});"
             " expected a folder that can be created and written"
         ) from error
     return path

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hyperlora_jax import storage
 from hyperlora_jax.array_types import Params
 from hyperlora_jax.data.encoded_subjects import encode_in_batches
 from hyperlora_jax.data.worlds import open_world
@@ -54,7 +55,7 @@ def pretrain(config: Any, workdir: str | Path) -> Path:
     Raises:
         UserError: bad config values, unusable workdir; see also `train.loop.fit`.
     """
-    workdir = Path(str(open_workdir(workdir)))
+    workdir = Path(open_workdir(storage.local(workdir, "pretrain")))
     mesh = make_mesh(**config.mesh)
     images, captions = _draw_avatars(config, workdir)
     tokenizer_dir = workdir / "tokenizer"

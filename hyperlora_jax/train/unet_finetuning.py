@@ -12,8 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 
+from hyperlora_jax import storage
 from hyperlora_jax.array_types import Array, Params
 from hyperlora_jax.data.encoded_subjects import encode_once
 from hyperlora_jax.data.subject_pictures import load_pictures
@@ -30,18 +32,19 @@ from hyperlora_jax.train.configured import fit_section
 from hyperlora_jax.train.loop import Task, open_workdir
 
 
-def finetune_unet(config: Any, workdir: str | Path) -> Path:
+def finetune_unet(config: Any, workdir: epath.PathLike) -> epath.Path:
     """Trains as `configs/finetune_unet.py` describes; returns the exported folder.
 
     Raises:
         UserError: bad config values, a base that cannot be trained, an unusable workdir; see also
             `train.loop.fit`.
     """
-    workdir = Path(str(open_workdir(workdir)))
+    workdir = open_workdir(workdir)
+    scratch = storage.scratch(workdir)
     mesh = make_mesh(**config.mesh)
     sd = load_base(config.base)
     unet = training_unet(sd.unet, config.train, mesh)
-    arrays, text_states, facts = _encoded(config, workdir, sd)
+    arrays, text_states, facts = _encoded(config, scratch, sd)
     section = config.train
     task = finetuning_task(
         unet,
@@ -56,10 +59,12 @@ def finetune_unet(config: Any, workdir: str | Path) -> Path:
     trained = fit_section(
         task, section, workdir=workdir, mesh=mesh, seed=section.seed, config=config
     )
-    out = Path(config.export.path or workdir / "base")
+    out = epath.Path(config.export.path or workdir / "base")
     params = sharding.gather(trained, mesh)
     if jax.process_index() == 0:
-        sd.replace_params(params).save_pretrained(out, dtype=config.export.dtype)
+        folder = scratch / "base" if storage.is_remote(out) else Path(out)
+        sd.replace_params(params).save_pretrained(folder, dtype=config.export.dtype)
+        storage.published(folder, out)
     return out
 
 
@@ -124,13 +129,13 @@ def _cached_text(params: Params, frozen: Params, text: Array) -> Array:
 
 
 def _encoded(
-    config: Any, workdir: Path, sd: StableDiffusion
+    config: Any, scratch: Path, sd: StableDiffusion
 ) -> tuple[dict[str, np.ndarray], np.ndarray, dict[str, Any]]:
     """({"latents", "text"} of every picture, text states with the empty prompt last, facts)."""
     size, count = image_size(sd), config.data.num_identities
-    pictures = load_pictures(config.data, count, size, workdir / "renders")
+    pictures = load_pictures(config.data, count, size, scratch / "renders")
     encoded = encode_once(
-        workdir,
+        scratch,
         sd,
         None,
         pictures.ids,
