@@ -62,6 +62,7 @@ setup(
         "cuda": ["jax[cuda13]>=0.10,<0.12"],
         "avatars": AVATARS,
         "onnx": ["onnxruntime>=1.18"],
+        "gcs": ["gcsfs>=2025.3"],
         "heads": HEADS,
         "dev": DEV,
     },

@@ -1,0 +1,131 @@
+"""`hyperlora train` with everything in a bucket: pip install ".[gcs]" gcp-storage-emulator."""
+
+import importlib.util
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+NEEDED = ("gcsfs", "gcp_storage_emulator")
+SETTINGS = {
+    "data.num_identities": 32, "data.num_views": 4, "model.network.width": 32,
+    "model.network.depth": 1, "model.network.num_heads": 2, "train.batch_size": 8,
+    "train.images_per_subject": 1, "train.log_every_steps": 1, "train.checkpoint_every_steps": 5,
+    "train.encode_batch_size": 64,
+}  # fmt: skip
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        any(importlib.util.find_spec(name) is None for name in NEEDED),
+        reason=f"not installed: {' or '.join(NEEDED)}",
+    ),
+]
+
+
+@pytest.fixture
+def server():
+    """(process, environment of programs that take it for Google's)."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    script = pathlib.Path(__file__).with_name("bucket_server.py")
+    process = subprocess.Popen([sys.executable, str(script), str(port)], stdout=subprocess.DEVNULL)
+    address = f"http://127.0.0.1:{port}"
+    for _ in range(100):
+        time.sleep(0.1)
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                break
+    environment = {
+        **os.environ, "JAX_PLATFORMS": "cpu", "STORAGE_EMULATOR_HOST": address,
+        "TENSORSTORE_GCS_HTTP_URL": address, "GCE_METADATA_ROOT": "127.0.0.1:1",
+        "NO_GCE_CHECK": "true",
+    }  # fmt: skip
+    yield process, environment
+    process.kill()
+
+
+def train(environment, workdir, num_steps, *more):
+    overrides = [f"--config.{name}={value}" for name, value in SETTINGS.items()]
+    return subprocess.Popen(
+        [
+            *(sys.executable, "-m", "hyperlora_jax", "train", "--config", "configs/demo.py"),
+            *("--workdir", workdir, f"--config.train.num_steps={num_steps}", *overrides, *more),
+        ],
+        env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def read(environment, path):
+    code = f"from etils import epath; print(epath.Path({path!r}).read_text())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    return done.stdout
+
+
+def test_a_run_in_a_bucket_is_stopped_and_goes_on(server, tmp_path):
+    _, environment = server
+    environment["HYPERLORA_CACHE"] = str(tmp_path)
+    process = train(environment, "gs://test/run", 60)
+    for line in process.stdout:
+        if "step/s" in line or "s/step" in line:
+            break
+    time.sleep(2.0)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=300)[0]
+    assert process.returncode == 75, said[-2000:]
+    process = train(environment, "gs://test/run", 60)
+    said = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, said[-2000:]
+    rows = read(environment, "gs://test/run/metrics.jsonl").splitlines()
+    assert [line.split(",")[0] for line in rows if line] == [f'{{"step": {k}' for k in range(1, 61)]
+    assert '"format": "hyperlora-hypernetwork"' in read(
+        environment, "gs://test/run/hypernetwork/config.json"
+    )
+    assert not (ROOT / "gs:").exists()
+
+
+def test_a_bucket_that_is_gone_stops_the_run_in_one_line(server, tmp_path):
+    process, environment = server
+    process.kill()
+    environment["HYPERLORA_CACHE"] = str(tmp_path)
+    run = train(environment, "gs://test/run", 10)
+    said = run.communicate(timeout=550)[0]
+    assert run.returncode == 2, said[-2000:]
+    assert "--workdir gs://test/run: cannot write there (" in said.splitlines()[-1]
+
+
+def test_a_dataset_in_a_bucket_is_copied_once(server, tmp_path):
+    _, environment = server
+    environment["HYPERLORA_CACHE"] = str(tmp_path / "cache")
+    folder = tmp_path / "targets"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "a.json").write_text("{}")
+    (folder / "sub" / "b.bin").write_bytes(b"0123")
+    code = f"""
+from pathlib import Path
+from hyperlora_jax import storage
+storage.published(Path({str(folder)!r}), "gs://test/data/targets")
+for _ in range(2):
+    found = storage.fetched("gs://test/data/targets")
+    print(found.name, (found / "a.json").read_text(), (found / "sub" / "b.bin").read_bytes())
+try:
+    storage.fetched("gs://test/data/nothing")
+except storage.UserError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = done.stdout.splitlines()
+    assert lines[:2] == ["targets {} b'0123'"] * 2
+    assert lines[2].startswith("gs://test/data/nothing: no such folder or file")
