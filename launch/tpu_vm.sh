@@ -14,7 +14,7 @@ TYPE=${TYPE:-v5p-128}
 VERSION=${VERSION:-v2-alpha-tpuv5}
 NODES=${NODES:-1} # slices, for queue
 SPOT=${SPOT:-0}
-PACKAGE=${PACKAGE:-"hyperlora-jax[tpu] @ git+https://github.com/OWNER/REPOSITORY"}
+PACKAGE=${PACKAGE:-"hyperlora-jax[tpu,gcs] @ git+https://github.com/OWNER/REPOSITORY"}
 CONFIG=${CONFIG:-configs/avatars.py}
 WORKDIR=${WORKDIR:-gs://my-bucket/runs/hyperlora}
 
