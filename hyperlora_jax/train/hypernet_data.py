@@ -98,7 +98,7 @@ def read_encoded(
 
 def read_targets(
     config: Any,
-    own: epath.Path,
+    own: epath.PathLike,
     scratch: Path,
     spec: LoraSpec,
     base_hash: str,

@@ -36,7 +36,8 @@ def read(tmp_path, targets, **settings):
         tokens=empty[:, :, None],
     )
     data = {"targets": targets, "target_weights": (), "gauge": "raw", "num_targets": 0}
-    return read_targets(ConfigDict({"data": {**data, **settings}}), tmp_path, SPEC, "base", encoded)
+    config = ConfigDict({"data": {**data, **settings}})
+    return read_targets(config, tmp_path / "targets", tmp_path, SPEC, "base", encoded)
 
 
 def test_one_dataset(tmp_path):
