@@ -36,17 +36,19 @@ class GaugedVectors:
         kind: the gauge. vectors: float32, maybe memory-mapped.
         reference: what signs or rotations were chosen by, None for raw.
         whitening: statistics of the training split in this gauge.
+        mark: of the LoRAs that the reference was made from, as they are stored: the reference
+            itself differs in its last digits from one machine to another.
     """
 
     kind: str
     vectors: Float[np.ndarray, "n d"]
     reference: Float[np.ndarray, " d"] | None
     whitening: VectorWhitening
+    mark: str
 
     def facts(self) -> dict:
         """What a checkpoint records about the gauge."""
-        text = b"" if self.reference is None else self.reference.tobytes()
-        return {"gauge": self.kind, "gauge_reference": hashlib.sha256(text).hexdigest()[:16]}
+        return {"gauge": self.kind, "gauge_reference": self.mark}
 
 
 def read_in_gauge(
@@ -60,12 +62,23 @@ def read_in_gauge(
     if cache_dir is None:
         vectors = np.empty(shape, np.float32)
         _fill(vectors, targets, kind, reference)
-        return GaugedVectors(kind, vectors, reference, _statistics(vectors, targets))
+        statistics = _statistics(vectors, targets)
+        return GaugedVectors(kind, vectors, reference, statistics, _mark(targets, kind))
     path = Path(cache_dir) / f"vectors-{kind}-{_content_hash(targets)}.npy"
     if not path.exists():
         _write_cache(path, shape, targets, kind, reference)
     vectors = np.load(path, mmap_mode="r")
-    return GaugedVectors(kind, vectors, reference, _statistics(vectors, targets))
+    statistics = _statistics(vectors, targets)
+    return GaugedVectors(kind, vectors, reference, statistics, _mark(targets, kind))
+
+
+def _mark(targets: LoraTargets, kind: str) -> str:
+    text = b""
+    if kind != "raw":
+        chosen = _training(targets)
+        stored = targets.loras(chosen[:REFERENCE_VECTORS])
+        text = np.ascontiguousarray(stored).tobytes() + str(len(chosen)).encode()
+    return hashlib.sha256(text).hexdigest()[:16]
 
 
 def gauge_reference(targets: LoraTargets, kind: str) -> Float[np.ndarray, " d"] | None:

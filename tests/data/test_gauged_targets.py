@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from targets_fixture import SPEC, subject
 
+from hyperlora_jax.data import gauged_targets
 from hyperlora_jax.data.gauged_targets import read_in_gauge
 from hyperlora_jax.data.lora_targets import open_lora_targets
 from hyperlora_jax.data.lora_targets_writer import write_lora_targets
@@ -45,6 +46,22 @@ def test_svd_signs_agree_with_the_training_mean(targets):
     inner = np.einsum("lir,ir->lr", ours["down"], mean["down"])
     inner += np.einsum("lro,ro->lr", ours["up"], mean["up"])
     assert (inner >= -1e-5).all()
+
+
+def test_facts_are_those_of_the_dataset_and_not_of_this_machine_s_rounding(
+    targets, tmp_path, monkeypatch
+):
+    facts = {kind: read_in_gauge(targets, kind).facts() for kind in ("raw", "svd", "procrustes")}
+    exact = gauged_targets.gauge_reference
+    monkeypatch.setattr(
+        gauged_targets,
+        "gauge_reference",
+        lambda *a: None if exact(*a) is None else exact(*a) + 1e-7,
+    )
+    for kind, expected in facts.items():
+        assert read_in_gauge(targets, kind).facts() == expected
+    other = write_lora_targets(tmp_path / "o", [subject(k) for k in range(3)], SPEC, "b" * 64)
+    assert read_in_gauge(open_lora_targets(other), "svd").facts() != facts["svd"]
 
 
 def test_wrong_gauge_and_cache_are_named(targets, tmp_path):
