@@ -18,9 +18,12 @@ MOST = 8  # batches divide by 8; more devices would ask for other batch sizes
 
 
 def prepare() -> None:
-    """Both, for a program of this project; call it before anything asks for devices."""
-    small_products(os.environ)
-    one_per_core()
+    """Both, for a program of this project; call it before anything asks for devices.
+
+    In a program that has started JAX before, nothing changes: flags would only reach its children.
+    """
+    if one_per_core() is not None:
+        small_products(os.environ)
 
 
 def small_products(environment: MutableMapping[str, str]) -> bool:
