@@ -12,7 +12,8 @@
     hyperlora train    --config configs/fonts.py --workdir runs/fonts/main
     hyperlora evaluate --config configs/fonts.py --workdir runs/fonts/main
 
-A subject is told by several letters: one letter says little of a font.
+A subject is told by several letters: one letter says little of a font. These commands have not been
+run yet, so there is no expected result.
 """
 
 from ml_collections import ConfigDict

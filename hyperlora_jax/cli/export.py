@@ -6,6 +6,7 @@ A `pretrain` workdir becomes a diffusers directory, a `train` workdir a hypernet
 import argparse
 from pathlib import Path
 
+from hyperlora_jax import storage
 from hyperlora_jax.errors import UserError
 
 
@@ -29,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
 
     from hyperlora_jax.train.checkpoints import restore_params
 
-    workdir = Path(args.workdir).resolve()
+    workdir = storage.local(args.workdir, "export").resolve()
     params, meta = restore_params(workdir, args.step)
     config = ml_collections.ConfigDict(meta["config"])
     out = Path(args.out)

@@ -4,6 +4,7 @@ A view is a class for every part, its caption names them all. Which combinations
 held out is fixed by the split seed.
 """
 
+import abc
 import dataclasses
 import hashlib
 import itertools
@@ -32,7 +33,7 @@ class NamedView:
         return ".".join(self.classes)
 
 
-class NamedViews:
+class NamedViews(abc.ABC):
     """Views and pictures; a world adds identities, `caption` and `options`.
 
     Attributes:
@@ -86,13 +87,13 @@ class NamedViews:
         parts = zip(self.view_parts.items(), view.classes, strict=True)
         return {part: names.index(name) for (part, names), name in parts}
 
+    @abc.abstractmethod
     def caption(self, view: NamedView) -> str:
         """The view's parts in words; the identity is not in it."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def options(self, identity: Any, view: NamedView) -> dict[str, Any]:
         """What the world's `draw` is given, JSON-able."""
-        raise NotImplementedError
 
     def render(self, identity: Any, view: NamedView) -> UInt8[np.ndarray, "h w 3"]:
         """The exact picture of an identity in a view."""

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh
 
@@ -10,6 +11,17 @@ from hyperlora_jax.errors import UserError
 from hyperlora_jax.train.loop import Task, fit
 
 OPTIONS = ("keep", "keep_best", "tensorboard", "stall_timeout_seconds")
+
+
+def arithmetic_dtype(section: Any) -> Any:
+    """The dtype that a `train` section names.
+
+    Raises:
+        UserError: it is neither float32 nor bfloat16.
+    """
+    if section.dtype not in ("float32", "bfloat16"):
+        raise UserError(f"train.dtype: got {section.dtype!r}, expected float32 or bfloat16")
+    return jnp.dtype(section.dtype)
 
 
 def fit_section(

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
@@ -32,7 +31,7 @@ from hyperlora_jax.hypernet.weight_vae import Latents
 from hyperlora_jax.parallel import sharding
 from hyperlora_jax.parallel.mesh import make_mesh
 from hyperlora_jax.stable_diffusion.embedded import load_base
-from hyperlora_jax.train.configured import fit_section
+from hyperlora_jax.train.configured import arithmetic_dtype, fit_section
 from hyperlora_jax.train.hypernet_data import TrainingTargets, read_encoded, read_targets
 from hyperlora_jax.train.hypernet_task import Base, Phase, hypernet_task
 from hyperlora_jax.train.loop import open_workdir
@@ -49,7 +48,7 @@ def train_hypernetwork(config: Any, workdir: epath.PathLike) -> Hypernetwork:
     workdir = open_workdir(workdir)
     scratch = storage.scratch(workdir)
     mesh = make_mesh(**config.mesh)
-    sd = load_base(config.base, jnp.dtype(config.train.dtype))
+    sd = load_base(config.base, arithmetic_dtype(config.train))
     encoder = load_condition_encoder(config.model.encoder)
     section, model = config.train, architecture(config.model)
     spec = sd.lora_spec(config.model.preset, config.model.rank)

@@ -83,6 +83,8 @@ class Report:
         key: Array,
     ) -> None:
         """Reports MFU from now on, by the model FLOPs of a batch (see `Task`)."""
+        if self._rows is None:  # another process reports
+            return
         examples = len(next(iter(batch.values())))
         self.throughput.count_flops(lambda: model_flops(params, frozen, batch, key) / examples)
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
@@ -28,7 +27,7 @@ from hyperlora_jax.stable_diffusion.embedded import image_size, load_base
 from hyperlora_jax.stable_diffusion.model import StableDiffusion
 from hyperlora_jax.stable_diffusion.unet import UNet
 from hyperlora_jax.train import base_task
-from hyperlora_jax.train.configured import fit_section
+from hyperlora_jax.train.configured import arithmetic_dtype, fit_section
 from hyperlora_jax.train.loop import Task, open_workdir
 
 
@@ -79,9 +78,7 @@ def training_unet(unet: UNet, section: Any, mesh: Mesh | None) -> UNet:
             "base: found an SDXL UNet, expected one of Stable Diffusion 1 or 2: the pictures' sizes"
             " and pooled text states are not cached for training"
         )
-    if section.dtype not in ("float32", "bfloat16"):
-        raise UserError(f"train.dtype: got {section.dtype!r}, expected float32 or bfloat16")
-    return unet.clone(dtype=jnp.dtype(section.dtype), remat=section.remat, mesh=mesh)
+    return unet.clone(dtype=arithmetic_dtype(section), remat=section.remat, mesh=mesh)
 
 
 def finetuning_task(

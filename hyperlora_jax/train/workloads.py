@@ -23,6 +23,7 @@ from hyperlora_jax.stable_diffusion.checkpoint import param_shapes
 from hyperlora_jax.stable_diffusion.embedded import base_path
 from hyperlora_jax.stable_diffusion.unet import unet_from_config
 from hyperlora_jax.train.ahead_of_time import Workload
+from hyperlora_jax.train.configured import arithmetic_dtype
 from hyperlora_jax.train.hypernet_task import Base, hypernet_task
 from hyperlora_jax.train.hypernet_training import make_phases
 from hyperlora_jax.train.loop import Task
@@ -112,7 +113,7 @@ def hypernetwork_workload(config: Any, remat: str | None = None) -> Workload:
     unet_config = directory.read_json(root / "unet" / "config.json")
     schedule = directory.read_json(root / "scheduler" / "scheduler_config.json")
     # What "auto" is on a TPU; this machine has none to tell.
-    dtype, remat = jnp.dtype(config.train.dtype), remat or config.train.remat
+    dtype, remat = arithmetic_dtype(config.train), remat or config.train.remat
     unet = unet_from_config(unet_config, dtype).clone(remat=remat, attention="splash")
     weights = param_shapes(unet)
     spec = spec_from_shapes(weights, config.model.preset, config.model.rank)
