@@ -27,6 +27,7 @@ def get_config() -> ConfigDict:
                 "target_weights": (),  # how often each one's subjects are drawn; () = all alike
                 "gauge": "raw",  # of its LoRAs: raw, svd or procrustes
                 "num_targets": 0,  # how many of its LoRAs to learn from; 0 = all
+                "skip_damaged": False,  # leave out LoRAs of files that cannot be read
             },
             "distill": {
                 "num_concepts": 256,

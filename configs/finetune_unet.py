@@ -26,6 +26,7 @@ def get_config() -> ConfigDict:
                 "split_seed": 0,
                 "num_identities": 2048,
                 "num_views": 8,
+                "skip_damaged": False,  # leave out subjects of files that cannot be read
             },
             "train": {
                 "seed": 0,

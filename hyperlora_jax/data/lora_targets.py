@@ -1,13 +1,16 @@
 """Opens a LoRA-target dataset: random access to subjects, their vectors, spec and statistics."""
 
+import collections
 import functools
 import json
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import grain.python as grain
 import numpy as np
+from tqdm import tqdm
 
 from hyperlora_jax import storage
 from hyperlora_jax.array_types import Float, Int
@@ -19,16 +22,25 @@ from hyperlora_jax.data.vector_statistics import RunningWhitening, VectorWhiteni
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora.sites import LoraSpec
 
+log = logging.getLogger(__name__)
+
 
 def open_lora_targets(
-    path: str | Path, spec: LoraSpec | None = None, base_hash: str | None = None
+    path: str | Path,
+    spec: LoraSpec | None = None,
+    base_hash: str | None = None,
+    skip_damaged: bool = False,
 ) -> "LoraTargets":
     """The dataset of a folder, which is copied here first where it lies in a bucket.
 
     With `spec` or `base_hash` it must be of the same layers and base model. Raises UserError
     naming the folder and both sides when it is not, or when it is no such dataset.
+
+    Args:
+        skip_damaged: read all of it once and leave out what cannot be read, with a warning that
+            names the files; otherwise the first such subject that is asked for is an error.
     """
-    targets = LoraTargets(storage.fetched(path))
+    targets = LoraTargets(storage.fetched(path), skip_damaged)
     if spec is not None and spec.fingerprint != targets.spec.fingerprint:
         raise UserError(
             f"{path}: its LoRAs have the layers {_describe(targets.spec)}, "
@@ -45,7 +57,7 @@ def open_lora_targets(
 class LoraTargets:
     """A dataset on disk. Subjects are numbered through: train first, then validation, test."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, skip_damaged: bool = False):
         self.path = path
         try:
             self.metadata = json.loads((path / "metadata.json").read_text(encoding="utf-8"))
@@ -64,11 +76,19 @@ class LoraTargets:
         self.lora_dtype: str = self.metadata["lora_dtype"]
         self.embedding_sizes: dict[str, int] = self.metadata["embedding_sizes"]
         self.splits = [split for split in SPLITS if split in index]
-        self.split_ids = {split: [row[0] for row in index[split]] for split in self.splits}
-        self.ids = [row[0] for split in self.splits for row in index[split]]
-        self.identities = [row[1] for split in self.splits for row in index[split]]
-        counts = [len(self.split_ids[split]) for split in self.splits]
-        self._ends = np.cumsum(counts)
+        self._skip_damaged, self._sources = skip_damaged, dict[str, Any]()
+        self._hold(index, {split: list(range(len(index[split]))) for split in self.splits})
+        if skip_damaged:
+            self._hold(index, self._readable())
+
+    def _hold(self, index: dict[str, list], records: dict[str, list[int]]) -> None:
+        """Makes these records of every split the dataset."""
+        self._records = records
+        rows = {split: [index[split][k] for k in records[split]] for split in self.splits}
+        self.split_ids = {split: [row[0] for row in rows[split]] for split in self.splits}
+        self.ids = [row[0] for split in self.splits for row in rows[split]]
+        self.identities = [row[1] for split in self.splits for row in rows[split]]
+        self._ends = np.cumsum([len(rows[split]) for split in self.splits])
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -122,24 +142,73 @@ class LoraTargets:
             running.add(self.loras(chosen[start : start + 32]))
         return running.result()
 
+    def _readable(self) -> dict[str, list[int]]:
+        """The records of every split that can be read, found by reading all of them."""
+        good: dict[str, list[int]] = {split: [] for split in self.splits}
+        lost: collections.Counter[str] = collections.Counter()
+        for i in tqdm(range(len(self)), desc=f"checking {self.path.name}", unit="subject"):
+            split, record = self._place(i)
+            try:
+                self[i]
+            except UserError:
+                lost[self._shard(split, record)] += 1
+            else:
+                good[split].append(record)
+        if lost:
+            files = ", ".join(f"{number} in {shard}" for shard, number in sorted(lost.items()))
+            log.warning("%s: leaves out subjects that cannot be read: %s", self.path, files)
+        if not any(good.values()):
+            raise UserError(f"{self.path}: none of its {len(self)} subjects can be read")
+        return good
+
     @functools.cached_property
-    def _sources(self) -> list:
+    def _builder(self) -> Any:
         import tensorflow_datasets as tfds
         from google.protobuf.json_format import ParseError
 
         try:
-            builder = tfds.builder_from_directory(str(self.path))
-            sources = [builder.as_data_source(split=split).data_source for split in self.splits]
-            shards = [
-                shard for split in self.splits for shard in builder.info.splits[split].filenames
-            ]
+            return tfds.builder_from_directory(str(self.path))
         except (OSError, ValueError, KeyError, AttributeError, ParseError) as error:
             raise UserError(f"{self.path}: the dataset cannot be read ({error})") from None
-        if lost := [shard for shard in shards if not (self.path / shard).exists()]:
+
+    @functools.cached_property
+    def _shards(self) -> dict[str, tuple[list[str], Int[np.ndarray, " s"]]]:
+        """Of every split: (its files, number of records up to the end of each)."""
+        found = {split: self._builder.info.splits[split] for split in self.splits}
+        return {
+            split: (sorted(info.filenames), np.cumsum(info.shard_lengths))
+            for split, info in found.items()
+        }
+
+    @functools.cached_property
+    def _missing(self) -> set[str]:
+        shards = [shard for files, _ in self._shards.values() for shard in files]
+        missing = [shard for shard in shards if not (self.path / shard).exists()]
+        if missing and not self._skip_damaged:
             raise UserError(
-                f"{self.path}: {len(lost)} of {len(shards)} files are missing, first {lost[0]}"
+                f"{self.path}: {len(missing)} of {len(shards)} files are missing, first "
+                f"{missing[0]}"
             )
-        return sources
+        return set(missing)
+
+    def _shard(self, split: str, record: int) -> str:
+        files, ends = self._shards[split]
+        return files[int(np.searchsorted(ends, record, side="right"))]
+
+    def _source(self, split: str) -> Any:
+        if split not in self._sources:
+            try:
+                source = self._builder.as_data_source(split=split)
+                self._sources[split] = source.data_source
+            except (OSError, ValueError, KeyError, AttributeError) as error:
+                raise UserError(f"{self.path}: the dataset cannot be read ({error})") from None
+        return self._sources[split]
+
+    def _place(self, i: int) -> tuple[str, int]:
+        """(split, record in it) of the i-th subject."""
+        k = int(np.searchsorted(self._ends, i, side="right"))
+        split = self.splits[k]
+        return split, self._records[split][i - int(self._ends[k]) + len(self._records[split])]
 
     def _read(self, i: int, parse: Callable[[bytes, str], Any]) -> Any:
         """parse(record, split) of the i-th subject."""
@@ -147,16 +216,16 @@ class LoraTargets:
 
         if not -len(self) <= i < len(self):
             raise IndexError(f"subject {i} of {len(self)}")
-        i %= len(self)
-        k = int(np.searchsorted(self._ends, i, side="right"))
-        split = self.splits[k]
-        start = self._ends[k] - len(self.split_ids[split])
+        split, record = self._place(i % len(self))
+        shard = self._shard(split, record)
+        if shard in self._missing:
+            raise UserError(f"{self.path}: its file {shard} is missing")
         try:
-            return parse(self._sources[k][int(i - start)], split)
+            return parse(self._source(split)[record], split)
         except (KeyError, IndexError, ValueError, RuntimeError, DecodeError) as error:
             # ArrayRecord reports a damaged file in its log and answers with an empty record.
             raise UserError(
-                f"{self.path}: subject {i} cannot be read, the file is damaged ({error})"
+                f"{self.path}: subject {i} cannot be read, {shard} is damaged ({error})"
             ) from None
 
 

@@ -162,7 +162,8 @@ def load_pictures(
     """
     if data.source == "avatars":
         return _avatars(data, count, size, cache_dir)
-    (found,) = _by_size(read_subjects(data.source, square(size), count)[:count], data.source)
+    subjects = read_subjects(data.source, square(size), count, data.skip_damaged)[:count]
+    (found,) = _by_size(subjects, data.source)
     return found
 
 
@@ -180,7 +181,8 @@ def load_in_sizes(
     """
     if data.source == "avatars":
         return [_avatars(data, count, buckets[0][0], cache_dir)]
-    return _by_size(read_subjects(data.source, buckets, count)[:count], data.source)
+    subjects = read_subjects(data.source, buckets, count, data.skip_damaged)[:count]
+    return _by_size(subjects, data.source)
 
 
 def _avatars(data: Any, count: int, size: int, cache_dir: str | Path | None) -> SubjectPictures:
@@ -193,12 +195,15 @@ def _avatars(data: Any, count: int, size: int, cache_dir: str | Path | None) -> 
     return avatar_pictures(avatars, count, data.num_views, cache_dir=cache_dir)
 
 
-def read_subjects(source: str, buckets: Sequence[Size], count: int = 1) -> list[Subject]:
+def read_subjects(
+    source: str, buckets: Sequence[Size], count: int = 1, skip_damaged: bool = False
+) -> list[Subject]:
     """Every subject of a folder or dataset, or of several, in the order of their names.
 
     Args:
         buckets: sizes to choose from.
         count: how many there must be at least.
+        skip_damaged: of LoRA-target datasets, leave out what cannot be read.
 
     Raises:
         UserError: see `load_in_sizes`.
@@ -207,7 +212,7 @@ def read_subjects(source: str, buckets: Sequence[Size], count: int = 1) -> list[
     for given in split_paths(source):
         path = str(storage.fetched(given))
         if (Path(path) / "index.json").is_file():
-            subjects += _dataset_subjects(path, buckets)
+            subjects += _dataset_subjects(path, buckets, skip_damaged)
         elif (Path(path) / "dataset_info.json").is_file():
             subjects += read_tfds_concepts(path, buckets)
         else:
@@ -226,9 +231,9 @@ def split_paths(given: str) -> list[str]:
     return [given] if Path(given).exists() else [part.strip() for part in given.split(",")]
 
 
-def _dataset_subjects(path: str, buckets: Sequence[Size]) -> list[Subject]:
+def _dataset_subjects(path: str, buckets: Sequence[Size], skip_damaged: bool) -> list[Subject]:
     """The training subjects of a LoRA-target dataset with the pictures that it holds."""
-    targets = open_lora_targets(path)
+    targets = open_lora_targets(path, skip_damaged=skip_damaged)
     subjects = []
     for k in targets.split_indices("train"):
         subject = targets[int(k)]

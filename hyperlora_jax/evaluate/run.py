@@ -61,7 +61,9 @@ class Evaluation:
         self.spec = self.hyper.spec
         check_base(self.hyper, self.sd, config.base)
         targets = config.data.targets or self.workdir / "targets"
-        self.targets = open_lora_targets(targets, self.spec, self.sd.base_hash)
+        self.targets = open_lora_targets(
+            targets, self.spec, self.sd.base_hash, config.data.skip_damaged
+        )
         known = frozenset(self.hyper.facts.get("trained_on", ())) | frozenset(self.targets.ids)
         self.exam = open_exam(config, image_size(self.sd), known, self.workdir)
         self.validation, self.test = self.exam.validation, self.exam.test

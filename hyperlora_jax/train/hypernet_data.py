@@ -129,7 +129,7 @@ def read_targets(
     sources: list[GaugedVectors] = []
     facts: list[dict[str, Any]] = []
     for path in paths:
-        dataset = open_lora_targets(path, spec, base_hash)
+        dataset = open_lora_targets(path, spec, base_hash, data.skip_damaged)
         gauged = read_in_gauge(dataset, data.gauge, scratch / "cache")
         rows = _rows_of(dataset, gauged, number, data.num_targets)
         subjects = np.asarray([number[dataset.ids[i]] for i in rows])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from targets_fixture import SPEC, assert_same, subject
 
-from hyperlora_jax.data import lora_target_records, spool
+from hyperlora_jax.data import lora_target_records, lora_targets_writer, spool
 from hyperlora_jax.data.lora_targets import open_lora_targets, vector_batches
 from hyperlora_jax.data.lora_targets_writer import write_lora_targets
 from hyperlora_jax.data.subjects import Subject, split_by_hash
@@ -318,5 +318,35 @@ def test_lost_and_cut_shards_are_named(subjects, tmp_path):
         info.write_text(saved)
     for cut in (0, 100, len(whole) // 2):
         shard.write_bytes(whole[:cut])
-        with pytest.raises(UserError, match="cannot be read"):
+        with pytest.raises(UserError, match=r"cannot be read, lora_targets-test\S+ is damaged"):
             open_lora_targets(path)[-1]
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "overwritten"])
+def test_damaged_shards_are_left_out_only_when_asked(
+    damage, subjects, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(lora_targets_writer, "SHARD_BYTES", 20_000)
+    path = write_lora_targets(tmp_path / "t", subjects, SPEC, BASE)
+    shards = sorted(path.glob("*train*.array_record-*"))
+    assert len(shards) >= 3
+    content = shards[1].read_bytes()
+    if damage == "missing":
+        shards[1].unlink()
+    else:
+        cut = content[: len(content) // 2]
+        shards[1].write_bytes(cut if damage == "cut" else cut + b"\0" * (len(content) - len(cut)))
+    with pytest.raises(UserError, match=shards[1].name):
+        open_lora_targets(path).matrix()
+    targets = open_lora_targets(path, skip_damaged=True)
+    assert shards[1].name in caplog.text and shards[0].name not in caplog.text
+    names = [one.id for one in subjects]
+    assert 0 < len(targets) < len(subjects)
+    for k in range(len(targets)):
+        assert_same(targets[k], subjects[names.index(targets.ids[k])])
+    assert targets.split_ids["test"] == names[-2:] and targets.identities[-1] == "person 44"
+    assert len(targets.matrix("train")) == len(targets.split_indices("train")) < 40
+    for shard in path.glob("*.array_record-*"):
+        shard.write_bytes(b"")
+    with pytest.raises(UserError, match=f"none of its {len(subjects)} subjects can be read"):
+        open_lora_targets(path, skip_damaged=True)

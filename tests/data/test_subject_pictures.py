@@ -21,7 +21,7 @@ from tests.data.test_tfds_concepts import IMAGE, write
 
 
 def section(source):
-    return ConfigDict({"source": str(source), "size": 4})
+    return ConfigDict({"source": str(source), "size": 4, "skip_damaged": False})
 
 
 @pytest.fixture(name="folder")

@@ -35,7 +35,13 @@ def read(tmp_path, targets, **settings):
         pooled=empty,
         tokens=empty[:, :, None],
     )
-    data = {"targets": targets, "target_weights": (), "gauge": "raw", "num_targets": 0}
+    data = {
+        "targets": targets,
+        "target_weights": (),
+        "gauge": "raw",
+        "num_targets": 0,
+        "skip_damaged": False,
+    }
     config = ConfigDict({"data": {**data, **settings}})
     return read_targets(config, tmp_path / "targets", tmp_path, SPEC, "base", encoded)
 
