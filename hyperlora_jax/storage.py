@@ -2,13 +2,16 @@
 
     fetched     a dataset or a base model, copied to this host's disk once
     scratch     where a run keeps what it can make again (renders, latents)
-    published   a finished folder, copied to a bucket
+    pull, push  what a run on another host must find, between its scratch and its workdir
+    writing     a local place for a result that belongs into a bucket
 
 Checkpoints and logs are written to the bucket itself, by Orbax and by `train/json_lines.py`.
 """
 
+import contextlib
 import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from etils import epath
@@ -20,6 +23,12 @@ from hyperlora_jax.errors import UserError
 def is_remote(path: epath.PathLike) -> bool:
     """Whether `path` lies in an object store."""
     return "://" in str(path)
+
+
+def absolute(path: epath.PathLike) -> epath.Path:
+    """As Orbax wants it. A path in a bucket is absolute; `resolve` would take it for a folder."""
+    found = epath.Path(path)
+    return found if is_remote(path) else found.resolve()
 
 
 def reason(error: Exception) -> str:
@@ -76,19 +85,69 @@ def fetched(path: epath.PathLike) -> Path:
     return target
 
 
-def published(folder: Path, target: epath.PathLike) -> None:
-    """Copies a finished local folder to `target`, if that is another place.
+def pull(workdir: epath.PathLike, *names: str) -> None:
+    """Makes files and folders of a workdir's scratch folder what they are in the bucket (whose
+    copies may be another host's, or gone); nothing for a workdir on the disk.
+
+    Raises:
+        UserError: they cannot be read.
+    """
+    if not is_remote(workdir):
+        return
+    for name in names:
+        source, target = epath.Path(workdir) / name, epath.Path(scratch(workdir)) / name
+        try:
+            if target.is_dir():
+                target.rmtree()
+            target.unlink(missing_ok=True)
+            if source.exists():
+                _copy_below(source, target)
+        except Exception as error:  # every file system has its own
+            raise UserError(f"{source}: cannot be read ({reason(error)})") from error
+
+
+def push(workdir: epath.PathLike, *names: str) -> None:
+    """Copies files and folders of the scratch folder to a workdir in a bucket.
 
     Raises:
         UserError: it cannot be written.
     """
-    if str(folder) == str(target):
+    if not is_remote(workdir):
         return
+    for name in names:
+        _upload(epath.Path(scratch(workdir)) / name, epath.Path(workdir) / name)
+
+
+@contextlib.contextmanager
+def writing(target: epath.PathLike, scratch_folder: Path) -> Iterator[Path]:
+    """The folder to write what shall lie at `target`: itself, or one of the scratch folder that is
+    copied there at the end.
+
+    Raises:
+        UserError: the bucket cannot be written.
+    """
+    if not is_remote(target):
+        yield Path(str(target))
+        return
+    folder = scratch_folder / str(target).rstrip("/").rsplit("/", 1)[-1]
+    yield folder
+    _upload(epath.Path(folder), epath.Path(target))
+
+
+def _upload(source: epath.Path, target: epath.Path) -> None:
     try:
-        for file in _files_below(epath.Path(folder)):
-            _copy(file, epath.Path(target) / file.relative_to(folder), always=True)
+        _copy_below(source, target)
     except Exception as error:
         raise UserError(f"{target}: cannot be written ({reason(error)})") from error
+
+
+def _copy_below(source: epath.Path, target: epath.Path) -> None:
+    """A file, or all files of a folder; what is there is replaced."""
+    if not source.is_dir():
+        _copy(source, target, always=True)
+        return
+    for file in _files_below(source):
+        _copy(file, target / file.relative_to(source), always=True)
 
 
 def replaced(path: epath.Path, data: bytes) -> None:

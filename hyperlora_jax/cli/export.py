@@ -4,7 +4,8 @@ A `pretrain` workdir becomes a diffusers directory, a `train` workdir a hypernet
 """
 
 import argparse
-from pathlib import Path
+
+from etils import epath
 
 from hyperlora_jax import storage
 from hyperlora_jax.errors import UserError
@@ -30,18 +31,20 @@ def run(args: argparse.Namespace) -> int:
 
     from hyperlora_jax.train.checkpoints import restore_params
 
-    workdir = storage.local(args.workdir, "export").resolve()
+    workdir = epath.Path(args.workdir)
     params, meta = restore_params(workdir, args.step)
     config = ml_collections.ConfigDict(meta["config"])
-    out = Path(args.out)
+    out = epath.Path(args.out)
     if config.get("task") == "unet":
         from hyperlora_jax.stable_diffusion.embedded import load_base
 
-        load_base(config.base).replace_params(params).save_pretrained(out, dtype=args.dtype)
+        with storage.writing(out, storage.scratch(workdir)) as folder:
+            load_base(config.base).replace_params(params).save_pretrained(folder, dtype=args.dtype)
     elif "unet" in params:
         from hyperlora_jax.train.pretraining import assemble
 
-        assemble(config, workdir, params).save_pretrained(out, dtype=args.dtype)
+        with storage.writing(out, storage.scratch(workdir)) as folder:
+            assemble(config, workdir, params).save_pretrained(folder, dtype=args.dtype)
     elif "spec" in meta["facts"] and "encoder" in meta["facts"]:
         from hyperlora_jax.hypernet.building import architecture, build_generator
         from hyperlora_jax.hypernet.conditioning import load_condition_encoder

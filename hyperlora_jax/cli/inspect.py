@@ -4,6 +4,9 @@ import argparse
 import importlib
 from pathlib import Path
 
+from etils import epath
+
+from hyperlora_jax import storage
 from hyperlora_jax.errors import UserError
 
 
@@ -13,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("options", nargs=argparse.REMAINDER, help="options for that kind of thing")
 
 
-def kind_of(path: Path) -> str:
+def kind_of(path: epath.Path) -> str:
     """ "dataset", "hypernetwork", "workdir", "base" or "lora".
 
     Raises:
@@ -21,25 +24,27 @@ def kind_of(path: Path) -> str:
     """
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
-    if (path / "metadata.json").is_file() and (path / "index.json").is_file():
+    if (path / "metadata.json").exists() and (path / "index.json").exists():
         return "dataset"
-    if (path / "unet" / "config.json").is_file():
+    if (path / "unet" / "config.json").exists():
         return "base"
-    if (path / "checkpoints").is_dir() or (path / "metrics.jsonl").is_file():
+    if (path / "checkpoints").is_dir() or (path / "metrics.jsonl").exists():
         return "workdir"
-    if (path / "model.safetensors").is_file() and (path / "config.json").is_file():
+    if (path / "model.safetensors").exists() and (path / "config.json").exists():
         return "hypernetwork"
     return "lora"
 
 
 def run(args: argparse.Namespace) -> int:
     """Hands over to the command for that kind."""
-    path = Path(args.path)
+    path = epath.Path(args.path)
     kind = kind_of(path)
     if kind == "hypernetwork":
         return _hypernetwork(path)
     if kind == "base":
-        return _base(path, args.options)
+        return _base(storage.fetched(path), args.options)
+    if kind == "lora":
+        path = storage.fetched(path)
     name = {"dataset": "inspect_dataset", "workdir": "inspect_workdir", "lora": "inspect_lora"}[
         kind
     ]
@@ -53,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     return module.run(known)
 
 
-def _hypernetwork(path: Path) -> int:
+def _hypernetwork(path: epath.Path) -> int:
     import jax
 
     from hyperlora_jax.hypernet.model import Hypernetwork

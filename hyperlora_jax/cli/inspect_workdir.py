@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
 from hyperlora_jax.errors import UserError
 
 
@@ -14,13 +16,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="write the same as JSON")
 
 
-def is_workdir(path: str | Path) -> bool:
+def is_workdir(path: epath.PathLike) -> bool:
     """Whether `path` is the workdir of a training run."""
-    root = Path(path)
-    return (root / "checkpoints").is_dir() or (root / "metrics.jsonl").is_file()
+    root = epath.Path(path)
+    return (root / "checkpoints").is_dir() or (root / "metrics.jsonl").exists()
 
 
-def summary(path: str | Path) -> dict[str, Any]:
+def summary(path: epath.PathLike) -> dict[str, Any]:
     """The state of a run, JSON-able.
 
     Raises:
@@ -30,7 +32,7 @@ def summary(path: str | Path) -> dict[str, Any]:
     from hyperlora_jax.train.events import goodput
     from hyperlora_jax.train.json_lines import read_rows
 
-    root = Path(path)
+    root = epath.Path(path)
     if not is_workdir(root):
         raise UserError(
             f"{path}: no checkpoints and no metrics.jsonl, expected the workdir of a run"

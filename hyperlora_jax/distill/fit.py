@@ -42,6 +42,7 @@ def fit_loras(
     mesh: Mesh | None = None,
     state_file: Path | None = None,
     save_every_steps: int = 200,
+    on_save: Callable[[], None] | None = None,
     progress: str | None = "distill",
     parametrisation: Parametrisation | None = None,
     start: Callable[[int], Params] | None = None,
@@ -57,6 +58,7 @@ def fit_loras(
         steps_per_call: optimiser steps between two looks at the slots; it must divide the recipe's
             num_steps, so that no slot rests inside a call.
         state_file: where unfinished slots are kept for a restart; removed at the end.
+        on_save: called when the state file was written.
         progress: title of the progress bar, None for none.
         parametrisation: what is trained; None is the LoRA's factors, as the recipe says.
         start: number → the concept's own start LoRA, where the parametrisation wants one.
@@ -127,6 +129,8 @@ def fit_loras(
         if state_file and since_save >= save_every_steps and run.busy:
             run.save(slots)
             since_save = 0
+            if on_save:
+                on_save()
     bar.close()
     if state_file:
         state_file.unlink(missing_ok=True)

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from hyperlora_jax import storage
 from hyperlora_jax.data import size_buckets
@@ -54,17 +55,21 @@ def make_recipe(section: Any, **overrides: Any) -> Recipe:
         raise UserError(f"config.distill.recipe: {error}") from error
 
 
-def distill(config: Any, workdir: str | Path) -> Path:
+def distill(config: Any, workdir: epath.PathLike) -> epath.Path:
     """Fits `distill.num_concepts` LoRAs and writes WORKDIR/targets; returns that folder.
+
+    In a bucket every finished LoRA is copied to WORKDIR/spool at once.
 
     Raises:
         UserError: an unknown or contradictory setting, pictures that cannot be used
             (`load_in_sizes`), a fit that fails (`fit_loras`).
     """
-    workdir = Path(open_workdir(storage.local(workdir, "distill")))
+    workdir = open_workdir(workdir)
     out = workdir / "targets"
     if (out / "metadata.json").exists():
         return out
+    scratch = storage.scratch(workdir)
+    storage.pull(workdir, "spool", "prior.npz")
     section = config.distill
     recipe = make_recipe(section)
     _check(section, recipe)
@@ -76,11 +81,12 @@ def distill(config: Any, workdir: str | Path) -> Path:
         )
     spec = sd.lora_spec(section.preset, section.rank)
     embeddings = ReferenceEmbeddings(section.encoders, image_size(sd))
-    groups = _pictures(config, sd, workdir)
-    spool = workdir / "spool"
+    groups = _pictures(config, sd, scratch)
+    spool = scratch / "spool"
     for pictures in groups:
         for fitted in _fit(config, sd, spec, recipe, pictures, finished_ids(spool), workdir):
-            write_finished(spool, _subject(fitted, pictures, spec, section, embeddings))
+            file = write_finished(spool, _subject(fitted, pictures, spec, section, embeddings))
+            storage.push(workdir, f"spool/{file.name}")
     facts = {
         "recipe": dataclasses.asdict(recipe),
         "base": config.base,
@@ -89,15 +95,17 @@ def distill(config: Any, workdir: str | Path) -> Path:
         "pictures": _describe(groups),
         "encoders": embeddings.hashes(),
     }
-    return write_lora_targets(
-        out,
-        Spool(spool),
-        spec,
-        sd.base_hash,
-        facts=facts,
-        split_of=lambda identity: "train",
-        overwrite=True,
-    )
+    with storage.writing(out, scratch) as folder:
+        write_lora_targets(
+            folder,
+            Spool(spool),
+            spec,
+            sd.base_hash,
+            facts=facts,
+            split_of=lambda identity: "train",
+            overwrite=True,
+        )
+    return out
 
 
 def _check(section: Any, recipe: Recipe) -> None:
@@ -110,14 +118,14 @@ def _check(section: Any, recipe: Recipe) -> None:
         )
 
 
-def _pictures(config: Any, sd: StableDiffusion, workdir: Path) -> list[SubjectPictures]:
+def _pictures(config: Any, sd: StableDiffusion, scratch: Path) -> list[SubjectPictures]:
     """All concepts, those of one picture size together; one program serves one size."""
     section, size = config.distill, image_size(sd)
     buckets = size_buckets.square(size)
     if section.buckets:
         levels = sd.unet.settings.num_levels
         buckets = size_buckets.of_one_area(size, sd.vae.downsampling * 2 ** (levels - 1))
-    groups = load_in_sizes(config.data, section.num_concepts, buckets, workdir / "renders")
+    groups = load_in_sizes(config.data, section.num_concepts, buckets, scratch / "renders")
     if section.flips:
         groups = [with_flips(pictures) for pictures in groups]
     if section.prompt:
@@ -146,19 +154,20 @@ def _fit(
     recipe: Recipe,
     pictures: SubjectPictures,
     done: Collection[str],
-    workdir: Path,
+    workdir: epath.Path,
 ) -> Iterator[FittedLora]:
     """The LoRAs of concepts of one picture size that are not done yet."""
-    section = config.distill
-    state_file = workdir / f"slots-{_size_name(pictures)}.safetensors"
+    section, scratch = config.distill, storage.scratch(workdir)
+    state_file = scratch / f"slots-{_size_name(pictures)}.safetensors"
     position = {
         number: k for k, number in enumerate(pictures.numbers) if pictures.ids[k] not in done
     }
     if not position:
         state_file.unlink(missing_ok=True)
         return
+    storage.pull(workdir, state_file.name)
     encoded = encode_once(
-        workdir,
+        scratch,
         sd,
         None,
         pictures.ids,
@@ -176,7 +185,8 @@ def _fit(
     few = min(section.num_slots, len(pictures.ids))
     prior = None
     if recipe.prior_weight > 0:
-        prior = class_pictures(sd, section.prior, section.seed, workdir / "prior.npz")
+        prior = class_pictures(sd, section.prior, section.seed, scratch / "prior.npz")
+        storage.push(workdir, "prior.npz")
     yield from fit_loras(
         sd.unet.clone(remat=section.remat, mesh=mesh),
         sd.params["unet"],
@@ -191,6 +201,7 @@ def _fit(
         mesh=mesh if mesh.size > 1 else None,
         state_file=state_file,
         save_every_steps=section.save_every_steps,
+        on_save=lambda: storage.push(workdir, state_file.name),
         progress=f"distill {_size_name(pictures)}",
         prior=prior,
         max_images=max(pictures.counts),

@@ -159,6 +159,7 @@ def lead(config: Any, test: AnySet) -> str:
 def story(config: Any, test: AnySet, num_targets: int) -> list[str]:
     """Paragraphs that say what was done."""
     recipe = config.evaluate.conventional
+    fitted = min(recipe.num_identities, test.num_identities)
     captions = "captions that training never saw"
     if not isinstance(test, EvaluationSet):
         captions = "prompts"
@@ -171,6 +172,6 @@ def story(config: Any, test: AnySet, num_targets: int) -> list[str]:
         f"Every method drew {test.num_identities} held-out identities under {test.num_captions} "
         f"{captions}, from the same noise, at the strength that was best for "
         "it on other held-out identities. The conventional LoRA was fitted to "
-        f"{test.views.shape[1]} pictures of each of {recipe.num_identities} of these identities "
+        f"{test.views.shape[1]} pictures of each of {fitted} of these identities "
         f"for {dict(recipe.recipe).get('num_steps', config.distill.num_steps)} steps.",
     ]

@@ -69,8 +69,9 @@ class Questions:
         return np.stack(draws).reshape(*self.noise_seeds.shape, *shape)
 
     def first(self: Asked, count: int) -> Asked:
-        """The same questions for the first `count` identities; candidates stay what they were."""
-        return self.select(range(count))
+        """The same questions for the first `count` identities (all, if they are fewer);
+        candidates stay what they were."""
+        return self.select(range(min(count, self.num_identities)))
 
     def select(self: Asked, numbers: Sequence[int]) -> Asked:
         """The same questions for the identities of these numbers, in their order."""

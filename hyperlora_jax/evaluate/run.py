@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
 from hyperlora_jax import storage
 from hyperlora_jax.data.gauged_targets import read_in_gauge
@@ -49,8 +50,9 @@ class Evaluation:
         UserError: no hypernetwork or dataset in the workdir, or one of another base.
     """
 
-    def __init__(self, config: Any, workdir: str | Path):
-        self.config, self.workdir = config, Path(open_workdir(storage.local(workdir, "evaluate")))
+    def __init__(self, config: Any, workdir: epath.PathLike):
+        self.config, self.workdir = config, open_workdir(workdir)
+        self.scratch = storage.scratch(self.workdir)
         self.sd = load_base(config.base)
         self.mesh = make_mesh(**config.mesh)
         self.sampler = on_mesh(self.sd, self.mesh)
@@ -65,7 +67,7 @@ class Evaluation:
             targets, self.spec, self.sd.base_hash, config.data.skip_damaged
         )
         known = frozenset(self.hyper.facts.get("trained_on", ())) | frozenset(self.targets.ids)
-        self.exam = open_exam(config, image_size(self.sd), known, self.workdir)
+        self.exam = open_exam(config, image_size(self.sd), known, self.scratch)
         self.validation, self.test = self.exam.validation, self.exam.test
         self.further = further_scorers(config.evaluate, self.test)
         self.seconds: dict[str, float] = {}
@@ -80,7 +82,7 @@ class Evaluation:
     def context(self) -> Context:
         """What the methods' LoRAs are made of."""
         section, targets = self.config.evaluate, self.targets
-        gauged = read_in_gauge(targets, self.config.data.gauge, self.workdir / "cache")
+        gauged = read_in_gauge(targets, self.config.data.gauge, self.scratch / "cache")
         rows = targets.split_indices("train")
         if self.config.data.num_targets:
             rows = rows[: self.config.data.num_targets]
@@ -90,7 +92,7 @@ class Evaluation:
             np.asarray(gauged.vectors[rows]),
             reference_embeddings(self.hyper, targets, rows),
             FittedSets(
-                self.workdir,
+                self.scratch,
                 self.sd,
                 self.spec,
                 [
@@ -174,7 +176,7 @@ class Evaluation:
         others = [name for name, path in self.config.evaluate.others.items() if path]
         asked = dict.fromkeys([*self.config.evaluate.methods, *others])
         names = [name for name in asked if name not in ("exact", "copy_reference")]
-        cache = SampleCache(self.workdir / "samples")
+        cache = SampleCache(self.scratch / "samples")
         start = time.perf_counter()
         if "generated" in names:
             # First of all: refinement starts from the generated LoRA at its best strength.
@@ -257,7 +259,7 @@ class Evaluation:
 
 
 def evaluate(
-    config: Any, workdir: str | Path, comparison: str | Path = "", command: str = ""
+    config: Any, workdir: epath.PathLike, comparison: str | Path = "", command: str = ""
 ) -> ReportFiles:
     """Runs the comparison of a finished workdir and writes WORKDIR/report.
 

@@ -22,7 +22,7 @@ from orbax.checkpoint import checkpoint_managers
 from hyperlora_jax.array_types import Params
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.parallel import multihost
-from hyperlora_jax.storage import is_remote
+from hyperlora_jax.storage import absolute
 from hyperlora_jax.train.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -110,7 +110,7 @@ def restore_params(
     Raises:
       UserError: there is no such checkpoint, or it cannot be read.
     """
-    directory = epath.Path(workdir) / "checkpoints"
+    directory = absolute(workdir) / "checkpoints"
     steps = complete_steps(directory)
     step = best_step(directory) if step == "best" else step
     if not steps or (step is not None and step not in steps):
@@ -150,9 +150,7 @@ class Checkpoints:
     """The checkpoints of one workdir, open for saving and restoring."""
 
     def __init__(self, workdir: epath.PathLike, keep: int, keep_best: int = 0):
-        path = epath.Path(workdir)
-        path = path if is_remote(path) else path.resolve()  # would take gs:// for a folder here
-        self.directory = path / "checkpoints"
+        self.directory = absolute(workdir) / "checkpoints"
         self.directory.mkdir(parents=True, exist_ok=True)
         # All processes go by what the first one found: a listing can differ between hosts.
         found = json.dumps(complete_steps(self.directory) if jax.process_index() == 0 else [])

@@ -1,7 +1,8 @@
 """`hyperlora pretrain` for the avatar world's identity encoder and attribute probe."""
 
-from pathlib import Path
 from typing import Any
+
+from etils import epath
 
 from hyperlora_jax import storage
 from hyperlora_jax.data.worlds import open_world
@@ -15,7 +16,7 @@ from hyperlora_jax.train.render_bundle import RenderBundle, render_bundle
 SMALLEST = 4  # cells per side of the encoder's last level
 
 
-def pretrain_encoder(config: Any, workdir: str | Path) -> Path:
+def pretrain_encoder(config: Any, workdir: epath.PathLike) -> epath.Path:
     """Trains the identity encoder on training identities; returns the exported folder."""
     bundle = _bundle(config, workdir)
     task = encoder_task.make_task(
@@ -26,16 +27,17 @@ def pretrain_encoder(config: Any, workdir: str | Path) -> Path:
         **{**config.model.to_dict(), "encoder": _encoder(config, bundle)},
     )
     params = _fit(task, config, workdir)
-    out = Path(config.export.path)
+    out = epath.Path(config.export.path)
     encoder = _encoder(config, bundle)
     facts = {"num_steps": config.train.num_steps}
-    encoder_task.export_encoder(
-        out, params, bundle, encoder=encoder, name=config.export.name, facts=facts
-    )
+    with storage.writing(out, storage.scratch(workdir)) as folder:
+        encoder_task.export_encoder(
+            folder, params, bundle, encoder=encoder, name=config.export.name, facts=facts
+        )
     return out
 
 
-def pretrain_probe(config: Any, workdir: str | Path) -> Path:
+def pretrain_probe(config: Any, workdir: epath.PathLike) -> epath.Path:
     """Trains the attribute probe on renders; returns the exported folder."""
     bundle = _bundle(config, workdir)
     encoder = _encoder(config, bundle)
@@ -47,11 +49,12 @@ def pretrain_probe(config: Any, workdir: str | Path) -> Path:
         augmentation=dict(config.train.augmentation),
     )
     params = _fit(task, config, workdir)
-    out = Path(config.export.path)
+    out = epath.Path(config.export.path)
     facts = {"num_steps": config.train.num_steps}
-    probe_task.export_probe(
-        out, params, bundle, encoder=encoder, name=config.export.name, facts=facts
-    )
+    with storage.writing(out, storage.scratch(workdir)) as folder:
+        probe_task.export_probe(
+            folder, params, bundle, encoder=encoder, name=config.export.name, facts=facts
+        )
     return out
 
 
@@ -62,17 +65,17 @@ def _encoder(config: Any, bundle: RenderBundle) -> dict[str, Any]:
     return {**section, "widths": tuple(widths)}
 
 
-def _bundle(config: Any, workdir: str | Path) -> RenderBundle:
-    workdir = Path(open_workdir(storage.local(workdir, "pretrain")))
+def _bundle(config: Any, workdir: epath.PathLike) -> RenderBundle:
+    scratch = storage.scratch(open_workdir(workdir))
     if config.data.bundle:
         return RenderBundle.load(config.data.bundle)
     avatars = open_world(config.data.style, config.data.size, config.data.split_seed)
     return render_bundle(
-        avatars, config.data.num_identities, config.data.num_views, cache_dir=workdir / "renders"
+        avatars, config.data.num_identities, config.data.num_views, cache_dir=scratch / "renders"
     )
 
 
-def _fit(task: Any, config: Any, workdir: str | Path) -> Any:
+def _fit(task: Any, config: Any, workdir: epath.PathLike) -> Any:
     mesh = make_mesh(**config.mesh)
     section = config.train
     return fit_section(task, section, workdir=workdir, mesh=mesh, seed=section.seed, config=config)

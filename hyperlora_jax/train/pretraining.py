@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from hyperlora_jax import storage
 from hyperlora_jax.array_types import Params
@@ -32,6 +33,8 @@ from hyperlora_jax.train.configured import fit_section
 from hyperlora_jax.train.level_widths import level_widths
 from hyperlora_jax.train.loop import open_workdir
 
+KEPT = ("tokenizer", "latents.npy")  # what an export needs beside the checkpoints
+
 # Zero terminal SNR, velocity prediction, trailing steps (Lin et al., arXiv 2305.08891): without
 # them the last step is not pure noise in training, and sampled colours drift.
 SCHEDULER_CONFIG = {
@@ -49,21 +52,24 @@ SCHEDULER_CONFIG = {
 }
 
 
-def pretrain(config: Any, workdir: str | Path) -> Path:
+def pretrain(config: Any, workdir: epath.PathLike) -> epath.Path:
     """Trains a base model as `configs/tiny_sd.py` describes it; returns the exported folder.
 
     Raises:
         UserError: bad config values, unusable workdir; see also `train.loop.fit`.
     """
-    workdir = Path(open_workdir(storage.local(workdir, "pretrain")))
+    workdir = open_workdir(workdir)
+    scratch = storage.scratch(workdir)
+    storage.pull(workdir, *KEPT)
     mesh = make_mesh(**config.mesh)
-    images, captions = _draw_avatars(config, workdir)
-    tokenizer_dir = workdir / "tokenizer"
+    images, captions = _draw_avatars(config, scratch)
+    tokenizer_dir = scratch / "tokenizer"
     length = config.base.model_max_length
     if not (tokenizer_dir / "tokenizer_config.json").exists():
         train_tokenizer(captions, tokenizer_dir, model_max_length=length)
     vae, vae_params = _train_autoencoder(config, workdir, mesh, images)
-    latents = _latents(vae, vae_params, workdir / "latents.npy", images)
+    latents = _latents(vae, vae_params, scratch / "latents.npy", images)
+    storage.push(workdir, *KEPT)
     vae, latents = _normalised(vae, latents)
     trained, modules = _train_unet(config, workdir, mesh, tokenizer_dir, captions, latents)
     params = {**jax.device_get(trained), "vae": jax.device_get(vae_params)}
@@ -73,12 +79,13 @@ def pretrain(config: Any, workdir: str | Path) -> Path:
         vae=vae,
         **modules,
     )
-    out = Path(config.export.path)
-    sd.save_pretrained(out, dtype="float16")
+    out = epath.Path(config.export.path)
+    with storage.writing(out, scratch) as folder:
+        sd.save_pretrained(folder, dtype="float16")
     return out
 
 
-def assemble(config: Any, workdir: Path, params: Params) -> StableDiffusion:
+def assemble(config: Any, workdir: epath.Path, params: Params) -> StableDiffusion:
     """The base model of a workdir whose UNet and text encoder have these parameters.
 
     Raises:
@@ -86,13 +93,15 @@ def assemble(config: Any, workdir: Path, params: Params) -> StableDiffusion:
     """
     from transformers import CLIPTokenizer
 
-    for name in ("tokenizer", "latents.npy"):
-        if not (workdir / name).exists():
+    storage.pull(workdir, *KEPT)
+    scratch = storage.scratch(workdir)
+    for name in KEPT:
+        if not (scratch / name).exists():
             raise UserError(f"{workdir}: has no {name}, expected a workdir of `hyperlora pretrain`")
     vae_params, meta = restore_params(workdir / "autoencoder")
     vae = vae_from_config(meta["facts"]["autoencoder"])
-    latents = np.load(workdir / "latents.npy", mmap_mode="r", allow_pickle=False)
-    tokenizer = CLIPTokenizer.from_pretrained(workdir / "tokenizer")
+    latents = np.load(scratch / "latents.npy", mmap_mode="r", allow_pickle=False)
+    tokenizer = CLIPTokenizer.from_pretrained(scratch / "tokenizer")
     return StableDiffusion(
         unet=unet_from_config(unet_config(config.base.unet, latents.shape)),
         params={**params, "vae": vae_params},
@@ -103,7 +112,7 @@ def assemble(config: Any, workdir: Path, params: Params) -> StableDiffusion:
     )
 
 
-def _draw_avatars(config: Any, workdir: Path) -> tuple[np.ndarray, list[str]]:
+def _draw_avatars(config: Any, scratch: Path) -> tuple[np.ndarray, list[str]]:
     """Pictures uint8 [n, h, w, 3] of training identities in training views, and their captions."""
     avatars = open_world(config.data.style, config.data.size, config.data.split_seed)
     people, views = config.data.num_identities, config.data.num_views
@@ -117,12 +126,12 @@ def _draw_avatars(config: Any, workdir: Path) -> tuple[np.ndarray, list[str]]:
         for i in range(people)
         for k in range(views)
     ]
-    images = avatars.render_many(pairs, cache_dir=workdir / "renders")
+    images = avatars.render_many(pairs, cache_dir=scratch / "renders")
     return images, [avatars.caption(view) for _, view in pairs]
 
 
 def _train_autoencoder(
-    config: Any, workdir: Path, mesh: Any, images: np.ndarray
+    config: Any, workdir: epath.Path, mesh: Any, images: np.ndarray
 ) -> tuple[AutoencoderKL, Params]:
     section = config.autoencoder
     channels = level_widths(
@@ -181,7 +190,7 @@ def _normalised(vae: AutoencoderKL, latents: np.ndarray) -> tuple[AutoencoderKL,
 
 def _train_unet(
     config: Any,
-    workdir: Path,
+    workdir: epath.Path,
     mesh: Any,
     tokenizer_dir: Path,
     captions: list[str],

@@ -61,9 +61,8 @@ def finetune_unet(config: Any, workdir: epath.PathLike) -> epath.Path:
     out = epath.Path(config.export.path or workdir / "base")
     params = sharding.gather(trained, mesh)
     if jax.process_index() == 0:
-        folder = scratch / "base" if storage.is_remote(out) else Path(out)
-        sd.replace_params(params).save_pretrained(folder, dtype=config.export.dtype)
-        storage.published(folder, out)
+        with storage.writing(out, scratch) as folder:
+            sd.replace_params(params).save_pretrained(folder, dtype=config.export.dtype)
     return out
 
 

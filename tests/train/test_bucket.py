@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -63,12 +64,33 @@ def train(environment, workdir, num_steps, *more):
     )  # fmt: skip
 
 
-def read(environment, path):
-    code = f"from etils import epath; print(epath.Path({path!r}).read_text())"
+def hyperlora(environment, *arguments):
+    return subprocess.Popen(
+        [sys.executable, "-m", "hyperlora_jax", *arguments],
+        env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def finished(process):
+    said = process.communicate(timeout=500)[0]
+    assert process.returncode == 0, said[-2000:]
+    return said
+
+
+def exists(environment, path):
+    return "yes" in python(environment, f"if epath.Path({path!r}).exists(): print('yes')")
+
+
+def python(environment, code):
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-    )
+        [sys.executable, "-c", f"from etils import epath\n{code}"],
+        env=environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
     return done.stdout
+
+
+def read(environment, path):
+    return python(environment, f"print(epath.Path({path!r}).read_text())")
 
 
 def test_a_run_in_a_bucket_is_stopped_and_goes_on(server, tmp_path):
@@ -113,7 +135,8 @@ def test_a_dataset_in_a_bucket_is_copied_once(server, tmp_path):
     code = f"""
 from pathlib import Path
 from hyperlora_jax import storage
-storage.published(Path({str(folder)!r}), "gs://test/data/targets")
+with storage.writing("gs://test/data/targets", Path({str(tmp_path)!r})):
+    pass
 for _ in range(2):
     found = storage.fetched("gs://test/data/targets")
     print(found.name, (found / "a.json").read_text(), (found / "sub" / "b.bin").read_bytes())
@@ -129,3 +152,42 @@ except storage.UserError as error:
     lines = done.stdout.splitlines()
     assert lines[:2] == ["targets {} b'0123'"] * 2
     assert lines[2].startswith("gs://test/data/nothing: no such folder or file")
+
+
+def test_every_stage_works_in_a_bucket_and_goes_on_on_another_host(server, tmp_path):
+    _, environment = server
+    run = "gs://test/stages"
+    more = {**SETTINGS, "distill.num_concepts": 8, "distill.num_slots": 2, "distill.num_steps": 50,
+            "distill.save_every_steps": 25, "train.num_steps": 6, "evaluate.num_identities": 2,
+            "evaluate.num_validation": 2, "evaluate.num_captions": 1, "evaluate.num_candidates": 2,
+            "evaluate.num_sampling_steps": 2, "evaluate.methods": "('base','generated')",
+            "evaluate.strengths": "(1.0,)"}  # fmt: skip
+    config = ["--config", "configs/demo.py", *(f"--config.{k}={v}" for k, v in more.items())]
+    environment["HYPERLORA_CACHE"] = str(tmp_path / "one")
+    process = hyperlora(environment, "distill", "--workdir", run, *config)
+    while process.poll() is None and not exists(environment, f"{run}/spool"):
+        time.sleep(0.1)
+    process.kill()
+    assert not exists(environment, f"{run}/targets")
+    environment["HYPERLORA_CACHE"] = str(
+        tmp_path / "two"
+    )  # nothing there but what is in the bucket
+    said = finished(hyperlora(environment, "distill", "--workdir", run, *config))
+    assert f"wrote {run}/targets" in said
+    steps = re.findall(r"(\d+)/(\d+) \[", said)
+    assert max(int(total) for done, total in steps if done != total) < 8 * 50
+    finished(hyperlora(environment, "train", "--workdir", run, *config))
+    said = finished(hyperlora(environment, "evaluate", "--workdir", run, *config))
+    assert f"wrote {run}/report/index.html" in said
+    assert "<html" in read(environment, f"{run}/report/index.html")
+    said = finished(hyperlora(environment, "inspect", run))
+    assert "checkpoints at steps" in said
+    finished(hyperlora(environment, "export", run, str(tmp_path / "hyper")))
+    assert (tmp_path / "hyper" / "model.safetensors").exists()
+    flags = {"data.num_identities": 8, "data.num_views": 2, "train.num_steps": 2,
+             "train.batch_size": 4, "export.path": "gs://test/encoder/result"}  # fmt: skip
+    flags = [f"--config.{name}={value}" for name, value in flags.items()]
+    encoder = ["--config", "configs/avatar_encoder.py", "--workdir", "gs://test/encoder", *flags]
+    finished(hyperlora(environment, "pretrain", *encoder))
+    assert exists(environment, "gs://test/encoder/result/config.json")
+    assert not (ROOT / "gs:").exists()
