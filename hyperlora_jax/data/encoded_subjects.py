@@ -17,6 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from hyperlora_jax.array_types import Float, Int, UInt8
+from hyperlora_jax.stable_diffusion import packed_text
 
 LAYOUT = 2  # of the kept files
 
@@ -25,7 +26,8 @@ LAYOUT = 2  # of the kept files
 class EncodedSubjects:
     """N subjects with v pictures each; every picture may serve as reference or as target.
 
-    `text_states` holds every different caption once; `text_index` says which one a picture has.
+    `text_states` holds every different caption once, packed (`stable_diffusion/packed_text.py`);
+    `text_index` says which one a picture has.
     """
 
     ids: tuple[str, ...]
@@ -96,8 +98,12 @@ def encode_subjects(
     unique = sorted({caption for row in captions for caption in row})
     number = {caption: k for k, caption in enumerate(unique)}
     index = np.asarray([[number[caption] for caption in row] for row in captions], np.int32)
+    picture = (int(images.shape[2]), int(images.shape[3]))
     text_states = encode_in_batches(
-        sd.encode_prompt, unique, batch_size, "text states" if progress else None
+        lambda prompts: packed_text.encode(sd, prompts, picture),
+        unique,
+        batch_size,
+        "text states" if progress else None,
     )
 
     def from_picture(chunk: np.ndarray) -> tuple[Any, Any, Any]:

@@ -15,6 +15,8 @@ from tqdm import tqdm
 from hyperlora_jax.array_types import Float
 from hyperlora_jax.data.encoded_subjects import encode_in_batches
 from hyperlora_jax.errors import UserError
+from hyperlora_jax.stable_diffusion import packed_text
+from hyperlora_jax.stable_diffusion.embedded import image_size
 
 
 def class_pictures(
@@ -43,7 +45,10 @@ def class_pictures(
                 return file["latents"], file["text_states"]
     texts = [prompts[k % len(prompts)] for k in range(count)]
     latents = _latents(sd, section, texts, seed)
-    states = encode_in_batches(sd.encode_prompt, prompts, section.batch_size, None)
+    size = image_size(sd)
+    states = encode_in_batches(
+        lambda some: packed_text.encode(sd, some, (size, size)), prompts, section.batch_size, None
+    )
     rows = np.arange(count) % len(prompts)
     text_states = np.asarray(states, np.float32)[rows]
     partial = kept.with_name(f".{kept.name}")

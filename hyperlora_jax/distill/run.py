@@ -74,11 +74,6 @@ def distill(config: Any, workdir: epath.PathLike) -> epath.Path:
     recipe = make_recipe(section)
     _check(section, recipe)
     sd = load_base(config.base, jnp.dtype(section.dtype))
-    if sd.is_xl:
-        raise UserError(
-            f"config.base: {config.base} is an SDXL model, distill knows SD 1.x and 2.x only (it "
-            "keeps no pooled text states)"
-        )
     spec = sd.lora_spec(section.preset, section.rank)
     embeddings = ReferenceEmbeddings(section.encoders, image_size(sd))
     groups = _pictures(config, sd, scratch)

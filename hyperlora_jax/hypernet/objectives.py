@@ -19,6 +19,7 @@ from hyperlora_jax.diffusion.schedule import add_noise
 from hyperlora_jax.lora import factors, losses
 from hyperlora_jax.lora.vectorize import Whitening
 from hyperlora_jax.stable_diffusion.denoising_loss import denoising_loss
+from hyperlora_jax.stable_diffusion.packed_text import apply_unet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,8 +91,9 @@ def prior_loss(
     timesteps = jax.random.randint(time_key, others.shape[:1], 0, schedule.num_train_timesteps)
     noisy = add_noise(schedule, others, jax.random.normal(noise_key, others.shape), timesteps)
     text = jnp.broadcast_to(text_states, (len(others), *text_states.shape))
-    plain = unet.apply({"params": unet_params}, noisy, timesteps, text)
-    changed = unet.apply({"params": unet_params, "lora": lora}, noisy, timesteps, text)
+    variables = {"params": unet_params}
+    plain = apply_unet(unet, variables, noisy, timesteps, text)
+    changed = apply_unet(unet, {**variables, "lora": lora}, noisy, timesteps, text)
     error = changed.astype(jnp.float32) - jax.lax.stop_gradient(plain.astype(jnp.float32))
     return jnp.square(error).mean(axis=(1, 2, 3)).reshape(num_loras, num_images).mean(axis=1)
 

@@ -5,13 +5,12 @@
 w_t = 1, or the min-SNR weight of Hang et al. 2023 (equation 4 and its v-prediction form).
 """
 
-from collections.abc import Mapping
-
 import jax
 import jax.numpy as jnp
 
 from hyperlora_jax.array_types import AnyArray, Array, Float, Int, Params, PRNGKey
 from hyperlora_jax.diffusion.schedule import NoiseSchedule, add_noise, target
+from hyperlora_jax.stable_diffusion.packed_text import apply_unet
 from hyperlora_jax.stable_diffusion.unet import UNet
 
 
@@ -24,11 +23,11 @@ def denoising_loss(
     key: PRNGKey,
     lora: Params | None = None,
     min_snr_gamma: float | None = None,
-    added_cond_kwargs: Mapping[str, AnyArray] | None = None,
 ) -> Float[Array, " b"]:
     """Loss of every example at a timestep and noise drawn from `key`.
 
-    `latents` are scaled; L LoRAs serve the b examples, example k uses LoRA k // (b / L).
+    `latents` are scaled, `text_states` packed where the UNet has added conditions
+    (`packed_text`); L LoRAs serve the b examples, example k uses LoRA k // (b / L).
     """
     time_key, noise_key = jax.random.split(key)
     timesteps = jax.random.randint(time_key, latents.shape[:1], 0, schedule.num_train_timesteps)
@@ -43,7 +42,6 @@ def denoising_loss(
         noise,
         lora,
         min_snr_gamma,
-        added_cond_kwargs,
     )
 
 
@@ -57,13 +55,12 @@ def denoising_error(
     noise: Float[AnyArray, "b h w z"],
     lora: Params | None = None,
     min_snr_gamma: float | None = None,
-    added_cond_kwargs: Mapping[str, AnyArray] | None = None,
 ) -> Float[Array, " b"]:
     """`denoising_loss` at given timesteps and noise."""
     variables = {"params": params} if lora is None else {"params": params, "lora": lora}
     latents = jnp.asarray(latents, jnp.float32)
     noisy = add_noise(schedule, latents, noise, timesteps)
-    prediction = unet.apply(variables, noisy, timesteps, text_states, added_cond_kwargs)
+    prediction = apply_unet(unet, variables, noisy, timesteps, text_states)
     error = prediction.astype(jnp.float32) - target(schedule, latents, noise, timesteps)
     losses = jnp.square(error).mean((1, 2, 3))
     if min_snr_gamma is None:

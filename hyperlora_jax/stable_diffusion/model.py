@@ -189,7 +189,7 @@ class StableDiffusion:
 
         SDXL without negative prompts takes zeros for them, as its pipeline does.
         """
-        if negative is None and self.is_xl and self._zeros_for_no_prompt():
+        if negative is None and self.is_xl and self.zeros_for_no_prompt():
             positive = self.encode_conditions(prompts, lora)
             return jax.tree.map(
                 lambda x: jnp.stack([jnp.zeros_like(x), x], 1).reshape(-1, *x.shape[1:]), positive
@@ -200,7 +200,8 @@ class StableDiffusion:
         pairs = [text for pair in zip(negative, prompts, strict=True) for text in pair]
         return self.encode_conditions(pairs, lora)
 
-    def _zeros_for_no_prompt(self) -> bool:
+    def zeros_for_no_prompt(self) -> bool:
+        """Whether SDXL without a prompt takes zeros instead of the empty prompt's states."""
         index = self.path / "model_index.json" if self.path else None
         if index is None or not index.is_file():
             return True

@@ -30,7 +30,8 @@ from hyperlora_jax.hypernet.weight_diffusion import Diffusion
 from hyperlora_jax.hypernet.weight_vae import Latents
 from hyperlora_jax.parallel import sharding
 from hyperlora_jax.parallel.mesh import make_mesh
-from hyperlora_jax.stable_diffusion.embedded import load_base
+from hyperlora_jax.stable_diffusion import packed_text
+from hyperlora_jax.stable_diffusion.embedded import image_size, load_base
 from hyperlora_jax.train.configured import arithmetic_dtype, fit_section
 from hyperlora_jax.train.hypernet_data import TrainingTargets, read_encoded, read_targets
 from hyperlora_jax.train.hypernet_task import Base, Phase, hypernet_task
@@ -96,7 +97,10 @@ def train_hypernetwork(config: Any, workdir: epath.PathLike) -> Hypernetwork:
     if any(phase.weights.need_base for phase in phases):
         frozen |= {"unet": sd.params["unet"], "text_states": encoded.text_states}
     if any(phase.weights.prior for phase in phases):
-        frozen["prior_text"] = np.asarray(sd.encode_prompt([section.prior_caption])[0])
+        picture = (image_size(sd),) * 2
+        frozen["prior_text"] = np.asarray(
+            packed_text.encode(sd, [section.prior_caption], picture)[0]
+        )
     task = hypernet_task(
         generator,
         frozen,

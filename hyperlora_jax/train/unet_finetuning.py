@@ -19,9 +19,9 @@ from hyperlora_jax.array_types import Array, Params
 from hyperlora_jax.data.encoded_subjects import encode_once
 from hyperlora_jax.data.subject_pictures import load_pictures
 from hyperlora_jax.diffusion.schedule import NoiseSchedule
-from hyperlora_jax.errors import UserError
 from hyperlora_jax.parallel import sharding
 from hyperlora_jax.parallel.mesh import make_mesh
+from hyperlora_jax.stable_diffusion import packed_text
 from hyperlora_jax.stable_diffusion.checkpoint import init_params
 from hyperlora_jax.stable_diffusion.embedded import image_size, load_base
 from hyperlora_jax.stable_diffusion.model import StableDiffusion
@@ -70,13 +70,8 @@ def training_unet(unet: UNet, section: Any, mesh: Mesh | None) -> UNet:
     """A base's UNet with the arithmetic that a config's `train` section asks for.
 
     Raises:
-        UserError: SDXL's, whose added conditions are not cached; an unknown dtype.
+        UserError: an unknown dtype.
     """
-    if unet.settings.addition_time_width is not None:
-        raise UserError(
-            "base: found an SDXL UNet, expected one of Stable Diffusion 1 or 2: the pictures' sizes"
-            " and pooled text states are not cached for training"
-        )
     return unet.clone(dtype=arithmetic_dtype(section), remat=section.remat, mesh=mesh)
 
 
@@ -140,7 +135,7 @@ def _encoded(
         batch_size=config.train.encode_batch_size,
     )
     own = np.arange(pictures.images.shape[1]) < np.asarray(pictures.counts)[:, None]
-    empty = np.asarray(sd.encode_prompt([""]), np.float32)
+    empty = np.asarray(packed_text.encode_nothing(sd, (size, size)), np.float32)
     arrays = {"latents": encoded.latents[own], "text": encoded.text_index[own]}
     text_states = np.concatenate([encoded.text_states, empty])
     return arrays, text_states, {"data": dict(pictures.facts)}

@@ -21,7 +21,9 @@ from hyperlora_jax.lora.sites import spec_from_shapes
 from hyperlora_jax.stable_diffusion import directory
 from hyperlora_jax.stable_diffusion.checkpoint import param_shapes
 from hyperlora_jax.stable_diffusion.embedded import base_path
+from hyperlora_jax.stable_diffusion.packed_text import extra_rows
 from hyperlora_jax.stable_diffusion.unet import unet_from_config
+from hyperlora_jax.stable_diffusion.unet_config import UNetConfig
 from hyperlora_jax.train.ahead_of_time import Workload
 from hyperlora_jax.train.configured import arithmetic_dtype
 from hyperlora_jax.train.hypernet_task import Base, hypernet_task
@@ -62,7 +64,7 @@ def unet_workload(config: Any, remat: str | None = None) -> Workload:
     remat = remat or section.remat
     plain = unet_from_config(unet_config).clone(attention="splash")
     unet = training_unet(plain, section, None).clone(remat=remat)
-    text = (NUM_TEXTS, _num_text_tokens(root), int(unet_config["cross_attention_dim"]))
+    text = (NUM_TEXTS, _num_text_rows(root, unet.settings), unet.settings.context_width)
     frozen = {
         "text_states": jax.ShapeDtypeStruct(text, jnp.float32),
         "empty_text": jax.ShapeDtypeStruct((), jnp.int32),
@@ -124,7 +126,7 @@ def hypernetwork_workload(config: Any, remat: str | None = None) -> Workload:
     phases = make_phases(section)
     needs_base = any(phase.weights.need_base for phase in phases)
     needs_targets = generator.needs_targets or any(p.weights.need_targets for p in phases)
-    text = (NUM_TEXTS, _num_text_tokens(root), int(unet_config["cross_attention_dim"]))
+    text = (NUM_TEXTS, _num_text_rows(root, unet.settings), unet.settings.context_width)
     frozen = {}
     if needs_base:
         frozen = {
@@ -203,6 +205,7 @@ def _condition_shapes(encoder: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return tuple(pooled.shape[1:]), tuple(tokens.shape[1:])
 
 
-def _num_text_tokens(root: Path) -> int:
+def _num_text_rows(root: Path, settings: UNetConfig) -> int:
     file = root / "tokenizer" / "tokenizer_config.json"
-    return int(directory.read_json(file)["model_max_length"]) if file.exists() else 77
+    tokens = int(directory.read_json(file)["model_max_length"]) if file.exists() else 77
+    return tokens + extra_rows(settings)

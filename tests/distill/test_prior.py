@@ -1,9 +1,12 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
 from hyperlora_jax.distill.prior import class_pictures
 from hyperlora_jax.errors import UserError
+from hyperlora_jax.stable_diffusion.inference import TextConditions
 
 SECTION = {
     "prompts": ("a person", "a face"),
@@ -18,6 +21,8 @@ class Base:
     """Draws pictures that tell their prompt; counts what it is asked for."""
 
     base_hash = "b" * 64
+    unet = SimpleNamespace(settings=SimpleNamespace(sample_size=(2, 2)))
+    vae = SimpleNamespace(downsampling=2)
 
     def __init__(self):
         self.drawn = []
@@ -30,8 +35,9 @@ class Base:
     def encode_images(self, images):
         return images[:, ::2, ::2]
 
-    def encode_prompt(self, prompts):
-        return np.stack([np.full((6, 7), len(text), np.float32) for text in prompts])
+    def encode_conditions(self, prompts):
+        states = np.stack([np.full((6, 7), len(text), np.float32) for text in prompts])
+        return TextConditions(states, None)
 
 
 def test_every_prompt_in_turn_and_once(tmp_path):

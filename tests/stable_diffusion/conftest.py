@@ -171,3 +171,38 @@ def assert_parity():
         assert error <= tolerance, f"relative error {error:.2e}"
 
     return check
+
+
+XL_UNET = tiny_unet_config(
+    block_out_channels=[8, 16, 32],
+    down_block_types=["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    up_block_types=["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    attention_head_dim=[1, 2, 4],
+    transformer_layers_per_block=[1, 1, 2],
+    use_linear_projection=True,
+    cross_attention_dim=24 + 32,
+    addition_embed_type="text_time",
+    addition_time_embed_dim=6,
+    projection_class_embeddings_input_dim=20 + 6 * 6,
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_xl(tmp_path_factory):
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+
+    root = tmp_path_factory.mktemp("tiny-xl")
+    second = tiny_text_config(hidden_size=32, num_attention_heads=4, hidden_act="gelu")
+    pipeline = StableDiffusionXLPipeline(
+        unet=torch_unet(XL_UNET),
+        vae=torch_vae(tiny_vae_config(scaling_factor=0.13025)),
+        text_encoder=torch_text(tiny_text_config()),
+        text_encoder_2=torch_text(second, seed=3, projection=True),
+        tokenizer=write_tokenizer(root / "tokenizer"),
+        tokenizer_2=write_tokenizer(root / "tokenizer_2"),
+        scheduler=EulerDiscreteScheduler.from_config(SD1_SCHEDULER, timestep_spacing="leading"),
+        add_watermarker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.save_pretrained(root)
+    return root, pipeline
