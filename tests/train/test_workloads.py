@@ -10,6 +10,7 @@ import jax
 import pytest
 
 from hyperlora_jax.cli.config import load_config
+from hyperlora_jax.lora.sites import spec_from_shapes
 from hyperlora_jax.train.workloads import hypernetwork_workload
 
 CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "w2w_1b.py"
@@ -31,6 +32,21 @@ def test_three_hundred_million_parameters_through_stable_diffusion():
     assert 3.0e8 < sum(leaf.size for leaf in jax.tree.leaves(shapes)) < 3.2e8
     assert {leaf.dtype.name for leaf in jax.tree.leaves(workload.frozen["unet"])} == {"bfloat16"}
     assert workload.batch(16)["latents"].shape == (16, 1, 64, 64, 4)
+
+
+@pytest.mark.slow
+def test_sdxl_is_traced_with_its_added_conditions():
+    workload = hypernetwork_workload(load_config(CONFIG.with_name("sdxl.py")))
+    params = jax.eval_shape(workload.init, jax.random.key(0))
+    weights = workload.frozen["unet"]
+    assert sum(leaf.size for leaf in jax.tree.leaves(weights)) == 2_567_463_684
+    spec = spec_from_shapes(weights, "attn-qkvo", 8)
+    assert (len(spec), spec.num_parameters) == (560, 11_612_160)
+    assert workload.frozen["text_states"].shape[1:] == (77 + 1, 2048)
+    losses, _ = jax.eval_shape(
+        workload.loss, params, workload.frozen, workload.batch(2), jax.random.key(0)
+    )
+    assert losses.shape == (2,)
 
 
 @pytest.mark.slow
