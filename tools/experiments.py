@@ -24,7 +24,7 @@ from collections.abc import Mapping
 from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-SHARED = ("renders", "cache")  # folders that all runs of a dataset can share
+SHARED = ("renders", "cache", "encoded")  # folders that all runs of a dataset can share
 PAPER = "configs/paper.py"
 AVATARS = "configs/avatars.py"
 
@@ -195,7 +195,6 @@ def kept_row(
     config = load_config(ROOT / run.config, overrides)
     asked = {"config": run.config, "changes": dict(run.changes), "seed": seed}
     row = {"run": name, **asked, **measure(config, folder)}
-    _keep_encoded(folder, workdir / "shared")
     temporary = kept.with_suffix(".tmp")
     temporary.write_text(json.dumps(row, indent=1))
     temporary.replace(kept)
@@ -258,15 +257,6 @@ def _share(folder: pathlib.Path, shared: pathlib.Path) -> None:
         (shared / name).mkdir(parents=True, exist_ok=True)
         if not (folder / name).exists():
             (folder / name).symlink_to((shared / name).resolve(), target_is_directory=True)
-    for encoded in shared.glob("encoded-*.npz"):
-        if not (folder / encoded.name).exists():
-            (folder / encoded.name).hardlink_to(encoded)
-
-
-def _keep_encoded(folder: pathlib.Path, shared: pathlib.Path) -> None:
-    for encoded in folder.glob("encoded-*.npz"):
-        if not (shared / encoded.name).exists():
-            (shared / encoded.name).hardlink_to(encoded)
 
 
 def _brief(row: Mapping[str, Any]) -> str:

@@ -5,21 +5,18 @@ accelerator, and kept as arrays.
 """
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from hyperlora_jax.array_types import Float, Int, UInt8
+from hyperlora_jax.parallel.sharding import split_rows
 from hyperlora_jax.stable_diffusion import packed_text
-
-LAYOUT = 2  # of the kept files
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -93,75 +90,56 @@ def encode_subjects(
         encoder: condition encoder, or None: pooled and tokens are then empty.
         captions: captions[n][v] of picture [n, v].
     """
-    count, views = images.shape[:2]
-    flat = images.reshape(-1, *images.shape[2:])
+    unique, index = number_captions(captions)
+    size = (int(images.shape[2]), int(images.shape[3]))
+    title = "text states" if progress else None
+    text_states = encode_texts(sd, unique, size, batch_size, title)
+    title = "latents and conditions" if progress else None
+    found = encode_pictures(sd, encoder, images, batch_size, title)
+    return EncodedSubjects(tuple(ids), text_index=index, text_states=text_states, **found)
+
+
+def number_captions(
+    captions: Sequence[Sequence[str]],
+) -> tuple[list[str], Int[np.ndarray, "n v"]]:
+    """(every different caption once, in the order of the alphabet; which one a picture has)."""
     unique = sorted({caption for row in captions for caption in row})
     number = {caption: k for k, caption in enumerate(unique)}
-    index = np.asarray([[number[caption] for caption in row] for row in captions], np.int32)
-    picture = (int(images.shape[2]), int(images.shape[3]))
-    text_states = encode_in_batches(
-        lambda prompts: packed_text.encode(sd, prompts, picture),
-        unique,
-        batch_size,
-        "text states" if progress else None,
-    )
+    return unique, np.asarray([[number[caption] for caption in row] for row in captions], np.int32)
 
-    def from_picture(chunk: np.ndarray) -> tuple[Any, Any, Any]:
-        pixels = jnp.asarray(chunk, jnp.float32) / 255.0
+
+def encode_texts(
+    sd: Any, texts: Sequence[str], picture: tuple[int, int], batch_size: int, title: str | None
+) -> Float[np.ndarray, "u t e"]:
+    """Packed text of captions of pictures (height, width)."""
+    found = encode_in_batches(
+        lambda some: packed_text.encode(sd, some, picture), texts, batch_size, title
+    )
+    return np.asarray(found, np.float32)
+
+
+def encode_pictures(
+    sd: Any,
+    encoder: Any,
+    images: UInt8[np.ndarray, "n v h w 3"],
+    batch_size: int,
+    title: str | None,
+    mesh: Mesh | None = None,
+) -> dict[str, Float[np.ndarray, "n v *any"]]:
+    """{"latents", "pooled", "tokens"} of pictures, split over a mesh that `sd` lies on too."""
+    count, views = images.shape[:2]
+
+    def of(chunk: np.ndarray) -> tuple[Any, Any, Any]:
+        pixels = split_rows(jnp.asarray(chunk, jnp.float32) / 255.0, mesh)
         latents = sd.encode_images(pixels)
         if encoder is None:
-            empty = jnp.zeros((len(chunk), 0))
+            empty = np.zeros((len(chunk), 0), np.float32)
             return latents, empty, empty[:, None]
         return latents, *encoder.encode(pixels)
 
-    latents, pooled, tokens = encode_in_batches(
-        from_picture, flat, batch_size, "latents and conditions" if progress else None
-    )
-
-    def by_subject(rows: Any) -> np.ndarray:
-        return np.asarray(rows, np.float32).reshape(count, views, *rows.shape[1:])
-
-    return EncodedSubjects(
-        ids=tuple(ids),
-        latents=by_subject(latents),
-        text_index=index,
-        text_states=np.asarray(text_states, np.float32),
-        pooled=by_subject(pooled),
-        tokens=by_subject(tokens),
-    )
-
-
-def encode_once(
-    folder: Path,
-    sd: Any,
-    encoder: Any,
-    ids: Sequence[str],
-    images: UInt8[np.ndarray, "n v h w 3"],
-    captions: Sequence[Sequence[str]],
-    *,
-    batch_size: int = 256,
-) -> EncodedSubjects:
-    """`encode_subjects`, kept in a file of `folder` and read again for the same pictures, captions
-    and models."""
-    asked = {
-        "ids": list(ids),
-        "pictures": hashlib.sha256(np.ascontiguousarray(images)).hexdigest(),
-        "shape": images.shape,
-        "captions": [list(own) for own in captions],
-        "base": sd.base_hash,
-        "dtype": str(jax.tree.leaves(sd.params["unet"])[0].dtype),
-        "encoder": "" if encoder is None else encoder.hash,
-        "layout": LAYOUT,
+    found = encode_in_batches(of, images.reshape(-1, *images.shape[2:]), batch_size, title)
+    names = ("latents", "pooled", "tokens")
+    return {
+        name: np.asarray(rows, np.float32).reshape(count, views, *rows.shape[1:])
+        for name, rows in zip(names, found, strict=True)
     }
-    name = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:24]
-    file = folder / f"encoded-{name}.npz"
-    if file.exists():
-        with np.load(file, allow_pickle=False) as arrays:
-            stored = dict(arrays)
-        return EncodedSubjects(ids=tuple(map(str, stored.pop("ids"))), **stored)
-    encoded = encode_subjects(sd, encoder, ids, images, captions, batch_size=batch_size)
-    arrays = {k: v for k, v in vars(encoded).items() if k != "ids"}
-    temporary = file.with_suffix(".tmp.npz")
-    np.savez(temporary, ids=np.asarray(encoded.ids), **arrays)
-    temporary.replace(file)
-    return encoded

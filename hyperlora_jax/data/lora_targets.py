@@ -10,6 +10,7 @@ from typing import Any
 
 import grain.python as grain
 import numpy as np
+from etils import epath
 from tqdm import tqdm
 
 from hyperlora_jax import storage
@@ -26,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 def open_lora_targets(
-    path: str | Path,
+    path: epath.PathLike,
     spec: LoraSpec | None = None,
     base_hash: str | None = None,
     skip_damaged: bool = False,

@@ -18,7 +18,7 @@ from etils import epath
 
 from hyperlora_jax import storage
 from hyperlora_jax.data import size_buckets
-from hyperlora_jax.data.encoded_subjects import encode_once
+from hyperlora_jax.data.encoding_cache import encode_once
 from hyperlora_jax.data.lora_targets_writer import write_lora_targets
 from hyperlora_jax.data.spool import Spool, finished_ids, write_finished
 from hyperlora_jax.data.subject_pictures import (
@@ -162,7 +162,7 @@ def _fit(
         return
     storage.pull(workdir, state_file.name)
     encoded = encode_once(
-        scratch,
+        workdir,
         sd,
         None,
         pictures.ids,

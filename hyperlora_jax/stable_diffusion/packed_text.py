@@ -7,23 +7,24 @@ states. So a caption is one array everywhere, whatever the family: cached, drawn
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from hyperlora_jax.array_types import AnyArray, Array, Float, Int, Params
-from hyperlora_jax.stable_diffusion.model import StableDiffusion
 from hyperlora_jax.stable_diffusion.unet import UNet
 from hyperlora_jax.stable_diffusion.unet_config import UNetConfig
 
 NUM_SIZES = 6  # height and width of the original, top and left of the crop, height and width of it
 
 
-def encode(sd: StableDiffusion, prompts: Sequence[str], picture: tuple[int, int]) -> Array:
+def encode(sd: Any, prompts: Sequence[str], picture: tuple[int, int]) -> Array:
     """Packed text [b, n + extra_rows, e] of the prompts.
 
     Args:
+        sd: a StableDiffusion.
         picture: (height, width) in pixels of the pictures, taken as whole and uncropped.
     """
     text = sd.encode_conditions(prompts)
@@ -32,7 +33,7 @@ def encode(sd: StableDiffusion, prompts: Sequence[str], picture: tuple[int, int]
     return _pack(text.states.astype(jnp.float32), text.pooled, picture)
 
 
-def encode_nothing(sd: StableDiffusion, picture: tuple[int, int]) -> Array:
+def encode_nothing(sd: Any, picture: tuple[int, int]) -> Array:
     """Packed text [1, …] of no prompt, as sampling with guidance takes it: the empty prompt, or
     zeros where an SDXL model says so (`force_zeros_for_empty_prompt`)."""
     if not (sd.is_xl and sd.zeros_for_no_prompt()):
@@ -67,6 +68,7 @@ def apply_unet(
 
 
 def _pooled_width(settings: UNetConfig) -> int:
+    assert settings.addition_input_width and settings.addition_time_width
     return settings.addition_input_width - NUM_SIZES * settings.addition_time_width
 
 

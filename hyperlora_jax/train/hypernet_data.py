@@ -9,7 +9,8 @@ import numpy as np
 from etils import epath
 
 from hyperlora_jax.array_types import Float, Int
-from hyperlora_jax.data.encoded_subjects import EncodedSubjects, encode_once
+from hyperlora_jax.data.encoded_subjects import EncodedSubjects
+from hyperlora_jax.data.encoding_cache import encode_once
 from hyperlora_jax.data.gauged_targets import GaugedVectors, read_in_gauge
 from hyperlora_jax.data.lora_targets import LoraTargets, open_lora_targets
 from hyperlora_jax.data.mixing import MixedSubjects
@@ -77,15 +78,15 @@ class TrainingTargets:
 
 
 def read_encoded(
-    config: Any, scratch: Path, sd: Any, encoder: Any
+    config: Any, workdir: epath.PathLike, scratch: Path, sd: Any, encoder: Any
 ) -> tuple[EncodedSubjects, dict[str, Any]]:
-    """Encoded training subjects, from the folder `scratch` if the same were encoded before; and
-    their pictures' facts."""
+    """Encoded training subjects, from the workdir if the same were encoded before; and their
+    pictures' facts."""
     pictures = load_pictures(
         config.data, config.data.num_identities, image_size(sd), scratch / "renders"
     )
     encoded = encode_once(
-        scratch,
+        workdir,
         sd,
         encoder,
         pictures.ids,

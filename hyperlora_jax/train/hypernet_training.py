@@ -55,7 +55,7 @@ def train_hypernetwork(config: Any, workdir: epath.PathLike) -> Hypernetwork:
     spec = sd.lora_spec(config.model.preset, config.model.rank)
     generator = build_generator(spec, with_remat(model, section.remat))
     phases = make_phases(section)
-    encoded, pictures_facts = read_encoded(config, scratch, sd, encoder)
+    encoded, pictures_facts = read_encoded(config, workdir, scratch, sd, encoder)
     facts = {
         "base": config.base,
         "base_hash": sd.base_hash,

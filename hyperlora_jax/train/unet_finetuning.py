@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from hyperlora_jax import storage
 from hyperlora_jax.array_types import Array, Params
-from hyperlora_jax.data.encoded_subjects import encode_once
+from hyperlora_jax.data.encoding_cache import encode_once
 from hyperlora_jax.data.subject_pictures import load_pictures
 from hyperlora_jax.diffusion.schedule import NoiseSchedule
 from hyperlora_jax.parallel import sharding
@@ -43,7 +43,7 @@ def finetune_unet(config: Any, workdir: epath.PathLike) -> epath.Path:
     mesh = make_mesh(**config.mesh)
     sd = load_base(config.base)
     unet = training_unet(sd.unet, config.train, mesh)
-    arrays, text_states, facts = _encoded(config, scratch, sd)
+    arrays, text_states, facts = _encoded(config, workdir, scratch, sd)
     section = config.train
     task = finetuning_task(
         unet,
@@ -120,13 +120,13 @@ def _cached_text(params: Params, frozen: Params, text: Array) -> Array:
 
 
 def _encoded(
-    config: Any, scratch: Path, sd: StableDiffusion
+    config: Any, workdir: epath.Path, scratch: Path, sd: StableDiffusion
 ) -> tuple[dict[str, np.ndarray], np.ndarray, dict[str, Any]]:
     """({"latents", "text"} of every picture, text states with the empty prompt last, facts)."""
     size, count = image_size(sd), config.data.num_identities
     pictures = load_pictures(config.data, count, size, scratch / "renders")
     encoded = encode_once(
-        scratch,
+        workdir,
         sd,
         None,
         pictures.ids,

@@ -1,5 +1,6 @@
 from types import SimpleNamespace
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -37,7 +38,7 @@ class Base:
 
     def encode_conditions(self, prompts):
         states = np.stack([np.full((6, 7), len(text), np.float32) for text in prompts])
-        return TextConditions(states, None)
+        return TextConditions(jnp.asarray(states), None)
 
 
 def test_every_prompt_in_turn_and_once(tmp_path):

@@ -46,7 +46,7 @@ def measured(experiments, monkeypatch):
 
     def measure(config, folder):
         done.append(config.train.num_steps)
-        (folder / "encoded-abc.npz").write_bytes(b"pictures")
+        (folder / "encoded" / "abc").write_bytes(b"pictures")
         scores = dict.fromkeys(("identity_top1", "image_error", "caption_accuracy"), score(0.5))
         return {
             **scores, "strength": 1.0, "guidance": 1.0, "steps": done[-1], "cpu_seconds": 60.0,
@@ -68,7 +68,7 @@ def test_equal_runs_of_two_experiments_are_trained_once(experiments, measured, t
     record = json.loads((tmp_path / "experiment_compute.json").read_text())
     assert [row["run"] for row in record["rows"]] == [*experiments.EXPERIMENTS["compute"].runs]
     assert experiments_page.table(record)[0][-2:] == ["60 s", "1"]
-    kept = tmp_path / "w" / "shared" / "encoded-abc.npz"
+    kept = tmp_path / "w" / "shared" / "encoded" / "abc"
     assert kept.read_bytes() == b"pictures"
 
 
