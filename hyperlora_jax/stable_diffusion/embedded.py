@@ -42,6 +42,6 @@ def base_path(source: str) -> str:
     return str(folder)
 
 
-def image_size(sd: StableDiffusion) -> int:
+def image_size(sd: Any) -> int:
     """Pixels per side of a base model's pictures."""
     return int(sd.unet.settings.sample_size[0] * sd.vae.downsampling)
