@@ -22,13 +22,14 @@ from hyperlora_jax import storage
 from hyperlora_jax.array_types import Float, UInt8
 from hyperlora_jax.data import encoded_subjects
 from hyperlora_jax.data.encoded_subjects import EncodedSubjects
+from hyperlora_jax.data.lazy_pictures import LazyPictures
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.parallel import multihost
 from hyperlora_jax.parallel.mesh import make_mesh
 from hyperlora_jax.parallel.sharding import on_mesh
 
 LAYOUT = 3  # of the files
-CHUNK = 8192  # pictures in a file
+CHUNK, CHUNK_BYTES = 8192, 2**30  # pictures encoded for one file, and their size in memory
 TEXTS = "texts"
 PATIENCE = 7 * 86400  # seconds for the slowest host; one that is gone is noticed by its heartbeat
 
@@ -38,7 +39,7 @@ def encode_once(
     sd: Any,
     encoder: Any,
     ids: Sequence[str],
-    images: UInt8[np.ndarray, "n v h w 3"],
+    images: UInt8[np.ndarray, "n v h w 3"] | LazyPictures,
     captions: Sequence[Sequence[str]],
     *,
     batch_size: int = 256,
@@ -53,8 +54,10 @@ def encode_once(
         UserError: a file cannot be written or read.
     """
     unique, index = encoded_subjects.number_captions(captions)
-    place = epath.Path(folder) / "encoded" / _digest(sd, encoder, ids, images, captions)
-    per_file = max(1, CHUNK // images.shape[1])
+    digest = multihost.agree(f"encoded/{len(ids)}", _digest(sd, encoder, ids, images, captions))
+    place = epath.Path(folder) / "encoded" / digest
+    picture_bytes = int(np.prod(images.shape[2:]))
+    per_file = max(1, min(CHUNK, CHUNK_BYTES // picture_bytes) // images.shape[1])
     starts = {f"{start:08d}": start for start in range(0, len(ids), per_file)}
     # All hosts go by what the first one found: a listing can differ between them.
     found = {name for name in (TEXTS, *starts) if (place / f"{name}.npz").exists()}
@@ -91,7 +94,7 @@ def _digest(
 ) -> str:
     asked = {
         "ids": list(ids),
-        "pictures": hashlib.sha256(np.ascontiguousarray(images)).hexdigest(),
+        "pictures": _mark(images),
         "shape": images.shape,
         "captions": [list(own) for own in captions],
         "base": sd.base_hash,
@@ -100,6 +103,12 @@ def _digest(
         "layout": LAYOUT,
     }
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:24]
+
+
+def _mark(images: Any) -> str:
+    if isinstance(images, LazyPictures):
+        return images.mark
+    return hashlib.sha256(np.ascontiguousarray(images)).hexdigest()
 
 
 def _write(file: epath.Path, arrays: dict[str, np.ndarray]) -> None:

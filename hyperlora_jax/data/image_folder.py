@@ -13,7 +13,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from hyperlora_jax import storage
 from hyperlora_jax.data import pictures, size_buckets
+from hyperlora_jax.data.concepts import Concept
 from hyperlora_jax.data.pictures import load_image
 from hyperlora_jax.data.size_buckets import Size
 from hyperlora_jax.data.subjects import Subject
@@ -21,7 +23,14 @@ from hyperlora_jax.errors import UserError
 
 ROLES = ("reference", "target", "both")
 
-__all__ = ["ROLES", "PictureFile", "load_image", "open_image_folder", "read_concept"]
+__all__ = [
+    "ROLES",
+    "PictureFile",
+    "load_image",
+    "open_concept",
+    "open_image_folder",
+    "read_concept",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,11 +61,19 @@ def open_image_folder(path: str | Path) -> list[Path]:
 
 
 def read_concept(folder: str | Path, buckets: Sequence[Size], default_caption: str = "") -> Subject:
-    """The subject of a concept folder, its pictures upright, all cut to the bucket nearest to the
-    median shape of its targets.
+    """The subject of a concept folder; see `open_concept`.
 
-    Raises UserError naming the file for unreadable pictures, wrong metadata, and folders without a
-    reference or without a target.
+    Raises UserError naming the file for unreadable pictures.
+    """
+    return open_concept(folder, buckets, default_caption).load()
+
+
+def open_concept(folder: str | Path, buckets: Sequence[Size], default_caption: str = "") -> Concept:
+    """The concept of a folder, its pictures upright, all cut to the bucket nearest to the median
+    shape of its targets. Of several buckets the files' headers decide; pictures are not read yet.
+
+    Raises UserError naming the file for wrong metadata, and folders without a reference or without
+    a target.
     """
     folder = Path(folder)
     files, identity = list_concept(folder)
@@ -68,14 +85,35 @@ def read_concept(folder: str | Path, buckets: Sequence[Size], default_caption: s
     size = buckets[0]
     if len(buckets) > 1:
         size = size_buckets.nearest((pictures.upright_size(f.path) for f in targets), buckets)
-    encoded = {file.path: pictures.encode_png(load_image(file.path, size)) for file in files}
-    return Subject(
-        id=folder.name,
-        identity=identity,
-        references=tuple(encoded[f.path] for f in references),
-        targets=tuple(encoded[f.path] for f in targets),
-        captions=tuple(f.caption or default_caption for f in targets),
+    captions = tuple(f.caption or default_caption for f in targets)
+
+    def load() -> Subject:
+        encoded = {file.path: pictures.encode_png(load_image(file.path, size)) for file in files}
+        return Subject(
+            id=folder.name,
+            identity=identity,
+            references=tuple(encoded[f.path] for f in references),
+            targets=tuple(encoded[f.path] for f in targets),
+            captions=captions,
+        )
+
+    return Concept(
+        folder.name,
+        identity,
+        captions,
+        size,
+        f"{folder.name} {[_mark(file.path) for file in files]}",
+        load,
+        lambda: [load_image(file.path, size) for file in targets],
+        [f.path for f in references] != [f.path for f in targets],
     )
+
+
+def _mark(file: Path) -> tuple[str, int, int]:
+    status = file.stat()
+    # The copy of a file in a bucket is as old as the copy, on every host.
+    copied = file.is_relative_to(storage.cache_folder())
+    return file.name, status.st_size, 0 if copied else status.st_mtime_ns
 
 
 def list_concept(folder: Path) -> tuple[list[PictureFile], str]:

@@ -2,6 +2,8 @@
 
 import collections
 import dataclasses
+import functools
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,9 @@ import numpy as np
 
 from hyperlora_jax import storage
 from hyperlora_jax.array_types import UInt8
-from hyperlora_jax.data import image_folder, pictures
+from hyperlora_jax.data import concepts, image_folder, pictures
+from hyperlora_jax.data.concepts import Concept
+from hyperlora_jax.data.lazy_pictures import LazyPictures
 from hyperlora_jax.data.lora_targets import open_lora_targets
 from hyperlora_jax.data.size_buckets import Size, nearest, square
 from hyperlora_jax.data.subjects import Subject
@@ -25,7 +29,8 @@ class SubjectPictures:
 
     Attributes:
         ids: unique names; identities: who is shown (several subjects may show one identity).
-        images: what a LoRA shall reproduce; a subject with fewer repeats its own in turn.
+        images: what a LoRA shall reproduce; a subject with fewer repeats its own in turn. Those of
+            folders and datasets are read when asked for.
         captions: captions[n][v].
         counts: how many of a subject's pictures are its own, the first ones.
         references: PNG files of what a hypernetwork is given; empty = the subject's pictures.
@@ -35,16 +40,16 @@ class SubjectPictures:
 
     ids: tuple[str, ...]
     identities: tuple[str, ...]
-    images: UInt8[np.ndarray, "n v h w 3"]
+    images: UInt8[np.ndarray, "n v h w 3"] | LazyPictures
     captions: tuple[tuple[str, ...], ...]
     counts: tuple[int, ...]
-    references: tuple[tuple[bytes, ...], ...]
+    references: Sequence[tuple[bytes, ...]]
     numbers: tuple[int, ...]
     facts: Mapping[str, Any]
 
     def targets_png(self, index: int) -> tuple[bytes, ...]:
         """A subject's own pictures as PNG files."""
-        own = self.images[index, : self.counts[index]]
+        own = self.images[index][: self.counts[index]]
         return tuple(pictures.encode_png(picture) for picture in own)
 
 
@@ -96,27 +101,45 @@ def avatar_pictures(
     )
 
 
-def _dense(
-    subjects: Sequence[Subject], numbers: Sequence[int], facts: Mapping[str, Any]
+class _References(Sequence[tuple[bytes, ...]]):
+    """Of every concept, read when asked for; () where they are its pictures."""
+
+    def __init__(self, members: Sequence[Concept]):
+        self._concepts = list(members)
+
+    def __len__(self) -> int:
+        return len(self._concepts)
+
+    def __getitem__(self, index: Any) -> Any:
+        concept = self._concepts[index]
+        return concept.load().references if concept.other_references else ()
+
+
+def _of_one_size(
+    members: Sequence[Concept], numbers: Sequence[int], facts: Mapping[str, Any]
 ) -> SubjectPictures:
-    """Subjects of one size; those with fewer pictures than the fullest repeat theirs in turn."""
-    most = max(len(subject.targets) for subject in subjects)
-    images, captions = [], []
-    for subject in subjects:
-        turn = [k % len(subject.targets) for k in range(most)]
-        decoded = [pictures.decode(png) for png in subject.targets]
-        images.append(np.stack([decoded[k] for k in turn]))
-        captions.append(tuple(subject.captions[k] for k in turn))
+    """Concepts of one size; those with fewer pictures than the fullest repeat theirs in turn."""
+    most = max(len(concept.captions) for concept in members)
+    turns = [[k % len(concept.captions) for k in range(most)] for concept in members]
+
+    def load(concept: Concept, turn: Sequence[int]) -> np.ndarray:
+        own = concept.pixels()
+        return np.stack([own[k] for k in turn])
+
+    loads = [functools.partial(load, *pair) for pair in zip(members, turns, strict=True)]
+    marks = "\n".join(concept.mark for concept in members)
     return SubjectPictures(
-        ids=tuple(subject.id for subject in subjects),
-        identities=tuple(subject.identity for subject in subjects),
-        images=np.stack(images),
-        captions=tuple(captions),
-        counts=tuple(len(subject.targets) for subject in subjects),
-        references=tuple(
-            () if subject.references == subject.targets else subject.references
-            for subject in subjects
+        ids=tuple(concept.id for concept in members),
+        identities=tuple(concept.identity for concept in members),
+        images=LazyPictures(
+            loads, (most, *members[0].size), hashlib.sha256(marks.encode()).hexdigest()
         ),
+        captions=tuple(
+            tuple(concept.captions[k] for k in turn)
+            for concept, turn in zip(members, turns, strict=True)
+        ),
+        counts=tuple(len(concept.captions) for concept in members),
+        references=_References(members),
         numbers=tuple(numbers),
         facts=facts,
     )
@@ -125,11 +148,19 @@ def _dense(
 def with_flips(given: SubjectPictures) -> SubjectPictures:
     """Every picture also mirrored left to right, under the same caption, just behind it: twice as
     many to reproduce. References stay as they are."""
-    count, views, *shape = given.images.shape
-    both = np.stack([given.images, given.images[:, :, :, ::-1]], axis=2)
+
+    def flipped(own: np.ndarray) -> np.ndarray:
+        both = np.stack([own, own[:, :, ::-1]], axis=1)
+        return both.reshape(2 * len(own), *own.shape[1:])
+
+    images = given.images
+    if isinstance(images, LazyPictures):
+        images = images.map(flipped, 2 * images.shape[1], "flips")
+    else:
+        images = np.stack([flipped(own) for own in images])
     return dataclasses.replace(
         given,
-        images=both.reshape(count, 2 * views, *shape),
+        images=images,
         captions=tuple(tuple(text for text in own for _ in range(2)) for own in given.captions),
         counts=tuple(2 * own for own in given.counts),
         references=tuple(
@@ -162,8 +193,8 @@ def load_pictures(
     """
     if data.source == "avatars":
         return _avatars(data, count, size, cache_dir)
-    subjects = read_subjects(data.source, square(size), count, data.skip_damaged)[:count]
-    (found,) = _by_size(subjects, data.source)
+    listed = list_concepts(data.source, square(size), count, data.skip_damaged)[:count]
+    (found,) = _by_size(listed, data.source)
     return found
 
 
@@ -181,8 +212,8 @@ def load_in_sizes(
     """
     if data.source == "avatars":
         return [_avatars(data, count, buckets[0][0], cache_dir)]
-    subjects = read_subjects(data.source, buckets, count, data.skip_damaged)[:count]
-    return _by_size(subjects, data.source)
+    listed = list_concepts(data.source, buckets, count, data.skip_damaged)[:count]
+    return _by_size(listed, data.source)
 
 
 def _avatars(data: Any, count: int, size: int, cache_dir: str | Path | None) -> SubjectPictures:
@@ -195,10 +226,10 @@ def _avatars(data: Any, count: int, size: int, cache_dir: str | Path | None) -> 
     return avatar_pictures(avatars, count, data.num_views, cache_dir=cache_dir)
 
 
-def read_subjects(
+def list_concepts(
     source: str, buckets: Sequence[Size], count: int = 1, skip_damaged: bool = False
-) -> list[Subject]:
-    """Every subject of a folder or dataset, or of several, in the order of their names.
+) -> list[Concept]:
+    """Every concept of a folder or dataset, or of several, in the order of their names.
 
     Args:
         buckets: sizes to choose from.
@@ -208,22 +239,22 @@ def read_subjects(
     Raises:
         UserError: see `load_in_sizes`.
     """
-    subjects: list[Subject] = []
+    found: list[Concept] = []
     for given in split_paths(source):
         path = str(storage.fetched(given))
         if (Path(path) / "index.json").is_file():
-            subjects += _dataset_subjects(path, buckets, skip_damaged)
+            found += _dataset_concepts(path, buckets, skip_damaged)
         elif (Path(path) / "dataset_info.json").is_file():
-            subjects += read_tfds_concepts(path, buckets)
+            found += _tfds_concepts(path, buckets)
         else:
             folders = image_folder.open_image_folder(path)
-            subjects += [image_folder.read_concept(folder, buckets) for folder in folders]
-    if count > len(subjects):
-        raise UserError(f"{source}: has {len(subjects)} concepts, expected {count}")
-    counts = collections.Counter(subject.id for subject in subjects)
+            found += [image_folder.open_concept(folder, buckets) for folder in folders]
+    if count > len(found):
+        raise UserError(f"{source}: has {len(found)} concepts, expected {count}")
+    counts = collections.Counter(concept.id for concept in found)
     if twice := [name for name, number in counts.items() if number > 1]:
         raise UserError(f"{source}: {len(twice)} concepts are there twice, first {twice[0]!r}")
-    return subjects
+    return found
 
 
 def split_paths(given: str) -> list[str]:
@@ -231,12 +262,12 @@ def split_paths(given: str) -> list[str]:
     return [given] if Path(given).exists() else [part.strip() for part in given.split(",")]
 
 
-def _dataset_subjects(path: str, buckets: Sequence[Size], skip_damaged: bool) -> list[Subject]:
+def _dataset_concepts(path: str, buckets: Sequence[Size], skip_damaged: bool) -> list[Concept]:
     """The training subjects of a LoRA-target dataset with the pictures that it holds."""
     targets = open_lora_targets(path, skip_damaged=skip_damaged)
-    subjects = []
-    for k in targets.split_indices("train"):
-        subject = targets[int(k)]
+
+    def load(k: int) -> Subject:
+        subject = targets[k]
         if not subject.targets or not subject.references:
             raise UserError(f"{path}: subject {subject.id} has no pictures, expected some")
         shapes = [pictures.decode(png, name=subject.id).shape[:2] for png in subject.targets]
@@ -245,19 +276,34 @@ def _dataset_subjects(path: str, buckets: Sequence[Size], skip_damaged: bool) ->
             tuple(pictures.encode_png(pictures.decode(png, size, subject.id)) for png in given)
             for given in (subject.references, subject.targets)
         )
-        subjects.append(dataclasses.replace(subject, references=references, targets=cut))
-    if not subjects:
+        return dataclasses.replace(subject, references=references, targets=cut)
+
+    found = []
+    for k in map(int, targets.split_indices("train")):
+        subject = load(k)
+        digest = hashlib.sha256(b"".join(subject.targets)).hexdigest()
+        found.append(concepts.of_subject(subject, digest, functools.partial(load, k)))
+    if not found:
         raise UserError(f"{path}: has no subjects in its train split, expected some")
-    return subjects
+    return found
 
 
-def _by_size(subjects: Sequence[Subject], source: str) -> list[SubjectPictures]:
+def _tfds_concepts(path: str, buckets: Sequence[Size]) -> list[Concept]:
+    """Concepts of a TFDS dataset, whose pictures lie in no order: they are kept as PNG files."""
+
+    def of(subject: Subject) -> Concept:
+        digest = hashlib.sha256(b"".join(subject.targets)).hexdigest()
+        return concepts.of_subject(subject, digest, lambda: subject)
+
+    return [of(subject) for subject in read_tfds_concepts(path, buckets)]
+
+
+def _by_size(members: Sequence[Concept], source: str) -> list[SubjectPictures]:
     groups: dict[Size, list[int]] = {}
-    for number, subject in enumerate(subjects):
-        height, width, _ = pictures.decode(subject.targets[0]).shape
-        groups.setdefault((height, width), []).append(number)
-    facts = {"source": str(source), "num_identities": len(subjects)}
+    for number, concept in enumerate(members):
+        groups.setdefault(concept.size, []).append(number)
+    facts = {"source": str(source), "num_identities": len(members)}
     return [
-        _dense([subjects[k] for k in numbers], numbers, {**facts, "size": list(size)})
+        _of_one_size([members[k] for k in numbers], numbers, {**facts, "size": list(size)})
         for size, numbers in sorted(groups.items())
     ]

@@ -13,7 +13,7 @@ import numpy as np
 
 from hyperlora_jax.array_types import Float
 from hyperlora_jax.data.size_buckets import square
-from hyperlora_jax.data.subject_pictures import read_subjects
+from hyperlora_jax.data.subject_pictures import list_concepts
 from hyperlora_jax.data.worlds import World, open_world
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.evaluate import compare, judges
@@ -93,7 +93,7 @@ def open_exam(config: Any, size: int, trained_on: frozenset[str], workdir: Path)
             f"{source} by, e.g. --config.evaluate.judges.independent=judge.onnx"
         )
     judge = next(iter(found))
-    subjects = read_subjects(str(source), square(size))
+    subjects = [concept.load() for concept in list_concepts(str(source), square(size))]
     if prompt := config.distill.prompt:
         subjects = [dataclasses.replace(s, captions=(prompt,) * len(s.captions)) for s in subjects]
     validation, test = make_picture_sets(

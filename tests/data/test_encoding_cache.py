@@ -78,7 +78,11 @@ def test_hosts_share_the_files_out(asked, files_made, tmp_path, monkeypatch):
         waited.append(name)
         monkeypatch.setattr(encoding_cache.multihost, "barrier", lambda *_: None)
         monkeypatch.setattr(jax, "process_index", lambda: 1)
-        monkeypatch.setattr(encoding_cache.multihost, "agree", lambda *_: "[]")
+        monkeypatch.setattr(
+            encoding_cache.multihost,
+            "agree",
+            lambda name, value: "[]" if name.endswith("found") else value,
+        )
         encode_once(tmp_path / "shared", *asked)
 
     monkeypatch.setattr(jax, "process_index", lambda: 0)
