@@ -158,7 +158,11 @@ class Checkpoints:
         _set_aside(self.directory, self._steps)
         policies: list[checkpoint_managers.PreservationPolicy] = [checkpoint_managers.LatestN(keep)]
         if keep_best:
-            policies.append(checkpoint_managers.BestN(get_metric_fn=_quality, n=keep_best))
+            policies.append(
+                checkpoint_managers.BestN(
+                    get_metric_fn=_quality, n=keep_best, keep_checkpoints_without_metrics=False
+                )
+            )
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
             best_fn=_quality,

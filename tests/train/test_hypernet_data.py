@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from hyperlora_jax.data import lora_targets_writer
 from hyperlora_jax.data.encoded_subjects import EncodedSubjects
 from hyperlora_jax.data.lora_targets_writer import write_lora_targets
 from hyperlora_jax.data.pipelines import subject_batches
@@ -55,6 +56,20 @@ def test_one_dataset(tmp_path):
     assert len(read(tmp_path, "", num_targets=2).subjects) == 2
     with pytest.raises(UserError, match=r"got 4, but .*targets has 3 LoRAs"):
         read(tmp_path, "", num_targets=4)
+
+
+def test_damaged_files_are_left_out_when_the_config_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(lora_targets_writer, "SHARD_BYTES", 1000)
+    path = write(tmp_path / "targets", range(12))
+    shards = sorted(path.glob("*.array_record-*"))
+    assert len(shards) > 2
+    shards[0].write_bytes(shards[0].read_bytes()[:50])
+    with pytest.raises(UserError, match=f"{shards[0].name} is damaged"):
+        read(tmp_path, "")
+    found = read(tmp_path, "", skip_damaged=True)
+    assert 0 < len(found.subjects) < 12 and found.facts["targets"] == len(found.subjects)
+    for k in found.subjects:
+        np.testing.assert_array_equal(found.rows[np.array([k])], [vector(k)])
 
 
 def test_several_datasets_are_drawn_in_their_shares(tmp_path):
