@@ -9,6 +9,21 @@ import numpy as np
 
 from hyperlora_jax.array_types import UInt8
 
+
+class LazySequence(Sequence[Any]):
+    """`count` items, each made by `get` whenever it is asked for."""
+
+    def __init__(self, count: int, get: Callable[[int], Any]):
+        self._numbers, self._get = range(count), get
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, index: Any) -> Any:
+        chosen = self._numbers[index]
+        return self._get(chosen) if isinstance(chosen, int) else [self._get(k) for k in chosen]
+
+
 Load = Callable[[], UInt8[np.ndarray, "v h w 3"]]
 
 

@@ -1,6 +1,5 @@
 """Subjects as plain pictures and captions: avatars, a folder per concept, or a dataset."""
 
-import collections
 import dataclasses
 import functools
 import hashlib
@@ -10,15 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from hyperlora_jax import storage
 from hyperlora_jax.array_types import UInt8
-from hyperlora_jax.data import concepts, image_folder, pictures
+from hyperlora_jax.data import pictures
+from hyperlora_jax.data.concept_sources import list_concepts
 from hyperlora_jax.data.concepts import Concept
-from hyperlora_jax.data.lazy_pictures import LazyPictures
-from hyperlora_jax.data.lora_targets import open_lora_targets
-from hyperlora_jax.data.size_buckets import Size, nearest, square
-from hyperlora_jax.data.subjects import Subject
-from hyperlora_jax.data.tfds_concepts import read_tfds_concepts
+from hyperlora_jax.data.lazy_pictures import LazyPictures, LazySequence
+from hyperlora_jax.data.size_buckets import Size, square
 from hyperlora_jax.data.worlds import World, open_world
 from hyperlora_jax.errors import UserError
 
@@ -101,20 +97,6 @@ def avatar_pictures(
     )
 
 
-class _References(Sequence[tuple[bytes, ...]]):
-    """Of every concept, read when asked for; () where they are its pictures."""
-
-    def __init__(self, members: Sequence[Concept]):
-        self._concepts = list(members)
-
-    def __len__(self) -> int:
-        return len(self._concepts)
-
-    def __getitem__(self, index: Any) -> Any:
-        concept = self._concepts[index]
-        return concept.load().references if concept.other_references else ()
-
-
 def _of_one_size(
     members: Sequence[Concept], numbers: Sequence[int], facts: Mapping[str, Any]
 ) -> SubjectPictures:
@@ -125,6 +107,9 @@ def _of_one_size(
     def load(concept: Concept, turn: Sequence[int]) -> np.ndarray:
         own = concept.pixels()
         return np.stack([own[k] for k in turn])
+
+    def references(k: int) -> tuple[bytes, ...]:
+        return members[k].load().references if members[k].other_references else ()
 
     loads = [functools.partial(load, *pair) for pair in zip(members, turns, strict=True)]
     marks = "\n".join(concept.mark for concept in members)
@@ -139,7 +124,7 @@ def _of_one_size(
             for concept, turn in zip(members, turns, strict=True)
         ),
         counts=tuple(len(concept.captions) for concept in members),
-        references=_References(members),
+        references=LazySequence(len(members), references),
         numbers=tuple(numbers),
         facts=facts,
     )
@@ -163,8 +148,8 @@ def with_flips(given: SubjectPictures) -> SubjectPictures:
         images=images,
         captions=tuple(tuple(text for text in own for _ in range(2)) for own in given.captions),
         counts=tuple(2 * own for own in given.counts),
-        references=tuple(
-            own or given.targets_png(index) for index, own in enumerate(given.references)
+        references=LazySequence(
+            len(given.ids), lambda k: given.references[k] or given.targets_png(k)
         ),
         facts={**given.facts, "flips": True},
     )
@@ -224,78 +209,6 @@ def _avatars(data: Any, count: int, size: int, cache_dir: str | Path | None) -> 
             f"but the base model works at {size}"
         )
     return avatar_pictures(avatars, count, data.num_views, cache_dir=cache_dir)
-
-
-def list_concepts(
-    source: str, buckets: Sequence[Size], count: int = 1, skip_damaged: bool = False
-) -> list[Concept]:
-    """Every concept of a folder or dataset, or of several, in the order of their names.
-
-    Args:
-        buckets: sizes to choose from.
-        count: how many there must be at least.
-        skip_damaged: of LoRA-target datasets, leave out what cannot be read.
-
-    Raises:
-        UserError: see `load_in_sizes`.
-    """
-    found: list[Concept] = []
-    for given in split_paths(source):
-        path = str(storage.fetched(given))
-        if (Path(path) / "index.json").is_file():
-            found += _dataset_concepts(path, buckets, skip_damaged)
-        elif (Path(path) / "dataset_info.json").is_file():
-            found += _tfds_concepts(path, buckets)
-        else:
-            folders = image_folder.open_image_folder(path)
-            found += [image_folder.open_concept(folder, buckets) for folder in folders]
-    if count > len(found):
-        raise UserError(f"{source}: has {len(found)} concepts, expected {count}")
-    counts = collections.Counter(concept.id for concept in found)
-    if twice := [name for name, number in counts.items() if number > 1]:
-        raise UserError(f"{source}: {len(twice)} concepts are there twice, first {twice[0]!r}")
-    return found
-
-
-def split_paths(given: str) -> list[str]:
-    """A path, or several with commas between them."""
-    return [given] if Path(given).exists() else [part.strip() for part in given.split(",")]
-
-
-def _dataset_concepts(path: str, buckets: Sequence[Size], skip_damaged: bool) -> list[Concept]:
-    """The training subjects of a LoRA-target dataset with the pictures that it holds."""
-    targets = open_lora_targets(path, skip_damaged=skip_damaged)
-
-    def load(k: int) -> Subject:
-        subject = targets[k]
-        if not subject.targets or not subject.references:
-            raise UserError(f"{path}: subject {subject.id} has no pictures, expected some")
-        shapes = [pictures.decode(png, name=subject.id).shape[:2] for png in subject.targets]
-        size = nearest(shapes, buckets)
-        references, cut = (
-            tuple(pictures.encode_png(pictures.decode(png, size, subject.id)) for png in given)
-            for given in (subject.references, subject.targets)
-        )
-        return dataclasses.replace(subject, references=references, targets=cut)
-
-    found = []
-    for k in map(int, targets.split_indices("train")):
-        subject = load(k)
-        digest = hashlib.sha256(b"".join(subject.targets)).hexdigest()
-        found.append(concepts.of_subject(subject, digest, functools.partial(load, k)))
-    if not found:
-        raise UserError(f"{path}: has no subjects in its train split, expected some")
-    return found
-
-
-def _tfds_concepts(path: str, buckets: Sequence[Size]) -> list[Concept]:
-    """Concepts of a TFDS dataset, whose pictures lie in no order: they are kept as PNG files."""
-
-    def of(subject: Subject) -> Concept:
-        digest = hashlib.sha256(b"".join(subject.targets)).hexdigest()
-        return concepts.of_subject(subject, digest, lambda: subject)
-
-    return [of(subject) for subject in read_tfds_concepts(path, buckets)]
 
 
 def _by_size(members: Sequence[Concept], source: str) -> list[SubjectPictures]:

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from hyperlora_jax.array_types import Float
+from hyperlora_jax.data.concept_sources import list_concepts
 from hyperlora_jax.data.size_buckets import square
-from hyperlora_jax.data.subject_pictures import list_concepts
 from hyperlora_jax.data.worlds import World, open_world
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.evaluate import compare, judges

@@ -9,12 +9,13 @@ import numpy as np
 from etils import epath
 
 from hyperlora_jax.array_types import Float, Int
+from hyperlora_jax.data.concept_sources import split_paths
 from hyperlora_jax.data.encoded_subjects import EncodedSubjects
 from hyperlora_jax.data.encoding_cache import encode_once
 from hyperlora_jax.data.gauged_targets import GaugedVectors, read_in_gauge
 from hyperlora_jax.data.lora_targets import LoraTargets, open_lora_targets
 from hyperlora_jax.data.mixing import MixedSubjects
-from hyperlora_jax.data.subject_pictures import load_pictures, split_paths
+from hyperlora_jax.data.subject_pictures import load_pictures
 from hyperlora_jax.data.vector_statistics import pooled
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora.sites import LoraSpec

@@ -1,0 +1,90 @@
+"""The concepts of a folder, of a LoRA-target dataset, of a TFDS dataset, or of several of them."""
+
+import collections
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from hyperlora_jax import storage
+from hyperlora_jax.data import concepts, image_folder, pictures
+from hyperlora_jax.data.concepts import Concept
+from hyperlora_jax.data.lora_targets import open_lora_targets
+from hyperlora_jax.data.size_buckets import Size, nearest
+from hyperlora_jax.data.subjects import Subject
+from hyperlora_jax.data.tfds_concepts import read_tfds_concepts
+from hyperlora_jax.errors import UserError
+
+
+def list_concepts(
+    source: str, buckets: Sequence[Size], count: int = 1, skip_damaged: bool = False
+) -> list[Concept]:
+    """Every concept of a folder or dataset, or of several, in the order of their names.
+
+    Args:
+        buckets: sizes to choose from.
+        count: how many there must be at least.
+        skip_damaged: of LoRA-target datasets, leave out what cannot be read.
+
+    Raises:
+        UserError: no folder or dataset, fewer than `count` concepts, one that is there twice or
+            has no pictures.
+    """
+    found: list[Concept] = []
+    for given in split_paths(source):
+        path = str(storage.fetched(given))
+        if (Path(path) / "index.json").is_file():
+            found += _dataset_concepts(path, buckets, skip_damaged)
+        elif (Path(path) / "dataset_info.json").is_file():
+            found += _tfds_concepts(path, buckets)
+        else:
+            folders = image_folder.open_image_folder(path)
+            found += [image_folder.open_concept(folder, buckets) for folder in folders]
+    if count > len(found):
+        raise UserError(f"{source}: has {len(found)} concepts, expected {count}")
+    counts = collections.Counter(concept.id for concept in found)
+    if twice := [name for name, number in counts.items() if number > 1]:
+        raise UserError(f"{source}: {len(twice)} concepts are there twice, first {twice[0]!r}")
+    return found
+
+
+def split_paths(given: str) -> list[str]:
+    """A path, or several with commas between them."""
+    return [given] if Path(given).exists() else [part.strip() for part in given.split(",")]
+
+
+def _dataset_concepts(path: str, buckets: Sequence[Size], skip_damaged: bool) -> list[Concept]:
+    """The training subjects of a LoRA-target dataset with the pictures that it holds."""
+    targets = open_lora_targets(path, skip_damaged=skip_damaged)
+
+    def load(k: int) -> Subject:
+        subject = targets[k]
+        if not subject.targets or not subject.references:
+            raise UserError(f"{path}: subject {subject.id} has no pictures, expected some")
+        shapes = [pictures.decode(png, name=subject.id).shape[:2] for png in subject.targets]
+        size = nearest(shapes, buckets)
+        references, cut = (
+            tuple(pictures.encode_png(pictures.decode(png, size, subject.id)) for png in given)
+            for given in (subject.references, subject.targets)
+        )
+        return dataclasses.replace(subject, references=references, targets=cut)
+
+    found = []
+    for k in map(int, targets.split_indices("train")):
+        subject = load(k)
+        digest = hashlib.sha256(b"".join(subject.targets)).hexdigest()
+        found.append(concepts.of_subject(subject, digest, functools.partial(load, k)))
+    if not found:
+        raise UserError(f"{path}: has no subjects in its train split, expected some")
+    return found
+
+
+def _tfds_concepts(path: str, buckets: Sequence[Size]) -> list[Concept]:
+    """Concepts of a TFDS dataset, whose pictures lie in no order: they are kept as PNG files."""
+
+    def of(subject: Subject) -> Concept:
+        digest = hashlib.sha256(b"".join(subject.targets)).hexdigest()
+        return concepts.of_subject(subject, digest, lambda: subject)
+
+    return [of(subject) for subject in read_tfds_concepts(path, buckets)]
