@@ -4,16 +4,18 @@
     hyperlora pretrain --config configs/fonts_base.py --workdir runs/fonts/base
     hyperlora pretrain --config configs/avatar_encoder.py --workdir runs/fonts/encoder \
         --config.data.style=fonts --config.data.num_identities=300 --config.data.num_views=48 \
-        --config.export.path=runs/fonts/fonts-encoder --config.export.name=fonts-encoder
+        --config.export.path=runs/fonts/fonts-encoder --config.export.name=fonts-encoder \
+        --config.train.num_steps=1000
     hyperlora pretrain --config configs/avatar_probe.py --workdir runs/fonts/probe \
         --config.data.style=fonts --config.data.num_identities=300 --config.data.num_views=48 \
-        --config.export.path=runs/fonts/fonts-probe --config.export.name=fonts-probe
+        --config.export.path=runs/fonts/fonts-probe --config.export.name=fonts-probe \
+        --config.train.num_steps=600
     hyperlora distill  --config configs/fonts.py --workdir runs/fonts/main
     hyperlora train    --config configs/fonts.py --workdir runs/fonts/main
     hyperlora evaluate --config configs/fonts.py --workdir runs/fonts/main
 
-A subject is told by several letters: one letter says little of a font. These commands have not been
-run yet, so there is no expected result.
+A font is told by one letter or by several: training draws one to four, evaluation shows one. Two
+CPU cores: about two hours.
 """
 
 from ml_collections import ConfigDict
@@ -29,8 +31,19 @@ def get_config() -> ConfigDict:
     config.data.num_views = 24
     config.distill.num_concepts = 256
     config.model.encoder = "runs/fonts/fonts-encoder"
+    config.distill.num_steps = 100
+    config.distill.recipe.schedule = "cosine"
+    config.distill.encoders = ()
+    config.train.num_steps = 2000
     config.train.num_references = (1, 4)
     config.evaluate.probe = "runs/fonts/fonts-probe"
     config.evaluate.num_identities = 48
     config.evaluate.conventional.num_identities = 48
+    config.evaluate.conventional.num_validation = 8
+    config.evaluate.steps_to_quality.num_identities = 0
+    config.evaluate.strengths = (1.0, 1.5, 2.0)
+    config.evaluate.methods = (
+        "base", "mean_lora", "shuffled", "nearest", "generated", "refined_25", "conventional_1",
+        "conventional",
+    )  # fmt: skip
     return config
