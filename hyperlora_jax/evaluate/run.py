@@ -229,7 +229,7 @@ class Evaluation:
     def report(
         self,
         results: dict[str, MethodResult],
-        folder: str | Path,
+        folder: epath.PathLike,
         *,
         torch_parity: dict[str, Any] | None = None,
         seconds: dict[str, float] | None = None,
