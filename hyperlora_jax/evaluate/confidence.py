@@ -74,12 +74,12 @@ def confidence_section(
             "rho": float(rank.statistic), "p": float(rank.pvalue), "n": len(known),
         },
     }  # fmt: skip
-    bars = {"held-out people": float(known.mean())}
+    bars = {"held-out subjects": float(known.mean())}
     bars |= {kind: float(scores.mean()) for kind, scores in found.items()}
     worst = min(numbers["strangers"].values(), key=lambda kind: kind["auc"])["auc"]
     note = (
         "Mean familiarity, the share of training subjects that are less like their own nearest "
-        f"neighbour. A held-out person is told from a stranger of any kind with AUC {worst:.2f} or "
+        f"neighbour. A held-out subject is told from a stranger of any kind with AUC {worst:.2f} or "
         f"more. Rank correlation with the error of the pictures: {rank.statistic:.2f} "
         f"(p = {rank.pvalue:.2f}; below 0 = less familiar people are drawn worse)."
     )
