@@ -79,9 +79,9 @@ def confidence_section(
     worst = min(numbers["strangers"].values(), key=lambda kind: kind["auc"])["auc"]
     note = (
         "Mean familiarity, the share of training subjects that are less like their own nearest "
-        f"neighbour. A held-out subject is told from a stranger of any kind with AUC {worst:.2f} or "
-        f"more. Rank correlation with the error of the pictures: {rank.statistic:.2f} "
-        f"(p = {rank.pvalue:.2f}; below 0 = less familiar people are drawn worse)."
+        f"neighbour. A held-out subject is told from a stranger of any kind with AUC {worst:.2f} "
+        f"or more. Rank correlation with the error of the pictures: {rank.statistic:.2f} "
+        f"(p = {rank.pvalue:.2f}; below 0 = less familiar subjects are drawn worse)."
     )
     figure = Figure("confidence", charts.bar_chart(bars, "familiarity"), note, "What it knows")
     return Section("confidence", numbers, (figure,))

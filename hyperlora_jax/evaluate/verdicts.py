@@ -113,8 +113,8 @@ def _confidence_verdict(summary: Summary) -> list[dict[str, str]]:
     worst = min(kinds, key=lambda kind: kinds[kind]["auc"])
     text = (
         "Pictures that are not of its subjects are less familiar to the hypernetwork than held-out "
-        f"subjects are: AUC {kinds[worst]['auc']:.2f} or more over {len(kinds)} kinds, the least for "
-        f"“{worst}”."
+        f"subjects are: AUC {kinds[worst]['auc']:.2f} or more over {len(kinds)} kinds, the least "
+        f"for “{worst}”."
     )
     return [_verdict(kinds[worst]["auc"] >= GOOD_AUC, text)]
 
