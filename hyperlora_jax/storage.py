@@ -1,7 +1,7 @@
 """Files in buckets (`gs://…`): results are written there, what is read a lot is copied here.
 
     fetched     a dataset or a base model, copied to this host's disk once
-    scratch     where a run keeps what it can make again (renders, latents)
+    scratch     where a run keeps what it can make again (renders, samples)
     pull, push  what a run on another host must find, between its scratch and its workdir
     writing     a local place for a result that belongs into a bucket
 

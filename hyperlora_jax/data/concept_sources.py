@@ -3,7 +3,6 @@
 import collections
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -58,12 +57,14 @@ def _dataset_concepts(path: str, buckets: Sequence[Size], skip_damaged: bool) ->
     """The training subjects of a LoRA-target dataset with the pictures that it holds."""
     targets = open_lora_targets(path, skip_damaged=skip_damaged)
 
-    def load(k: int) -> Subject:
-        subject = targets[k]
-        if not subject.targets or not subject.references:
-            raise UserError(f"{path}: subject {subject.id} has no pictures, expected some")
+    def size_of(subject: Subject) -> Size:
+        if len(buckets) == 1:
+            return buckets[0]
         shapes = [pictures.decode(png, name=subject.id).shape[:2] for png in subject.targets]
-        size = nearest(shapes, buckets)
+        return nearest(shapes, buckets)
+
+    def load(k: int, size: Size) -> Subject:
+        subject = targets[k]
         references, cut = (
             tuple(pictures.encode_png(pictures.decode(png, size, subject.id)) for png in given)
             for given in (subject.references, subject.targets)
@@ -72,9 +73,11 @@ def _dataset_concepts(path: str, buckets: Sequence[Size], skip_damaged: bool) ->
 
     found = []
     for k in map(int, targets.split_indices("train")):
-        subject = load(k)
-        digest = hashlib.sha256(b"".join(subject.targets)).hexdigest()
-        found.append(concepts.of_subject(subject, digest, functools.partial(load, k)))
+        subject = targets[k]
+        if not subject.targets or not subject.references:
+            raise UserError(f"{path}: subject {subject.id} has no pictures, expected some")
+        size = size_of(subject)
+        found.append(concepts.of_subject(subject, size, functools.partial(load, k, size)))
     if not found:
         raise UserError(f"{path}: has no subjects in its train split, expected some")
     return found
@@ -84,7 +87,7 @@ def _tfds_concepts(path: str, buckets: Sequence[Size]) -> list[Concept]:
     """Concepts of a TFDS dataset, whose pictures lie in no order: they are kept as PNG files."""
 
     def of(subject: Subject) -> Concept:
-        digest = hashlib.sha256(b"".join(subject.targets)).hexdigest()
-        return concepts.of_subject(subject, digest, lambda: subject)
+        height, width, _ = pictures.decode(subject.targets[0], name=subject.id).shape
+        return concepts.of_subject(subject, (height, width), lambda: subject)
 
     return [of(subject) for subject in read_tfds_concepts(path, buckets)]

@@ -1,6 +1,7 @@
 """What a folder or a dataset has of one concept, before any picture is read."""
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -35,15 +36,14 @@ class Concept:
     other_references: bool
 
 
-def of_subject(subject: Subject, mark: str, load: Callable[[], Subject]) -> Concept:
-    """The concept of a subject that is known already; `load` gives it again."""
-    height, width, _ = pictures.decode(subject.targets[0], name=subject.id).shape
+def of_subject(subject: Subject, size: Size, load: Callable[[], Subject]) -> Concept:
+    """The concept of a subject that was read already; `load` gives it with pictures of `size`."""
     return Concept(
         subject.id,
         subject.identity,
         subject.captions,
-        (height, width),
-        mark,
+        size,
+        hashlib.sha256(b"".join(subject.targets)).hexdigest(),
         load,
         lambda: [pictures.decode(png) for png in load().targets],
         subject.references != subject.targets,

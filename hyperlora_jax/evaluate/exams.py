@@ -93,7 +93,8 @@ def open_exam(config: Any, size: int, trained_on: frozenset[str], workdir: Path)
             f"{source} by, e.g. --config.evaluate.judges.independent=judge.onnx"
         )
     judge = next(iter(found))
-    subjects = [concept.load() for concept in list_concepts(str(source), square(size))]
+    listed = list_concepts(str(source), square(size), skip_damaged=config.data.skip_damaged)
+    subjects = [concept.load() for concept in listed]
     if prompt := config.distill.prompt:
         subjects = [dataclasses.replace(s, captions=(prompt,) * len(s.captions)) for s in subjects]
     validation, test = make_picture_sets(

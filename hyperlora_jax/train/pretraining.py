@@ -69,7 +69,8 @@ def pretrain(config: Any, workdir: epath.PathLike) -> epath.Path:
         train_tokenizer(captions, tokenizer_dir, model_max_length=length)
     vae, vae_params = _train_autoencoder(config, workdir, mesh, images)
     latents = _latents(vae, vae_params, scratch / "latents.npy", images)
-    storage.push(workdir, *KEPT)
+    if jax.process_index() == 0:
+        storage.push(workdir, *KEPT)
     vae, latents = _normalised(vae, latents)
     trained, modules = _train_unet(config, workdir, mesh, tokenizer_dir, captions, latents)
     params = {**jax.device_get(trained), "vae": jax.device_get(vae_params)}
