@@ -139,7 +139,8 @@ def load_encoder(path: epath.PathLike) -> FlaxImageEncoder:
         kwargs = {**config["module"], "widths": tuple(config["module"]["widths"])}
         module = ConvEncoder(**kwargs)
         check_params(path, module, params)
-        return FlaxImageEncoder(config["name"], module, params, weights_hash, config["facts"])
+        placed = jax.device_put(params)  # once, and not with every call
+        return FlaxImageEncoder(config["name"], module, placed, weights_hash, config["facts"])
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"encoder {path}: config.json does not describe one ({error})") from error
 

@@ -11,7 +11,7 @@ encoder is one of ours.
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -29,6 +29,7 @@ from hyperlora_jax.hypernet import conditioning, familiarity
 from hyperlora_jax.hypernet.building import build_generator
 from hyperlora_jax.hypernet.condition import merge_references, repeated
 from hyperlora_jax.hypernet.generators import Draw, Generator
+from hyperlora_jax.hypernet.image_encoder import ConvEncoder
 from hyperlora_jax.lora.sites import LoraSpec
 
 FORMAT = "hyperlora-hypernetwork"
@@ -96,19 +97,17 @@ class Hypernetwork:
             UserError: several samples of a generator that always answers the same, or guidance of
                 one that was trained without condition dropout.
         """
-        return self.write(key, *self.embed(references), num_samples=num_samples, **draw)
+        settings = self._draw(num_samples, draw)
+        if not isinstance(self.encoder, conditioning.FlaxImageEncoder):
+            return self._write(key, *self.embed(references), num_samples, settings)
+        return _generate(
+            self.generator, self.params, self._constants, self.encoder.module, self.encoder.params,
+            jnp.asarray(references), key, num_samples, settings,
+        )  # fmt: skip
 
     def embed(self, references: AnyArray) -> tuple[Array, Array]:
         """Pooled [l, k, e] and tokens [l, k, m, e] of [l, h, w, 3] or [l, k, h, w, 3] pictures."""
-        references = jnp.asarray(references)
-        if references.ndim == 4:
-            references = references[:, None]
-        num_loras, num_references = references.shape[:2]
-        images = references.reshape(-1, *references.shape[2:])
-        pooled, tokens = self.encoder.encode(images)
-        pooled = jnp.reshape(pooled, (num_loras, num_references, *pooled.shape[1:]))
-        tokens = jnp.reshape(tokens, (num_loras, num_references, *tokens.shape[1:]))
-        return pooled, tokens
+        return _embedded(self.encoder.encode, jnp.asarray(references))
 
     def familiarity(self, references: AnyArray) -> Float[np.ndarray, " l"] | None:
         """How well each subject's references fit what the hypernetwork was trained on, 0 (unlike
@@ -122,6 +121,21 @@ class Hypernetwork:
         self, key: Array, pooled: Array, tokens: Array, *, num_samples: int = 1, **draw: Any
     ) -> Params:
         """LoRAs from embeddings: pooled [l, k, e], tokens [l, k, m, e]; see `generate`."""
+        return self._write(key, pooled, tokens, num_samples, self._draw(num_samples, draw))
+
+    @property
+    def _constants(self) -> Params:
+        return {k: v for k, v in self.constants.items() if k != "familiarity"}
+
+    def _write(
+        self, key: Array, pooled: Array, tokens: Array, num_samples: int, draw: Draw
+    ) -> Params:
+        return _write(
+            self.generator, self.params, self._constants, pooled, tokens, key, num_samples, draw
+        )
+
+    def _draw(self, num_samples: int, given: Mapping[str, Any]) -> Draw:
+        """The settings of one call; UserError for more samples than the generator can draw."""
         if num_samples != 1 and not (num_samples > 1 and self.generator.stochastic):
             raise UserError(
                 f"num_samples is {num_samples}, but this checkpoint's generator "
@@ -132,12 +146,7 @@ class Hypernetwork:
                     else "writes the same LoRA every time; expected 1"
                 )
             )
-        given = {name: value for name, value in draw.items() if value is not None}
-        settings = self.default_draw._replace(**given)
-        constants = {k: v for k, v in self.constants.items() if k != "familiarity"}
-        return _write(
-            self.generator, self.params, constants, pooled, tokens, key, num_samples, settings
-        )
+        return self.default_draw._replace(**{k: v for k, v in given.items() if v is not None})
 
     def save(self, path: epath.PathLike) -> None:
         """Writes the folder; each file appears whole or not at all."""
@@ -224,6 +233,36 @@ def _write(
 ) -> Params:
     condition = repeated(merge_references(pooled, tokens), num_samples)
     return generator.sample(params, constants, condition, key, draw)
+
+
+@functools.partial(jax.jit, static_argnames=("generator", "encoder_module", "num_samples", "draw"))
+def _generate(
+    generator: Generator,
+    params: Params,
+    constants: Params,
+    encoder_module: ConvEncoder,
+    encoder_params: Params,
+    references: Array,
+    key: Array,
+    num_samples: int,
+    draw: Draw,
+) -> Params:
+    """Pictures to LoRAs as one program: on a small model every dispatch between two counts."""
+    encode = functools.partial(encoder_module.apply, {"params": encoder_params})
+    pooled, tokens = _embedded(encode, references)
+    return _write(generator, params, constants, pooled, tokens, key, num_samples, draw)
+
+
+def _embedded(encode: Callable[[Array], Any], references: Array) -> tuple[Array, Array]:
+    """Pooled [l, k, e] and tokens [l, k, m, e] of [l, h, w, 3] or [l, k, h, w, 3] pictures."""
+    if references.ndim == 4:
+        references = references[:, None]
+    pooled, tokens = encode(references.reshape(-1, *references.shape[2:]))
+    lead = references.shape[:2]
+    return (
+        jnp.reshape(pooled, (*lead, *pooled.shape[1:])),
+        jnp.reshape(tokens, (*lead, *tokens.shape[1:])),
+    )
 
 
 def _find(path: epath.Path) -> epath.Path:
