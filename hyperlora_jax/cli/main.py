@@ -5,7 +5,9 @@ Exit codes: 0 done, 2 wrong use or bad input (one line on stderr), 75 preempted 
 """
 
 import argparse
+import contextlib
 import importlib
+import io
 import logging
 import os
 import sys
@@ -58,12 +60,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         # libtpu without a TPU (it is installed for `hyperlora compile`) would look for one at
         # length and complain.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    import jax
+
     from hyperlora_jax.parallel import compilation_cache, cpu_devices, multihost
 
     cpu_devices.prepare()
-    multihost.start()
+    several = multihost.start()
     compilation_cache.enable()
-    return run_command(name, arguments[1:])
+    quiet = (
+        several and jax.process_index() > 0
+    )  # what a run wrote is said once; errors are everybody's
+    with contextlib.redirect_stdout(io.StringIO() if quiet else sys.stdout):
+        return run_command(name, arguments[1:])
 
 
 def run_command(name: str, arguments: Sequence[str]) -> int:

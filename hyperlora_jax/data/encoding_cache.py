@@ -31,7 +31,6 @@ from hyperlora_jax.parallel.sharding import on_mesh
 LAYOUT = 3  # of the files
 CHUNK, CHUNK_BYTES = 8192, 2**30  # pictures encoded for one file, and their size in memory
 TEXTS = "texts"
-PATIENCE = 7 * 86400  # seconds for the slowest host; one that is gone is noticed by its heartbeat
 
 
 def encode_once(
@@ -82,7 +81,7 @@ def encode_once(
             )
         _write(place / f"{name}.npz", arrays)
     if missing:
-        multihost.barrier(f"{place}/encoded", PATIENCE)
+        multihost.barrier(f"{place}/encoded", multihost.PATIENCE)
     (text_states,) = _read(place / f"{TEXTS}.npz").values()
     chunks = [_read(place / f"{name}.npz") for name in starts]
     arrays = {name: np.concatenate([chunk.pop(name) for chunk in chunks]) for name in [*chunks[0]]}

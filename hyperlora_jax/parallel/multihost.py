@@ -7,16 +7,18 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import jax
 
 from hyperlora_jax.errors import UserError
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+PATIENCE = 7 * 86400  # seconds for the slowest host; one that is gone is noticed by its heartbeat
 SWITCH = "HYPERLORA_DISTRIBUTED"  # 1: always start, 0: never, unset: as the environment says
 
 
@@ -128,6 +130,17 @@ def barrier(name: str, timeout_seconds: int = 300) -> None:
     service = client()
     if service is not None and jax.process_count() > 1:
         service.wait_at_barrier(f"hyperlora/{name}", timeout_seconds * 1000)
+
+
+def first_then_others(name: str, make: Callable[[], T]) -> T:
+    """`make()` on process 0, then on all others: what it keeps in files is made once where hosts
+    share a disk, and by everyone where they do not. `name` must be used once in a run."""
+    if jax.process_index() == 0:
+        result = make()
+        barrier(name, PATIENCE)
+        return result
+    barrier(name, PATIENCE)
+    return make()
 
 
 def announce_step(step: int) -> None:

@@ -1,11 +1,15 @@
 """`hyperlora pretrain` for the avatar world's identity encoder and attribute probe."""
 
+from collections.abc import Callable
 from typing import Any
 
+import jax
 from etils import epath
 
 from hyperlora_jax import storage
+from hyperlora_jax.array_types import Params
 from hyperlora_jax.data.worlds import open_world
+from hyperlora_jax.parallel import multihost, sharding
 from hyperlora_jax.parallel.mesh import make_mesh
 from hyperlora_jax.train import encoder_task, probe_task
 from hyperlora_jax.train.configured import fit_section
@@ -27,35 +31,21 @@ def pretrain_encoder(config: Any, workdir: epath.PathLike) -> epath.Path:
         **{**config.model.to_dict(), "encoder": _encoder(config, bundle)},
     )
     params = _fit(task, config, workdir)
-    out = epath.Path(config.export.path)
-    encoder = _encoder(config, bundle)
-    facts = {"num_steps": config.train.num_steps}
-    with storage.writing(out, storage.scratch(workdir)) as folder:
-        encoder_task.export_encoder(
-            folder, params, bundle, encoder=encoder, name=config.export.name, facts=facts
-        )
-    return out
+    return _export(encoder_task.export_encoder, params, bundle, config, workdir)
 
 
 def pretrain_probe(config: Any, workdir: epath.PathLike) -> epath.Path:
     """Trains the attribute probe on renders; returns the exported folder."""
     bundle = _bundle(config, workdir)
-    encoder = _encoder(config, bundle)
     task = probe_task.make_task(
         bundle,
         batch_size=config.train.batch_size,
         seed=config.train.seed,
-        encoder=encoder,
+        encoder=_encoder(config, bundle),
         augmentation=dict(config.train.augmentation),
     )
     params = _fit(task, config, workdir)
-    out = epath.Path(config.export.path)
-    facts = {"num_steps": config.train.num_steps}
-    with storage.writing(out, storage.scratch(workdir)) as folder:
-        probe_task.export_probe(
-            folder, params, bundle, encoder=encoder, name=config.export.name, facts=facts
-        )
-    return out
+    return _export(probe_task.export_probe, params, bundle, config, workdir)
 
 
 def _encoder(config: Any, bundle: RenderBundle) -> dict[str, Any]:
@@ -70,12 +60,33 @@ def _bundle(config: Any, workdir: epath.PathLike) -> RenderBundle:
     if config.data.bundle:
         return RenderBundle.load(config.data.bundle)
     avatars = open_world(config.data.style, config.data.size, config.data.split_seed)
-    return render_bundle(
-        avatars, config.data.num_identities, config.data.num_views, cache_dir=scratch / "renders"
+    people, views = config.data.num_identities, config.data.num_views
+    return multihost.first_then_others(
+        "pictures", lambda: render_bundle(avatars, people, views, cache_dir=scratch / "renders")
     )
 
 
-def _fit(task: Any, config: Any, workdir: epath.PathLike) -> Any:
+def _fit(task: Any, config: Any, workdir: epath.PathLike) -> Params:
     mesh = make_mesh(**config.mesh)
     section = config.train
-    return fit_section(task, section, workdir=workdir, mesh=mesh, seed=section.seed, config=config)
+    params = fit_section(
+        task, section, workdir=workdir, mesh=mesh, seed=section.seed, config=config
+    )
+    return sharding.gather(params, mesh)
+
+
+def _export(
+    export: Callable[..., Any],
+    params: Params,
+    bundle: RenderBundle,
+    config: Any,
+    workdir: epath.PathLike,
+) -> epath.Path:
+    """The folder that one process writes for all."""
+    out = epath.Path(config.export.path)
+    if jax.process_index() == 0:
+        facts = {"num_steps": config.train.num_steps}
+        encoder = _encoder(config, bundle)
+        with storage.writing(out, storage.scratch(workdir)) as folder:
+            export(folder, params, bundle, encoder=encoder, name=config.export.name, facts=facts)
+    return out

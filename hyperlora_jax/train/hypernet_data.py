@@ -19,6 +19,7 @@ from hyperlora_jax.data.subject_pictures import load_pictures
 from hyperlora_jax.data.vector_statistics import pooled
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora.sites import LoraSpec
+from hyperlora_jax.parallel import multihost
 from hyperlora_jax.stable_diffusion.embedded import image_size
 
 CHECKED = 256  # vectors per look for numbers that are not finite
@@ -83,8 +84,9 @@ def read_encoded(
 ) -> tuple[EncodedSubjects, dict[str, Any]]:
     """Encoded training subjects, from the workdir if the same were encoded before; and their
     pictures' facts."""
-    pictures = load_pictures(
-        config.data, config.data.num_identities, image_size(sd), scratch / "renders"
+    count, size = config.data.num_identities, image_size(sd)
+    pictures = multihost.first_then_others(
+        "pictures", lambda: load_pictures(config.data, count, size, scratch / "renders")
     )
     encoded = encode_once(
         workdir,

@@ -20,6 +20,7 @@ from hyperlora_jax.data.encoded_subjects import encode_in_batches
 from hyperlora_jax.data.worlds import open_world
 from hyperlora_jax.diffusion.schedule import NoiseSchedule
 from hyperlora_jax.errors import UserError
+from hyperlora_jax.parallel import multihost, sharding
 from hyperlora_jax.parallel.mesh import make_mesh
 from hyperlora_jax.stable_diffusion.autoencoder import AutoencoderKL, vae_from_config
 from hyperlora_jax.stable_diffusion.checkpoint import init_params
@@ -62,27 +63,30 @@ def pretrain(config: Any, workdir: epath.PathLike) -> epath.Path:
     scratch = storage.scratch(workdir)
     storage.pull(workdir, *KEPT)
     mesh = make_mesh(**config.mesh)
-    images, captions = _draw_avatars(config, scratch)
-    tokenizer_dir = scratch / "tokenizer"
-    length = config.base.model_max_length
-    if not (tokenizer_dir / "tokenizer_config.json").exists():
-        train_tokenizer(captions, tokenizer_dir, model_max_length=length)
+    images, captions = multihost.first_then_others(
+        "pictures", lambda: _draw_avatars(config, scratch)
+    )
+    tokenizer = multihost.first_then_others(
+        "tokenizer", lambda: _tokenizer(config, scratch, captions)
+    )
     vae, vae_params = _train_autoencoder(config, workdir, mesh, images)
-    latents = _latents(vae, vae_params, scratch / "latents.npy", images)
+    latents = multihost.first_then_others(
+        "latents", lambda: _latents(vae, vae_params, scratch / "latents.npy", images)
+    )
     if jax.process_index() == 0:
         storage.push(workdir, *KEPT)
     vae, latents = _normalised(vae, latents)
-    trained, modules = _train_unet(config, workdir, mesh, tokenizer_dir, captions, latents)
-    params = {**jax.device_get(trained), "vae": jax.device_get(vae_params)}
+    trained, modules = _train_unet(config, workdir, mesh, tokenizer, captions, latents)
     sd = StableDiffusion(
-        params=params,
+        params={**trained, "vae": vae_params},
         schedule=NoiseSchedule.from_config(SCHEDULER_CONFIG),
         vae=vae,
         **modules,
     )
     out = epath.Path(config.export.path)
-    with storage.writing(out, scratch) as folder:
-        sd.save_pretrained(folder, dtype="float16")
+    if jax.process_index() == 0:
+        with storage.writing(out, scratch) as folder:
+            sd.save_pretrained(folder, dtype="float16")
     return out
 
 
@@ -131,6 +135,16 @@ def _draw_avatars(config: Any, scratch: Path) -> tuple[np.ndarray, list[str]]:
     return images, [avatars.caption(view) for _, view in pairs]
 
 
+def _tokenizer(config: Any, scratch: Path, captions: list[str]) -> Any:
+    """The tokenizer of the captions, kept in the workdir."""
+    from transformers import CLIPTokenizer
+
+    folder = scratch / "tokenizer"
+    if not (folder / "tokenizer_config.json").exists():
+        train_tokenizer(captions, folder, model_max_length=config.base.model_max_length)
+    return CLIPTokenizer.from_pretrained(folder)
+
+
 def _train_autoencoder(
     config: Any, workdir: epath.Path, mesh: Any, images: np.ndarray
 ) -> tuple[AutoencoderKL, Params]:
@@ -161,7 +175,7 @@ def _train_autoencoder(
         seed=config.train.seed,
         config=config,
     )
-    return vae, params
+    return vae, sharding.gather(params, mesh)
 
 
 def _latents(vae: AutoencoderKL, params: Params, file: Path, images: np.ndarray) -> np.ndarray:
@@ -193,13 +207,10 @@ def _train_unet(
     config: Any,
     workdir: epath.Path,
     mesh: Any,
-    tokenizer_dir: Path,
+    tokenizer: Any,
     captions: list[str],
     latents: np.ndarray,
 ) -> tuple[Params, dict[str, Any]]:
-    from transformers import CLIPTokenizer
-
-    tokenizer = CLIPTokenizer.from_pretrained(tokenizer_dir)
     encoded = tokenizer([*captions, ""], padding="max_length", truncation=True)["input_ids"]
     ids = np.asarray(encoded, np.int32)
     text = text_model_from_config(text_config(config.base.text_encoder, tokenizer))
@@ -230,7 +241,8 @@ def _train_unet(
     params = fit_section(
         task, section, workdir=workdir, mesh=mesh, seed=section.seed, config=config
     )
-    return params, {"unet": unet, "text_encoder": text, "tokenizers": (tokenizer,)}
+    modules = {"unet": unet, "text_encoder": text, "tokenizers": (tokenizer,)}
+    return sharding.gather(params, mesh), modules
 
 
 def autoencoder_config(section: Any, image_size: int) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from hyperlora_jax.array_types import Array, Params
 from hyperlora_jax.data.encoding_cache import encode_once
 from hyperlora_jax.data.subject_pictures import load_pictures
 from hyperlora_jax.diffusion.schedule import NoiseSchedule
-from hyperlora_jax.parallel import sharding
+from hyperlora_jax.parallel import multihost, sharding
 from hyperlora_jax.parallel.mesh import make_mesh
 from hyperlora_jax.stable_diffusion import packed_text
 from hyperlora_jax.stable_diffusion.checkpoint import init_params
@@ -124,7 +124,9 @@ def _encoded(
 ) -> tuple[dict[str, np.ndarray], np.ndarray, dict[str, Any]]:
     """({"latents", "text"} of every picture, text states with the empty prompt last, facts)."""
     size, count = image_size(sd), config.data.num_identities
-    pictures = load_pictures(config.data, count, size, scratch / "renders")
+    pictures = multihost.first_then_others(
+        "pictures", lambda: load_pictures(config.data, count, size, scratch / "renders")
+    )
     encoded = encode_once(
         workdir,
         sd,

@@ -1,15 +1,20 @@
 import importlib.util
+import os
 import pathlib
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from hyperlora_jax.stable_diffusion.embedded import load_base
 from hyperlora_jax.train.json_lines import read_rows
 from hyperlora_jax.train.pretraining import pretrain
 
-CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "tiny_sd.py"
+ROOT = pathlib.Path(__file__).parents[2]
+CONFIG = ROOT / "configs" / "tiny_sd.py"
 
 
 @pytest.fixture
@@ -40,3 +45,35 @@ def test_a_base_is_trained_exported_and_trained_only_once(config, tmp_path):
     assert len(list(read_rows(tmp_path / "run" / "metrics.jsonl"))) == 3
     again = load_base(str(out))
     assert again.base_hash == sd.base_hash
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_base_that_one_does(tmp_path):
+    def trained(processes, devices):
+        work = tmp_path / f"{processes}x{devices}"
+        changes = {
+            "data.num_identities": 8, "data.num_views": 2, "mesh.data": 1, "mesh.fsdp": 2,
+            "base.unet.block_out_channels": "(16,16)", "export.path": work / "base",
+            "autoencoder.num_steps": 3, "autoencoder.batch_size": 8,
+            "train.num_steps": 3, "train.batch_size": 8, "train.log_every_steps": 1,
+        }  # fmt: skip
+        done = subprocess.run(
+            [
+                *("bash", ROOT / "launch" / "local_processes.sh", str(processes), str(devices)),
+                *(sys.executable, "-m", "hyperlora_jax", "pretrain", "--config", CONFIG),
+                *("--workdir", work, *(f"--config.{k}={v}" for k, v in changes.items())),
+            ],
+            env={**os.environ, "MAX_RESTARTS": "0"},
+            capture_output=True,
+            text=True,
+            timeout=900,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.splitlines() == [f"wrote {work / 'base'}"]  # said once
+        weights = load_file(work / "base" / "unet" / "diffusion_pytorch_model.safetensors")
+        return [row["loss"] for row in read_rows(work / "metrics.jsonl")], weights
+
+    (one, first), (two, second) = trained(1, 2), trained(2, 1)
+    np.testing.assert_allclose(two, one, rtol=1e-5)
+    for name, expected in first.items():  # float16, and Adam's first steps enlarge rounding
+        np.testing.assert_allclose(second[name], expected, atol=2e-3, err_msg=name)
