@@ -20,6 +20,7 @@ from hyperlora_jax.evaluate.protocol import EvaluationSet
 from hyperlora_jax.evaluate.sample_cache import SampleCache
 
 TIED_TOP1 = 0.01  # identity scores this close count as equal when a strength is chosen
+FURTHER, STRIDE = 3, 1.5  # strengths beyond the end of a grid, and how far each lies from the last
 Sampler = Callable[..., AnyArray]  # (evaluation set, strength[, guidance]) -> pictures
 
 
@@ -41,7 +42,8 @@ class Method:
       sample: (evaluation set, strength) -> pictures [i', c, h, w, 3]; i' may be less than the
         set's identities (the first ones), for a method too slow to do all. A third argument,
         the guidance, is given where it is not 1.
-      strengths: what to choose from; one entry means there is nothing to choose.
+      strengths: what to choose from, and up to `FURTHER` beyond an end that is the best; one entry
+        means there is nothing to choose.
       guidances: likewise; chosen first, at the strength 1.
       fingerprint: hash of weights and settings; lets a `SampleCache` keep the pictures.
     """
@@ -171,6 +173,14 @@ def choose_strength(curve: Mapping[float, AnyScores]) -> float:
     return min(tied, key=lambda strength: tied[strength])
 
 
+def _beyond(best: float, tried: Sequence[float]) -> float | None:
+    """The next strength outwards where the best one is the least or the greatest of those tried:
+    a best that lies at the end of a grid says that the grid ends too early."""
+    if best == max(tried):
+        return round(best * STRIDE, 4)
+    return round(best / STRIDE, 4) if best == min(tried) else None
+
+
 def run_method(
     method: Method,
     validation: AnySet,
@@ -197,9 +207,13 @@ def run_method(
         guidance = choose_strength(guided)
     curve, strength = {}, method.strengths[0]
     if len(method.strengths) > 1:
-        for candidate in method.strengths:
+        candidates = list(method.strengths)
+        for candidate in candidates:  # grows below
             curve[candidate] = judge(validation, images(validation, candidate, guidance))
-        strength = choose_strength(curve)
+            strength = choose_strength(curve)
+            further = _beyond(strength, candidates)
+            if len(curve) == len(candidates) < len(method.strengths) + FURTHER and further:
+                candidates.append(further)
     pictures = images(test, strength, guidance)
     scores = judge(test, pictures)
     return MethodResult(pictures, scores, strength, curve, guidance, guided)

@@ -87,6 +87,24 @@ def test_choice_prefers_identity_then_error():
     assert compare.choose_strength({k: curve[k] for k in (1.0, 2.0)}) == 2.0
 
 
+@pytest.mark.parametrize(
+    ("strengths", "chosen", "tried"),
+    [
+        ((0.5, 1.0), 1.5, {0.5, 1.0, 1.5, 2.25}),  # beyond the greatest, until it falls
+        ((2.25, 3.0), 1.5, {1.0, 1.5, 2.25, 3.0}),  # below the least
+        ((0.2, 0.3), 1.0125, {0.2, 0.3, 0.45, 0.675, 1.0125}),  # but not for ever
+        ((1.0, 1.5, 2.0), 1.5, {1.0, 1.5, 2.0}),
+    ],
+)
+def test_a_best_strength_at_the_end_of_the_grid_widens_it(
+    test_set, validation_set, probe, strengths, chosen, tried
+):
+    method = Method("generated", blend(0.9), strengths)
+    found = compare.run_method(method, validation_set, test_set, compare.scorer(probe))
+    assert found.strength == chosen
+    assert set(found.curve) == tried
+
+
 def test_cache_samples_once(test_set, tmp_path):
     calls = []
 

@@ -67,6 +67,30 @@ def test_two_local_processes_survive_a_preemption(tmp_path):
     assert complete_steps(tmp_path / "checkpoints")[-1] == 60
 
 
+MADE_ONCE = """
+import os, pathlib, sys, time
+from hyperlora_jax.parallel import multihost
+
+def make():
+    if not file.exists():
+        time.sleep(1.0)  # long enough for the other to look
+        file.write_text(os.environ["JAX_PROCESS_ID"])
+    return file.read_text()
+
+file = pathlib.Path(sys.argv[1])
+multihost.start()
+print(os.environ["JAX_PROCESS_ID"], "reads what", multihost.first_then_others("file", make), "made")
+"""
+
+
+def test_what_is_made_for_all_is_made_once(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(MADE_ONCE)
+    done = run("local_processes.sh", 2, 1, sys.executable, script, tmp_path / "made")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert sorted(done.stdout.splitlines()) == ["0 reads what 0 made", "1 reads what 0 made"]
+
+
 def test_dry_runs_print_the_commands():
     local = run("local_processes.sh", "--dry-run", 2, 4, "hyperlora", "train")
     lines = local.stdout.splitlines()
