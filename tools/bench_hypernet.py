@@ -47,6 +47,7 @@ from hyperlora_jax.train.step import train_step
 ROOT = Path(__file__).resolve().parents[1]
 BATCHES = (1, 8, 64)
 RUNS = 5
+LEAST_SECONDS = 1.0  # of a measurement
 FITTED_STEPS = 40  # of the conventional fit are timed, and scaled to all
 
 
@@ -69,7 +70,8 @@ def run(device: str = "cpu", runs: int = RUNS) -> list[dict]:
             seconds = _times(lambda h=hyper, b=batch: _generate(h, b), runs)
             rate = batch / statistics.median(seconds)
             peer = 1.0 / fit_seconds if name == "avatars" else None
-            rows.append(_row(f"generate {name}, batch {batch}", rate, peer, "LoRAs/s", runs))
+            title = f"generate {name}, batch {batch}"
+            rows.append(_row(title, rate, peer, "LoRAs/s", len(seconds)))
         for format in FORMATS:
             if format == "weights2weights" and name != "w2w":
                 continue
@@ -187,10 +189,11 @@ def _training_rate(
 
 
 def _times(function: Callable[[], Any], runs: int) -> list[float]:
-    """Seconds of every run; a first one compiles and is not counted."""
+    """Seconds of every run: `runs` of them, and as many more as fit into `LEAST_SECONDS`, since the
+    median of a few calls of milliseconds is chance. A first one compiles and is not counted."""
     function()
-    seconds = []
-    for _ in range(runs):
+    seconds: list[float] = []
+    while len(seconds) < runs or sum(seconds) < LEAST_SECONDS:
         start = time.perf_counter()
         function()
         seconds.append(time.perf_counter() - start)
