@@ -7,9 +7,10 @@
 Every experiment is a table of runs; every run trains a config of this repository with some values
 changed and is scored on the same held-out identities, captions and noise, at its own best strength
 (and guidance) of the validation identities. Finished runs are kept, and shared by all experiments:
-the same command goes on where it stopped, and adds new seeds. Training is timed in CPU seconds,
-which other work on the machine changes little. Writes docs/measurements/experiment_NAME.json, which
-tools/make_results.py turns into a table of docs/results.md.
+the same command goes on with the first that is not, and adds new seeds; a training that was cut off
+begins again, because its whole time counts. It is CPU time, which other work on the machine changes
+little. Writes docs/measurements/experiment_NAME.json, which tools/make_results.py turns into a table
+of docs/results.md.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import gc
 import hashlib
 import json
 import pathlib
+import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -213,9 +215,12 @@ def measure(config: Any, folder: pathlib.Path) -> dict[str, Any]:
     from hyperlora_jax.train.hypernet_training import train_hypernetwork
 
     config.evaluate.methods = ("generated",)
-    start = time.process_time()
-    train_hypernetwork(config, folder)
-    seconds = time.process_time() - start
+    timed = folder / "trained.json"
+    if not timed.exists():
+        _empty(folder)  # half a training that goes on here would cost half as much
+        start = time.process_time()
+        train_hypernetwork(config, folder)
+        timed.write_text(json.dumps({"cpu_seconds": round(time.process_time() - start, 1)}))
     gc.collect()
     evaluation = Evaluation(config, folder)
     summary = evaluation.summary(evaluation.run())
@@ -228,7 +233,7 @@ def measure(config: Any, folder: pathlib.Path) -> dict[str, Any]:
         "strength": chosen["best"],
         "guidance": chosen.get("guidance", 1.0),
         "steps": config.train.num_steps if evaluation.hyper.params else 0,
-        "cpu_seconds": round(seconds, 1),
+        **json.loads(timed.read_text()),
         "num_targets": evaluation.hyper.facts.get("targets", {}).get("targets", 0),
     }
 
@@ -250,6 +255,15 @@ def write(
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(content, indent=1) + "\n")
     return file
+
+
+def _empty(folder: pathlib.Path) -> None:
+    """Removes all but what is shared with other runs."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif not path.is_symlink():
+            path.unlink()
 
 
 def _share(folder: pathlib.Path, shared: pathlib.Path) -> None:
