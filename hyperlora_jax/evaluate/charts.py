@@ -95,11 +95,15 @@ def _legend(figure, axis) -> None:
 
 
 def _new_figure(rows: int, height: float = 2.8):
+    from matplotlib import cycler, rcParams
     from matplotlib.figure import Figure
 
+    # More lines than colours: the next ten are dashed, so that no two look alike.
+    lines = cycler(linestyle=("-", "--", ":")) * rcParams["axes.prop_cycle"]
     figure = Figure(figsize=(4.7, height * rows), dpi=130, layout="constrained")
     axes = figure.subplots(rows, 1, squeeze=False, sharex=True)[:, 0]
     for axis in axes:
+        axis.set_prop_cycle(lines)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     return figure, axes
