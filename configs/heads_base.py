@@ -3,9 +3,9 @@
     tools/install_heads.sh .venv/bin/python runs/heads/encoders
     hyperlora pretrain --config configs/heads_base.py --workdir runs/heads/base
 
-As configs/tiny_sd.py, for fewer steps: 47 minutes on one core that other work shared (17 of them the
-autoencoder's). Captions name expression, pose, light and background, never the person. Larger, on
-an accelerator (not run): 64 pixels as 16 x 16 latents, a UNet of 9.4 million parameters:
+As configs/tiny_sd.py, for fewer steps: 47 minutes on one core that other work shared, 17 of them
+the autoencoder's. Captions name expression, pose, light and background, never the person. Larger,
+on an accelerator (not run): 64 pixels as 16 x 16 latents, a UNet of 9.4 million parameters:
 
     --config.data.size=64 --config.base.latent_size=16 --config.data.num_identities=8192
     --config.base.autoencoder.block_out_channels="(32,64,128)"

@@ -9,8 +9,8 @@ changed and is scored on the same held-out identities, captions and noise, at it
 (and guidance) of the validation identities. Finished runs are kept, and shared by all experiments:
 the same command goes on with the first that is not, and adds new seeds; a training that was cut off
 begins again, because its whole time counts. It is CPU time, which other work on the machine changes
-little. Writes docs/measurements/experiment_NAME.json, which tools/make_results.py turns into a table
-of docs/results.md.
+little. Writes docs/measurements/experiment_NAME.json, which tools/make_results.py turns into a
+table of docs/results.md.
 """
 
 import argparse

@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch_per_device", type=int, help="instead of the config's batch size")
     parser.add_argument("--effort", choices=("full", "low"), default="full", help="of the compiler")
-    parser.add_argument("--json", metavar="FILE", help="write one record per topology")
+    parser.add_argument(
+        "--json",
+        metavar="FILE",
+        help="write one record per topology; records of others that are there already stay",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -41,39 +45,68 @@ def run(args: argparse.Namespace) -> int:
 
     ahead_of_time.prepare_environment()
     from hyperlora_jax.parallel.topology import parse
-    from hyperlora_jax.train import workloads
 
     config = load_config(args.config, getattr(args, "overrides", ()))
     topologies = [parse(name) for name in args.topology.split(",") if name.strip()]
-    batch = args.batch_per_device or _config_batch(config)
-    records = []
+    file = Path(args.json) if args.json else None
+    if file:
+        read_records(file)  # complains before the hours, not after them
+    fits = True
     for topology in topologies:
         print(f"compiling for {topology.name} ({topology.num_chips} chips)…", file=sys.stderr)
-        remat: str | None = None
-        if args.search:
-            found = _search(config, topology)
-            if found is None:
-                name = topology.name
-                records.append({"topology": name, "fits": False, "reason": "not even batch 1"})
-                print(as_text(records[-1]))
-                continue
-            batch, remat = found["batch_per_chip"] // topology.chip.devices, found["remat"]
-        record = ahead_of_time.compile_for(
-            workloads.config_workload(config, remat),
-            topology,
-            mesh_axes=dict(config.mesh),
-            batch_per_device=batch,
-            low_effort=args.effort == "low",
-            records=records_folder(),
-        )
-        records.append(record)
+        record = _compiled(config, topology, args)
         print(as_text(record))
-    if args.json:
-        try:
-            Path(args.json).write_text(json.dumps(records, indent=1) + "\n")
-        except OSError as error:
-            raise UserError(f"--json {args.json}: {error.strerror}") from error
-    return 0 if all(record["fits"] for record in records) else 1
+        fits = fits and record["fits"]
+        if file:
+            write_records(file, [record])
+    return 0 if fits else 1
+
+
+def _compiled(config: Any, topology: Any, args: argparse.Namespace) -> dict[str, Any]:
+    from hyperlora_jax.train import ahead_of_time, workloads
+
+    batch, remat = args.batch_per_device or _config_batch(config), None
+    if args.search:
+        found = _search(config, topology)
+        if found is None:
+            known = {"topology": topology.name, "effort": "low"}
+            return {**known, "fits": False, "reason": "not even batch 1"}
+        batch, remat = found["batch_per_chip"] // topology.chip.devices, found["remat"]
+    return ahead_of_time.compile_for(
+        workloads.config_workload(config, remat),
+        topology,
+        mesh_axes=dict(config.mesh),
+        batch_per_device=batch,
+        low_effort=args.effort == "low",
+        records=records_folder(),
+    )
+
+
+def read_records(file: Path) -> list[dict[str, Any]]:
+    """What `--json` wrote before; none where there is no file.
+
+    Raises:
+        UserError: the file holds something else.
+    """
+    if not file.exists():
+        return []
+    try:
+        records = json.loads(file.read_text())
+        if all("topology" in record and "effort" in record for record in records):
+            return records
+    except (OSError, ValueError, TypeError):
+        pass
+    raise UserError(f"--json {file}: found another file, expected records of hyperlora compile")
+
+
+def write_records(file: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Adds records to a file; one of the same topology at the same effort is replaced."""
+    new = {(record["topology"], record["effort"]) for record in records}
+    kept = [old for old in read_records(file) if (old["topology"], old["effort"]) not in new]
+    try:
+        file.write_text(json.dumps([*kept, *records], indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"--json {file}: {error.strerror}") from error
 
 
 def records_folder() -> Path:

@@ -50,3 +50,18 @@ def test_compile_record_as_text():
     assert "all-reduce: data 1.0 MiB" in text
     refused = compile_command.as_text({"topology": "v5e-4", "fits": False, "reason": "too big"})
     assert "does NOT fit: too big" in refused
+
+
+def test_records_of_other_slices_stay(tmp_path):
+    file = tmp_path / "pods.json"
+    first = [{"topology": name, "effort": "low", "fits": False} for name in ("v5e-4", "v5e-8")]
+    compile_command.write_records(file, first)
+    again = {"topology": "v5e-4", "effort": "low", "fits": True}
+    full = {"topology": "v5e-8", "effort": "full", "fits": True}
+    compile_command.write_records(file, [again, full])
+    assert compile_command.read_records(file) == [first[1], again, full]
+    for content in ("not json", '{"topology": 1}', "[1]"):
+        file.write_text(content)
+        with pytest.raises(UserError, match="expected records of hyperlora compile"):
+            compile_command.write_records(file, first)
+        assert file.read_text() == content
