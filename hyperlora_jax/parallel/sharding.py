@@ -143,6 +143,12 @@ def host_shard(mesh: Mesh) -> tuple[int, int]:
     return distinct.index(tuple(sorted(parts[jax.process_index()]))), len(distinct)
 
 
+def host_part(mesh: Mesh) -> dict[str, int]:
+    """`host_shard` as the keyword arguments that makers of batches take."""
+    index, count = host_shard(mesh)
+    return {"shard_index": index, "num_shards": count}
+
+
 def put_batch(host_batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Global arrays from this process's part of the batch; every leaf has a leading batch axis.
 

@@ -55,15 +55,18 @@ def autoencoder_task(
     kl_weight: float = 1e-4,
     l1_weight: float = 0.05,
     facts: dict[str, Any] | None = None,
+    shard_index: int = 0,
+    num_shards: int = 1,
 ) -> Task:
-    """Trains an autoencoder on pictures uint8 [n, h, w, 3]; `init`: key → parameters."""
+    """Trains an autoencoder on pictures uint8 [n, h, w, 3]; `init`: key → parameters;
+    `shard_index`, `num_shards`: which part of every batch is this host's."""
     loss = functools.partial(autoencoder_loss, vae=vae, kl_weight=kl_weight, l1_weight=l1_weight)
     return Task(
         name="autoencoder",
         init=init,
         loss=loss,
         frozen={},
-        batches=array_batches({"images": images}, batch_size=batch_size, seed=seed),
+        batches=array_batches({"images": images}, batch_size, seed, shard_index, num_shards),
         facts=facts or {},
         units={"images": 1},
     )

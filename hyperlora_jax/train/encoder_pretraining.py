@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 from etils import epath
+from jax.sharding import Mesh
 
 from hyperlora_jax import storage
 from hyperlora_jax.array_types import Params
@@ -22,29 +23,31 @@ SMALLEST = 4  # cells per side of the encoder's last level
 
 def pretrain_encoder(config: Any, workdir: epath.PathLike) -> epath.Path:
     """Trains the identity encoder on training identities; returns the exported folder."""
-    bundle = _bundle(config, workdir)
+    bundle, mesh = _bundle(config, workdir), make_mesh(**config.mesh)
     task = encoder_task.make_task(
         bundle,
         batch_size=config.train.batch_size,
         seed=config.train.seed,
         weights=dict(config.train.weights),
+        **sharding.host_part(mesh),
         **{**config.model.to_dict(), "encoder": _encoder(config, bundle)},
     )
-    params = _fit(task, config, workdir)
+    params = _fit(task, config, workdir, mesh)
     return _export(encoder_task.export_encoder, params, bundle, config, workdir)
 
 
 def pretrain_probe(config: Any, workdir: epath.PathLike) -> epath.Path:
     """Trains the attribute probe on renders; returns the exported folder."""
-    bundle = _bundle(config, workdir)
+    bundle, mesh = _bundle(config, workdir), make_mesh(**config.mesh)
     task = probe_task.make_task(
         bundle,
         batch_size=config.train.batch_size,
         seed=config.train.seed,
         encoder=_encoder(config, bundle),
         augmentation=dict(config.train.augmentation),
+        **sharding.host_part(mesh),
     )
-    params = _fit(task, config, workdir)
+    params = _fit(task, config, workdir, mesh)
     return _export(probe_task.export_probe, params, bundle, config, workdir)
 
 
@@ -66,8 +69,7 @@ def _bundle(config: Any, workdir: epath.PathLike) -> RenderBundle:
     )
 
 
-def _fit(task: Any, config: Any, workdir: epath.PathLike) -> Params:
-    mesh = make_mesh(**config.mesh)
+def _fit(task: Any, config: Any, workdir: epath.PathLike, mesh: Mesh) -> Params:
     section = config.train
     params = fit_section(
         task, section, workdir=workdir, mesh=mesh, seed=section.seed, config=config

@@ -24,7 +24,7 @@ from hyperlora_jax.array_types import AnyArray, Array, Float, Int, Params, PRNGK
 from hyperlora_jax.hypernet.conditioning import save_encoder
 from hyperlora_jax.hypernet.image_encoder import Conv, ConvEncoder
 from hyperlora_jax.train.loop import Task
-from hyperlora_jax.train.render_bundle import PairBatches, RenderBundle
+from hyperlora_jax.train.render_bundle import RenderBundle, pair_batches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,6 +197,8 @@ def make_task(
     weights: Mapping[str, float] | None = None,
     projection_dim: int = 128,
     decoder_width: int = 128,
+    shard_index: int = 0,
+    num_shards: int = 1,
 ) -> Task:
     """The pre-training as a `Task` for `train.loop.fit`.
 
@@ -207,6 +209,7 @@ def make_task(
       encoder: keyword arguments of `ConvEncoder`; image_size defaults to the bundle's.
       weights: keyword arguments of `EncoderLossWeights`.
       projection_dim, decoder_width: see `IdentityNetwork`.
+      shard_index, num_shards: which part of every batch is this host's.
     """
     loss_weights = EncoderLossWeights(**(weights or {}))
     module = make_network(bundle, encoder, loss_weights, projection_dim, decoder_width)
@@ -223,7 +226,7 @@ def make_task(
         init=init,
         loss=loss,
         frozen={},
-        batches=PairBatches(bundle, batch_size, seed),
+        batches=pair_batches(bundle, batch_size, seed, shard_index, num_shards),
         facts={"data": dict(bundle.facts), "num_identities": bundle.num_identities},
     )
 

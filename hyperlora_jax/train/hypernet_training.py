@@ -141,7 +141,6 @@ def _batches(
     targets: TrainingTargets | None,
     targets_until: int | None,
 ):
-    shard, num_shards = sharding.host_shard(mesh)
     global_batch = section.batch_size * (mesh.shape["data"] * mesh.shape["fsdp"])
     return subject_batches(
         {"pooled": encoded.pooled, "tokens": encoded.tokens},
@@ -154,8 +153,7 @@ def _batches(
         subjects=None if targets is None else targets.subjects,
         subjects_until=targets_until,
         order=None if targets is None else targets.order(section.seed),
-        shard_index=shard,
-        num_shards=num_shards,
+        **sharding.host_part(mesh),
     )
 
 

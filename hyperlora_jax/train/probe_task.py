@@ -19,7 +19,7 @@ from hyperlora_jax.hypernet.conditioning import save_weights
 from hyperlora_jax.hypernet.image_encoder import ConvEncoder
 from hyperlora_jax.train.encoder_task import make_encoder, part_losses
 from hyperlora_jax.train.loop import Task
-from hyperlora_jax.train.render_bundle import RenderBundle, ViewBatches
+from hyperlora_jax.train.render_bundle import RenderBundle, view_batches
 
 FORMAT = "hyperlora-attribute-probe"
 
@@ -122,6 +122,8 @@ def make_task(
     seed: int = 0,
     encoder: Mapping[str, Any] | None = None,
     augmentation: Mapping[str, float] | None = None,
+    shard_index: int = 0,
+    num_shards: int = 1,
 ) -> Task:
     """The probe's training as a `Task` for `train.loop.fit`.
 
@@ -131,6 +133,7 @@ def make_task(
       seed: of the batches.
       encoder: keyword arguments of `ConvEncoder`; image_size defaults to the bundle's.
       augmentation: keyword arguments of `Augmentation`.
+      shard_index, num_shards: which part of every batch is this host's.
     """
     module = make_network(bundle, encoder)
     strength = Augmentation(**(augmentation or {}))
@@ -146,7 +149,7 @@ def make_task(
         init=init,
         loss=loss,
         frozen={},
-        batches=ViewBatches(bundle, batch_size, seed),
+        batches=view_batches(bundle, batch_size, seed, shard_index, num_shards),
         facts={"data": dict(bundle.facts), "num_identities": bundle.num_identities},
     )
 

@@ -8,12 +8,14 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import grain
 import numpy as np
 from etils import epath
 
 from hyperlora_jax.array_types import Int, UInt8
 from hyperlora_jax.data.avatars import View
 from hyperlora_jax.data.named_views import NamedView
+from hyperlora_jax.data.pipelines import shard_slice, step_batches
 from hyperlora_jax.data.worlds import World
 from hyperlora_jax.errors import UserError
 
@@ -146,31 +148,30 @@ def render_bundle(
     )
 
 
-class PairBatches:
+def pair_batches(
+    bundle: RenderBundle, batch_size: int, seed: int, shard_index: int = 0, num_shards: int = 1
+) -> grain.DatasetIterator:
     """Endless batches of view pairs: identities without repetition in a batch, two random views.
 
-    Batch k depends on (seed, k) alone, so that a restored run sees what it would have seen.
+    Batch k depends on (seed, k) alone, so that a restored run sees what it would have seen; a host
+    gets its part of it.
+
+    Raises:
+      UserError: the bundle has fewer identities than a batch, or one view.
     """
+    if bundle.num_identities < batch_size or bundle.images.shape[1] < 2:
+        raise UserError(
+            f"encoder pre-training: found {bundle.num_identities} identities with "
+            f"{bundle.images.shape[1]} views, expected at least {batch_size} (the batch size) "
+            "with 2"
+        )
+    first, count = shard_slice(batch_size, shard_index, num_shards)
 
-    def __init__(self, bundle: RenderBundle, batch_size: int, seed: int):
-        """Raises UserError when the bundle has fewer identities than a batch, or one view."""
-        if bundle.num_identities < batch_size or bundle.images.shape[1] < 2:
-            raise UserError(
-                f"encoder pre-training: found {bundle.num_identities} identities with "
-                f"{bundle.images.shape[1]} views, expected at least {batch_size} (the batch size) "
-                "with 2"
-            )
-        self._bundle, self._batch_size, self._seed, self._step = bundle, batch_size, seed, 0
-
-    def __iter__(self) -> "PairBatches":
-        return self
-
-    def __next__(self) -> dict[str, np.ndarray]:
-        bundle = self._bundle
-        random = np.random.default_rng((self._seed, self._step))
-        who = random.choice(bundle.num_identities, self._batch_size, replace=False)
-        views = np.argsort(random.random((self._batch_size, bundle.images.shape[1])), axis=1)
-        self._step += 1
+    def make_batch(step: int) -> dict[str, np.ndarray]:
+        random = np.random.default_rng((seed, step))
+        who = random.choice(bundle.num_identities, batch_size, replace=False)
+        views = np.argsort(random.random((batch_size, bundle.images.shape[1])), axis=1)
+        who, views = who[first : first + count], views[first : first + count]
         return {
             "first": bundle.images[who, views[:, 0]],
             "second": bundle.images[who, views[:, 1]],
@@ -178,42 +179,24 @@ class PairBatches:
             "labels": bundle.identity_labels[who].astype(np.int32),
         }
 
-    def get_state(self) -> dict[str, int]:
-        """Position in the stream."""
-        return {"step": self._step}
-
-    def set_state(self, state: Mapping[str, int]) -> None:
-        """Goes to a position that `get_state` returned."""
-        self._step = int(state["step"])
+    return step_batches(make_batch)
 
 
-class ViewBatches:
-    """Endless batches of single views with their view labels, for the attribute probe.
+def view_batches(
+    bundle: RenderBundle, batch_size: int, seed: int, shard_index: int = 0, num_shards: int = 1
+) -> grain.DatasetIterator:
+    """Endless batches of single views with their view labels, for the attribute probe; batch k
+    depends on (seed, k) alone, and a host gets its part of it."""
+    identities, num_views = bundle.images.shape[:2]
+    first, count = shard_slice(batch_size, shard_index, num_shards)
 
-    Batch k depends on (seed, k) alone, so that a restored run sees what it would have seen.
-    """
-
-    def __init__(self, bundle: RenderBundle, batch_size: int, seed: int):
-        self._bundle, self._batch_size, self._seed, self._step = bundle, batch_size, seed, 0
-
-    def __iter__(self) -> "ViewBatches":
-        return self
-
-    def __next__(self) -> dict[str, np.ndarray]:
-        identities, views = self._bundle.images.shape[:2]
-        random = np.random.default_rng((self._seed, self._step))
-        who = random.integers(identities, size=self._batch_size)
-        view = random.integers(views, size=self._batch_size)
-        self._step += 1
+    def make_batch(step: int) -> dict[str, np.ndarray]:
+        random = np.random.default_rng((seed, step))
+        who = random.integers(identities, size=batch_size)[first : first + count]
+        view = random.integers(num_views, size=batch_size)[first : first + count]
         return {
-            "images": self._bundle.images[who, view],
-            "labels": self._bundle.view_labels[who, view].astype(np.int32),
+            "images": bundle.images[who, view],
+            "labels": bundle.view_labels[who, view].astype(np.int32),
         }
 
-    def get_state(self) -> dict[str, int]:
-        """Position in the stream."""
-        return {"step": self._step}
-
-    def set_state(self, state: Mapping[str, int]) -> None:
-        """Goes to a position that `get_state` returned."""
-        self._step = int(state["step"])
+    return step_batches(make_batch)

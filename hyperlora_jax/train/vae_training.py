@@ -56,7 +56,6 @@ def train_vae(
         section: the config's `train.vae`.
         workdir: a finished one gives its VAE at once, so that several generators can share it.
     """
-    shard, num_shards = sharding.host_shard(mesh)
     batches = subject_batches(
         {},
         {},
@@ -64,8 +63,7 @@ def train_vae(
         seed=seed,
         per_subject={"target": targets},
         subjects=subjects,
-        shard_index=shard,
-        num_shards=num_shards,
+        **sharding.host_part(mesh),
     )
 
     def init(key: Array) -> Params:

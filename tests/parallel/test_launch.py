@@ -88,7 +88,8 @@ def test_what_is_made_for_all_is_made_once(tmp_path):
     script.write_text(MADE_ONCE)
     done = run("local_processes.sh", 2, 1, sys.executable, script, tmp_path / "made")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert sorted(done.stdout.splitlines()) == ["0 reads what 0 made", "1 reads what 0 made"]
+    for reader in "01":
+        assert f"{reader} reads what 0 made" in done.stdout
 
 
 def test_dry_runs_print_the_commands():

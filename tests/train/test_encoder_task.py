@@ -13,10 +13,11 @@ from hyperlora_jax.train import encoder_task
 from hyperlora_jax.train.encoder_task import EncoderLossWeights, info_nce
 from hyperlora_jax.train.loop import fit
 from hyperlora_jax.train.render_bundle import (
-    PairBatches,
     RenderBundle,
     neutral_view,
+    pair_batches,
     render_bundle,
+    view_batches,
 )
 
 ENCODER = {
@@ -55,13 +56,13 @@ def test_bad_bundles(bundle, tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         RenderBundle.load(tmp_path / "x.npz")
     with pytest.raises(UserError, match="expected at least 100"):
-        PairBatches(bundle, 100, 0)
+        pair_batches(bundle, 100, 0)
     with pytest.raises(UserError, match="train identities"):
         render_bundle(Avatars(size=16), 10**7, 1)
 
 
 def test_pairs_are_two_views_of_one_identity(bundle):
-    batch = next(PairBatches(bundle, 8, 0))
+    batch = next(pair_batches(bundle, 8, 0))
     rows = [
         next(i for i in range(24) if (bundle.neutral[i] == neutral).all())
         for neutral in batch["neutral"]
@@ -76,12 +77,20 @@ def test_pairs_are_two_views_of_one_identity(bundle):
 
 
 def test_batches_resume(bundle):
-    batches = PairBatches(bundle, 8, seed=3)
+    batches = pair_batches(bundle, 8, seed=3)
     next(batches)
     state, expected = batches.get_state(), next(batches)
-    fresh = PairBatches(bundle, 8, seed=3)
+    fresh = pair_batches(bundle, 8, seed=3)
     fresh.set_state(state)
     np.testing.assert_array_equal(next(fresh)["first"], expected["first"])
+
+
+@pytest.mark.parametrize("make", [pair_batches, view_batches])
+def test_hosts_share_a_batch(bundle, make):
+    whole, parts = next(make(bundle, 8, 3)), [next(make(bundle, 8, 3, k, 2)) for k in range(2)]
+    for name, expected in whole.items():
+        found = np.concatenate([part[name] for part in parts])
+        np.testing.assert_array_equal(found, expected, err_msg=name)
 
 
 def test_info_nce_known_answers():

@@ -69,7 +69,7 @@ def test_two_processes_train_the_base_that_one_does(tmp_path):
             timeout=900,
         )
         assert done.returncode == 0, done.stderr[-3000:]
-        assert done.stdout.splitlines() == [f"wrote {work / 'base'}"]  # said once
+        assert done.stdout.count(f"wrote {work / 'base'}") == 1  # gloo writes there, too
         weights = load_file(work / "base" / "unet" / "diffusion_pytorch_model.safetensors")
         return [row["loss"] for row in read_rows(work / "metrics.jsonl")], weights
 

@@ -10,7 +10,7 @@ from hyperlora_jax.parallel.mesh import make_mesh
 from hyperlora_jax.train import probe_task
 from hyperlora_jax.train.loop import fit
 from hyperlora_jax.train.probe_task import Augmentation, augment
-from hyperlora_jax.train.render_bundle import ViewBatches, render_bundle
+from hyperlora_jax.train.render_bundle import render_bundle, view_batches
 
 ENCODER = {
     "image_size": 16,
@@ -37,7 +37,7 @@ def test_augmentation():
 
 
 def test_batches_pair_pictures_with_their_labels(bundle):
-    batches = ViewBatches(bundle, 5, 0)
+    batches = view_batches(bundle, 5, 0)
     batch = next(batches)
     for image, labels in zip(batch["images"], batch["labels"], strict=True):
         i, v = np.argwhere((bundle.images == image).all(axis=(2, 3, 4)))[0]
