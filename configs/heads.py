@@ -11,7 +11,8 @@ another one, that training never saw, as judge. Packages and models are the user
     hyperlora train    --config configs/heads.py --workdir runs/heads/main
     hyperlora evaluate --config configs/heads.py --workdir runs/heads/main
 
-TIMES
+On one core that other work shared: base 47 minutes, probe 6, LoRAs 6, conditions 6 and training 15,
+evaluation 50.
 """
 
 from ml_collections import ConfigDict
