@@ -12,8 +12,8 @@ another one, that training never saw, as judge. Packages and models are the user
     hyperlora evaluate --config configs/heads.py --workdir runs/heads/main
 
 On one core that other work shared: base 47 minutes, probe 6, LoRAs 6, conditions 6 and training 15.
-The evaluation has not been seen to its end there: its LoRAs took 30 minutes and its samples 5, the
-two face encoders' scores of every method's pictures did not end in another 15.
+The evaluation was stopped before its report: its LoRAs took 36 minutes, its samples 5, and scoring
+had not ended after another 15.
 """
 
 from ml_collections import ConfigDict

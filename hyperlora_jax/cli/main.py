@@ -67,9 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     cpu_devices.prepare()
     several = multihost.start()
     compilation_cache.enable()
-    quiet = (
-        several and jax.process_index() > 0
-    )  # what a run wrote is said once; errors are everybody's
+    # What a run wrote is said by one process; errors, on stderr, are everybody's.
+    quiet = several and jax.process_index() > 0
     with contextlib.redirect_stdout(io.StringIO() if quiet else sys.stdout):
         return run_command(name, arguments[1:])
 
