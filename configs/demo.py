@@ -16,13 +16,14 @@ def get_config() -> ConfigDict:
     config.data.num_identities = 1536
     config.distill.num_concepts = 64
     config.distill.num_steps = 75
-    config.train.num_steps = 800
+    config.train.num_steps = 700
     config.evaluate.conventional.recipe.num_steps = 150
     config.evaluate.conventional.num_identities = 32
     config.evaluate.conventional.num_validation = 8
     config.evaluate.methods = (
         "base", "mean_lora", "shuffled", "nearest", "generated", "conventional",
     )  # fmt: skip
+    config.evaluate.num_validation = 8
     config.evaluate.steps_to_quality.num_identities = 0
     config.evaluate.strengths = (1.0, 1.5, 2.0)
     return config

@@ -87,25 +87,27 @@ def _paper_grid() -> dict[str, Run]:
     return runs
 
 
-def _objectives() -> dict[str, Run]:
-    def weights(steps: int, **objectives: float) -> dict[str, Any]:
-        named = {"end_to_end": 0.0, **objectives}
-        found = {f"train.objectives.{name}": value for name, value in named.items()}
-        return {**found, "train.num_steps": steps}
+def _weights(steps: int, **objectives: float) -> dict[str, Any]:
+    """Training on LoRA targets alone."""
+    named = {"end_to_end": 0.0, **objectives}
+    found = {f"train.objectives.{name}": value for name, value in named.items()}
+    return {**found, "train.num_steps": steps}
 
+
+def _objectives() -> dict[str, Run]:
     pictures = {"train.num_steps": 1000}
     tokens = {"model.generator": "diffusion", "train.images_per_subject": 1}
     return {
         "regression, pictures": Run(changes=pictures),
-        "regression, delta": Run(changes=weights(2000, delta=1.0)),
-        "regression, whitened factors": Run(changes=weights(2000, whitened=1.0)),
+        "regression, delta": Run(changes=_weights(2000, delta=1.0)),
+        "regression, whitened factors": Run(changes=_weights(2000, whitened=1.0)),
         "regression, delta then pictures": Run(
             changes={**pictures, "train.num_steps": 1500, "train.warm_up.num_steps": 1000}
         ),
         "iterative regression, pictures": Run(
             changes={**pictures, "train.num_steps": 300, "model.generator": "iterative"}
         ),
-        "token diffusion, x0": Run(changes={**weights(1200, diffusion=1.0), **tokens}),
+        "token diffusion, x0": Run(changes={**_weights(1200, diffusion=1.0), **tokens}),
     }
 
 
@@ -120,13 +122,28 @@ def _gauges() -> dict[str, Run]:
 
 
 def _num_targets() -> dict[str, Run]:
-    return {
+    closed = {
         f"{kind}, {count or 'all'} targets": _closed(
             kind, **{"data.num_targets": count, "model.baseline.num_neighbours": 20}
         )
         for kind in ("nearest", "ridge")
         for count in (100, 300, 0)
     }
+    delta = _weights(2000, delta=1.0)
+    trained = {
+        f"regression, delta, {count} targets": Run(changes={**delta, "data.num_targets": count})
+        for count in (100, 300)
+    }
+    return {**closed, **trained, "regression, delta, all targets": Run(changes=delta)}
+
+
+def _num_subjects() -> dict[str, Run]:
+    steps = {"train.num_steps": 500}
+    fewer = {
+        f"pictures, {count} subjects": Run(changes={**steps, "data.num_identities": count})
+        for count in (100, 300)
+    }
+    return {**fewer, "pictures, 2048 subjects": Run(changes=steps)}
 
 
 def _compute() -> dict[str, Run]:
@@ -139,6 +156,7 @@ def _compute() -> dict[str, Run]:
 EXPERIMENTS = {
     "gauges": Experiment("Which form of a LoRA is learned best?", _gauges()),
     "num_targets": Experiment("How many LoRA targets are enough?", _num_targets()),
+    "num_subjects": Experiment("How many subjects are enough?", _num_subjects()),
     "compute": Experiment("How long should a hypernetwork train on pictures?", _compute()),
     "objectives": Experiment("Objective and generator", _objectives()),
     "paper": Experiment("The paper's grid (arXiv 2412.02352)", _paper_grid()),

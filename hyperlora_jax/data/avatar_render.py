@@ -142,7 +142,7 @@ def _fill(out: np.ndarray, options, style: str, num_workers: int, progress: bool
         except BaseException as error:
             failures.append(error)
 
-    with tqdm(total=len(options), desc="drawing avatars", disable=not progress) as bar:
+    with tqdm(total=len(options), desc=f"drawing {style}", disable=not progress) as bar:
         if num_workers < 2:
             serve(bar, lambda chunk: np.stack([draw(o, style, out.shape[1]) for o in chunk]))
         else:

@@ -2,6 +2,7 @@
 people. Each part takes what an `Evaluation` has loaded and gives a `Section`."""
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from hyperlora_jax.array_types import Float, Params
 from hyperlora_jax.data.worlds import World
 from hyperlora_jax.evaluate import confidence, sections
 from hyperlora_jax.evaluate.compare import MethodResult
+from hyperlora_jax.evaluate.exams import RENDERS
 from hyperlora_jax.evaluate.memorisation import image_memorisation
 from hyperlora_jax.evaluate.picture_sets import AnySet
 from hyperlora_jax.evaluate.protocol import EvaluationSet
@@ -49,6 +51,7 @@ def all_sections(evaluation: Any, results: Mapping[str, MethodResult]) -> list[S
             pictures=results["generated"].images,
             strength=results["generated"].strength,
             num_steps=evaluation.sampling["num_steps"],
+            renders=evaluation.scratch / RENDERS,
         )
         found += _confidence(evaluation, results["generated"])
     metrics_file = evaluation.workdir / "metrics.jsonl"
@@ -109,8 +112,9 @@ def standard_sections(
     pictures: Float[np.ndarray, "i c h w 3"],
     strength: float,
     num_steps: int,
+    renders: Path | None = None,
 ) -> Iterator[Section]:
-    """The sections about generated LoRAs that cost seconds.
+    """The sections about generated LoRAs, where nothing is fitted.
 
     Args:
         avatars: the world of the exact pictures, None where there are none.
@@ -120,12 +124,14 @@ def standard_sections(
         training_ids: identities it was trained on; their exact renders are the audit's suspects.
         pictures: what the generated LoRAs drew, at `strength`.
         num_steps: sampling steps of the strip between two people.
+        renders: folder that keeps exact pictures.
     """
     if len(training) >= 4:
         known = vectorize.unflatten(jnp.asarray(training), spec)
         images = None
         if avatars is not None and isinstance(test, EvaluationSet):
-            suspects = _training_renders(avatars, test, training_ids, pictures.shape[1])
+            num = pictures.shape[1]
+            suspects = _training_renders(avatars, test, training_ids, num, renders)
             if suspects.shape[2]:
                 images = image_memorisation(pictures, test.exact, suspects)
         yield sections.memorisation_section(generated, known, images)
@@ -169,7 +175,11 @@ def interpolation_strips(
 
 
 def _training_renders(
-    avatars: World, test: EvaluationSet, known: frozenset[str], num_captions: int
+    avatars: World,
+    test: EvaluationSet,
+    known: frozenset[str],
+    num_captions: int,
+    renders: Path | None = None,
 ) -> Float[np.ndarray, "i c t h w 3"]:
     """Exact renders of training identities under the captions of the test set."""
     people = [avatars.identity("train", k) for k in range(NUM_TRAINING_RENDERS)]
@@ -179,6 +189,6 @@ def _training_renders(
     pairs = [(person, view) for view in views for person in people]
     if not people:  # trained on other subjects: nobody to suspect
         return np.zeros((*test.exact.shape[:2], 0, *test.exact.shape[2:]), np.float32)
-    drawn = np.asarray(avatars.render_many(pairs, progress=False), np.float32) / 255.0
+    drawn = np.asarray(avatars.render_many(pairs, renders), np.float32) / 255.0
     drawn = drawn.reshape(len(views), len(people), *drawn.shape[1:])
     return drawn[test.caption_index[:, :num_captions]]

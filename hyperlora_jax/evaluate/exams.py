@@ -24,6 +24,8 @@ from hyperlora_jax.evaluate.picture_sets import AnySet, make_picture_sets
 from hyperlora_jax.evaluate.protocol import EvaluationSet, make_evaluation_set
 from hyperlora_jax.evaluate.questions import unit_pixels
 
+EMBEDDINGS, RENDERS = "embeddings", "renders"  # folders of a workdir
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Exam:
@@ -35,6 +37,7 @@ class Exam:
         judges: encoders by name, for the table of judges.
         detects: whether a picture shows one subject; None takes all.
         avatars: the world of the exact pictures, None for real ones.
+        workdir: where renders and the judges' embeddings are kept.
     """
 
     validation: AnySet
@@ -42,7 +45,8 @@ class Exam:
     score: Scorer
     judges: Mapping[str, Any]
     detects: judges.Detects | None
-    avatars: World | None = None
+    avatars: World | None
+    workdir: Path
 
     @property
     def real_pictures(self) -> Float[np.ndarray, "i r h w 3"]:
@@ -67,6 +71,7 @@ class Exam:
             {**own, **self.judges},
             condition_hash=encoder.hash,
             detects=self.detects,
+            folder=self.workdir / EMBEDDINGS,
         )
 
 
@@ -76,7 +81,7 @@ def open_exam(config: Any, size: int, trained_on: frozenset[str], workdir: Path)
     Args:
         size: pixels of the base model's pictures.
         trained_on: names that training may have known.
-        workdir: where renders are kept.
+        workdir: where renders and the judges' embeddings are kept.
 
     Raises:
         UserError: too few identities or pictures, one that was trained on, no judge.
@@ -114,7 +119,8 @@ def open_exam(config: Any, size: int, trained_on: frozenset[str], workdir: Path)
     validation, test = (
         dataclasses.replace(asked, facts={**asked.facts, **facts}) for asked in (validation, test)
     )
-    return Exam(validation, test, PictureScorer(found[judge], detects), found, detects)
+    scorer = PictureScorer(found[judge], detects, workdir / EMBEDDINGS)
+    return Exam(validation, test, scorer, found, detects, None, workdir)
 
 
 def _avatar_exam(
@@ -138,12 +144,12 @@ def _avatar_exam(
             num_views=section.num_views,
             num_candidates=section.num_candidates,
             training_ids=trained_on,
-            cache_dir=workdir / "renders",
+            cache_dir=workdir / RENDERS,
         )
         for split, count in counts.items()
     ]
     probe.check_parts(sets[1].parts)
-    return Exam(*sets, compare.scorer(probe), encoders, detects, avatars)
+    return Exam(*sets, compare.scorer(probe), encoders, detects, avatars, workdir)
 
 
 def lead(config: Any, test: AnySet) -> str:

@@ -19,11 +19,10 @@ from etils import epath
 
 from hyperlora_jax.array_types import AnyArray, Bool, Float
 from hyperlora_jax.errors import UserError
+from hyperlora_jax.evaluate.encoded_pictures import pooled_embeddings
 from hyperlora_jax.evaluate.metrics import clustered_mean, is_finite
 from hyperlora_jax.hypernet.conditioning import ImageEncoder, load_condition_encoder
 from hyperlora_jax.hypernet.embedding_table import EmbeddingTable
-
-BATCH = 64
 
 # Picture [h, w, 3] in [0, 1] -> whether it shows exactly one subject.
 Detects = Callable[[np.ndarray], bool]
@@ -34,20 +33,31 @@ def encoder_similarity(
     generated: Float[AnyArray, "i c h w 3"],
     references: Float[AnyArray, "i r h w 3"],
     detects: Detects | None = None,
+    folder: epath.PathLike | None = None,
 ) -> Float[np.ndarray, "i c"]:
     """Equation 1, mean over r real pictures; failures and undetected subjects score 0."""
     usable = detected(generated, detects)
-    ours, theirs = embeddings(encoder, generated), embeddings(encoder, references).mean(axis=1)
+    ours = embeddings(encoder, generated, folder)
+    theirs = embeddings(encoder, references, folder).mean(axis=1)
     return np.where(usable, np.einsum("ice,ie->ic", ours, theirs), 0.0)
 
 
 def embeddings(
-    encoder: ImageEncoder, images: Float[AnyArray, "i c h w 3"]
+    encoder: ImageEncoder,
+    images: Float[AnyArray, "i c h w 3"],
+    folder: epath.PathLike | None = None,
 ) -> Float[np.ndarray, "i c e"]:
-    """Unit embeddings of pictures, clipped to [0, 1]; what is not finite counts as black."""
+    """Unit embeddings of pictures, clipped to [0, 1]; what is not finite counts as black.
+
+    Args:
+      encoder: any.
+      images: any.
+      folder: see `pooled_embeddings`.
+    """
     pictures = np.clip(np.nan_to_num(np.asarray(images, np.float32)), 0.0, 1.0)
-    flat = _embed(encoder, pictures.reshape(-1, *pictures.shape[2:]))
-    return flat.reshape(*pictures.shape[:2], -1)
+    flat = pictures.reshape(-1, *pictures.shape[2:])
+    found = _unit(pooled_embeddings(encoder, flat, folder, "judging"))
+    return found.reshape(*pictures.shape[:2], -1)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -158,6 +168,7 @@ def similarity_numbers(
     *,
     condition_hash: str | None = None,
     detects: Detects | None = None,
+    folder: epath.PathLike | None = None,
 ) -> dict[str, Any]:
     """{judge: {"hash", "is_condition_encoder", "similarity": {method: estimate}}}.
 
@@ -167,6 +178,7 @@ def similarity_numbers(
       judges: encoders by name.
       condition_hash: hash of the encoder that conditioned the hypernetwork; marks it as leaky.
       detects: see `detected`.
+      folder: see `embeddings`.
     """
     return {
         name: {
@@ -174,22 +186,13 @@ def similarity_numbers(
             "is_condition_encoder": encoder.hash == condition_hash,
             "similarity": {
                 method: clustered_mean(
-                    encoder_similarity(encoder, drawn, references[: len(drawn)], detects)
+                    encoder_similarity(encoder, drawn, references[: len(drawn)], detects, folder)
                 ).to_json()
                 for method, drawn in images.items()
             },
         }
         for name, encoder in judges.items()
     }
-
-
-def _embed(encoder: ImageEncoder, pictures: np.ndarray) -> np.ndarray:
-    """Unit embeddings, in batches of one size so that one program serves all."""
-    count = -(-len(pictures) // BATCH) * BATCH
-    padded = np.concatenate([pictures, np.zeros((count - len(pictures), *pictures.shape[1:]))])
-    padded = padded.astype(np.float32)
-    parts = [encoder.encode(padded[i : i + BATCH])[0] for i in range(0, count, BATCH)]
-    return _unit(np.concatenate([np.asarray(part) for part in parts])[: len(pictures)])
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:

@@ -22,14 +22,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from hyperlora_jax.array_types import Float, Params
 from hyperlora_jax.data import pictures
 from hyperlora_jax.data.lora_targets import LoraTargets
+from hyperlora_jax.evaluate.encoded_pictures import pooled_embeddings
 from hyperlora_jax.evaluate.fitted_sets import FittedSets
 from hyperlora_jax.evaluate.methods import LorasOf
 from hyperlora_jax.evaluate.questions import Questions
 from hyperlora_jax.hypernet.baselines import make_baseline
+from hyperlora_jax.hypernet.conditioning import ImageEncoder
 from hyperlora_jax.hypernet.model import Hypernetwork
 from hyperlora_jax.lora import factors, vectorize
 from hyperlora_jax.lora.sites import LoraSpec
@@ -43,7 +46,7 @@ BASELINE_NAMES = {
 }
 GUIDED = ("knn", "ridge")  # averages shrink to the mean
 COPY_NOISE = 0.5
-READ_BATCH = 64
+READ_AT_ONCE = 256  # subjects whose references are in memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,16 +223,25 @@ def _refined(num_steps: int, context: Context) -> Source:
 
 
 def reference_embeddings(
-    hyper: Hypernetwork, targets: LoraTargets, rows: np.ndarray
+    encoder: ImageEncoder,
+    targets: LoraTargets,
+    rows: np.ndarray,
+    folder: epath.PathLike | None = None,
 ) -> Float[np.ndarray, "t e"]:
-    """Mean pooled embedding of the reference pictures of some training subjects."""
+    """Mean pooled embedding of the reference pictures of some training subjects.
+
+    Args:
+        folder: see `pooled_embeddings`.
+    """
     found = []
-    for start in range(0, len(rows), READ_BATCH):
-        subjects = [targets[int(i)] for i in rows[start : start + READ_BATCH]]
-        shown = [np.stack([pictures.decode(png) for png in s.references]) for s in subjects]
-        for views in shown:
-            pooled, _ = hyper.embed(views.astype(np.float32)[None] / 255.0)
-            found.append(np.asarray(pooled)[0].mean(axis=0))
+    for start in range(0, len(rows), READ_AT_ONCE):
+        subjects = [targets[int(i)] for i in rows[start : start + READ_AT_ONCE]]
+        shown = [[pictures.decode(png) for png in subject.references] for subject in subjects]
+        flat = np.stack([picture for views in shown for picture in views]).astype(np.float32)
+        title = f"encoding references of targets {start + len(shown)}/{len(rows)}"
+        pooled = pooled_embeddings(encoder, flat / 255.0, folder, title)
+        ends = np.cumsum([len(views) for views in shown])
+        found += [of_one.mean(axis=0) for of_one in np.split(pooled, ends[:-1])]
     return np.stack(found)
 
 

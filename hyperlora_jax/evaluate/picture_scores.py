@@ -14,6 +14,7 @@ import dataclasses
 from typing import Any, ClassVar
 
 import numpy as np
+from etils import epath
 
 from hyperlora_jax.array_types import AnyArray, Float, Int
 from hyperlora_jax.evaluate import metrics
@@ -50,10 +51,13 @@ class PictureScorer:
     Args:
       judge: an `ImageEncoder`, best one that training never saw.
       detects: picture → whether it shows exactly one subject; where not, all scores are 0.
+      folder: see `judges.embeddings`.
     """
 
-    def __init__(self, judge: Any, detects: Detects | None = None):
-        self.judge, self.detects = judge, detects
+    def __init__(
+        self, judge: Any, detects: Detects | None = None, folder: epath.PathLike | None = None
+    ):
+        self.judge, self.detects, self.folder = judge, detects, folder
         self._galleries: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def __call__(
@@ -67,7 +71,7 @@ class PictureScorer:
             )
         pictures = np.asarray(images, np.float32)
         usable = detected(pictures, self.detects)
-        found = embeddings(self.judge, pictures)
+        found = embeddings(self.judge, pictures, self.folder)
         candidates = questions.candidates[:count]
         alike = np.einsum("ice,ine->icn", found, self._means(questions)[candidates])
         best = alike == alike.max(axis=2, keepdims=True)
@@ -83,8 +87,8 @@ class PictureScorer:
         # <e, mean of the gallery> is equation 1; a set and its `first` share one gallery.
         key = id(questions.gallery)
         if key not in self._galleries:
-            means = embeddings(self.judge, unit_pixels(questions.gallery)).mean(axis=1)
-            self._galleries[key] = questions.gallery, means
+            gallery = embeddings(self.judge, unit_pixels(questions.gallery), self.folder)
+            self._galleries[key] = questions.gallery, gallery.mean(axis=1)
         return self._galleries[key][1]
 
 

@@ -1,5 +1,6 @@
 """`hyperlora evaluate`: every method on the same held-out identities, captions and noise."""
 
+import dataclasses
 import functools
 import time
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from hyperlora_jax.evaluate import comparison_file
 from hyperlora_jax.evaluate.analysis import all_sections
 from hyperlora_jax.evaluate.compare import Method, MethodResult, compare, run_method
 from hyperlora_jax.evaluate.conventional import seconds_per_fit
-from hyperlora_jax.evaluate.exams import lead, open_exam, story
+from hyperlora_jax.evaluate.exams import EMBEDDINGS, lead, open_exam, story
 from hyperlora_jax.evaluate.fitted_sets import FittedSets
 from hyperlora_jax.evaluate.further_scores import further_scorers, further_scores
 from hyperlora_jax.evaluate.lora_sources import (
@@ -90,7 +91,7 @@ class Evaluation:
             self.spec,
             self.hyper,
             np.asarray(gauged.vectors[rows]),
-            reference_embeddings(self.hyper, targets, rows),
+            reference_embeddings(self.hyper.encoder, targets, rows, self.scratch / EMBEDDINGS),
             FittedSets(
                 self.scratch,
                 self.sd,
@@ -194,7 +195,7 @@ class Evaluation:
             generate["guidance"] = chosen.guidance
         self.hyper = self.hyper.with_facts(default_strength=chosen.strength, generate=generate)
         self.hyper.save(self.workdir / FOLDER)
-        self.__dict__.pop("context", None)  # its hypernetwork is the old one
+        self.context = dataclasses.replace(self.context, hyper=self.hyper)
 
     def summary(
         self,

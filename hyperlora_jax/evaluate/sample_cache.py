@@ -37,17 +37,24 @@ class SampleCache:
         """The pictures of that key, from the folder or from `sample`, which then is called once."""
         if self.folder is None or not fingerprint:
             return np.asarray(sample(), np.float32)
-        file = epath.Path(self.folder) / f"{cache_key(fingerprint, evaluation, strength)}.npy"
-        kept = _read(file)
-        if kept is not None:
-            return kept
-        images = np.asarray(sample(), np.float32)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_suffix(".unfinished")
-        with unfinished.open("wb") as stream:
-            np.save(stream, images)
-        unfinished.replace(file)
-        return images
+        return kept(self.folder, cache_key(fingerprint, evaluation, strength), sample)
+
+
+def kept(
+    folder: epath.PathLike, key: str, make: Callable[[], AnyArray]
+) -> Float[np.ndarray, "*any"]:
+    """The array of a hashed name, from `folder` or, float32, from `make`, and then kept there."""
+    file = epath.Path(folder) / f"{key}.npy"
+    found = _read(file)
+    if found is not None:
+        return found
+    array = np.asarray(make(), np.float32)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_suffix(".unfinished")
+    with unfinished.open("wb") as stream:
+        np.save(stream, array)
+    unfinished.replace(file)
+    return array
 
 
 def cache_key(fingerprint: str, evaluation: Questions, strength: float) -> str:

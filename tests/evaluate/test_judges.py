@@ -67,6 +67,25 @@ def test_several_real_pictures_are_averaged():
     np.testing.assert_allclose(found, [[0.25]], atol=1e-6)
 
 
+def test_kept_embeddings_are_of_these_pictures_and_this_encoder(tmp_path):
+    seen = []
+
+    class Counting(MeanColour):
+        def encode(self, images):
+            seen.append(self.hash)
+            return super().encode(images)
+
+    same = coloured([[[1.0, 0.5, 0.5], [0.0, 0.5, 0.5]]])
+    judge, other = Counting(), Counting(hash="another")
+    first = judges.embeddings(judge, same, tmp_path)
+    np.testing.assert_array_equal(judges.embeddings(judge, same, tmp_path), first)
+    np.testing.assert_allclose(first, judges.embeddings(MeanColour(), same), atol=1e-6)
+    assert seen == ["h"]
+    assert np.abs(judges.embeddings(judge, same[:, ::-1], tmp_path) - first).max() > 0.5
+    judges.embeddings(other, same, tmp_path)
+    assert seen == ["h", "h", "another"]
+
+
 def test_judges_are_loaded_by_name(tmp_path):
     found = judges.load_judges({"avatars": "avatar", "independent": ""})
     assert list(found) == ["avatars"] and found["avatars"].embedding_dim > 8
