@@ -11,9 +11,9 @@ another one, that training never saw, as judge. Packages and models are the user
     hyperlora train    --config configs/heads.py --workdir runs/heads/main
     hyperlora evaluate --config configs/heads.py --workdir runs/heads/main
 
-On one core that other work shared: base 47 minutes, probe 6, LoRAs 6, conditions 6 and training 15.
-The evaluation was stopped before its report: its LoRAs took 36 minutes, its samples 5, and scoring
-had not ended after another 15.
+On one core that other work shared: base 47 minutes, probe 6, LoRAs 6, conditions 6, training 15 and
+evaluation about 45. Identity on 48 held-out people: generated .19, conventional .76, nearest .08
+(docs/results.md).
 """
 
 from ml_collections import ConfigDict

@@ -184,7 +184,11 @@ def _section(record: Mapping[str, Any]) -> list[str]:
     ]
     if differences["rows"]:
         heading = ["generated minus …", *differences["columns"]]
-        parts += [_markdown_table(heading, _rows(differences)), differences["note"]]
+        parts += [_markdown_table(heading, _rows(differences)), f"{differences['note']}."]
+    judges = wording.judge_table(metrics)
+    if judges["rows"]:
+        heading = ["similarity to the reference", *judges["columns"]]
+        parts += [_markdown_table(heading, _rows(judges)), judges["note"]]
     said = [f"- ({good[line['tone']]}) {line['text']}" for line in verdicts.verdicts(metrics)]
     times = [[row["name"], row["value"]] for row in wording.timings(metrics)]
     facts = [

@@ -109,10 +109,11 @@ def difference_table(summary: Summary) -> dict[str, Any]:
         ]
         rows.append({"name": title(name), "cells": cells})
     note = (
-        "Same identities, captions and start noise; mean ± standard error of the paired "
-        f"difference, in colour where it exceeds {STANDARD_ERRORS:g} standard errors."
+        "Same identities, captions and start noise; mean ± standard error of the paired difference"
     )
-    return {"columns": [title for title, _, _ in found.values()], "rows": rows, "note": note}
+    colour = f"in colour where it exceeds {STANDARD_ERRORS:g} standard errors"
+    columns = [title for title, _, _ in found.values()]
+    return {"columns": columns, "rows": rows, "note": note, "colour": colour}
 
 
 def judge_table(summary: Summary) -> dict[str, Any]:

@@ -185,11 +185,12 @@ def _latents(vae: AutoencoderKL, params: Params, file: Path, images: np.ndarray)
         return np.load(file, mmap_mode="r", allow_pickle=False)
 
     @jax.jit
-    def encode(chunk):
+    def encode(weights, chunk):  # an argument: closed over, it would be constants of the program
         pixels = jnp.asarray(chunk, jnp.float32) / 127.5 - 1.0
-        return vae.apply({"params": params}, pixels, method="encode")[0].astype(jnp.float16)
+        return vae.apply({"params": weights}, pixels, method="encode")[0].astype(jnp.float16)
 
-    latents = encode_in_batches(encode, images, 256, "latents")
+    placed = functools.partial(encode, jax.device_put(params))
+    latents = encode_in_batches(placed, images, 256, "latents")
     temporary = file.with_suffix(".tmp.npy")
     np.save(temporary, latents)
     temporary.replace(file)
