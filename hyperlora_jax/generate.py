@@ -1,6 +1,7 @@
 """Checkpoint + reference pictures → LoRA files."""
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,14 @@ from hyperlora_jax.array_types import Params
 from hyperlora_jax.data.image_folder import open_image_folder
 from hyperlora_jax.data.pictures import SUFFIXES
 from hyperlora_jax.errors import UserError
-from hyperlora_jax.hypernet.editing import edit
+from hyperlora_jax.hypernet.editing import Directions, edit
 from hyperlora_jax.hypernet.model import Hypernetwork
 from hyperlora_jax.hypernet.references import read_references
-from hyperlora_jax.lora import factors
+from hyperlora_jax.lora import factors, gauge
 from hyperlora_jax.lora_files import save_loras
 
 MAX_BATCH = 64
-Edits = tuple[Mapping[str, np.ndarray], Mapping[str, float]]  # ({name: direction}, {name: amount})
+Edits = tuple[Directions, Mapping[str, float]]  # and {attribute: amount}
 
 
 def reference_hash(paths: Sequence[str | Path]) -> str:
@@ -47,7 +48,8 @@ def generate_one(
     Args:
         out: the file; with several samples `NAME.safetensors` becomes `NAME-0.safetensors`, ….
         draw: guidance, num_steps, sampler, where they shall differ from the checkpoint's.
-        edits: attribute directions and how far to go along them (`hypernet/editing.py`).
+        edits: attribute directions and how far to go along them (`hypernet/editing.py`); the
+            file's rank grows by the checkpoint's for each.
 
     Raises:
         UserError: a reference that is no usable picture, an unwritable path; see also
@@ -57,10 +59,9 @@ def generate_one(
     key = jax.random.key(seed)
     familiar = _familiar(hyper, pictures[None])[0]
     loras = hyper.generate(key, pictures[None], num_samples=num_samples, **(draw or {}))
-    loras = loras if edits is None else edit(loras, hyper.spec, *edits)
     paths = _names(Path(out), num_samples)
     texts = [_texts(hyper, k, familiar, references, strength, seed) for k in range(num_samples)]
-    return _write(hyper, loras, paths, texts, strength, writing)
+    return _write(hyper, loras, edits, paths, texts, strength, writing)
 
 
 def _names(path: Path, count: int) -> list[Path]:
@@ -98,7 +99,6 @@ def generate_many(
         pictures = np.stack([read_references(files[i][:count], size=size) for i in chunk])
         key = jax.random.fold_in(jax.random.key(seed), start)
         loras = hyper.generate(key, pictures, num_samples=num_samples, **(draw or {}))
-        loras = loras if edits is None else edit(loras, hyper.spec, *edits)
         familiar = _familiar(hyper, pictures)
         paths, texts = [], []
         for k, i in enumerate(chunk):
@@ -107,7 +107,7 @@ def generate_many(
                 _texts(hyper, n, familiar[k], files[i][:count], strength, seed)
                 for n in range(num_samples)
             ]
-        written += _write(hyper, loras, paths, texts, strength, writing)
+        written += _write(hyper, loras, edits, paths, texts, strength, writing)
     return written
 
 
@@ -137,17 +137,24 @@ def _texts(
 def _write(
     hyper: Hypernetwork,
     loras: Params,
+    edits: Edits | None,
     paths: Sequence[Path],
     texts: Sequence[dict[str, Any]],
     strength: float | None,
     writing: dict[str, Any],
 ) -> list[Path]:
     strength = hyper.default_strength if strength is None else strength
+    spec = hyper.spec
+    if edits is not None:
+        loras, spec = edit(loras, *edits)
+        texts = [{**text, "edits": json.dumps(dict(edits[1]))} for text in texts]
+        if writing.get("format") == "weights2weights":  # which holds no more than rank 1
+            loras, spec = gauge.truncate(loras, spec, 1)
     try:
         return save_loras(
             paths,
             factors.scale(loras, strength),
-            hyper.spec,
+            spec,
             family=hyper.facts["family"],
             metadata=texts,
             **writing,

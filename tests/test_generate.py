@@ -1,14 +1,17 @@
 """References in, LoRA files out: one subject, and folders of them in one batch."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
+from hyperlora_jax.cli.main import main
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.generate import generate_many, generate_one, reference_hash
-from hyperlora_jax.hypernet import conditioning
+from hyperlora_jax.hypernet import conditioning, editing
 from hyperlora_jax.hypernet.building import build_generator
 from hyperlora_jax.hypernet.condition import Condition
 from hyperlora_jax.hypernet.image_encoder import ConvEncoder, init_encoder
@@ -80,3 +83,30 @@ def test_what_cannot_be_written_is_one_line(hyper, subjects, tmp_path):
     with pytest.raises(UserError, match="cannot write here"):
         generate_many(hyper, subjects, tmp_path / "file")
     assert (tmp_path / "file").read_text() == "x"
+
+
+def test_edits_are_added_exactly_and_told_in_the_header(hyper, subjects, tmp_path):
+    random = np.random.default_rng(1)
+    vectors = random.normal(size=(20, SPEC.num_parameters)).astype(np.float32)
+    shown = {"hat": random.uniform(size=20) < 0.5, "tie": random.uniform(size=20) < 0.5}
+    directions = editing.fit_directions(vectors, SPEC, shown)
+    file, workdir = tmp_path / "d.safetensors", tmp_path / "hyper"
+    editing.save_directions(file, directions)
+    hyper.save(workdir)
+    command = ["generate", "--checkpoint", workdir, "--reference", subjects / "anna" / "0.png"]
+    command += ["--dtype", "float32", "--strength", "1.5"]
+
+    def generate(name, *more):
+        path = tmp_path / f"{name}.safetensors"
+        assert main([*map(str, (*command, "--out", path, *more))]) == 0
+        return *load_lora(path), read_metadata(path)
+
+    plain, spec, texts = generate("plain")
+    assert spec.max_rank == 2 and "hyperlora.edits" not in texts
+    edits = ("--directions", file, "--edit", "hat=1.5", "tie=-2")
+    edited, spec, texts = generate("edited", *edits)
+    assert spec.max_rank == 6 and json.loads(texts["hyperlora.edits"]) == {"hat": 1.5, "tie": -2.0}
+    wanted, _ = editing.edit(plain, directions, {"hat": 1.5, "tie": -2.0})
+    for ours, theirs in zip(_deltas(edited), _deltas(wanted), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    assert main([*map(str, (*command, "--out", tmp_path / "x", *edits[:3], "hat"))]) == 2

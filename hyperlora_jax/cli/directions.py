@@ -17,8 +17,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='{"attribute": ["ids of subjects that show it", …], …}; all others do not',
     )
     parser.add_argument("--out", metavar="FILE", required=True, help=".safetensors")
-    parser.add_argument("--components", type=int, default=1000, help="principal components")
-    parser.add_argument("--penalty", type=float, default=1.0, help="of the classifier")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -26,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
     import numpy as np
 
     from hyperlora_jax.data.lora_targets import open_lora_targets
-    from hyperlora_jax.hypernet.editing import Space, save_directions
+    from hyperlora_jax.hypernet.editing import fit_directions, save_directions
 
     targets = open_lora_targets(args.dataset)
     try:
@@ -43,12 +41,7 @@ def run(args: argparse.Namespace) -> int:
                 f"--labels {args.labels}: {name} lists {unknown[0]}, which {args.dataset} "
                 f"does not hold ({len(unknown)} of {len(ids)})"
             )
-    vectors = targets.matrix()
-    space = Space.fit(vectors, targets.spec, args.components)
-    directions = {
-        name: space.direction(vectors, np.asarray([i in ids for i in targets.ids]), args.penalty)
-        for name, ids in shown.items()
-    }
-    save_directions(args.out, directions, targets.spec)
-    print(f"wrote {args.out} ({', '.join(directions)})")
+    shows = {name: np.asarray([i in ids for i in targets.ids]) for name, ids in shown.items()}
+    save_directions(args.out, fit_directions(targets.matrix(), targets.spec, shows))
+    print(f"wrote {args.out} ({', '.join(shows)})")
     return 0

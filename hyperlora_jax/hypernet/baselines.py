@@ -16,6 +16,7 @@ as deltas that are then cut back to their rank (`space="delta"`).
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -239,32 +240,38 @@ def principal_components(
 def blend_deltas(
     weights: Float[Array, "l t"], vectors: Float[Array, "t d"], spec: LoraSpec
 ) -> Params:
-    """Σ_t weight · delta_t per site, cut back to the site's rank by SVD; balanced factors.
-
-    Builds one site's delta of one LoRA at a time (in×out): fitting data is small, and this is no
-    training loss.
-    """
+    """Σ_t weight · delta_t per site, cut back to the site's rank by SVD; balanced factors."""
     known = vectorize.unflatten(vectors, spec)
-    pairs = {}
-    for site in spec.sites:
-        pair = site_factors(known, site)
-        down = pair["down"].reshape(len(vectors), site.fan_in, site.rank)
-        up = jnp.asarray(pair["up"])
+    return tree_from_sites(
+        {
+            site.path: blend_site(weights, site_factors(known, site), site.rank)
+            for site in spec.sites
+        }
+    )
 
-        def one(row: Array, down: Array = down, up: Array = up, rank: int = site.rank):
-            delta = jnp.einsum("t,tir,tro->io", row, down, up)
-            left, sigma, right = jnp.linalg.svd(delta, full_matrices=False)
-            keep = min(rank, len(sigma))
-            root = jnp.sqrt(sigma[:keep])
-            more = rank - keep
-            return (
-                jnp.pad(left[:, :keep] * root, ((0, 0), (0, more))),
-                jnp.pad(root[:, None] * right[:keep], ((0, more), (0, 0))),
-            )
 
-        downs, ups = jax.lax.map(one, weights)
-        pairs[site.path] = {"down": downs.reshape(len(weights), *site.down_shape), "up": ups}
-    return tree_from_sites(pairs)
+@functools.partial(jax.jit, static_argnames="rank")
+def blend_site(weights: Float[AnyArray, "l t"], known: Params, rank: int) -> Params:
+    """`blend_deltas` of one site, whose factors are known [t, ...].
+
+    Builds one LoRA's delta at a time (in×out): fitting data is small, and this is no training loss.
+    """
+    down = jnp.reshape(known["down"], (len(known["down"]), -1, known["down"].shape[-1]))
+    up = jnp.asarray(known["up"])
+
+    def one(row: Array) -> tuple[Array, Array]:
+        delta = jnp.einsum("tir,tro->io", row[:, None, None] * down, up)
+        left, sigma, right = jnp.linalg.svd(delta, full_matrices=False)
+        keep = min(rank, len(sigma))
+        root = jnp.sqrt(sigma[:keep])
+        more = rank - keep
+        return (
+            jnp.pad(left[:, :keep] * root, ((0, 0), (0, more))),
+            jnp.pad(root[:, None] * right[:keep], ((0, more), (0, 0))),
+        )
+
+    downs, ups = jax.lax.map(one, jnp.asarray(weights))
+    return {"down": downs.reshape(len(weights), *known["down"].shape[1:-1], rank), "up": ups}
 
 
 BASELINES = ("mean", "nearest", "knn", "ridge", "pca_gaussian")

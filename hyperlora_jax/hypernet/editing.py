@@ -1,12 +1,19 @@
-"""Moving between LoRAs and along attributes (weights2weights, arXiv 2406.09413, sections 3.2, 3.3).
+"""Moving between LoRAs and along attributes.
 
-    interpolate   LoRAs on the way from one subject to another, in the space of conditions: the
-                  generator writes the LoRA of a mixed embedding
-    Space         principal components of the training LoRAs: coordinates ⇄ vectors
-    direction     normal of a linear classifier of an attribute in that space; `edit` walks along it
+    interpolate     LoRAs on the way from one subject to another, in the space of conditions: the
+                    generator writes the LoRA of a mixed embedding
+    fit_directions  what an attribute adds to a LoRA, from LoRAs of which it is known
+    edit            LoRA + amount · direction
 
-A direction has unit length in whitened coordinates, so an amount of 1 is one standard deviation of
-the training LoRAs along it.
+weights2weights (arXiv 2406.09413, section 3.3) takes the normal of a linear classifier of the raw
+factors. Factors mean something only beside their partner: a hypernetwork that was trained on
+pictures writes others than the fits that the classifier knows, and in them such a normal shows
+little. Directions here are deltas: least squares of Δ_i on the labels of subject i, all attributes
+at once, so that what comes with another attribute is not counted twice; each is cut back to the
+spec's rank.
+
+An amount of 1 is the difference between subjects that show an attribute and subjects that do not,
+for a LoRA as large (norm of its delta) as the labelled ones are on average.
 """
 
 import dataclasses
@@ -16,17 +23,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from safetensors import SafetensorError
-from safetensors.numpy import load, save
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
+from hyperlora_jax import storage
 from hyperlora_jax.array_types import AnyArray, Array, Bool, Float, Params
 from hyperlora_jax.errors import UserError
-from hyperlora_jax.hypernet.baselines import principal_components
+from hyperlora_jax.hypernet.baselines import blend_site
 from hyperlora_jax.hypernet.model import Hypernetwork
-from hyperlora_jax.lora import vectorize
-from hyperlora_jax.lora.sites import LoraSpec
+from hyperlora_jax.lora import factors, losses, vectorize
+from hyperlora_jax.lora.sites import LoraSpec, site_factors, tree_from_sites
 
-MARK = "hyperlora.directions"
+MARK, SIZE = "hyperlora.directions", "hyperlora.delta_norm"
 
 
 def interpolate(
@@ -58,107 +66,113 @@ def interpolate(
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Space:
-    """Principal components of training LoRAs.
+class Directions:
+    """What attributes add to a LoRA.
 
     Attributes:
-        mean: [d]. components: [k, d], orthonormal. spread: [k], standard deviation along each.
+        spec: sites and ranks of every direction.
+        vectors: {attribute: flat LoRA [d] whose delta is added at an amount of 1}.
+        size: mean norm of the labelled LoRAs' deltas.
     """
 
     spec: LoraSpec
-    mean: Float[np.ndarray, " d"]
-    components: Float[np.ndarray, "k d"]
-    spread: Float[np.ndarray, " k"]
+    vectors: Mapping[str, Float[np.ndarray, " d"]]
+    size: float
 
-    @classmethod
-    def fit(cls, vectors: Float[np.ndarray, "t d"], spec: LoraSpec, size: int = 1000) -> "Space":
-        """Of some LoRA vectors, in one gauge or from one initialisation."""
-        mean = vectors.mean(axis=0)
-        return cls(spec, mean, *principal_components(vectors - mean, size))
 
-    def coordinates(self, vectors: Float[AnyArray, "l d"]) -> Float[np.ndarray, "l k"]:
-        """Whitened coordinates: unit variance over the training LoRAs."""
-        return (np.asarray(vectors) - self.mean) @ self.components.T / self.spread
+def fit_directions(
+    vectors: Float[np.ndarray, "t d"], spec: LoraSpec, labels: Mapping[str, Bool[np.ndarray, " t"]]
+) -> Directions:
+    """Directions of attributes.
 
-    def vectors(self, coordinates: Float[AnyArray, "l k"]) -> Float[np.ndarray, "l d"]:
-        """LoRA vectors with these coordinates."""
-        return self.mean + (np.asarray(coordinates) * self.spread) @ self.components
+    Args:
+        vectors: LoRAs whose attributes are known, in any gauge.
+        labels: which of them show an attribute, by its name.
 
-    def direction(
-        self,
-        vectors: Float[AnyArray, "t d"],
-        shown: Bool[np.ndarray, " t"],
-        penalty: float = 1.0,
-    ) -> Float[np.ndarray, " d"]:
-        """Where an attribute lies: difference in LoRA vectors for one standard deviation of it.
-
-        Args:
-            vectors: labelled LoRAs.
-            shown: which of them show the attribute.
-            penalty: ridge on the classifier's normal, in units of the number of LoRAs.
-
-        Raises:
-            UserError: all or none of them show it.
-        """
-        labels = np.asarray(shown, np.float64)
-        if labels.min() == labels.max():
+    Raises:
+        UserError: an attribute that all or none show, or one that is told by the others.
+    """
+    for name, shown in labels.items():
+        if np.all(shown) or not np.any(shown):
             raise UserError(
-                f"attribute direction: {int(labels.sum())} of {len(labels)} LoRAs show it, "
-                "expected some that do and some that do not"
+                f"attribute {name}: {int(np.sum(shown))} of {len(shown)} LoRAs show it, expected "
+                "some that do and some that do not"
             )
-        known = self.coordinates(vectors).astype(np.float64)
-        known -= known.mean(axis=0)
-        signs = (labels - labels.mean()) / labels.std()
-        gram = known.T @ known / len(known) + penalty * np.eye(known.shape[1])
-        normal = np.linalg.solve(gram, known.T @ signs / len(known))
-        normal /= max(float(np.linalg.norm(normal)), 1e-12)
-        return ((normal * self.spread) @ self.components).astype(np.float32)
+    table = np.stack([np.ones(len(vectors)), *(np.asarray(v, float) for v in labels.values())], 1)
+    if np.linalg.matrix_rank(table) < table.shape[1]:
+        raise UserError(
+            f"attributes {', '.join(labels)}: one follows from the others, so that their "
+            "directions cannot be told apart; leave it out"
+        )
+    weights = np.linalg.pinv(table)[1:].astype(np.float32)
+    found, squares, start = {}, np.zeros(len(vectors)), 0
+    for site in spec.sites:  # one at a time: deltas of all sites are as large as the base
+        alone = LoraSpec((site,))
+        own = vectors[:, start : start + site.num_parameters]
+        known = site_factors(vectorize.unflatten(own, alone), site)
+        found[site.path] = blend_site(weights, known, site.rank)
+        squares += np.asarray(losses.delta_inner(known, known))
+        start += site.num_parameters
+    flat = np.asarray(vectorize.flatten(tree_from_sites(found), spec))
+    size = float(np.sqrt(squares).mean())
+    return Directions(spec, dict(zip(labels, flat, strict=True)), size)
 
 
 def edit(
-    lora: Params,
-    spec: LoraSpec,
-    directions: Mapping[str, Float[AnyArray, " d"]],
-    amounts: Mapping[str, float],
-) -> Params:
-    """LoRA + Σ amount · direction, on raw factors; works on one LoRA and on a batch.
+    lora: Params, directions: Directions, amounts: Mapping[str, float]
+) -> tuple[Params, LoraSpec]:
+    """LoRA + Σ amount · direction, exactly: ranks add. Works on one LoRA and on a batch.
+
+    Returns:
+        the LoRA and its spec.
 
     Raises:
         UserError: an attribute without a direction.
     """
-    for name in amounts:
-        if name not in directions:
-            raise UserError(
-                f"edit: no direction {name!r}, there are {', '.join(sorted(directions)) or 'none'}"
-            )
-    vector = vectorize.flatten(jax.tree.map(jnp.asarray, lora), spec)
+    spec = directions.spec
+    share = jnp.sqrt(losses.delta_inner(lora, lora)) / directions.size
     for name, amount in amounts.items():
-        vector = vector + amount * jnp.asarray(directions[name])
-    return vectorize.unflatten(vector, spec)
+        if name not in directions.vectors:
+            known = ", ".join(sorted(directions.vectors)) or "none"
+            raise UserError(f"edit: no direction {name!r}, there are {known}")
+        added = vectorize.unflatten(jnp.asarray(directions.vectors[name]), spec)
+        count = factors.num_loras(lora)
+        added = added if count is None else factors.repeat(added, count)
+        lora = factors.concatenate_ranks(lora, factors.scale(added, amount * share))
+    ranks = 1 + len(amounts)
+    grown = [dataclasses.replace(site, rank=ranks * site.rank) for site in spec.sites]
+    return lora, LoraSpec(tuple(grown))
 
 
-def save_directions(
-    path: epath.PathLike, directions: Mapping[str, Float[np.ndarray, " d"]], spec: LoraSpec
-) -> None:
+def save_directions(path: epath.PathLike, directions: Directions) -> None:
     """Writes directions as one .safetensors file that knows its spec."""
-    arrays = {name: np.ascontiguousarray(v, np.float32) for name, v in directions.items()}
-    epath.Path(path).write_bytes(save(arrays, {MARK: spec.fingerprint}))
+    arrays = {n: np.ascontiguousarray(v, np.float32) for n, v in directions.vectors.items()}
+    facts = {MARK: directions.spec.to_json(), SIZE: repr(directions.size)}
+    try:
+        epath.Path(path).write_bytes(save(arrays, facts))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({storage.reason(error)})") from error
 
 
-def load_directions(path: epath.PathLike, spec: LoraSpec) -> dict[str, Float[np.ndarray, " d"]]:
+def load_directions(path: epath.PathLike, spec: LoraSpec) -> Directions:
     """Reads what `save_directions` wrote.
 
     Raises:
         UserError: no such file, a damaged one, or directions for another spec.
     """
     try:
-        arrays = load(epath.Path(path).read_bytes())
+        with safe_open(str(path), "numpy") as file:
+            facts = file.metadata() or {}
+            vectors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise UserError(f"directions {path}: cannot be read ({error})") from error
-    for name, values in arrays.items():
-        if values.shape != (spec.num_parameters,):
-            raise UserError(
-                f"directions {path}: {name} has {values.size} numbers, the LoRA's spec "
-                f"{spec.fingerprint[:12]} has {spec.num_parameters}"
-            )
-    return arrays
+        raise UserError(f"directions {path}: cannot be read ({storage.reason(error)})") from error
+    if MARK not in facts or SIZE not in facts:
+        raise UserError(f"directions {path}: is no file of `hyperlora directions`")
+    own = LoraSpec.from_json(facts[MARK])
+    if own.fingerprint != spec.fingerprint:
+        raise UserError(
+            f"directions {path}: made for the LoRA spec {own.fingerprint[:12]} ({len(own)} sites, "
+            f"rank {own.max_rank}), the checkpoint's is {spec.fingerprint[:12]} ({len(spec)} "
+            f"sites, rank {spec.max_rank})"
+        )
+    return Directions(own, vectors, float(facts[SIZE]))

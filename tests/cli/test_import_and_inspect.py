@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hyperlora_jax.cli import import_loras, inspect_dataset
+from hyperlora_jax.cli import directions, import_loras, inspect_dataset
 from hyperlora_jax.data.lora_targets import open_lora_targets
 from hyperlora_jax.errors import UserError
+from hyperlora_jax.hypernet.editing import load_directions
 from hyperlora_jax.lora import vectorize
 from hyperlora_jax.lora_files import save_lora
 
@@ -67,6 +68,27 @@ def test_matrix_needs_no_preset(base, tmp_path, capsys):
     assert call(import_loras, tmp_path / "all_weights.npy", *options) == 0
     targets = open_lora_targets(tmp_path / "out", spec)
     assert sorted(targets.identities) == ["Anna", "Anna", "Bert"]
+
+
+def test_directions_of_an_imported_dataset(base, tmp_path):
+    spec = write_loras(tmp_path / "in", base, 6)
+    options = ["--base", base.path, "--out", tmp_path / "out"]
+    assert call(import_loras, tmp_path / "in", *options) == 0
+    ids = open_lora_targets(tmp_path / "out").ids
+    labels, file = tmp_path / "labels.json", tmp_path / "d.safetensors"
+    arguments = (tmp_path / "out", "--labels", labels, "--out", file)
+    for text, match in (
+        (json.dumps({"hat": [*ids[:2], "nobody"]}), "hat lists nobody"),
+        (json.dumps({"hat": ids}), "hat: 6 of 6 LoRAs show it"),
+        ("[1]", "expected a JSON object of lists"),
+    ):
+        labels.write_text(text)
+        with pytest.raises(UserError, match=match):
+            call(directions, *arguments)
+    assert not file.exists()
+    labels.write_text(json.dumps({"hat": ids[:2], "red hair": ids[1:4]}))
+    assert call(directions, *arguments) == 0
+    assert set(load_directions(file, spec).vectors) == {"hat", "red hair"}
 
 
 def test_wrong_use_is_one_line(base, tmp_path):

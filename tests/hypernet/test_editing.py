@@ -4,19 +4,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.hypernet.baselines import Neighbours
 from hyperlora_jax.hypernet.editing import (
-    Space,
     edit,
+    fit_directions,
     interpolate,
     load_directions,
     save_directions,
 )
 from hyperlora_jax.hypernet.model import Hypernetwork
-from hyperlora_jax.lora import factors, vectorize
-from hyperlora_jax.lora.sites import LoraSite, LoraSpec
+from hyperlora_jax.lora import factors, losses, vectorize
+from hyperlora_jax.lora.sites import LoraSite, LoraSpec, site_factors, tree_from_sites, validate
 
 SPEC = LoraSpec((LoraSite("down_blocks.0.attentions.0.proj.attn1.to_q", 6, 8, 2, "linear"),))
 
@@ -31,46 +32,65 @@ class MeanColour:
 
 @pytest.fixture(name="labelled", scope="module")
 def _labelled():
+    """LoRAs of rank 2 and two attributes that often come together, a rank-1 delta each: factors in
+    another basis for every LoRA, so that no classifier of raw numbers could tell."""
     random = np.random.default_rng(0)
-    shown = random.uniform(size=200) < 0.4
-    axis = random.normal(size=SPEC.num_parameters)
-    noise = random.normal(size=(200, 6)) @ random.normal(size=(6, SPEC.num_parameters))
-    vectors = (noise + 3.0 * shown[:, None] * axis).astype(np.float32)
-    return vectors, shown
+    hat = random.uniform(size=400) < 0.4
+    tie = np.where(random.uniform(size=400) < 0.3, ~hat, hat)
+    down, up = random.normal(size=(2, 6, 1)), random.normal(size=(2, 1, 8))
+    basis = np.linalg.qr(random.normal(size=(400, 2, 2)))[0]
+    amounts = np.stack([hat, tie], 1)[:, None]  # [t, 1, 2]
+    downs = amounts * np.concatenate(list(down), 1) @ basis
+    ups = np.swapaxes(basis, 1, 2) @ np.concatenate(list(up), 0)
+    name = SPEC.sites[0].path
+    loras = tree_from_sites({name: {"down": np.float32(downs), "up": np.float32(ups)}})
+    vectors = np.asarray(vectorize.flatten(loras, SPEC))
+    return vectors, {"hat": hat, "tie": tie}, down @ up
 
 
-def test_coordinates_are_whitened_and_invertible(labelled):
-    vectors, _ = labelled
-    space = Space.fit(vectors, SPEC)
-    coordinates = space.coordinates(vectors)
-    np.testing.assert_allclose(coordinates.std(axis=0, ddof=1), 1.0, atol=1e-2)
-    np.testing.assert_allclose(space.vectors(coordinates), vectors, atol=1e-2)
+def delta_of(lora):
+    return np.asarray(factors.delta(site_factors(lora, SPEC.sites[0])))
 
 
-def test_direction_turns_the_attribute_on(labelled, tmp_path):
-    vectors, shown = labelled
-    space = Space.fit(vectors[:150], SPEC)
-    direction = space.direction(vectors[:150], shown[:150])
-    # The classifier that made it, applied to LoRAs it has not seen.
-    normal = space.coordinates(direction[None] + space.mean)[0]
-    scores = space.coordinates(vectors) @ normal
-    middle = (scores[shown].mean() + scores[~shown].mean()) / 2
-    assert np.mean((scores > middle)[150:] == shown[150:]) > 0.9
-    lora = vectorize.unflatten(jnp.asarray(vectors[150:][~shown[150:]]), SPEC)
-    save_directions(tmp_path / "d.safetensors", {"hat": direction}, SPEC)
+def test_directions_are_what_each_attribute_adds(labelled, tmp_path):
+    vectors, labels, added = labelled
+    save_directions(tmp_path / "d.safetensors", fit_directions(vectors, SPEC, labels))
     directions = load_directions(tmp_path / "d.safetensors", SPEC)
-    moved = vectorize.flatten(edit(lora, SPEC, directions, {"hat": 3.0}), SPEC)
-    assert np.mean(space.coordinates(moved) @ normal > middle) > 0.9
-    with pytest.raises(UserError, match="no direction 'hair', there are hat"):
-        edit(lora, SPEC, directions, {"hair": 1.0})
-    with pytest.raises(UserError, match="hat has 28 numbers"):
-        load_directions(tmp_path / "d.safetensors", SPEC.with_rank(1))
-    with pytest.raises(UserError, match="0 of 200 LoRAs show it"):
-        space.direction(vectors, np.zeros(200, bool))
+    neither = vectorize.unflatten(jnp.asarray(vectors[[3, 7]]), SPEC)
+    for name, wanted in zip(labels, added, strict=True):
+        moved, spec = edit(neither, directions, {name: 0.5})
+        validate(moved, spec)
+        assert spec.max_rank == 4
+        change = delta_of(moved) - delta_of(neither)
+        norms = np.sqrt(losses.delta_inner(neither, neither)) / directions.size
+        np.testing.assert_allclose(change, 0.5 * norms[:, None, None] * wanted, atol=1e-3)
+    one, spec = edit(factors.index(neither, 0), directions, {"hat": 1.0, "tie": -1.0})
+    validate(one, spec)
+    assert spec.max_rank == 6
+    with pytest.raises(UserError, match="no direction 'hair', there are hat, tie"):
+        edit(neither, directions, {"hair": 1.0})
+
+
+def test_directions_refused(labelled, tmp_path):
+    vectors, labels, _ = labelled
+    with pytest.raises(UserError, match="attribute hat: 0 of 400 LoRAs show it"):
+        fit_directions(vectors, SPEC, {"hat": np.zeros(400, bool)})
+    with pytest.raises(UserError, match="hat, bare: one follows from the others"):
+        fit_directions(vectors, SPEC, {"hat": labels["hat"], "bare": ~labels["hat"]})
+    file = tmp_path / "d.safetensors"
+    save_directions(file, fit_directions(vectors, SPEC, labels))
+    with pytest.raises(UserError, match=r"\(1 sites, rank 2\), the checkpoint's is .* rank 1\)"):
+        load_directions(file, SPEC.with_rank(1))
+    file.write_bytes(b"no tensors")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_directions(file, SPEC)
+    save_file({"a": vectors[0]}, file)
+    with pytest.raises(UserError, match="is no file of `hyperlora directions`"):
+        load_directions(file, SPEC)
 
 
 def test_interpolation_ends_at_both_subjects(labelled):
-    vectors, _ = labelled
+    vectors, *_ = labelled
     embeddings = np.eye(3, dtype=np.float32)
     generator = Neighbours(SPEC, "raw", 3, temperature=0.5)
     constants = generator.fit(embeddings, vectors[:3])
