@@ -27,6 +27,7 @@ from hyperlora_jax.hypernet.token_layout import (
     disassemble,
     token_features,
 )
+from hyperlora_jax.parallel.sharding import split_activations
 
 
 class TokenHypernetwork(nn.Module):
@@ -115,7 +116,7 @@ class TokenHypernetwork(nn.Module):
             table = self.param(f"embed_{name}", nn.initializers.normal(0.5), (count, self.width))
             total = total + table[ids]
         shape = (num_loras, self.layout.num_tokens, self.width)
-        return jnp.broadcast_to(jnp.asarray(total, self.dtype), shape)
+        return split_activations(jnp.broadcast_to(jnp.asarray(total, self.dtype), shape))
 
     def _scale(self, group: TokenGroup) -> float:
         """Size of the numbers that a unit output of a group's head writes."""
@@ -147,7 +148,7 @@ class TokenHypernetwork(nn.Module):
             shape = (len(group.sites), self.layout.components, group.width)
             init = nn.initializers.zeros if group.side == "up" or whitened else _centre_init
             centre = self.param(f"centre_{name}", init, shape)
-            output = jnp.broadcast_to(centre, (x.shape[0], *shape))
+            output = split_activations(jnp.broadcast_to(centre, (x.shape[0], *shape)))
             if group.side == "up" or self.down == "generated":
                 head = Head(
                     group,

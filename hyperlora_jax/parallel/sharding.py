@@ -119,6 +119,24 @@ def split_rows(rows: jax.Array, mesh: Mesh | None) -> jax.Array:
     return jax.device_put(rows, batch_sharding(mesh))
 
 
+def split_activations(x: jax.Array) -> jax.Array:
+    """`x` [b, ...] split over data × fsdp in a program that runs under `knowing(mesh)`; elsewhere
+    `x`.
+
+    For activations that begin as a parameter without a batch: XLA lets them follow the parameter,
+    whose features fsdp spreads, and then moves the whole batch about between chips.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    free = PartitionSpec.UNCONSTRAINED
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES, *[free] * (x.ndim - 1)))
+
+
+def knowing(mesh: Mesh) -> Any:
+    """A context in which a function is traced that `split_activations` shall tell of the mesh."""
+    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
 def on_mesh(model: Any, mesh: Mesh) -> Any:
     """A model (a dataclass with the field `params`) with a copy of them on every device."""
     return dataclasses.replace(model, params=jax.device_put(model.params, replicated(mesh)))

@@ -39,6 +39,7 @@ ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
+READER = 2  # of programs (`hlo_report.py`): records of another one are made again
 LOW_EFFORT = {"exec_time_optimization_effort": -1.0, "memory_fitting_effort": -1.0}
 GIB = 2**30
 
@@ -198,7 +199,7 @@ def compile_for(
 def _identity(lowered: Any, record: Mapping[str, Any]) -> str:
     """sha256 (hex) of the program, of what it is compiled for and of the compiler."""
     compiler = [jax.__version__, importlib.metadata.version("libtpu")]
-    facts = json.dumps([compiler, record], sort_keys=True)
+    facts = json.dumps([compiler, record, READER], sort_keys=True)
     return hashlib.sha256((facts + lowered.as_text()).encode()).hexdigest()
 
 

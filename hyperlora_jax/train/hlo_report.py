@@ -30,7 +30,8 @@ _HEADER = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{$")
 _CALLEE = re.compile(r"(?:body|condition|calls|to_apply)=%?([\w.\-]+)")
 _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 _LESS = re.compile(r"compare\([^)]*%([\w.\-]+)\), direction=LT")
-_CONSTANT = re.compile(r"%([\w.\-]+) = s32\[\]\S* constant\((\d+)\)")
+_CONSTANT = re.compile(r"%([\w.\-]+) = [su]32\[\]\S* constant\((\d+)\)")
+_CONTEXT = re.compile(r"\bu32\[\]")  # of an asynchronous operation; carries no data
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 
@@ -92,7 +93,8 @@ def _computations(program: str) -> dict[str, list[str]]:
 
 
 def _iterations(line: str, blocks: dict[str, list[str]]) -> int:
-    """How often a `while` runs: JAX's scans count up to a constant in their condition."""
+    """How often a `while` runs: JAX's scans and XLA's windowed products count up to a constant in
+    their condition."""
     condition = _CONDITION.search(line)
     lines = "\n".join(blocks.get(condition[1], ())) if condition else ""
     bound = _LESS.search(lines)
@@ -126,7 +128,7 @@ def _transfer(line: str, mesh: Mesh, num_slices: int) -> tuple[str, str, int] | 
     found = _INSTRUCTION.search(line)
     if not found:
         return None
-    sizes = _array_sizes(found["result"])
+    sizes = _array_sizes(_CONTEXT.sub("", found["result"]))
     if found["async"] and len(sizes) > 1:
         sizes = sizes[len(sizes) // 2 :]  # (operands, results): count the results
     return found["op"], axes_of(_groups(found["rest"]), mesh, num_slices), sum(sizes)

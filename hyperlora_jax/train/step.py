@@ -1,6 +1,5 @@
 """The training step: one pure function of arrays, and the one place where it is jitted."""
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -72,10 +71,16 @@ def jit_step(
 ) -> Any:
     """`train_step` jitted over (state, frozen, batch, key)."""
     replicated: NamedSharding = sharding.replicated(mesh)
+
+    def step(state: TrainState, frozen: Any, batch: Mapping[str, Array], key: PRNGKey) -> Any:
+        with sharding.knowing(mesh):
+            return train_step(
+                state, frozen, batch, key,
+                loss=loss, optimizer=optimizer, rate=rate, ema_decay=ema_decay,
+            )  # fmt: skip
+
     return jax.jit(
-        functools.partial(
-            train_step, loss=loss, optimizer=optimizer, rate=rate, ema_decay=ema_decay
-        ),
+        step,
         in_shardings=(
             shardings,  # state: by rule
             frozen_shardings,  # frozen base: by its own rule, usually replicated
