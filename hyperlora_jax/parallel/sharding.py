@@ -1,10 +1,9 @@
 """Where every array lives: an ordered regex table for parameter trees, one rule for batches.
 
 A table is a sequence of `Rule(pattern, specs)`. A parameter's name is its path joined by "/"; the
-pattern must match the whole name. Every parameter must be matched by exactly one rule. The specs of
-that rule are alternatives in order of preference, aligned to the parameter's last dimensions: the
+first rule whose pattern matches the whole name counts, and there must be one for every parameter.
+Its specs are alternatives in order of preference, aligned to the parameter's last dimensions: the
 first whose axes divide the dimensions wins, and a parameter that none fits is replicated.
-Convolution kernels take the first alternative that splits one dimension.
 """
 
 import dataclasses
@@ -28,10 +27,15 @@ AnyMesh = Mesh | AbstractMesh
 
 @dataclass(frozen=True)
 class Rule:
-    """Parameters whose whole name matches `pattern` take the first of `specs` that divides them."""
+    """Parameters whose whole name matches `pattern` take the first of `specs` that divides them.
+
+    Attributes:
+      convolutions: four dimensions are a convolution's kernel, of which one dimension is split.
+    """
 
     pattern: str
     specs: tuple[Spec, ...]
+    convolutions: bool = True
 
 
 IN_OUT: tuple[Spec, ...] = (
@@ -42,7 +46,25 @@ IN_OUT: tuple[Spec, ...] = (
     (None, "tensor"),
     ("tensor", None),
 )
-DEFAULT_RULES = (Rule(r".*", IN_OUT),)
+# Attention kernels [in, heads, width of a head] and [heads, width of a head, out], maybe stacked:
+# heads over tensor, so that a head is computed in one place.
+HEADS_IN: tuple[Spec, ...] = (
+    ("fsdp", "tensor", None),
+    ("fsdp", None, None),
+    (None, "tensor", None),
+)
+HEADS_OUT: tuple[Spec, ...] = (
+    ("tensor", None, "fsdp"),
+    (None, None, "fsdp"),
+    ("tensor", None, None),
+)
+DEFAULT_RULES = (
+    Rule(r".*attention/(query|key|value)/kernel", HEADS_IN, convolutions=False),
+    Rule(r".*attention/out/kernel", HEADS_OUT, convolutions=False),
+    Rule(r".*/mlp_out/kernel", (("tensor", "fsdp"), *IN_OUT)),  # sums over what mlp_in has split
+    Rule(r"(.*/)?(bias|scale)", ()),  # small, also where blocks are stacked
+    Rule(r".*", IN_OUT),
+)
 REPLICATED_RULES = (Rule(r".*", ()),)
 
 
@@ -51,21 +73,15 @@ def parameter_name(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def _check_coverage(names: Sequence[str], rules: Sequence[Rule]) -> dict[str, Rule]:
-    """The one rule of each name; raises on uncovered and on doubly matched names and lists them."""
-    matches = {name: [r for r in rules if re.fullmatch(r.pattern, name)] for name in names}
-    uncovered = [name for name, found in matches.items() if not found]
-    doubled = [
-        f"{name} ({', '.join(rule.pattern for rule in found)})"
-        for name, found in matches.items()
-        if len(found) > 1
-    ]
-    if uncovered or doubled:
-        raise ValueError(
-            f"sharding rules must match every parameter once. Uncovered: {uncovered or 'none'}."
-            f" Matched more than once: {doubled or 'none'}."
-        )
-    return {name: found[0] for name, found in matches.items()}
+def _rules_of(names: Sequence[str], rules: Sequence[Rule]) -> dict[str, Rule]:
+    """The rule of each name; raises on names that no rule matches and lists them."""
+    first = {
+        name: next((r for r in rules if re.fullmatch(r.pattern, name)), None) for name in names
+    }
+    uncovered = [name for name, rule in first.items() if rule is None]
+    if uncovered:
+        raise ValueError(f"sharding rules must match every parameter. Uncovered: {uncovered}")
+    return {name: rule for name, rule in first.items() if rule is not None}
 
 
 def _divides(spec: Spec, shape: tuple[int, ...], mesh: AnyMesh) -> bool:
@@ -79,7 +95,8 @@ def _resolve(rule: Rule, shape: tuple[int, ...], mesh: AnyMesh) -> PartitionSpec
     for spec in rule.specs:
         # A convolution's kernel [h, w, in, out] is split over in or out, never both: for two such
         # convolutions in a row XLA (jaxlib 0.10) computes wrong gradients.
-        if len(shape) >= 4 and sum(axis is not None and mesh.shape[axis] > 1 for axis in spec) > 1:
+        used = sum(axis is not None and mesh.shape[axis] > 1 for axis in spec)
+        if rule.convolutions and len(shape) >= 4 and used > 1:
             continue
         if _divides(spec, shape, mesh):
             return PartitionSpec(*(None,) * (len(shape) - len(spec)), *spec)
@@ -92,10 +109,10 @@ def param_shardings(
     """A NamedSharding for every leaf of `shapes` (arrays or ShapeDtypeStructs), same structure.
 
     Raises:
-      ValueError: a parameter that no rule or more than one rule matches; all of them are listed.
+      ValueError: parameters that no rule matches.
     """
     leaves, structure = jax.tree_util.tree_flatten_with_path(shapes)
-    rule_of = _check_coverage([parameter_name(path) for path, _ in leaves], rules)
+    rule_of = _rules_of([parameter_name(path) for path, _ in leaves], rules)
     return structure.unflatten(
         NamedSharding(mesh, _resolve(rule_of[parameter_name(path)], tuple(leaf.shape), mesh))
         for path, leaf in leaves

@@ -35,11 +35,32 @@ def test_first_alternative_that_divides_wins(shape, expected):
     assert spec_of(shape, abstract_mesh(1, 4, 2)) == expected
 
 
-def test_uncovered_and_doubled_names_are_listed():
-    rules = (Rule(r"a/.*", ()), Rule(r".*/kernel", ()))
-    tree = {"a": {"kernel": jnp.zeros(1), "bias": jnp.zeros(1)}, "b": {"bias": jnp.zeros(1)}}
-    with pytest.raises(ValueError, match=r"Uncovered: \['b/bias'\].*once: \['a/kernel \(a/"):
-        param_shardings(tree, abstract_mesh(1, 1, 1), rules)
+def test_attention_is_split_by_heads_and_by_what_it_reads_or_writes():
+    shapes = {
+        "self_attention": {
+            "query": {"kernel": jnp.zeros((3, 8, 2, 5)), "bias": jnp.zeros((3, 2, 5))},
+            "out": {"kernel": jnp.zeros((3, 2, 5, 8))},
+        },
+        "mlp_in": {"kernel": jnp.zeros((3, 8, 16))},
+        "mlp_out": {"kernel": jnp.zeros((3, 16, 8))},
+    }
+    found = param_shardings({"blocks": shapes}, abstract_mesh(1, 4, 2))["blocks"]
+    attention = found["self_attention"]
+    assert attention["query"]["kernel"].spec == PartitionSpec(None, "fsdp", "tensor", None)
+    assert attention["query"]["bias"].spec == PartitionSpec()
+    assert attention["out"]["kernel"].spec == PartitionSpec(None, "tensor", None, "fsdp")
+    assert found["mlp_in"]["kernel"].spec == PartitionSpec(None, "fsdp", "tensor")
+    assert found["mlp_out"]["kernel"].spec == PartitionSpec(None, "tensor", "fsdp")
+
+
+def test_the_first_rule_counts_and_uncovered_names_are_listed():
+    rules = (Rule(r"a/.*", ((None,),)), Rule(r".*/kernel", (("fsdp",),)))
+    tree = {"a": {"kernel": jnp.zeros(4), "bias": jnp.zeros(4)}, "b": {"kernel": jnp.zeros(4)}}
+    found = param_shardings(tree, abstract_mesh(1, 4, 1), rules)
+    assert found["a"]["kernel"].spec == PartitionSpec(None)
+    assert found["b"]["kernel"].spec == PartitionSpec("fsdp")
+    with pytest.raises(ValueError, match=r"Uncovered: \['b/bias'\]"):
+        param_shardings({**tree, "b": {"bias": jnp.zeros(1)}}, abstract_mesh(1, 1, 1), rules)
 
 
 def test_indivisible_batch_is_an_error():
