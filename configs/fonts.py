@@ -16,7 +16,7 @@
 
 A font is told by one letter or by several: training draws one to four, evaluation shows one. On one
 core that other work shared: base 57 minutes, encoder 27, probe 5, LoRAs 9, training 29, evaluation
-34. Identity on 48 held-out fonts: generated .23, conventional .51, nearest .17 (docs/results.md).
+34. Identity on 48 held-out fonts: generated .23, conventional .51, nearest .14 (docs/results.md).
 """
 
 from ml_collections import ConfigDict
