@@ -64,6 +64,8 @@ def get_config() -> ConfigDict:
                     "head": "per_token",
                     "down": "generated",
                     "up_scale": 0.3,
+                    "scan": False,  # blocks as one loop: compiles in the time of one of them
+                    "dtype": "float32",  # or bfloat16; parameters stay float32
                 },
                 "diffusion": {
                     "prediction": "x0",  # x0, v or flow
