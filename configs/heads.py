@@ -1,5 +1,5 @@
-"""Rendered 3-D heads (hyperlora_jax/data/heads.py), seen by an encoder of their own and judged by two
-networks for real faces that training never saw. Packages and models are the user's to install:
+"""Rendered 3-D heads (hyperlora_jax/data/heads.py), seen by an encoder of their own and judged by
+two networks for real faces that training never saw. Packages and models are the user's to install:
 
     tools/install_heads.sh .venv/bin/python runs/heads/encoders
     hyperlora pretrain --config configs/heads_base.py --workdir runs/heads/base
@@ -15,7 +15,8 @@ networks for real faces that training never saw. Packages and models are the use
     hyperlora train    --config configs/heads.py --workdir runs/heads/main
     hyperlora evaluate --config configs/heads.py --workdir runs/heads/main
 
-A face recogniser as the condition instead: `--config.model.encoder=runs/heads/encoders/condition.onnx`.
+A face recogniser as the condition instead:
+`--config.model.encoder=runs/heads/encoders/condition.onnx`.
 
 On one core that other work shared: base 47 minutes, encoder 28, probe 6, LoRAs 6, training 15 and
 evaluation about 45. Identity on 48 held-out people: generated .71 (by the face recogniser .19),
