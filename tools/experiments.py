@@ -8,9 +8,8 @@ Every experiment is a table of runs; every run trains a config of this repositor
 changed and is scored on the same held-out identities, captions and noise, at its own best strength
 (and guidance) of the validation identities. Finished runs are kept, and shared by all experiments:
 the same command goes on with the first that is not, and adds new seeds; a training that was cut off
-begins again, because its whole time counts. It is CPU time, which other work on the machine changes
-little. Writes docs/measurements/experiment_NAME.json, which tools/make_results.py turns into a
-table of docs/results.md.
+begins again, because its whole CPU time counts. Writes docs/measurements/experiment_NAME.json,
+which tools/make_results.py turns into a table of docs/results.md.
 """
 
 import argparse
@@ -130,20 +129,18 @@ def _num_targets() -> dict[str, Run]:
         for count in (100, 300, 0)
     }
     delta = _weights(2000, delta=1.0)
+    counts = {"100": {"data.num_targets": 100}, "300": {"data.num_targets": 300}, "all": {}}
     trained = {
-        f"regression, delta, {count} targets": Run(changes={**delta, "data.num_targets": count})
-        for count in (100, 300)
+        f"regression, delta, {count} targets": Run(changes={**delta, **changes})
+        for count, changes in counts.items()
     }
-    return {**closed, **trained, "regression, delta, all targets": Run(changes=delta)}
+    return {**closed, **trained}
 
 
 def _num_subjects() -> dict[str, Run]:
     steps = {"train.num_steps": 500}
-    fewer = {
-        f"pictures, {count} subjects": Run(changes={**steps, "data.num_identities": count})
-        for count in (100, 300)
-    }
-    return {**fewer, "pictures, 2048 subjects": Run(changes=steps)}
+    counts = {100: {"data.num_identities": 100}, 300: {"data.num_identities": 300}, 2048: {}}
+    return {f"pictures, {n} subjects": Run(changes={**steps, **c}) for n, c in counts.items()}
 
 
 def _compute() -> dict[str, Run]:
