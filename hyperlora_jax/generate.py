@@ -49,7 +49,8 @@ def generate_one(
         out: the file; with several samples `NAME.safetensors` becomes `NAME-0.safetensors`, ….
         draw: guidance, num_steps, sampler, where they shall differ from the checkpoint's.
         edits: attribute directions and how far to go along them (`hypernet/editing.py`); the
-            file's rank grows by the checkpoint's for each.
+            file's rank grows by the checkpoint's for each, but not in the form "weights2weights",
+            which is cut back to rank 1.
 
     Raises:
         UserError: a reference that is no usable picture, an unwritable path; see also
