@@ -85,9 +85,12 @@ def fetched(path: epath.PathLike) -> Path:
     return target
 
 
-def pull(workdir: epath.PathLike, *names: str) -> None:
+def pull(workdir: epath.PathLike, *names: str, missing_only: bool = False) -> None:
     """Makes files and folders of a workdir's scratch folder what they are in the bucket (whose
     copies may be another host's, or gone); nothing for a workdir on the disk.
+
+    Args:
+        missing_only: leaves the files that are there as they are.
 
     Raises:
         UserError: they cannot be read.
@@ -97,11 +100,12 @@ def pull(workdir: epath.PathLike, *names: str) -> None:
     for name in names:
         source, target = epath.Path(workdir) / name, epath.Path(scratch(workdir)) / name
         try:
-            if target.is_dir():
-                target.rmtree()
-            target.unlink(missing_ok=True)
+            if not missing_only:
+                if target.is_dir():
+                    target.rmtree()
+                target.unlink(missing_ok=True)
             if source.exists():
-                _copy_below(source, target)
+                _copy_below(source, target, missing_only)
         except Exception as error:  # every file system has its own
             raise UserError(f"{source}: cannot be read ({reason(error)})") from error
 
@@ -141,13 +145,14 @@ def _upload(source: epath.Path, target: epath.Path) -> None:
         raise UserError(f"{target}: cannot be written ({reason(error)})") from error
 
 
-def _copy_below(source: epath.Path, target: epath.Path) -> None:
-    """A file, or all files of a folder; what is there is replaced."""
-    if not source.is_dir():
-        _copy(source, target, always=True)
-        return
-    for file in _files_below(source):
-        _copy(file, target / file.relative_to(source), always=True)
+def _copy_below(source: epath.Path, target: epath.Path, missing_only: bool = False) -> None:
+    """A file, or all files of a folder; what is there is replaced unless only missing ones are."""
+    pairs = [(source, target)]
+    if source.is_dir():
+        pairs = [(file, target / file.relative_to(source)) for file in _files_below(source)]
+    for file, place in pairs:
+        if not (missing_only and place.exists()):
+            _copy(file, place, always=True)
 
 
 def replaced(path: epath.Path, data: bytes) -> None:

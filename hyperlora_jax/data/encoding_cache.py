@@ -25,8 +25,8 @@ from hyperlora_jax.data.encoded_subjects import EncodedSubjects
 from hyperlora_jax.data.lazy_pictures import LazyPictures
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.parallel import multihost
-from hyperlora_jax.parallel.mesh import make_mesh
 from hyperlora_jax.parallel.sharding import on_mesh
+from hyperlora_jax.parallel.shared_work import local_mesh
 
 LAYOUT = 3  # of the files
 CHUNK, CHUNK_BYTES = 8192, 2**30  # pictures encoded for one file, and their size in memory
@@ -53,7 +53,7 @@ def encode_once(
         UserError: a file cannot be written or read.
     """
     unique, index = encoded_subjects.number_captions(captions)
-    digest = multihost.agree(f"encoded/{len(ids)}", _digest(sd, encoder, ids, images, captions))
+    digest = multihost.agree(f"encoded/{images.shape}", _digest(sd, encoder, ids, images, captions))
     place = epath.Path(folder) / "encoded" / digest
     picture_bytes = int(np.prod(images.shape[2:]))
     per_file = max(1, min(CHUNK, CHUNK_BYTES // picture_bytes) // images.shape[1])
@@ -64,7 +64,7 @@ def encode_once(
     missing = [name for name in (TEXTS, *starts) if name not in found]
     mine = missing[jax.process_index() :: jax.process_count()]
     if mine:
-        mesh = make_mesh(devices=jax.local_devices())
+        mesh = local_mesh()
         params = {name: leaf for name, leaf in sd.params.items() if name != "unet"}
         local = on_mesh(dataclasses.replace(sd, params=params), mesh)
         batch_size = -(-batch_size // mesh.size) * mesh.size

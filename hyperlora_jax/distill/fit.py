@@ -83,10 +83,11 @@ def fit_loras(
             f"steps_per_call = {steps_per_call}"
         )
     # A restart has fewer concepts left, but its state file has all slots.
-    if mesh is None and state_file is None:
-        num_slots = min(num_slots, len(concepts))
     if not concepts:
         return
+    if state_file is None:
+        devices = 1 if mesh is None else mesh.size
+        num_slots = min(num_slots, -(-len(concepts) // devices) * devices)
     trained = recipe.factors(spec) if parametrisation is None else parametrisation
     run = SlotRun(
         trained, recipe, list(concepts), load, start, num_slots, seed, state_file, max_images

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hyperlora_jax.array_types import Array, Float, Params
+from hyperlora_jax.array_types import AnyArray, Array, Float, Params
 from hyperlora_jax.lora import factors, vectorize
 from hyperlora_jax.lora.sites import LoraSpec
 
@@ -168,5 +168,17 @@ def one_lora(
     parametrisation: Parametrisation, params: Params, start: Any, shared: Any, index: int
 ) -> Params:
     """The folded LoRA of one slot, without leading axis, on the host."""
-    own = jax.tree.map(lambda leaf: leaf[index : index + 1], (params, start))
+    own = jax.device_get(jax.tree.map(lambda leaf: _row(leaf, index), (params, start)))
     return jax.device_get(factors.index(parametrisation.lora(*own, shared), 0))
+
+
+def _row(rows: AnyArray, index: int) -> AnyArray:
+    """`rows[index : index + 1]`, from the device that holds it: slicing the whole array would be a
+    program of all devices for every matrix of a LoRA."""
+    if not isinstance(rows, jax.Array):
+        return rows[index : index + 1]
+    for shard in rows.addressable_shards:
+        first, end, _ = shard.index[0].indices(len(rows))
+        if first <= index < end:
+            return shard.data[index - first : index - first + 1]
+    raise IndexError(f"row {index} of {rows.shape} is on no device of this process")

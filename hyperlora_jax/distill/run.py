@@ -5,6 +5,9 @@
 A finished LoRA is one file of the spool, written whole or not at all. A restarted run fits what the
 spool lacks; the dataset is made of the spool in one final step. Concepts whose pictures have one
 size (`distill.buckets`) are fitted together, one size after another: one program for each.
+
+Of several processes each fits its share of the concepts on its own devices, with one spool for all;
+they meet at the end, where the first one makes the dataset.
 """
 
 import dataclasses
@@ -12,6 +15,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
@@ -35,7 +39,8 @@ from hyperlora_jax.distill.slots import Recipe
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora import vectorize
 from hyperlora_jax.lora.sites import LoraSpec
-from hyperlora_jax.parallel.mesh import make_mesh
+from hyperlora_jax.parallel import multihost
+from hyperlora_jax.parallel.shared_work import is_first, local_mesh
 from hyperlora_jax.stable_diffusion.embedded import image_size, load_base
 from hyperlora_jax.stable_diffusion.model import StableDiffusion
 from hyperlora_jax.train.loop import open_workdir
@@ -70,16 +75,17 @@ def distill(config: Any, workdir: epath.PathLike) -> epath.Path:
         return out
     scratch = storage.scratch(workdir)
     storage.pull(workdir, "spool", "prior.npz")
+    spool = scratch / "spool"
+    done = finished_ids(spool)
     section = config.distill
     recipe = make_recipe(section)
     _check(section, recipe)
     sd = load_base(config.base, jnp.dtype(section.dtype))
     spec = sd.lora_spec(section.preset, section.rank)
     embeddings = ReferenceEmbeddings(section.encoders, image_size(sd))
-    groups = _pictures(config, sd, scratch)
-    spool = scratch / "spool"
+    groups = multihost.first_then_others("pictures", lambda: _pictures(config, sd, scratch))
     for pictures in groups:
-        for fitted in _fit(config, sd, spec, recipe, pictures, finished_ids(spool), workdir):
+        for fitted in _fit(config, sd, spec, recipe, pictures, done, workdir):
             file = write_finished(spool, _subject(fitted, pictures, spec, section, embeddings))
             storage.push(workdir, f"spool/{file.name}")
     facts = {
@@ -90,16 +96,20 @@ def distill(config: Any, workdir: epath.PathLike) -> epath.Path:
         "pictures": _describe(groups),
         "encoders": embeddings.hashes(),
     }
-    with storage.writing(out, scratch) as folder:
-        write_lora_targets(
-            folder,
-            Spool(spool),
-            spec,
-            sd.base_hash,
-            facts=facts,
-            split_of=lambda identity: "train",
-            overwrite=True,
-        )
+    multihost.barrier("fitted", multihost.PATIENCE)
+    if is_first():
+        storage.pull(workdir, "spool", missing_only=True)  # what other hosts have fitted
+        with storage.writing(out, scratch) as folder:
+            write_lora_targets(
+                folder,
+                Spool(spool),
+                spec,
+                sd.base_hash,
+                facts=facts,
+                split_of=lambda identity: "train",
+                overwrite=True,
+            )
+    multihost.barrier("written", multihost.PATIENCE)
     return out
 
 
@@ -151,16 +161,16 @@ def _fit(
     done: Collection[str],
     workdir: epath.Path,
 ) -> Iterator[FittedLora]:
-    """The LoRAs of concepts of one picture size that are not done yet."""
+    """This process's share of the LoRAs of one picture size, without those that are done."""
     section, scratch = config.distill, storage.scratch(workdir)
-    state_file = scratch / f"slots-{_size_name(pictures)}.safetensors"
-    position = {
-        number: k for k, number in enumerate(pictures.numbers) if pictures.ids[k] not in done
-    }
-    if not position:
+    share = range(jax.process_index(), len(pictures.ids), jax.process_count())
+    state_file = scratch / f"slots-{_size_name(pictures)}{_place()}.safetensors"
+    position = {pictures.numbers[k]: k for k in share if pictures.ids[k] not in done}
+    left = len({*pictures.ids} - {*done})
+    multihost.barrier("next size", multihost.PATIENCE)
+    if multihost.agree(f"left/{_size_name(pictures)}", str(left)) == "0":
         state_file.unlink(missing_ok=True)
         return
-    storage.pull(workdir, state_file.name)
     encoded = encode_once(
         workdir,
         sd,
@@ -170,18 +180,25 @@ def _fit(
         pictures.captions,
         batch_size=section.encode_batch_size,
     )
+    prior = None
+    if recipe.prior_weight > 0:
+        prior = multihost.first_then_others(
+            "prior", lambda: class_pictures(sd, section.prior, section.seed, scratch / "prior.npz")
+        )
+        if is_first():
+            storage.push(workdir, "prior.npz")
+    if not position:
+        state_file.unlink(missing_ok=True)
+        return
+    storage.pull(workdir, state_file.name)
 
     def load(number: int) -> ConceptArrays:
         k = position[number]
         latents, text_states = encoded.concept(k)
         return latents[: pictures.counts[k]], text_states[: pictures.counts[k]]
 
-    mesh = make_mesh(**config.mesh)
-    few = min(section.num_slots, len(pictures.ids))
-    prior = None
-    if recipe.prior_weight > 0:
-        prior = class_pictures(sd, section.prior, section.seed, scratch / "prior.npz")
-        storage.push(workdir, "prior.npz")
+    mesh = local_mesh()
+    few = -(-len(share) // mesh.size) * mesh.size
     yield from fit_loras(
         sd.unet.clone(remat=section.remat, mesh=mesh),
         sd.params["unet"],
@@ -190,17 +207,23 @@ def _fit(
         recipe,
         list(position),
         load,
-        num_slots=few if mesh.size == 1 else section.num_slots,
+        num_slots=min(section.num_slots, few),
         steps_per_call=section.steps_per_call,
         seed=section.seed,
         mesh=mesh if mesh.size > 1 else None,
         state_file=state_file,
         save_every_steps=section.save_every_steps,
         on_save=lambda: storage.push(workdir, state_file.name),
-        progress=f"distill {_size_name(pictures)}",
+        progress=f"distill {_size_name(pictures)}" if is_first() else None,
         prior=prior,
         max_images=max(pictures.counts),
     )
+
+
+def _place() -> str:
+    """This process among several, for the name of what only it writes."""
+    count = jax.process_count()
+    return f"-{jax.process_index()}-of-{count}" if count > 1 else ""
 
 
 def _subject(

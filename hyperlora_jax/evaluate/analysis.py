@@ -22,6 +22,7 @@ from hyperlora_jax.evaluate.questions import Questions
 from hyperlora_jax.evaluate.sections import Section
 from hyperlora_jax.lora import factors, vectorize
 from hyperlora_jax.lora.sites import LoraSpec
+from hyperlora_jax.parallel import multihost
 
 STARTS = ("mean_lora", "nearest", "knn", "generated")  # of steps to quality
 NUM_PAIRS = 4
@@ -131,7 +132,10 @@ def standard_sections(
         images = None
         if avatars is not None and isinstance(test, EvaluationSet):
             num = pictures.shape[1]
-            suspects = _training_renders(avatars, test, training_ids, num, renders)
+            suspects = multihost.first_then_others(
+                "training renders",
+                lambda: _training_renders(avatars, test, training_ids, num, renders),
+            )
             if suspects.shape[2]:
                 images = image_memorisation(pictures, test.exact, suspects)
         yield sections.memorisation_section(generated, known, images)

@@ -1,5 +1,5 @@
-"""Embeddings of many pictures: in batches of one size, so that one program serves all, and kept by
-content, as a foreign encoder can take a tenth of a second for each."""
+"""Embeddings of many pictures: in batches of one size, so that one program serves all, shared out
+over processes, and kept by content, as a foreign encoder can take a tenth of a second for each."""
 
 import hashlib
 
@@ -10,6 +10,7 @@ from tqdm import tqdm
 from hyperlora_jax.array_types import Float
 from hyperlora_jax.evaluate.sample_cache import kept
 from hyperlora_jax.hypernet.conditioning import ImageEncoder
+from hyperlora_jax.parallel import shared_work
 
 BATCH = 64
 
@@ -37,11 +38,19 @@ def pooled_embeddings(
 
 
 def _encode(encoder: ImageEncoder, pictures: np.ndarray, title: str) -> np.ndarray:
+    return shared_work.shared_rows(
+        len(pictures), lambda rows: _encode_here(encoder, pictures[rows], title)
+    )
+
+
+def _encode_here(encoder: ImageEncoder, pictures: np.ndarray, title: str) -> np.ndarray:
     starts = range(0, len(pictures), BATCH)
     filler = np.zeros((-len(pictures) % BATCH, *pictures.shape[1:]), np.float32)
     padded = np.concatenate([pictures, filler])
     parts = [
         np.asarray(encoder.encode(padded[start : start + BATCH])[0], np.float32)
-        for start in tqdm(starts, desc=title, unit="batch", leave=False)
+        for start in tqdm(
+            starts, desc=title, unit="batch", leave=False, disable=not shared_work.is_first()
+        )
     ]
     return np.concatenate(parts)[: len(pictures)]

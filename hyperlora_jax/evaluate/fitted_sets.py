@@ -2,18 +2,20 @@
 ones, refined ones, and coefficients of training LoRAs."""
 
 import dataclasses
+import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 
-from hyperlora_jax.array_types import Float, Params
+from hyperlora_jax import storage
+from hyperlora_jax.array_types import AnyArray, Float, Params
 from hyperlora_jax.data.encoded_subjects import EncodedSubjects
-from hyperlora_jax.distill.fit import fit_loras
+from hyperlora_jax.distill.fit import ConceptArrays, fit_loras
 from hyperlora_jax.distill.parametrisations import Added, Mixture, Parametrisation
 from hyperlora_jax.distill.slots import Recipe
 from hyperlora_jax.evaluate.conventional import encode_views
@@ -21,6 +23,7 @@ from hyperlora_jax.evaluate.methods import fingerprint
 from hyperlora_jax.evaluate.questions import Questions
 from hyperlora_jax.lora import factors, vectorize
 from hyperlora_jax.lora.sites import LoraSpec
+from hyperlora_jax.parallel import shared_work
 
 SPLITS = ("test", "validation")
 
@@ -35,7 +38,7 @@ class FittedSets:
         recipe: of a conventional fit; `refine_recipe`, `mixture_recipe` of the others.
         refine_rank: of what refinement adds.
         mixture: `per` of `parametrisations.Mixture`.
-        mesh: devices to share the slots out over.
+        mesh: devices of this process to share the slots out over; processes share the identities.
     """
 
     folder: Path
@@ -96,12 +99,9 @@ class FittedSets:
             depends_on,
         )
         kept = self.folder / f"{name}-{mark[:24]}.npz"
-        if kept.exists():
-            with np.load(kept, allow_pickle=False) as file:
-                return {
-                    split: vectorize.unflatten(jnp.asarray(file[split]), trained.spec)
-                    for split in SPLITS
-                }
+        found = {s: shared_work.of_first(lambda split=s: _read(kept, split)) for s in SPLITS}
+        if all(vectors is not None for vectors in found.values()):
+            return {s: vectorize.unflatten(jnp.asarray(v), trained.spec) for s, v in found.items()}
         start = None
         if starts is not None:
             singles = [
@@ -112,9 +112,8 @@ class FittedSets:
             start = singles.__getitem__
         encoded = [encode_views(self.sd, questions, num_views) for questions in self.sets]
         fitted = self._fit(name, recipe, trained, encoded, start, shared)
-        np.savez(
-            kept, **{k: np.asarray(vectorize.flatten(v, trained.spec)) for k, v in fitted.items()}
-        )
+        if shared_work.is_first():
+            _write(kept, {k: vectorize.flatten(v, trained.spec) for k, v in fitted.items()})
         return fitted
 
     def _fit(
@@ -127,6 +126,38 @@ class FittedSets:
         shared: Params | None,
     ) -> dict[str, Params]:
         owners = [(k, i) for k, e in enumerate(encoded) for i in range(len(e.ids))]
+
+        def fit(rows: np.ndarray) -> Params:
+            found = self._fit_here(
+                name,
+                recipe,
+                trained,
+                sorted({*map(int, rows)}),
+                lambda number: encoded[owners[number][0]].concept(owners[number][1]),
+                start,
+                shared,
+            )
+            return factors.stack([found[row] for row in rows])
+
+        every = shared_work.shared_rows(len(owners), fit)
+        return {
+            questions.split: factors.index(
+                every, np.array([n for n, (owner, _) in enumerate(owners) if owner == k])
+            )
+            for k, questions in enumerate(self.sets)
+        }
+
+    def _fit_here(
+        self,
+        name: str,
+        recipe: Recipe,
+        trained: Parametrisation,
+        numbers: Sequence[int],
+        load: Callable[[int], ConceptArrays],
+        start: Callable[[int], Params] | None,
+        shared: Params | None,
+    ) -> dict[int, Params]:
+        """The fits of some of the identities, by number."""
         fitted: dict[int, Params] = {}
         for result in fit_loras(
             self.sd.unet,
@@ -134,19 +165,29 @@ class FittedSets:
             self.sd.schedule,
             self.spec,
             recipe,
-            range(len(owners)),
-            lambda number: encoded[owners[number][0]].concept(owners[number][1]),
+            numbers,
+            load,
             num_slots=self.num_slots,
             steps_per_call=min(self.steps_per_call, recipe.num_steps),
             mesh=self.mesh,
-            progress=f"{name} LoRAs",
+            progress=f"{name} LoRAs" if shared_work.is_first() else None,
             parametrisation=trained,
             start=start,
             shared=shared,
         ):
             fitted[result.index] = result.lora
-        batches = {}
-        for k, questions in enumerate(self.sets):
-            mine = [fitted[n] for n, (owner, _) in enumerate(owners) if owner == k]
-            batches[questions.split] = jax.device_get(factors.stack(mine))
-        return batches
+        return fitted
+
+
+def _read(file: Path, split: str) -> np.ndarray | None:
+    if not file.exists():
+        return None
+    with np.load(file, allow_pickle=False) as arrays:
+        return arrays[split]
+
+
+def _write(file: Path, arrays: dict[str, AnyArray]) -> None:
+    """Appears whole or not at all."""
+    content = io.BytesIO()
+    np.savez(content, **{name: np.asarray(array) for name, array in arrays.items()})
+    storage.replaced(epath.Path(file), content.getvalue())

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from hyperlora_jax.array_types import Float, Params
+from hyperlora_jax.array_types import Float, Int, Params
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.evaluate.compare import Method
 from hyperlora_jax.evaluate.questions import Questions
 from hyperlora_jax.hypernet.model import Hypernetwork
-from hyperlora_jax.parallel import sharding
+from hyperlora_jax.parallel import sharding, shared_work
 
 LorasOf = Callable[[Questions, float], Params]  # (evaluation set, guidance) -> [i] LoRAs
 
@@ -35,12 +35,37 @@ def sample_images(
 
     Args:
         loras: tree with leading axis i, at most the set's identities.
-        mesh: where the model's parameters are (`sharding.on_mesh`); identities are shared out over
-            its devices, in batches rounded up to a multiple of them.
+        mesh: where the model's parameters are (`sharding.on_mesh`), of this process's devices;
+            identities are shared out over processes and over these devices, in batches rounded up
+            to a multiple of them.
     """
     count = int(jax.tree.leaves(loras)[0].shape[0])
+
+    def draw(rows: np.ndarray) -> np.ndarray:
+        return _draw(
+            sd, questions, loras, rows, strength, num_steps, guidance, identities_per_batch, mesh
+        )
+
+    return shared_work.shared_rows(count, draw)
+
+
+def _draw(
+    sd: Any,
+    questions: Questions,
+    loras: Params,
+    wanted: Int[np.ndarray, " m"],
+    strength: float,
+    num_steps: int,
+    guidance: float,
+    identities_per_batch: int,
+    mesh: Mesh | None,
+) -> Float[np.ndarray, "m c h w 3"]:
+    """Pictures of the wanted identities."""
+    count = len(wanted)
     settings = sd.unet.settings
-    noise = questions.first(count).noise((*settings.sample_size, settings.in_channels))
+    noise = questions.first(int(wanted.max()) + 1).noise(
+        (*settings.sample_size, settings.in_channels)
+    )
     size = min(identities_per_batch, count)
     place = functools.partial(jax.tree.map, jnp.asarray)
     if mesh is not None:
@@ -50,7 +75,7 @@ def sample_images(
     pictures = []
     for start in range(0, count, size):
         # The last batch is filled up with its own last identity: one program for all.
-        rows = np.minimum(np.arange(start, start + size), count - 1)
+        rows = wanted[np.minimum(np.arange(start, start + size), count - 1)]
         captions = [text for i in rows for text in questions.captions[i]]
         images = sd.sample(
             jax.random.key(0),

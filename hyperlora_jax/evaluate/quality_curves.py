@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from hyperlora_jax.array_types import Params
+from hyperlora_jax.array_types import Int, Params
 from hyperlora_jax.data.encoded_subjects import encode_subjects
 from hyperlora_jax.distill import slots as slot_state
 from hyperlora_jax.distill.fit import place
@@ -27,6 +27,7 @@ from hyperlora_jax.evaluate.questions import Questions
 from hyperlora_jax.evaluate.steps_to_quality import Curve, run_curve
 from hyperlora_jax.lora import factors
 from hyperlora_jax.lora.sites import LoraSpec
+from hyperlora_jax.parallel import shared_work
 
 # What `steps_to_quality` and the report call a curve that starts from a method's LoRAs.
 NAMES = {"mean_lora": "mean", "generated": "hypernetwork"}
@@ -59,7 +60,7 @@ def quality_curves(
         sampling: keyword arguments of `sample_images`.
         checkpoints: steps at which to score, from 0, at most the recipe's.
         start_seconds: what it took to make a start.
-        mesh: identities are shared out over it.
+        mesh: devices of this process to share identities out over; processes share them too.
 
     Raises:
         UserError: checkpoints beyond the recipe's steps.
@@ -71,7 +72,9 @@ def quality_curves(
         )
     parametrisation = Factors(spec, recipe.alpha, recipe.init_seed)
     unit = math.gcd(*checkpoints)
-    loaded = _loaded(sd, parametrisation, recipe, questions)
+    count = questions.num_identities
+    mine = shared_work.own_rows(count, 1 if mesh is None else mesh.size)
+    loaded = _loaded(sd, parametrisation, recipe, questions, mine)
     scale = 1.0 if recipe.alpha is None else recipe.alpha / spec.max_rank
 
     def step(slots: Slots, unet_params: Params) -> Slots:
@@ -88,16 +91,18 @@ def quality_curves(
         return slots
 
     def scores(slots: Slots) -> dict[str, np.ndarray]:
-        loras = factors.scale(jax.device_get(slots.params), scale)
+        loras = factors.scale(shared_work.gathered(count, slots.params), scale)
         images = sample_images(sampler, questions, loras, strength, **sampling)
         return judge(questions, images).columns()
 
     curves = {}
     for method, start in [("zero", None), *starts.items()]:
         name = NAMES.get(method, method)
-        params = loaded.params if start is None else factors.scale(start, 1.0 / scale)
+        params = loaded.params
+        if start is not None:
+            params = factors.scale(factors.index(start, mine), 1.0 / scale)
         fresh = jax.tree.map(jnp.array, loaded.replace(params=params))  # a copy: steps donate it
-        slots, unet_params = place(fresh, sd.params["unet"], mesh, questions.num_identities)
+        slots, unet_params = place(fresh, sd.params["unet"], mesh, len(mine))
         if not curves:  # compiles, so that no curve's seconds hold it
             step(jax.tree.map(jnp.copy, slots), unet_params)
 
@@ -112,8 +117,14 @@ def quality_curves(
     return curves
 
 
-def _loaded(sd: Any, parametrisation: Factors, recipe: Recipe, questions: Questions) -> Slots:
-    """One slot per identity with its views, at step 0."""
+def _loaded(
+    sd: Any,
+    parametrisation: Factors,
+    recipe: Recipe,
+    questions: Questions,
+    wanted: Int[np.ndarray, " m"],
+) -> Slots:
+    """One slot per wanted identity with its views, at step 0."""
     encoded = encode_subjects(
         sd,
         None,
@@ -123,14 +134,13 @@ def _loaded(sd: Any, parametrisation: Factors, recipe: Recipe, questions: Questi
         progress=False,
     )
     latents, text = encoded.concept(0)
-    count = questions.num_identities
-    slots = slot_state.empty_slots(parametrisation, recipe, count, latents.shape, text.shape)
-    for slot in range(count):
-        latents, text = encoded.concept(slot)
+    slots = slot_state.empty_slots(parametrisation, recipe, len(wanted), latents.shape, text.shape)
+    for slot, number in enumerate(map(int, wanted)):
+        latents, text = encoded.concept(number)
         slots = slot_state.load_slot(
             slots,
             jnp.asarray(slot),
-            slot_state.concept_key(0, slot),
+            slot_state.concept_key(0, number),
             jnp.asarray(latents, jnp.float32),
             jnp.asarray(text, jnp.float32),
             jnp.asarray(len(latents), jnp.int32),

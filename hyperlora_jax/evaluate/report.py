@@ -16,6 +16,7 @@ from hyperlora_jax.evaluate import charts, figures, verdicts, wording
 from hyperlora_jax.evaluate.compare import MethodResult
 from hyperlora_jax.evaluate.picture_sets import AnySet
 from hyperlora_jax.evaluate.protocol import EvaluationSet
+from hyperlora_jax.parallel import shared_work
 
 TEMPLATE = "report.html.j2"
 PLACES = ("top", "body", "worst")
@@ -67,7 +68,8 @@ def write_report(
     extra_figures: Sequence[Figure] = (),
     num_rows: int = 6,
 ) -> ReportFiles:
-    """Writes the page, metrics.json, grid.png, worst.png and the charts into `folder`.
+    """Writes the page, metrics.json, grid.png, worst.png and the charts into `folder`; of several
+    processes the first one does.
 
     Args:
       folder: made if missing.
@@ -80,17 +82,17 @@ def write_report(
       num_rows: rows of grid.png.
     """
     target = epath.Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
     shown = [*standard_figures(test, results, num_rows), *extra_figures]
-    files = {}
+    pictures = {figure.name: target / f"{figure.name}.png" for figure in shown}
+    files = ReportFiles(target / page_name, target / "metrics.json", pictures)
+    if not shared_work.is_first():
+        return files
+    target.mkdir(parents=True, exist_ok=True)
     for figure in shown:
-        files[figure.name] = target / f"{figure.name}.png"
-        files[figure.name].write_bytes(figure.png)
-    metrics_file = target / "metrics.json"
-    metrics_file.write_text(json.dumps(summary, indent=1, sort_keys=True) + "\n")
-    page = target / page_name
-    page.write_text(render_page(summary, shown, title=title, lead=lead, done=done))
-    return ReportFiles(page, metrics_file, files)
+        pictures[figure.name].write_bytes(figure.png)
+    files.metrics.write_text(json.dumps(summary, indent=1, sort_keys=True) + "\n")
+    files.page.write_text(render_page(summary, shown, title=title, lead=lead, done=done))
+    return files
 
 
 def standard_figures(

@@ -36,7 +36,7 @@ from hyperlora_jax.evaluate.sample_cache import SampleCache
 from hyperlora_jax.evaluate.summary import summarise
 from hyperlora_jax.hypernet.conditioning import load_condition_encoder
 from hyperlora_jax.hypernet.model import FOLDER, Hypernetwork
-from hyperlora_jax.parallel.mesh import make_mesh
+from hyperlora_jax.parallel import multihost, shared_work
 from hyperlora_jax.parallel.sharding import on_mesh
 from hyperlora_jax.stable_diffusion.embedded import image_size, load_base
 from hyperlora_jax.train.loop import open_workdir
@@ -47,6 +47,9 @@ SPEED_BATCH = 64
 class Evaluation:
     """Everything that one evaluation needs, loaded once.
 
+    Of several processes all do the same, share out what takes long by identities
+    (`parallel/shared_work.py`), and the first one writes; `config.mesh` plays no part.
+
     Raises:
         UserError: no hypernetwork or dataset in the workdir, or one of another base.
     """
@@ -55,7 +58,7 @@ class Evaluation:
         self.config, self.workdir = config, open_workdir(workdir)
         self.scratch = storage.scratch(self.workdir)
         self.sd = load_base(config.base)
-        self.mesh = make_mesh(**config.mesh)
+        self.mesh = shared_work.local_mesh()
         self.sampler = on_mesh(self.sd, self.mesh)
         # An encoder that is not ours (an ONNX file, say) is not kept with the hypernetwork.
         kept = (self.workdir / FOLDER / "encoder").exists()
@@ -68,7 +71,9 @@ class Evaluation:
             targets, self.spec, self.sd.base_hash, config.data.skip_damaged
         )
         known = frozenset(self.hyper.facts.get("trained_on", ())) | frozenset(self.targets.ids)
-        self.exam = open_exam(config, image_size(self.sd), known, self.scratch)
+        self.exam = multihost.first_then_others(
+            "exam", lambda: open_exam(config, image_size(self.sd), known, self.scratch)
+        )
         self.validation, self.test = self.exam.validation, self.exam.test
         self.further = further_scorers(config.evaluate, self.test)
         self.seconds: dict[str, float] = {}
@@ -83,7 +88,10 @@ class Evaluation:
     def context(self) -> Context:
         """What the methods' LoRAs are made of."""
         section, targets = self.config.evaluate, self.targets
-        gauged = read_in_gauge(targets, self.config.data.gauge, self.scratch / "cache")
+        gauged = multihost.first_then_others(
+            "gauge",
+            lambda: read_in_gauge(targets, self.config.data.gauge, self.scratch / "cache"),
+        )
         rows = targets.split_indices("train")
         if self.config.data.num_targets:
             rows = rows[: self.config.data.num_targets]
@@ -194,7 +202,8 @@ class Evaluation:
         if chosen.guidance_curve:
             generate["guidance"] = chosen.guidance
         self.hyper = self.hyper.with_facts(default_strength=chosen.strength, generate=generate)
-        self.hyper.save(self.workdir / FOLDER)
+        if shared_work.is_first():
+            self.hyper.save(self.workdir / FOLDER)
         self.context = dataclasses.replace(self.context, hyper=self.hyper)
 
     def summary(
@@ -237,7 +246,7 @@ class Evaluation:
         page_name: str = "index.html",
         title: str = "Zero-shot LoRAs, evaluated",
     ) -> tuple[dict[str, Any], ReportFiles]:
-        """Writes the page, metrics.json and figures; returns the metrics and where things are."""
+        """The metrics, and where process 0 wrote the page, metrics.json and figures."""
         shown = all_sections(self, results)
         summary = self.summary(
             results,
@@ -273,5 +282,6 @@ def evaluate(
     summary, files = evaluation.report(results, evaluation.workdir / "report")
     if comparison:
         content = comparison_file.measured(evaluation, summary, command)
-        comparison_file.write(comparison, content)
+        if shared_work.is_first():
+            comparison_file.write(comparison, content)
     return files

@@ -1,7 +1,8 @@
 """Keeps sampled pictures by content, so that a second run computes only what is new.
 
 The key is a hash of everything that decides the pictures: the method's fingerprint (weights and
-settings), the evaluation set and the strength. Without a fingerprint nothing is kept.
+settings), the evaluation set and the strength. Without a fingerprint nothing is kept. Of several
+processes the first one reads and writes.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ from etils import epath
 
 from hyperlora_jax.array_types import AnyArray, Float
 from hyperlora_jax.evaluate.questions import Questions
+from hyperlora_jax.parallel import shared_work
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,10 +47,12 @@ def kept(
 ) -> Float[np.ndarray, "*any"]:
     """The array of a hashed name, from `folder` or, float32, from `make`, and then kept there."""
     file = epath.Path(folder) / f"{key}.npy"
-    found = _read(file)
+    found = shared_work.of_first(lambda: _read(file))
     if found is not None:
         return found
     array = np.asarray(make(), np.float32)
+    if not shared_work.is_first():
+        return array
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_suffix(".unfinished")
     with unfinished.open("wb") as stream:

@@ -90,7 +90,8 @@ def fit_directions(
         labels: which of them show an attribute, by its name.
 
     Raises:
-        UserError: an attribute that all or none show, or one that is told by the others.
+        UserError: an attribute that all or none show, or one that is told by the others; LoRAs
+            whose deltas are all zero.
     """
     for name, shown in labels.items():
         if np.all(shown) or not np.any(shown):
@@ -115,6 +116,8 @@ def fit_directions(
         start += site.num_parameters
     flat = np.asarray(vectorize.flatten(tree_from_sites(found), spec))
     size = float(np.sqrt(squares).mean())
+    if not size:
+        raise UserError(f"directions: the deltas of all {len(vectors)} LoRAs are zero")
     return Directions(spec, dict(zip(labels, flat, strict=True)), size)
 
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from hyperlora_jax.array_types import AnyArray, Array, Float, Params, PRNGKey
+from hyperlora_jax.array_types import AnyArray, Array, Float, Int, Params, PRNGKey
 from hyperlora_jax.lora.sites import LoraSpec, tree_from_sites
 
 
@@ -116,8 +117,8 @@ def _grown(leaf: AnyArray | None, to: AnyArray) -> Array:
     return jnp.pad(leaf, [(0, new - old) for old, new in zip(leaf.shape, to.shape, strict=True)])
 
 
-def index(lora: Params, i: int | slice) -> Params:
-    """LoRA i of a batch (a slice keeps the leading axis)."""
+def index(lora: Params, i: int | slice | Int[np.ndarray, " n"]) -> Params:
+    """LoRA i of a batch (a slice or several numbers keep the leading axis)."""
     return jax.tree.map(lambda leaf: leaf[i], lora)
 
 

@@ -59,7 +59,7 @@ def config(concepts, count, *more):
     settings = (
         f"data.source={concepts}", f"distill.num_concepts={count}", "distill.num_slots=1",
         "distill.num_steps=2", "distill.steps_per_call=2", "distill.rank=1",
-        "distill.preset=w2w", "distill.encoders=('avatar',)", "mesh.data=1", *more,
+        "distill.preset=w2w", "distill.encoders=('avatar',)", *more,
     )  # fmt: skip
     return load_config(AVATARS, [f"--config.{setting}" for setting in settings])
 

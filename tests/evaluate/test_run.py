@@ -1,6 +1,10 @@
 """`hyperlora evaluate` from a workdir, on avatars and on a folder of pictures."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -134,3 +138,72 @@ def test_a_folder_needs_a_judge_and_newcomers(workdir, folder):
         Evaluation(config_of(source=folder, **{"judges.independent": ""}), workdir)
     with pytest.raises(UserError, match="found 5 identities that were not trained on"):
         Evaluation(config_of(source=folder, num_identities=4), workdir)
+
+
+def started(workdir, changes, environment):
+    """The command in a process of its own with two devices."""
+    values = {**SMALL, **changes}
+    flags = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
+    return subprocess.Popen(
+        [
+            *(sys.executable, "-m", "hyperlora_jax", "evaluate", "--config", "configs/avatars.py"),
+            *("--workdir", str(workdir)),
+            *(f"--config.evaluate.{name}={value}" for name, value in values.items()),
+        ],
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finished(processes):
+    """What they printed, once all are done."""
+    outputs = [process.communicate(timeout=500) for process in processes]
+    codes = [process.returncode for process in processes]
+    assert codes == [0] * len(codes), [error[-2000:] for _, error in outputs]
+    return outputs
+
+
+def numbers(found, path=""):
+    """{path: number} of nested scores."""
+    if isinstance(found, dict):
+        nested = [numbers(value, f"{path}/{name}") for name, value in found.items()]
+        return {name: value for part in nested for name, value in part.items()}
+    return {path: found} if isinstance(found, float) else {}
+
+
+def test_two_hosts_evaluate_as_one(workdir, tmp_path, as_hosts):
+    methods = ["base", "generated", "conventional"]
+    asked = {
+        "methods": repr(tuple(methods)), "conventional.num_identities": 3,
+        "conventional.num_validation": 2, "strengths": "(1.0,)",
+    }  # fmt: skip
+    curves = {"steps_to_quality.num_identities": 3, "steps_to_quality.checkpoints": "(0,5)"}
+    for name in ("alone", "pod"):
+        shutil.copytree(workdir, tmp_path / name, ignore=shutil.ignore_patterns("samples"))
+
+    def together(changes):
+        return finished([started(tmp_path / "pod", changes, own) for own in as_hosts()])
+
+    finished([started(tmp_path / "alone", {**asked, **curves}, {})])
+    (first, _), (second, bars) = together({**asked, **curves})
+    assert "report/index.html" in first
+    assert "wrote" not in second and "LoRAs" not in bars
+    alone, pod = (
+        json.loads((tmp_path / name / "report" / "metrics.json").read_text())
+        for name in ("alone", "pod")
+    )
+    scores = ("identity_top1", "image_error", "caption_accuracy", "judges", "memorisation")
+    for score in scores:
+        ours, theirs = numbers(pod[score]), numbers(alone[score])
+        assert ours.keys() == theirs.keys() and ours
+        np.testing.assert_allclose([*ours.values()], [*theirs.values()], rtol=2e-3, atol=1e-4)
+    found = [run["steps_to_quality"]["curves"]["zero"]["image_error"] for run in (pod, alone)]
+    for ours, theirs in zip(*found, strict=True):
+        assert ours["n"] == 3 and ours["mean"] == pytest.approx(theirs["mean"], rel=1e-3)
+    # What was made together is found again; only the new method is drawn.
+    kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "pod" / "samples").iterdir()}
+    together({**asked, "methods": repr((*methods, "mean_lora"))})
+    now = {file: file.stat().st_mtime_ns for file in (tmp_path / "pod" / "samples").iterdir()}
+    assert kept.items() < now.items() and len(now) == len(kept) + 1

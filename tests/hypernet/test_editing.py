@@ -77,6 +77,8 @@ def test_directions_refused(labelled, tmp_path):
         fit_directions(vectors, SPEC, {"hat": np.zeros(400, bool)})
     with pytest.raises(UserError, match="hat, bare: one follows from the others"):
         fit_directions(vectors, SPEC, {"hat": labels["hat"], "bare": ~labels["hat"]})
+    with pytest.raises(UserError, match="deltas of all 400 LoRAs are zero"):
+        fit_directions(np.zeros_like(vectors), SPEC, labels)
     file = tmp_path / "d.safetensors"
     save_directions(file, fit_directions(vectors, SPEC, labels))
     with pytest.raises(UserError, match=r"\(1 sites, rank 2\), the checkpoint's is .* rank 1\)"):

@@ -2,7 +2,6 @@
 
 import json
 import signal
-import socket
 import subprocess
 
 import numpy as np
@@ -14,25 +13,13 @@ from hyperlora_jax.train.preemption import EXIT_CODE
 
 
 @pytest.fixture
-def start_two(start_toy):
+def start_two(start_toy, as_hosts):
     """Starts two processes of one run; `first` and `second` are their own further arguments."""
 
     def start(*arguments, first=(), second=(), devices=4):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{probe.getsockname()[1]}"
         running = [
-            start_toy(
-                *arguments,
-                *own,
-                devices=devices,
-                environment={
-                    "JAX_COORDINATOR_ADDRESS": address,
-                    "JAX_NUM_PROCESSES": "2",
-                    "JAX_PROCESS_ID": str(index),
-                },
-            )
-            for index, own in enumerate((first, second))
+            start_toy(*arguments, *own, devices=devices, environment=environment)
+            for own, environment in zip((first, second), as_hosts(), strict=True)
         ]
         results = []
         for process in running:
