@@ -109,6 +109,8 @@ def distill(config: Any, workdir: epath.PathLike) -> epath.Path:
                 split_of=lambda identity: "train",
                 overwrite=True,
             )
+        for unfinished in scratch.glob("slots-*.safetensors"):  # of another number of processes
+            unfinished.unlink()
     multihost.barrier("written", multihost.PATIENCE)
     return out
 
