@@ -7,8 +7,9 @@ frozen UNet (q, k, v and out of all attention at rank 8: 560 layers, 11.6 M numb
         --config.model.encoder=ENCODER --config.data.source=FACES
 
 As configs/sd15.py; `distill`, `refine` and full fine-tuning (configs/finetune_unet.py) take the
-same base. Never trained, and not compiled for a pod yet: the UNet of 2.6 B parameters takes 5.1 GB
-on every chip.
+same base. Never trained; compiled for pods (docs/scaling.md), where the frozen models, 2.6 B
+parameters in the UNet alone, and the trained state take 10.3 GiB of every chip: v5e has room for a
+batch of 1 (`--config.train.batch_size=1`).
 """
 
 import pathlib
