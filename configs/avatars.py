@@ -199,6 +199,7 @@ def get_config() -> ConfigDict:
                     "recipe": {"num_steps": 300, "images_per_step": 8, "schedule": "cosine"},
                 },
             },
+            # Of training; distill and evaluate share LoRAs out over all devices of all hosts.
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
         }
     )

@@ -70,6 +70,11 @@ def test_scratch_and_bucket_follow_each_other(bucket):
     assert (scratch / "state").read_text() == "two"
     assert [path.name for path in (scratch / "spool").iterdir()] == ["b"]
     assert not (scratch / "prior").exists()
+    (bucket / "spool" / "b").write_text("3")
+    (bucket / "spool" / "c").write_text("4")
+    storage.pull(bucket, "spool", missing_only=True)
+    found = {path.name: path.read_text() for path in (scratch / "spool").iterdir()}
+    assert found == {"b": "2", "c": "4"}
     (bucket / "state").unlink()
     storage.pull(bucket, "state")
     assert not (scratch / "state").exists()

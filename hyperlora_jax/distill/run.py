@@ -40,7 +40,7 @@ from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora import vectorize
 from hyperlora_jax.lora.sites import LoraSpec
 from hyperlora_jax.parallel import multihost
-from hyperlora_jax.parallel.shared_work import is_first, local_mesh
+from hyperlora_jax.parallel.shared_work import local_mesh
 from hyperlora_jax.stable_diffusion.embedded import image_size, load_base
 from hyperlora_jax.stable_diffusion.model import StableDiffusion
 from hyperlora_jax.train.loop import open_workdir
@@ -97,7 +97,7 @@ def distill(config: Any, workdir: epath.PathLike) -> epath.Path:
         "encoders": embeddings.hashes(),
     }
     multihost.barrier("fitted", multihost.PATIENCE)
-    if is_first():
+    if multihost.is_first():
         storage.pull(workdir, "spool", missing_only=True)  # what other hosts have fitted
         with storage.writing(out, scratch) as folder:
             write_lora_targets(
@@ -187,7 +187,7 @@ def _fit(
         prior = multihost.first_then_others(
             "prior", lambda: class_pictures(sd, section.prior, section.seed, scratch / "prior.npz")
         )
-        if is_first():
+        if multihost.is_first():
             storage.push(workdir, "prior.npz")
     if not position:
         state_file.unlink(missing_ok=True)
@@ -216,7 +216,7 @@ def _fit(
         state_file=state_file,
         save_every_steps=section.save_every_steps,
         on_save=lambda: storage.push(workdir, state_file.name),
-        progress=f"distill {_size_name(pictures)}" if is_first() else None,
+        progress=f"distill {_size_name(pictures)}" if multihost.is_first() else None,
         prior=prior,
         max_images=max(pictures.counts),
     )

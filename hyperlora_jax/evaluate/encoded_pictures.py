@@ -10,7 +10,7 @@ from tqdm import tqdm
 from hyperlora_jax.array_types import Float
 from hyperlora_jax.evaluate.sample_cache import kept
 from hyperlora_jax.hypernet.conditioning import ImageEncoder
-from hyperlora_jax.parallel import shared_work
+from hyperlora_jax.parallel import multihost, shared_work
 
 BATCH = 64
 
@@ -50,7 +50,7 @@ def _encode_here(encoder: ImageEncoder, pictures: np.ndarray, title: str) -> np.
     parts = [
         np.asarray(encoder.encode(padded[start : start + BATCH])[0], np.float32)
         for start in tqdm(
-            starts, desc=title, unit="batch", leave=False, disable=not shared_work.is_first()
+            starts, desc=title, unit="batch", leave=False, disable=not multihost.is_first()
         )
     ]
     return np.concatenate(parts)[: len(pictures)]

@@ -23,7 +23,7 @@ from hyperlora_jax.evaluate.methods import fingerprint
 from hyperlora_jax.evaluate.questions import Questions
 from hyperlora_jax.lora import factors, vectorize
 from hyperlora_jax.lora.sites import LoraSpec
-from hyperlora_jax.parallel import shared_work
+from hyperlora_jax.parallel import multihost, shared_work
 
 SPLITS = ("test", "validation")
 
@@ -112,7 +112,7 @@ class FittedSets:
             start = singles.__getitem__
         encoded = [encode_views(self.sd, questions, num_views) for questions in self.sets]
         fitted = self._fit(name, recipe, trained, encoded, start, shared)
-        if shared_work.is_first():
+        if multihost.is_first():
             _write(kept, {k: vectorize.flatten(v, trained.spec) for k, v in fitted.items()})
         return fitted
 
@@ -170,7 +170,7 @@ class FittedSets:
             num_slots=self.num_slots,
             steps_per_call=min(self.steps_per_call, recipe.num_steps),
             mesh=self.mesh,
-            progress=f"{name} LoRAs" if shared_work.is_first() else None,
+            progress=f"{name} LoRAs" if multihost.is_first() else None,
             parametrisation=trained,
             start=start,
             shared=shared,

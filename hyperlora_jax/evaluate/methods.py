@@ -40,55 +40,33 @@ def sample_images(
             to a multiple of them.
     """
     count = int(jax.tree.leaves(loras)[0].shape[0])
-
-    def draw(rows: np.ndarray) -> np.ndarray:
-        return _draw(
-            sd, questions, loras, rows, strength, num_steps, guidance, identities_per_batch, mesh
-        )
-
-    return shared_work.shared_rows(count, draw)
-
-
-def _draw(
-    sd: Any,
-    questions: Questions,
-    loras: Params,
-    wanted: Int[np.ndarray, " m"],
-    strength: float,
-    num_steps: int,
-    guidance: float,
-    identities_per_batch: int,
-    mesh: Mesh | None,
-) -> Float[np.ndarray, "m c h w 3"]:
-    """Pictures of the wanted identities."""
-    count = len(wanted)
     settings = sd.unet.settings
-    noise = questions.first(int(wanted.max()) + 1).noise(
-        (*settings.sample_size, settings.in_channels)
-    )
-    size = min(identities_per_batch, count)
-    place = functools.partial(jax.tree.map, jnp.asarray)
+    noise = questions.first(count).noise((*settings.sample_size, settings.in_channels))
+    shards, place = 1, functools.partial(jax.tree.map, jnp.asarray)
     if mesh is not None:
         shards = mesh.shape["data"] * mesh.shape["fsdp"]
-        size = -(-size // shards) * shards
         place = functools.partial(jax.device_put, device=sharding.batch_sharding(mesh))
-    pictures = []
-    for start in range(0, count, size):
-        # The last batch is filled up with its own last identity: one program for all.
-        rows = wanted[np.minimum(np.arange(start, start + size), count - 1)]
-        captions = [text for i in rows for text in questions.captions[i]]
-        images = sd.sample(
-            jax.random.key(0),
-            captions,
-            lora=place(jax.tree.map(lambda leaf, rows=rows: np.asarray(leaf)[rows], loras)),
-            strength=strength,
-            num_steps=num_steps,
-            guidance=guidance,
-            latents=place(np.asarray(noise[rows]).reshape(-1, *noise.shape[2:])),
-        )
-        images = np.asarray(images)
-        pictures.append(images.reshape(size, -1, *images.shape[1:]))
-    return np.concatenate(pictures)[:count]
+
+    def draw(wanted: Int[np.ndarray, " m"]) -> Float[np.ndarray, "m c h w 3"]:
+        size = -(-min(identities_per_batch, len(wanted)) // shards) * shards
+        pictures = []
+        for start in range(0, len(wanted), size):
+            # The last batch is filled up with its own last identity: one program for all.
+            rows = wanted[np.minimum(np.arange(start, start + size), len(wanted) - 1)]
+            images = sd.sample(
+                jax.random.key(0),
+                [text for i in rows for text in questions.captions[i]],
+                lora=place(jax.tree.map(lambda leaf, rows=rows: np.asarray(leaf)[rows], loras)),
+                strength=strength,
+                num_steps=num_steps,
+                guidance=guidance,
+                latents=place(np.asarray(noise[rows]).reshape(-1, *noise.shape[2:])),
+            )
+            images = np.asarray(images)
+            pictures.append(images.reshape(size, -1, *images.shape[1:]))
+        return np.concatenate(pictures)[: len(wanted)]
+
+    return shared_work.shared_rows(count, draw)
 
 
 def lora_method(

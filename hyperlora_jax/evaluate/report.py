@@ -16,7 +16,7 @@ from hyperlora_jax.evaluate import charts, figures, verdicts, wording
 from hyperlora_jax.evaluate.compare import MethodResult
 from hyperlora_jax.evaluate.picture_sets import AnySet
 from hyperlora_jax.evaluate.protocol import EvaluationSet
-from hyperlora_jax.parallel import shared_work
+from hyperlora_jax.parallel import multihost
 
 TEMPLATE = "report.html.j2"
 PLACES = ("top", "body", "worst")
@@ -85,7 +85,7 @@ def write_report(
     shown = [*standard_figures(test, results, num_rows), *extra_figures]
     pictures = {figure.name: target / f"{figure.name}.png" for figure in shown}
     files = ReportFiles(target / page_name, target / "metrics.json", pictures)
-    if not shared_work.is_first():
+    if not multihost.is_first():
         return files
     target.mkdir(parents=True, exist_ok=True)
     for figure in shown:

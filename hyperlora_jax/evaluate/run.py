@@ -202,7 +202,7 @@ class Evaluation:
         if chosen.guidance_curve:
             generate["guidance"] = chosen.guidance
         self.hyper = self.hyper.with_facts(default_strength=chosen.strength, generate=generate)
-        if shared_work.is_first():
+        if multihost.is_first():
             self.hyper.save(self.workdir / FOLDER)
         self.context = dataclasses.replace(self.context, hyper=self.hyper)
 
@@ -282,6 +282,6 @@ def evaluate(
     summary, files = evaluation.report(results, evaluation.workdir / "report")
     if comparison:
         content = comparison_file.measured(evaluation, summary, command)
-        if shared_work.is_first():
+        if multihost.is_first():
             comparison_file.write(comparison, content)
     return files

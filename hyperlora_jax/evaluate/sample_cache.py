@@ -16,7 +16,7 @@ from etils import epath
 
 from hyperlora_jax.array_types import AnyArray, Float
 from hyperlora_jax.evaluate.questions import Questions
-from hyperlora_jax.parallel import shared_work
+from hyperlora_jax.parallel import multihost, shared_work
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ def kept(
     if found is not None:
         return found
     array = np.asarray(make(), np.float32)
-    if not shared_work.is_first():
+    if not multihost.is_first():
         return array
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_suffix(".unfinished")

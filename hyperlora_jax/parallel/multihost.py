@@ -97,6 +97,11 @@ def start(timeout_seconds: int = 300, heartbeat_seconds: int = 100) -> bool:
     return True
 
 
+def is_first() -> bool:
+    """Whether this is process 0, which writes files and says what is done."""
+    return jax.process_index() == 0
+
+
 def client() -> Any:
     """The coordination service's client, None in a single process."""
     from jax._src import distributed  # the only door to the key-value store
@@ -113,7 +118,7 @@ def agree(name: str, value: str, timeout_seconds: int = 300) -> str:
     service = client()
     if service is None or jax.process_count() == 1:
         return value
-    if jax.process_index() == 0:
+    if is_first():
         service.key_value_set(f"hyperlora/{name}", value)
         return value
     try:
@@ -135,7 +140,7 @@ def barrier(name: str, timeout_seconds: int = 300) -> None:
 def first_then_others(name: str, make: Callable[[], T]) -> T:
     """`make()` on process 0, then on all others: what it keeps in files is made once where hosts
     share a disk, and by everyone where they do not. `name` must be used once in a run."""
-    if jax.process_index() == 0:
+    if is_first():
         result = make()
         barrier(name, PATIENCE)
         return result

@@ -29,11 +29,6 @@ def local_mesh() -> Mesh:
     return make_mesh(devices=jax.local_devices())
 
 
-def is_first() -> bool:
-    """Whether this process writes files and says what is done."""
-    return jax.process_index() == 0
-
-
 def own_rows(count: int, multiple: int = 1) -> Int[np.ndarray, " m"]:
     """This process's part of `count` rows: a block as long as every other process's and a
     multiple of `multiple`; where they do not come out even, the last row is repeated."""
@@ -72,7 +67,7 @@ def of_first(find: Callable[[], AnyArray | None]) -> np.ndarray | None:
     """The array (float32) that process 0 finds, on every process; None where it finds none."""
     if jax.process_count() == 1:
         return find()
-    found = find() if is_first() else None
+    found = find() if multihost.is_first() else None
     header = np.zeros(1 + MAX_DIMENSIONS, np.int32)
     if found is not None:
         found = np.asarray(found, np.float32)

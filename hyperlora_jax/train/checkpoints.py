@@ -59,7 +59,7 @@ def complete_steps(directory: epath.PathLike) -> list[int]:
 
 def _set_aside(directory: epath.Path, whole: list[int]) -> None:
     """Renames half-written STEP folders, so that the step can be saved again; keeps their bytes."""
-    if jax.process_index() != 0 or not directory.exists():  # a bucket has no empty folders
+    if not multihost.is_first() or not directory.exists():  # a bucket has no empty folders
         return
     for folder in list(directory.iterdir()):
         if folder.name.isdigit() and int(folder.name) not in whole:
@@ -153,7 +153,7 @@ class Checkpoints:
         self.directory = absolute(workdir) / "checkpoints"
         self.directory.mkdir(parents=True, exist_ok=True)
         # All processes go by what the first one found: a listing can differ between hosts.
-        found = json.dumps(complete_steps(self.directory) if jax.process_index() == 0 else [])
+        found = json.dumps(complete_steps(self.directory) if multihost.is_first() else [])
         self._steps = json.loads(multihost.agree(f"checkpoints/{self.directory}", found))
         _set_aside(self.directory, self._steps)
         policies: list[checkpoint_managers.PreservationPolicy] = [checkpoint_managers.LatestN(keep)]

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import jax
 from etils import epath
 from jax.sharding import Mesh
 
@@ -86,7 +85,7 @@ def _export(
 ) -> epath.Path:
     """The folder that one process writes for all."""
     out = epath.Path(config.export.path)
-    if jax.process_index() == 0:
+    if multihost.is_first():
         facts = {"num_steps": config.train.num_steps}
         encoder = _encoder(config, bundle)
         with storage.writing(out, storage.scratch(workdir)) as folder:

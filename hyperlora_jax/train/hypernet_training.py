@@ -10,7 +10,6 @@ nearest, knn, ridge, pca_gaussian) are fitted in closed form instead of trained.
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from etils import epath
 
@@ -28,7 +27,7 @@ from hyperlora_jax.hypernet.model import FOLDER, Hypernetwork
 from hyperlora_jax.hypernet.objectives import ObjectiveWeights
 from hyperlora_jax.hypernet.weight_diffusion import Diffusion
 from hyperlora_jax.hypernet.weight_vae import Latents
-from hyperlora_jax.parallel import sharding
+from hyperlora_jax.parallel import multihost, sharding
 from hyperlora_jax.parallel.mesh import make_mesh
 from hyperlora_jax.stable_diffusion import packed_text
 from hyperlora_jax.stable_diffusion.embedded import image_size, load_base
@@ -122,7 +121,7 @@ def train_hypernetwork(config: Any, workdir: epath.PathLike) -> Hypernetwork:
 
 
 def _saved(hyper: Hypernetwork, workdir: epath.Path) -> Hypernetwork:
-    if jax.process_index() == 0:
+    if multihost.is_first():
         hyper.save(workdir / FOLDER)
     return hyper
 

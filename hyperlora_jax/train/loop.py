@@ -149,7 +149,7 @@ def fit(
     meta = {"facts": dict(task.facts), "config": dict(config or {}), "seed": seed, **VERSIONS}
 
     # ---- State: the newest whole checkpoint, or a new one
-    primary = jax.process_index() == 0
+    primary = multihost.is_first()
     checkpoints = Checkpoints(workdir, keep, keep_best)
     start_step = checkpoints.latest_step
     finished = start_step is not None and start_step >= num_steps

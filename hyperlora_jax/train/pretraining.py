@@ -73,7 +73,7 @@ def pretrain(config: Any, workdir: epath.PathLike) -> epath.Path:
     latents = multihost.first_then_others(
         "latents", lambda: _latents(vae, vae_params, scratch / "latents.npy", images)
     )
-    if jax.process_index() == 0:
+    if multihost.is_first():
         storage.push(workdir, *KEPT)
     vae, latents = _normalised(vae, latents)
     trained, modules = _train_unet(config, workdir, mesh, tokenizer, captions, latents)
@@ -84,7 +84,7 @@ def pretrain(config: Any, workdir: epath.PathLike) -> epath.Path:
         **modules,
     )
     out = epath.Path(config.export.path)
-    if jax.process_index() == 0:
+    if multihost.is_first():
         with storage.writing(out, scratch) as folder:
             sd.save_pretrained(folder, dtype="float16")
     return out

@@ -12,6 +12,7 @@ import numpy as np
 from etils import epath
 
 from hyperlora_jax.array_types import Array, ArrayTree
+from hyperlora_jax.parallel import multihost
 from hyperlora_jax.train.events import EventLog
 from hyperlora_jax.train.metrics import Progress, Throughput, open_metrics, open_tensorboard
 
@@ -64,7 +65,7 @@ class Report:
         progress: bool,
         tensorboard: bool,
     ):
-        primary = jax.process_index() == 0
+        primary = multihost.is_first()
         self.name, self.events = name, events
         self._every, self._last = log_every_steps, num_steps
         self._finished = start_step

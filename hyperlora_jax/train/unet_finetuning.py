@@ -9,7 +9,6 @@ LoRAs can be distilled on it, a hypernetwork trained through it.
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
@@ -60,7 +59,7 @@ def finetune_unet(config: Any, workdir: epath.PathLike) -> epath.Path:
     )
     out = epath.Path(config.export.path or workdir / "base")
     params = sharding.gather(trained, mesh)
-    if jax.process_index() == 0:
+    if multihost.is_first():
         with storage.writing(out, scratch) as folder:
             sd.replace_params(params).save_pretrained(folder, dtype=config.export.dtype)
     return out

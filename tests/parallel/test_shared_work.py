@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hyperlora_jax.parallel import shared_work
+from hyperlora_jax.parallel import multihost, shared_work
 
 PROGRAM = """
 import json, sys
@@ -33,7 +33,7 @@ print(json.dumps({
     "found": found.tolist(),
     "none": shared_work.of_first(lambda: None),
     "devices": shared_work.local_mesh().size,
-    "first": shared_work.is_first(),
+    "first": multihost.is_first(),
 }))
 """
 
@@ -66,7 +66,7 @@ def test_a_single_process_makes_all_rows():
     every = shared_work.shared_rows(3, lambda rows: jnp.asarray(rows, jnp.float32) * 2)
     np.testing.assert_array_equal(every, [0.0, 2.0, 4.0])
     assert shared_work.own_rows(3, 2).tolist() == [0, 1, 2, 2]
-    assert shared_work.is_first() and shared_work.of_first(lambda: None) is None
+    assert multihost.is_first() and shared_work.of_first(lambda: None) is None
 
 
 def test_numbers_that_would_lose_digits_are_refused():
