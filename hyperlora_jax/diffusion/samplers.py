@@ -34,7 +34,8 @@ def timesteps_of(
     if spacing == "leading":
         steps = np.arange(num_steps)[::-1] * (total // num_steps)
         return steps.astype(np.int32) + schedule.steps_offset
-    steps = np.round(np.arange(total, 0, -total / num_steps))
+    # The float step makes one too many for some counts (61 of 1000, say), whose last would be -1.
+    steps = np.round(np.arange(total, 0, -total / num_steps))[:num_steps]
     return steps.astype(np.int32) - 1
 
 

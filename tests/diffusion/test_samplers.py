@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 
-from hyperlora_jax.diffusion.samplers import SAMPLERS
+from hyperlora_jax.diffusion.samplers import SAMPLERS, timesteps_of
 from hyperlora_jax.diffusion.schedule import NoiseSchedule
 from hyperlora_jax.errors import UserError
 
@@ -90,3 +90,19 @@ def test_one_step_goes_to_x0(name):
 def test_number_of_steps_is_checked():
     with pytest.raises(UserError, match="num_steps is 1001, expected 1 to 1000"):
         our_sample("ddim", SD15, 1001)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+def test_every_step_count_gives_so_many_timesteps(spacing):
+    ours = NoiseSchedule(timestep_spacing=spacing, steps_offset=0)
+    theirs = DDIMScheduler(num_train_timesteps=1000, timestep_spacing=spacing, steps_offset=0)
+    different = 0
+    for count in range(1, 1001):
+        found = timesteps_of(ours, count)
+        assert len(found) == count and found.min() >= 0 and (np.diff(found) < 0).all(), count
+        theirs.set_timesteps(count)
+        wanted = theirs.timesteps.numpy()
+        # diffusers 0.42 gives one too many, -1, for some counts (findings/trailing_timesteps.sh).
+        different += len(wanted) != count
+        np.testing.assert_array_equal(found, wanted[:count])
+    assert different == (62 if spacing == "trailing" else 0)
