@@ -5,8 +5,8 @@
 An unknown key or a value of another type is an error that names it.
 """
 
-import argparse
 import ast
+import difflib
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,17 +16,7 @@ import ml_collections
 
 from hyperlora_jax.errors import UserError
 
-
-def add_config_arguments(parser: argparse.ArgumentParser, default: str | None = None) -> None:
-    """--config FILE and --workdir DIR; overrides are collected by the main program."""
-    parser.add_argument(
-        "--config",
-        metavar="FILE",
-        default=default,
-        required=default is None,
-        help="config file; single values by --config.section.key=value",
-    )
-    parser.add_argument("--workdir", metavar="DIR", required=True, help="where everything goes")
+GIVEN = "given"  # the config's own key for the names of overridden keys
 
 
 def parent_config(file: str, name: str) -> ml_collections.ConfigDict:
@@ -38,22 +28,58 @@ def parent_config(file: str, name: str) -> ml_collections.ConfigDict:
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
     """The config of a file with overrides `--config.a.b=value` applied; its keys are locked.
 
+    Its key `given` holds the names of the overridden keys, ("a.b",): what somebody asked for in so
+    many words, and no default may change.
+
     Raises:
         UserError: no such file, no get_config in it, an unknown key, a value of another type.
     """
-    file = Path(path)
+    return overridden(read_file(path), overrides)
+
+
+def read_file(path: str | Path) -> ml_collections.ConfigDict:
+    """The config of a file as it stands there.
+
+    Raises:
+        UserError: no such file, or no get_config in it.
+    """
+    file = Path(path).expanduser()
     if not file.is_file():
         raise UserError(f"--config {path}: no such file")
     if file.suffix != ".py":
         raise UserError(f"--config {path}: expected a Python file")
     try:
-        config = _get_config(file)
+        return _get_config(file)
     except Exception as error:
         raise UserError(f"--config {path}: {type(error).__name__}: {error}") from error
+
+
+def overridden(
+    config: ml_collections.ConfigDict, overrides: Sequence[str]
+) -> ml_collections.ConfigDict:
+    """The config, locked, with overrides applied and their keys added to `given`.
+
+    Raises:
+        UserError: an unknown key, a value of another type.
+    """
+    before: Any = config.get(GIVEN, ())
     config.lock()
-    for override in overrides:
-        _apply(config, override)
+    now = [_apply(config, override) for override in overrides]
+    with config.unlocked():
+        config[GIVEN] = tuple(sorted({*before, *now}))
     return config
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Values of a ConfigDict or dict by dotted name, without `given`; empty sections are values."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, (dict, ml_collections.ConfigDict)) and len(value):
+            found |= flatten(value, f"{name}.")
+        elif name != GIVEN:
+            found[name] = value
+    return found
 
 
 def _get_config(file: Path) -> ml_collections.ConfigDict:
@@ -64,28 +90,37 @@ def _get_config(file: Path) -> ml_collections.ConfigDict:
     return module.get_config()
 
 
-def _apply(config: ml_collections.ConfigDict, override: str) -> None:
+def _apply(config: ml_collections.ConfigDict, override: str) -> str:
+    """Sets one value; returns the name of its key."""
     name, equals, text = override.removeprefix("--config.").partition("=")
     if not equals:
         raise UserError(f"{override}: expected --config.section.key=value")
     node: Any = config
     parts = name.split(".")
     for depth, part in enumerate(parts):
-        if not isinstance(node, ml_collections.ConfigDict) or part not in node:
-            known = sorted(node) if isinstance(node, ml_collections.ConfigDict) else []
-            where = ".".join(parts[:depth]) or "the config"
-            raise UserError(
-                f"--config.{name}: unknown key {part!r}, "
-                f"{where} has {', '.join(known) or 'no keys'}"
-            )
+        known = sorted(set(node) - {GIVEN}) if isinstance(node, ml_collections.ConfigDict) else []
+        if part not in known:
+            raise UserError(_unknown_key(config, name, depth, known))
         if depth < len(parts) - 1:
             node = node[part]
     last = parts[-1]
-    old, value = node[last], _parse(text)
+    if isinstance(node[last], ml_collections.ConfigDict):
+        keys = ", ".join(f"--config.{name}.{key}" for key in sorted(node[last]))
+        raise UserError(f"{override}: is a section, expected a key of it ({keys or 'none'})")
+    with node.ignore_type():
+        node[last] = _converted(name, node[last], text)
+    return name
+
+
+def _converted(name: str, old: Any, text: str) -> Any:
+    """A value from the command line, of the type of the one that it replaces."""
+    value = _parse(text)
     if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if isinstance(old, tuple) and isinstance(value, list):
         value = tuple(value)
+    if isinstance(old, tuple) and not isinstance(value, tuple | None):
+        value = (value,)
     if isinstance(old, str) and not isinstance(value, str):
         value = text
     if old is not None and value is not None and type(value) is not type(old):
@@ -93,8 +128,25 @@ def _apply(config: ml_collections.ConfigDict, override: str) -> None:
             f"--config.{name}: got {text!r} ({type(value).__name__}), "
             f"expected {type(old).__name__} as in {old!r}"
         )
-    with node.ignore_type():
-        node[last] = value
+    return value
+
+
+def _unknown_key(
+    config: ml_collections.ConfigDict, name: str, depth: int, known: Sequence[str]
+) -> str:
+    """What to say of the part `depth` of a key's name."""
+    parts = name.split(".")
+    where = ".".join(parts[:depth]) or "the config"
+    close = difflib.get_close_matches(parts[depth], known, 1)
+    close = [".".join([*parts[:depth], key, *parts[depth + 1 :]]) for key in close]
+    if not close:  # the right key in another section
+        elsewhere = [key for key in flatten(config) if key.split(".")[-1] == parts[-1]]
+        close = elsewhere or difflib.get_close_matches(name, flatten(config), 1)
+    hint = f"; did you mean --config.{close[0]}?" if close else ""
+    return (
+        f"--config.{name}: unknown key {parts[depth]!r}, "
+        f"{where} has {', '.join(known) or 'no keys'}{hint}"
+    )
 
 
 def _parse(text: str) -> Any:

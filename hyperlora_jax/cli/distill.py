@@ -2,7 +2,7 @@
 
 import argparse
 
-from hyperlora_jax.cli.config import add_config_arguments, load_config
+from hyperlora_jax.cli.workdir_config import add_config_arguments, remembered, run_config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,6 +14,8 @@ def run(args: argparse.Namespace) -> int:
     """Fits the LoRAs and writes WORKDIR/targets."""
     from hyperlora_jax.distill.run import distill
 
-    config = load_config(args.config, args.overrides)
-    print(f"wrote {distill(config, args.workdir)}")
+    config = run_config(args.config, args.workdir, args.overrides)
+    with remembered(args.workdir, config):
+        out = distill(config, args.workdir)
+    print(f"wrote {out}")
     return 0

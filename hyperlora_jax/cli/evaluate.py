@@ -2,7 +2,7 @@
 
 import argparse
 
-from hyperlora_jax.cli.config import add_config_arguments, load_config
+from hyperlora_jax.cli.workdir_config import add_config_arguments, run_config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,9 +15,9 @@ def run(args: argparse.Namespace) -> int:
     """Compares all methods and writes WORKDIR/report."""
     from hyperlora_jax.evaluate.run import evaluate
 
-    config = load_config(args.config, args.overrides)
-    command = f"hyperlora evaluate --config {args.config} --workdir WORKDIR"
-    command = " ".join([command, *args.overrides])
+    config = run_config(args.config, args.workdir, args.overrides)
+    file = ["--config", args.config] if args.config else []
+    command = " ".join(["hyperlora evaluate", *file, "--workdir WORKDIR", *args.overrides])
     files = evaluate(config, args.workdir, args.json or "", command)
     print(f"wrote {files.page} and {files.metrics}")
     return 0

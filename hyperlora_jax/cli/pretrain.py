@@ -3,7 +3,7 @@
 import argparse
 import importlib
 
-from hyperlora_jax.cli.config import add_config_arguments, load_config
+from hyperlora_jax.cli.workdir_config import add_config_arguments, remembered, run_config
 from hyperlora_jax.errors import UserError
 
 TASKS = {
@@ -21,13 +21,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the config's `task`."""
-    config = load_config(args.config, args.overrides)
+    config = run_config(args.config, args.workdir, args.overrides)
     if config.get("task") not in TASKS:
         raise UserError(
-            f"--config {args.config}: task is {config.get('task')!r}, expected {', '.join(TASKS)}"
+            f"--config {args.config or args.workdir}: task is {config.get('task')!r}, "
+            f"expected {', '.join(TASKS)}"
         )
     module, function = TASKS[config.task]
     train = getattr(importlib.import_module(f"hyperlora_jax.train.{module}"), function)
-    out = train(config, args.workdir)
+    with remembered(args.workdir, config):
+        out = train(config, args.workdir)
     print(f"wrote {out}")
     return 0

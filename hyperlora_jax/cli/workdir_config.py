@@ -1,0 +1,176 @@
+"""Workdirs remember: WORKDIR/config.json is the config of the run, for all commands of it.
+
+    hyperlora distill  --config configs/avatars.py --workdir runs/mine --config.data.source=pics
+    hyperlora train    --config configs/avatars.py --workdir runs/mine
+    hyperlora evaluate --workdir runs/mine
+
+One rule: what was given on a command line holds for later commands of the workdir until it is given
+anew. Everything else comes from --config, or from the workdir where that is left out. A config file
+that contradicts what was made from the workdir's (its base, its pictures and, once a hypernetwork
+has been trained, its data and model) is refused, unless the key is given on the command line.
+"""
+
+import argparse
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import ml_collections
+from etils import epath
+
+from hyperlora_jax import storage
+from hyperlora_jax.cli.config import GIVEN, flatten, overridden, read_file
+from hyperlora_jax.errors import UserError
+
+FILE = "config.json"
+PICTURES = ("base", "data.source", "data.style", "data.size", "data.split_seed")
+TRAINED = ("base", "data", "model")  # once there are checkpoints
+MADE = ("checkpoints", "autoencoder", "hypernetwork", "spool", "targets")  # by a run's work
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """--config FILE and --workdir DIR; overrides are collected by the main program."""
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="config file; default: the workdir's own. Single values by --config.section.key=value,"
+        " which the workdir remembers for its other commands",
+    )
+    parser.add_argument("--workdir", metavar="DIR", required=True, help="where everything goes")
+
+
+def read_config(workdir: epath.PathLike) -> ml_collections.ConfigDict | None:
+    """The config that a run's workdir remembers; None where it has none.
+
+    Raises:
+        UserError: config.json cannot be read.
+    """
+    file = epath.Path(workdir) / FILE
+    try:
+        if not file.exists():
+            return None
+        return ml_collections.ConfigDict(_with_tuples(json.loads(file.read_text())["config"]))
+    except Exception as error:  # a bucket's file system has errors of its own
+        raise UserError(
+            f"{file}: found {storage.reason(error)}, expected the config of a run"
+        ) from error
+
+
+def run_config(
+    config: epath.PathLike | None, workdir: epath.PathLike, overrides: Sequence[str] = ()
+) -> ml_collections.ConfigDict:
+    """The config of a command on a workdir, by the rule of this file's head.
+
+    Raises:
+        UserError: neither a config file nor a workdir that remembers one, a file that contradicts
+            the workdir; see also `load_config`.
+    """
+    own = read_config(workdir)
+    if config is None:
+        if own is None:
+            raise UserError(
+                f"--config: expected a config file, as {workdir} has no {FILE} of an earlier run"
+            )
+        return overridden(own, overrides)
+    found = read_file(str(config))
+    if own is None:
+        return overridden(found, overrides)
+    now = {override.removeprefix("--config.").partition("=")[0] for override in overrides}
+    remembered = _remember(found, own)
+    found = overridden(found, overrides)
+    _refuse_contradictions(found, own, now, config, workdir)
+    said = [f"{key}={remembered[key]}" for key in sorted(set(remembered) - now)]
+    if said:
+        print(f"remembered by {workdir}: {' '.join(said)}")
+    return found
+
+
+@contextlib.contextmanager
+def remembered(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> Iterator[None]:
+    """Around a run's work: the workdir remembers the config from before the first work on, and
+    what later commands were given once they have ended well. A first run that is refused before
+    anything was made leaves no trace.
+
+    Raises:
+        UserError: the workdir cannot be written.
+    """
+    from hyperlora_jax.parallel import multihost
+    from hyperlora_jax.train.loop import open_workdir
+
+    there = epath.Path(workdir).exists()
+    path = open_workdir(workdir)
+    first = not (path / FILE).exists()
+    if first and multihost.is_first():
+        _write(path, config)
+    try:
+        yield
+    except UserError:
+        if first and multihost.is_first():
+            _forget(path, keep_folder=there)
+        raise
+    if multihost.is_first():
+        _write(path, config)
+
+
+def _remember(found: ml_collections.ConfigDict, own: ml_collections.ConfigDict) -> dict[str, Any]:
+    """Sets what earlier command lines said, and what the file leaves open, to the workdir's
+    values; returns the former."""
+    theirs, values = flatten(found), flatten(own)
+    before: Any = own.get(GIVEN, ())
+    given = {key: values[key] for key in before if key in values and key in theirs}
+    open_keys = {
+        key: values[key] for key, value in theirs.items() if value is None and key in values
+    }
+    for key, value in {**open_keys, **given}.items():
+        *sections, last = key.split(".")
+        node: Any = found
+        for section in sections:
+            node = node[section]
+        with node.ignore_type():
+            node[last] = value
+    found[GIVEN] = tuple(sorted(given))
+    return given
+
+
+def _refuse_contradictions(
+    found: ml_collections.ConfigDict,
+    own: ml_collections.ConfigDict,
+    now: set[str],
+    config: epath.PathLike,
+    workdir: epath.PathLike,
+) -> None:
+    root = epath.Path(workdir)
+    trained = (root / "checkpoints").exists() or (root / "hypernetwork").exists()
+    before = flatten(own)
+    for key, value in flatten(found).items():
+        parts = key.split(".")
+        matters = key in PICTURES or (trained and parts[0] in TRAINED)
+        if matters and key in before and before[key] != value and key not in now:
+            raise UserError(
+                f"{key}: {workdir} was begun with {before[key]!r}, --config {config} has "
+                f"{value!r}; leave out --config, give --config.{key} too, or take another workdir"
+            )
+
+
+def _with_tuples(value: Any) -> Any:
+    """JSON has no tuples, configs no lists."""
+    if isinstance(value, dict):
+        return {key: _with_tuples(item) for key, item in value.items()}
+    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
+
+
+def _write(path: epath.Path, config: ml_collections.ConfigDict) -> None:
+    """Keeps what the training loop has written beside the config."""
+    file = path / FILE
+    known = json.loads(file.read_text()) if file.exists() else {}
+    content = {**known, "config": config.to_dict()}
+    storage.replaced(file, json.dumps(content, indent=1).encode())
+
+
+def _forget(path: epath.Path, keep_folder: bool) -> None:
+    if any((path / name).exists() for name in MADE):
+        return
+    (path / FILE).unlink(missing_ok=True)
+    if not keep_folder and not any(path.iterdir()):
+        path.rmdir()
