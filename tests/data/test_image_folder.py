@@ -45,16 +45,6 @@ def test_metadata_gives_captions_roles_and_identity(tmp_path):
     assert (len(concept.references), concept.captions) == (2, ("anna at the sea", ""))
 
 
-def test_pictures_are_upright_and_centre_cropped(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turn clockwise by 90 degrees
-    turned = pictures.load_image(save(tmp_path / "t.jpg", exif=exif, quality=95))
-    assert turned.shape == (20, 12, 3)
-    plain = pictures.load_image(save(tmp_path / "p.jpg", quality=95))
-    assert np.abs(turned.astype(int) - np.rot90(plain, -1)).max() < 40
-    assert pictures.load_image(tmp_path / "p.jpg", 16).shape == (16, 16, 3)
-
-
 def test_a_concept_takes_the_bucket_of_its_targets(tmp_path):
     """Upright, EXIF counted; a reference of another shape is cut to the same."""
     exif = Image.Exif()
@@ -72,45 +62,6 @@ def test_a_concept_takes_the_bucket_of_its_targets(tmp_path):
     with pytest.raises(UserError, match=r"text\.png: found 5 bytes that are no picture"):
         (tmp_path / "text.png").write_bytes(b"hello")
         image_folder.read_concept(tmp_path, of_one_area(16, 4))
-
-
-def test_the_centre_of_a_shape_is_cut_without_stretching(tmp_path):
-    pixels = np.zeros((8, 40, 3), np.uint8)
-    pixels[:, 12:28] = 90  # the centre of twice the height's width
-    Image.fromarray(pixels).save(tmp_path / "p.png")
-    assert (pictures.load_image(tmp_path / "p.png", (4, 8)) == 90).all()
-    assert (np.abs(pictures.load_image(tmp_path / "p.png", (3, 6)) - 90.0) < 10).all()
-    assert (pictures.load_image(tmp_path / "p.png", (4, 10))[:, [0, -1]] == 0).all()
-
-
-def test_transparent_gray_and_palette_pictures_become_rgb(tmp_path):
-    clear = np.zeros((4, 4, 4), np.uint8)
-    Image.fromarray(clear).save(tmp_path / "clear.png")
-    assert (pictures.load_image(tmp_path / "clear.png") == 255).all()
-    for mode in ("L", "P", "1", "LA", "I;16"):
-        Image.new(mode, (5, 6)).save(tmp_path / "m.png")
-        assert pictures.load_image(tmp_path / "m.png").shape == (6, 5, 3)
-
-
-def test_png_round_trip():
-    given = np.random.default_rng(0).integers(0, 255, (7, 9, 3), np.uint8)
-    np.testing.assert_array_equal(pictures.decode(pictures.encode_png(given)), given)
-
-
-def test_bad_pictures_are_named(tmp_path):
-    def refuse(name, content, match):
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(UserError, match=match):
-            pictures.load_image(tmp_path / name)
-
-    whole = save(tmp_path / "whole.png", 64, 64).read_bytes()
-    refuse("text.png", b"hello", r"text\.png: found 5 bytes that are no picture")
-    refuse("empty.png", b"", r"empty\.png: found an empty file")
-    refuse("cut.png", whole[: len(whole) // 2], r"cut\.png: the picture cannot be read")
-    with pytest.raises(UserError, match=r"gone\.png: no such picture file"):
-        pictures.load_image(tmp_path / "gone.png")
-    with pytest.raises(UserError, match="is a folder, expected a picture"):
-        pictures.load_image(tmp_path)
 
 
 def test_bad_folders_are_named(tmp_path):
