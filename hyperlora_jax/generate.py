@@ -172,9 +172,8 @@ def _familiar(hyper: Hypernetwork, references: np.ndarray) -> list[float | None]
     return [None] * len(references) if found is None else [float(x) for x in found]
 
 
-def _picture_size(hyper: Hypernetwork) -> int | None:
-    module = getattr(hyper.encoder, "module", None)
-    return getattr(module, "image_size", None)
+def _picture_size(hyper: Hypernetwork) -> int:
+    return max(hyper.encoder.image_size)
 
 
 def _pictures(folder: Path) -> list[Path]:

@@ -56,7 +56,7 @@ class Exam:
         return unit_pixels(self.test.gallery[: self.test.num_identities])
 
     def judged(self, results: Mapping[str, MethodResult], encoder: Any) -> dict[str, Any]:
-        """Similarities by every judge, and by the condition encoder where it can look at pictures.
+        """Similarities by every judge and by the condition encoder.
 
         Args:
             encoder: what conditions the hypernetwork.
@@ -64,11 +64,10 @@ class Exam:
         if not self.judges:
             return {}
         images = {name: result.images for name, result in results.items()}
-        own = {} if isinstance(encoder, judges.EmbeddingTable) else {"own": encoder}
         return judges.similarity_numbers(
             images,
             self.real_pictures,
-            {**own, **self.judges},
+            {"own": encoder, **self.judges},
             condition_hash=encoder.hash,
             detects=self.detects,
             folder=self.workdir / EMBEDDINGS,

@@ -22,7 +22,6 @@ from hyperlora_jax.errors import UserError
 from hyperlora_jax.evaluate.encoded_pictures import pooled_embeddings
 from hyperlora_jax.evaluate.metrics import clustered_mean, is_finite
 from hyperlora_jax.hypernet.conditioning import ImageEncoder, load_condition_encoder
-from hyperlora_jax.hypernet.embedding_table import EmbeddingTable
 
 # Picture [h, w, 3] in [0, 1] -> whether it shows exactly one subject.
 Detects = Callable[[np.ndarray], bool]
@@ -128,16 +127,9 @@ def load_judges(paths: Mapping[str, str]) -> dict[str, ImageEncoder]:
     """Encoders by name, from a config's `evaluate.judges`; names without a path are left out.
 
     Raises:
-      UserError: no encoder there, or a table of embeddings, which cannot look at pictures.
+      UserError: no encoder there.
     """
-    found = {name: load_condition_encoder(path) for name, path in paths.items() if path}
-    for name, encoder in found.items():
-        if isinstance(encoder, EmbeddingTable):
-            raise UserError(
-                f"evaluate.judges.{name}: {paths[name]} is a table of embeddings, expected an "
-                "encoder: generated pictures are in no table"
-            )
-    return found
+    return {name: load_condition_encoder(path) for name, path in paths.items() if path}
 
 
 def load_detector(name: str) -> Detects | None:

@@ -36,9 +36,15 @@ class ClipImageEncoder:
     std: tuple[float, ...]
 
     @property
-    def image_size(self) -> int:
-        """Side in pixels; other sizes are resized to it."""
-        return self.module.image_size
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) in pixels; other sizes are resized to it."""
+        return self.module.image_size, self.module.image_size
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens per picture: the class token and one per patch."""
+        values = self.module.values
+        return 1 + (values["image_size"] // values["patch_size"]) ** 2
 
     @property
     def embedding_dim(self) -> int:

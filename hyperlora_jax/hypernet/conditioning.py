@@ -6,7 +6,6 @@ All of them satisfy one Protocol, `ImageEncoder`, and are told apart by `load_co
   *.onnx                              any ONNX image model (`foreign_encoders.py`; onnxruntime)
   folder of a CLIP vision encoder     CLIPVisionModel(WithProjection) in Flax (`clip_encoder.py`)
   folder with a transformers model    any other vision model that AutoModel reads (torch)
-  *.npy, *.safetensors                embeddings computed elsewhere (`embedding_table.py`)
 
 `hash` identifies the weights: it is stored with every checkpoint and compared when one is used.
 """
@@ -41,6 +40,9 @@ class ImageEncoder(Protocol):
       name: for messages and metadata.
       embedding_dim: width e of the pooled embedding and of every token.
       hash: hex sha256 of the weights (or of the file that holds them).
+      image_size: (height, width) in pixels of the pictures that it looks at; `encode` resizes
+        others to it.
+      num_tokens: tokens n per picture.
     """
 
     @property
@@ -51,6 +53,12 @@ class ImageEncoder(Protocol):
 
     @property
     def hash(self) -> str: ...  # noqa: D102
+
+    @property
+    def image_size(self) -> tuple[int, int]: ...  # noqa: D102
+
+    @property
+    def num_tokens(self) -> int: ...  # noqa: D102
 
     def encode(
         self, images: Float[AnyArray, "b h w 3"]
@@ -86,6 +94,11 @@ class FlaxImageEncoder:
     def num_tokens(self) -> int:
         """Tokens per picture."""
         return self.module.num_tokens
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) in pixels; other sizes are resized to it."""
+        return self.module.image_size, self.module.image_size
 
     def encode(
         self, images: Float[AnyArray, "b h w 3"]
@@ -227,7 +240,7 @@ def load_condition_encoder(source: str | epath.PathLike, **options: Any) -> Imag
     Raises:
       UserError: no such path, an unknown kind, or a file that the reader refuses.
     """
-    from hyperlora_jax.hypernet import clip_encoder, embedding_table, foreign_encoders
+    from hyperlora_jax.hypernet import clip_encoder, foreign_encoders
 
     path = epath.Path(source)
     if str(source) in SHIPPED:
@@ -235,7 +248,7 @@ def load_condition_encoder(source: str | epath.PathLike, **options: Any) -> Imag
     if not path.exists():
         raise UserError(
             f"encoder {source}: no such file or folder, expected one of {sorted(SHIPPED)}, "
-            "a model folder, or a .onnx, .npy or .safetensors file"
+            "a model folder, or an .onnx file"
         )
     if path.is_dir():
         if read_config(path).get("format") == FORMAT:
@@ -245,11 +258,9 @@ def load_condition_encoder(source: str | epath.PathLike, **options: Any) -> Imag
         return foreign_encoders.load_transformers(path, **options)
     if path.suffix == ".onnx":
         return foreign_encoders.load_onnx(path, **options)
-    if path.suffix in (".npy", ".safetensors"):
-        return embedding_table.load_table(path, **options)
     raise UserError(
         f"encoder {source}: found a {path.suffix or 'suffix-less'} file, "
-        "expected .onnx, .npy or .safetensors"
+        "expected .onnx or a model folder"
     )
 
 

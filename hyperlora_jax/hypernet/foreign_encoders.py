@@ -30,13 +30,15 @@ class ForeignImageEncoder:
       embedding_dim: width of the pooled embedding and of every token.
       hash: hex sha256 of the file with the weights.
       run: normalised pixels -> (pooled [b, e], tokens [b, n, e]) as numpy arrays.
-      image_size: (height, width) in pixels that `run` wants.
+      num_tokens: tokens per picture.
+      image_size: (height, width) in pixels that `run` wants; other sizes are resized to it.
       mean, std: pixels become (pixel - mean) / std; one number or one per channel.
       channels_first: whether `run` wants [b, 3, h, w].
     """
 
     name: str
     embedding_dim: int
+    num_tokens: int
     hash: str
     run: Any
     image_size: tuple[int, int]
@@ -106,10 +108,11 @@ def load_onnx(
         return _pooled_and_tokens(path, outputs)
 
     probe = np.zeros((1, 3, *size) if channels_first else (1, *size, 3), np.float32)
-    pooled, _ = run(probe)
+    _, tokens = run(probe)
     return ForeignImageEncoder(
         epath.Path(path).stem,
-        pooled.shape[1],
+        tokens.shape[2],
+        tokens.shape[1],
         hashlib.sha256(data).hexdigest(),
         run,
         size,
@@ -161,13 +164,14 @@ def load_transformers(path: epath.PathLike, image_size: int | None = None) -> Fo
                 pooled, tokens = projection(pooled), projection(model.post_layernorm(tokens))
         return pooled.numpy(), tokens.numpy()
 
-    pooled, _ = run(np.zeros((1, 3, size, size), np.float32))
+    _, tokens = run(np.zeros((1, 3, size, size), np.float32))
     from hyperlora_jax.hypernet.conditioning import tree_hash
 
     weights = {name: value.numpy() for name, value in model.state_dict().items()}
     return ForeignImageEncoder(
         epath.Path(path).name,
-        pooled.shape[1],
+        tokens.shape[2],
+        tokens.shape[1],
         tree_hash(weights),
         run,
         (size, size),

@@ -198,11 +198,8 @@ def _constant_shapes(generator: Any) -> dict[str, Any]:
 
 
 def _condition_shapes(encoder: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    size = int(getattr(encoder, "image_size", 32))
-    pooled, tokens = jax.eval_shape(
-        encoder.encode, jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-    )
-    return tuple(pooled.shape[1:]), tuple(tokens.shape[1:])
+    width = encoder.embedding_dim
+    return (width,), (encoder.num_tokens, width)
 
 
 def _num_text_rows(root: Path, settings: UNetConfig) -> int:

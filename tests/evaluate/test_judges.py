@@ -14,6 +14,8 @@ class MeanColour:
     name: str = "colour"
     embedding_dim: int = 3
     hash: str = "h"
+    image_size: tuple[int, int] = (8, 8)
+    num_tokens: int = 1
 
     def encode(self, images):
         pooled = np.asarray(images).mean(axis=(1, 2)) - 0.5
@@ -89,10 +91,8 @@ def test_kept_embeddings_are_of_these_pictures_and_this_encoder(tmp_path):
 def test_judges_are_loaded_by_name(tmp_path):
     found = judges.load_judges({"avatars": "avatar", "independent": ""})
     assert list(found) == ["avatars"] and found["avatars"].embedding_dim > 8
-    table = tmp_path / "table.npy"
-    np.save(table, np.ones((2, 4), np.float32))
-    with pytest.raises(UserError, match=r"evaluate\.judges\.mine: .* is a table of embeddings"):
-        judges.load_judges({"mine": str(table)})
+    with pytest.raises(UserError, match=r"encoder .*nothing\.onnx: no such file"):
+        judges.load_judges({"mine": str(tmp_path / "nothing.onnx")})
 
 
 def test_detectors_are_named():

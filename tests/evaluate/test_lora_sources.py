@@ -20,6 +20,7 @@ class MeanColour:
     """Encoder: the pictures' mean colour, and one token of it."""
 
     name, embedding_dim, hash = "colour", 3, "c"
+    image_size, num_tokens = (8, 8), 1
 
     def encode(self, images):
         pooled = jnp.asarray(images).mean(axis=(1, 2))

@@ -18,6 +18,7 @@ class MeanColour:
     """An encoder whose embedding is the mean colour around grey."""
 
     name, embedding_dim, hash = "colour", 3, "h"
+    image_size, num_tokens = (8, 8), 1
 
     def encode(self, images):
         pooled = np.asarray(images).mean(axis=(1, 2)) - 0.5

@@ -46,7 +46,7 @@ def test_equals_transformers(tmp_path, kind):
     found, tokens = encoder.encode(IMAGES)
     assert np.abs(found - pooled).max() <= 1e-4 * np.abs(pooled).max()
     assert encoder.embedding_dim == found.shape[1] == tokens.shape[2]
-    assert tokens.shape[1] == 10
+    assert tokens.shape[1] == encoder.num_tokens == 10 and encoder.image_size == (12, 12)
     if projects:
         np.testing.assert_allclose(tokens[:, 0], found, atol=1e-6)
     else:

@@ -25,6 +25,7 @@ def test_flax_round_trip(folder):
     encoder = load_condition_encoder(folder)
     assert isinstance(encoder, ImageEncoder)
     assert (encoder.name, encoder.embedding_dim, encoder.facts) == ("tiny", 12, {"steps": 3})
+    assert encoder.image_size == (8, 8)
     pooled, tokens = encoder.encode(np.ones((2, 8, 8, 3), np.float32))
     assert pooled.shape == (2, 12) and tokens.shape == (2, encoder.num_tokens, 12)
 
@@ -42,50 +43,6 @@ def test_hash_follows_the_weights(folder, tmp_path):
     params = init_encoder(SMALL, jax.random.key(1))
     returned = conditioning.save_encoder(tmp_path, SMALL, params, "other")
     assert returned == load_condition_encoder(tmp_path).hash != first.hash
-
-
-def test_table(tmp_path):
-    rows = {name: np.full((3, 4), value, np.float32) for value, name in enumerate(("anna", "bob"))}
-    save_file(rows, tmp_path / "t.safetensors")
-    table = load_condition_encoder(tmp_path / "t.safetensors")
-    pooled, tokens = table.lookup(["bob", "anna"])
-    assert tokens.shape == (2, 3, 4) and pooled[:, 0].tolist() == [1.0, 0.0]
-    with pytest.raises(UserError, match="no row for reference 'carl'"):
-        table.lookup(["carl"])
-    with pytest.raises(UserError, match="cannot encode 1 picture"):
-        table.encode(np.zeros((1, 8, 8, 3), np.float32))
-
-
-def test_npy_table(tmp_path):
-    np.save(tmp_path / "t.npy", np.arange(8.0).reshape(2, 4))
-    pooled, tokens = load_condition_encoder(tmp_path / "t.npy").lookup(["1"])
-    np.testing.assert_array_equal(pooled, [[4, 5, 6, 7]])
-    assert tokens.shape == (1, 1, 4)
-
-
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        (np.zeros(3), "expected floats of shape"),
-        (np.zeros((2, 2), np.int32), "found int32"),
-        (np.full((2, 2), np.nan), "not finite"),
-    ],
-)
-def test_bad_tables(tmp_path, rows, message):
-    np.save(tmp_path / "t.npy", rows)
-    with pytest.raises(UserError, match=message):
-        load_condition_encoder(tmp_path / "t.npy")
-
-
-def test_damaged_tables(tmp_path):
-    for name, message in (("t.npy", "is no .npy"), ("t.safetensors", "is no safetensors")):
-        (tmp_path / name).write_bytes(b"nonsense")
-        with pytest.raises(UserError, match=message):
-            load_condition_encoder(tmp_path / name)
-    shapes = {"a": np.zeros(2, np.float32), "b": np.zeros(3, np.float32)}
-    save_file(shapes, tmp_path / "t.safetensors")
-    with pytest.raises(UserError, match="tensors of 2 shapes"):
-        load_condition_encoder(tmp_path / "t.safetensors")
 
 
 def test_bad_folders(folder, tmp_path):

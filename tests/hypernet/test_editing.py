@@ -24,6 +24,7 @@ SPEC = LoraSpec((LoraSite("down_blocks.0.attentions.0.proj.attn1.to_q", 6, 8, 2,
 
 class MeanColour:
     name, embedding_dim, hash = "colour", 3, "c"
+    image_size, num_tokens = (8, 8), 1
 
     def encode(self, images):
         pooled = jnp.asarray(images).mean(axis=(1, 2))

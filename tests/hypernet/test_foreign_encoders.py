@@ -50,6 +50,7 @@ def test_onnx(tmp_path, shape, batch):
     expected = (IMAGES.mean(axis=(1, 2)) - np.array([0.5, 0.4, 0.3])) / 2.0
     np.testing.assert_allclose(pooled, expected, atol=1e-5)
     np.testing.assert_allclose(tokens[:, 0], pooled)
+    assert encoder.image_size == (6, 6) and encoder.num_tokens == 1
 
 
 def test_onnx_with_open_size(tmp_path):
@@ -92,6 +93,7 @@ def test_transformers_vision_models(tmp_path):
     np.testing.assert_allclose(tokens, expected.last_hidden_state.numpy(), atol=1e-5)
     np.testing.assert_allclose(pooled, expected.pooler_output.numpy(), atol=1e-5)
     assert isinstance(encoder, ImageEncoder) and encoder.embedding_dim == 16
+    assert encoder.image_size == (12, 12) and encoder.num_tokens == tokens.shape[1]
     assert encoder.hash == load_condition_encoder(tmp_path).hash
 
 
