@@ -5,13 +5,12 @@ With a_t = sqrt(alphas_cumprod[t]) and s_t = sqrt(1 - alphas_cumprod[t]):
     (1) x_t = a_t x0 + s_t eps        `add_noise`
     (2) v_t = a_t eps - s_t x0        (Salimans & Ho 2022, appendix D)
 
-A scheduler_config.json of diffusers is read as a noise schedule only: its class does not matter.
+Files of diffusers are read by `scheduler_config.py`.
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -30,7 +29,7 @@ class NoiseSchedule:
     """Discrete schedule; hashable, so that it can be a static jit argument.
 
     `timestep_spacing` None stands for the default of whichever sampler is used. `steps_offset` and
-    `set_alpha_to_one` concern sampling only. `source` keeps the JSON it was read from.
+    `set_alpha_to_one` concern sampling only.
     """
 
     num_train_timesteps: int = 1000
@@ -55,20 +54,16 @@ class NoiseSchedule:
                     f"noise schedule: {key} = {getattr(self, key)!r} is not supported, expected "
                     f"one of {list(known)}"
                 )
+        if self.trained_betas is not None and len(self.trained_betas) != self.num_train_timesteps:
+            raise UserError(
+                f"noise schedule: trained_betas has {len(self.trained_betas)} numbers, "
+                f"num_train_timesteps is {self.num_train_timesteps}; expected one for each"
+            )
         if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
             raise UserError(
                 "noise schedule: rescale_betas_zero_snr needs prediction_type v_prediction or "
                 "sample, found epsilon (nothing can be learned at zero signal)"
             )
-
-    @staticmethod
-    def from_config(config: Mapping[str, Any]) -> "NoiseSchedule":
-        """Reads a scheduler_config.json of any diffusers scheduler class."""
-        names = {field.name for field in dataclasses.fields(NoiseSchedule)}
-        values = {k: v for k, v in config.items() if k in names and v is not None}
-        if "trained_betas" in values:
-            values["trained_betas"] = tuple(values["trained_betas"])
-        return NoiseSchedule(**values)
 
     def to_config(self) -> dict[str, Any]:
         """scheduler_config.json as DDIMScheduler reads it."""

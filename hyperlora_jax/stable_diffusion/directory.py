@@ -58,6 +58,8 @@ def weight_files(folder: Path, component: str, variant: str | None = None) -> li
     for index in (folder / name for name in indices):
         if index.is_file():
             names = sorted(set(read_json(index).get("weight_map", {}).values()))
+            if not names:
+                raise UserError(f"{index}: has no weight_map, expected the names of the shards")
             for name in names:
                 if not (folder / name).is_file():
                     raise UserError(f"{folder / name}: file not found, named by {index.name}")
@@ -119,10 +121,12 @@ def cached_hash(folder: Path, files: list[Path], compute: Callable[[], str]) -> 
     """`compute()`, kept in `folder`/base_hash.json while sizes and times of `files` stay."""
     stamp = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
     cache = folder / _HASH_FILE
-    if cache.is_file():
+    try:
         found = json.loads(cache.read_text())
-        if found.get("files") == stamp:
+        if found["files"] == stamp:
             return found["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # not there, or cut off by a full disk: computed again
     value = compute()
     try:
         cache.write_text(json.dumps({"files": stamp, "sha256": value}) + "\n")

@@ -1,6 +1,7 @@
 """Whole models from and to diffusers directories."""
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ from jax.sharding import Mesh
 from hyperlora_jax import storage
 from hyperlora_jax.array_types import Params
 from hyperlora_jax.diffusion.schedule import NoiseSchedule
+from hyperlora_jax.diffusion.scheduler_config import read_scheduler_config
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.parallel.sharding import DEFAULT_RULES, Rule
 from hyperlora_jax.stable_diffusion import directory
 from hyperlora_jax.stable_diffusion.autoencoder import vae_from_config
 from hyperlora_jax.stable_diffusion.checkpoint import param_shapes, torch_to_flax
 from hyperlora_jax.stable_diffusion.clip_text import text_model_from_config
+from hyperlora_jax.stable_diffusion.parts import check_parts
 from hyperlora_jax.stable_diffusion.tensor_stream import read_tensors, to_devices
 from hyperlora_jax.stable_diffusion.unet import unet_from_config
 
@@ -59,18 +62,47 @@ def load_directory(
     rules: Sequence[Rule] = DEFAULT_RULES,
 ) -> tuple[dict[str, Any], dict[str, Params], NoiseSchedule]:
     """Modules, parameters and schedule of a diffusers directory. Raises UserError naming files."""
-    modules: dict[str, Any] = {}
-    params: dict[str, Params] = {}
-    for name in CONSTRUCTORS:
-        if (root / name).is_dir():
-            modules[name], params[name] = load_component(
-                root / name, name, dtype, variant, mesh, rules
-            )
-    if "unet" not in modules:
-        raise UserError(f"{root / 'unet'}: folder not found, expected the UNet of the model")
-    schedule_file = root / "scheduler" / "scheduler_config.json"
-    schedule = NoiseSchedule.from_config(directory.read_json(schedule_file))
-    return modules, params, schedule
+    modules = load_modules(root, dtype, CONSTRUCTORS)
+    params = {
+        name: load_params(module, root / name, name, dtype, variant, mesh, rules)
+        for name, (module, dtype) in modules.items()
+    }
+    return {name: module for name, (module, _) in modules.items()}, params, load_schedule(root)
+
+
+def load_modules(root: Path, dtype: Any, names: Iterable[str]) -> dict[str, tuple[Any, Any]]:
+    """(module, dtype) of every component of `names` that is there, from the configs alone.
+
+    Raises:
+        UserError: no UNet, a config that is not supported, parts that do not belong together.
+    """
+    if not (root / "unet").is_dir():
+        raise UserError(f"{root / 'unet'}: folder not found, expected {_what_is_there(root)}")
+    modules = {
+        name: load_module(root / name, name, dtype) for name in names if (root / name).is_dir()
+    }
+    check_parts({name: module for name, (module, _) in modules.items()}, root)
+    return modules
+
+
+def _what_is_there(root: Path) -> str:
+    """What was expected of a folder without a UNet, in the words of what it holds."""
+    kind = root / "model_index.json"
+    if kind.is_file() and (name := directory.read_json(kind).get("_class_name")):
+        return f"a Stable Diffusion 1.x, 2.x or XL model, found a {name}"
+    return "the UNet of the model"
+
+
+def load_schedule(root: Path) -> NoiseSchedule:
+    """The noise schedule of a model directory, as PyTorch's pipeline of the family takes it."""
+    file = root / "scheduler" / "scheduler_config.json"
+    try:
+        schedule = read_scheduler_config(directory.read_json(file))
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
+    xl = directory.read_json(root / "unet" / "config.json").get("addition_embed_type")
+    # StableDiffusionPipeline sets the offset to 1 whatever the file says; SDXL's does not.
+    return schedule if xl else dataclasses.replace(schedule, steps_offset=1)
 
 
 def load_component(
@@ -86,11 +118,23 @@ def load_component(
     With a mesh the parameters are spread over it by `rules`.
     """
     module, dtype = load_module(folder, name, dtype)
+    return module, load_params(module, folder, name, dtype, variant, mesh, rules)
+
+
+def load_params(
+    module: Any,
+    folder: Path,
+    name: str,
+    dtype: Any,
+    variant: str | None,
+    mesh: Mesh | None,
+    rules: Sequence[Rule],
+) -> Params:
+    """Parameters of a component's module, see `load_component`."""
     files = directory.weight_files(folder, name, variant)
     shapes = param_shapes(module)
     place = to_devices(shapes, dtype, mesh, rules)
-    params = torch_to_flax(read_tensors(files), shapes, name, str(files[0]), place)
-    return module, params
+    return torch_to_flax(read_tensors(files), shapes, name, str(files[0]), place)
 
 
 def load_module(folder: Path, name: str, dtype: Any) -> tuple[Any, Any]:

@@ -27,7 +27,10 @@ from hyperlora_jax.stable_diffusion.autoencoder import AutoencoderKL
 from hyperlora_jax.stable_diffusion.checkpoint import param_shapes
 from hyperlora_jax.stable_diffusion.clip_text import ClipTextModel
 from hyperlora_jax.stable_diffusion.lora_argument import check_lora
+from hyperlora_jax.stable_diffusion.parts import check_token_ids, load_tokenizer
 from hyperlora_jax.stable_diffusion.unet import UNet
+
+NO_LENGTH = 10**9  # transformers gives 1e30 for a tokenizer that names no model_max_length
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -76,11 +79,9 @@ class StableDiffusion:
         if str(path).endswith((".safetensors", ".ckpt")) and Path(path).is_file():
             return StableDiffusion.from_single_file(path)
         root = loading.local_directory(path)
-        modules = {
-            name: loading.load_module(root / name, name, jnp.float32)[0]
-            for name in ("unet", "text_encoder", "text_encoder_2")
-            if name == "unet" or (root / name).is_dir()
-        }
+        names = ("unet", "text_encoder", "text_encoder_2")
+        found = loading.load_modules(root, jnp.float32, names)
+        modules = {name: module for name, (module, _) in found.items()}
         params = {name: param_shapes(module) for name, module in modules.items()}
         return StableDiffusion(**modules, params=params, schedule=NoiseSchedule(), path=root)
 
@@ -134,26 +135,39 @@ class StableDiffusion:
     def _tokenizer(self, i: int) -> Any:
         if len(self.tokenizers) > i:
             return self.tokenizers[i]
-        folder = (self.path or Path()) / ("tokenizer", "tokenizer_2")[i]
-        if self.path is None or not folder.is_dir():
-            raise UserError(f"{folder}: folder not found, expected the tokenizer of the model")
-        from transformers import CLIPTokenizer
-
-        return CLIPTokenizer.from_pretrained(str(folder))
+        name = ("tokenizer", "tokenizer_2")[i]
+        if self.path is None:
+            raise UserError(f"{name}: folder not found, expected the tokenizer of the model")
+        return load_tokenizer(self.path / name)
 
     def tokenize(
-        self, prompts: Sequence[str], tokenizer: Any | None = None
+        self, prompts: Sequence[str], tokenizer: Any | None = None, name: str = "text_encoder"
     ) -> Int[np.ndarray, "b n"]:
-        """Token ids, padded or cut to the tokenizer's model_max_length."""
-        tokenizer = tokenizer or self.tokenizer
+        """Token ids for the text encoder `name`, padded or cut to its window: the tokenizer's
+        model_max_length, or the encoder's positions where the tokenizer names no length.
+
+        Raises UserError for a tokenizer of another vocabulary or window than the text encoder.
+        """
+        tokenizer, encoder = tokenizer or self.tokenizer, getattr(self, name)
+        window = tokenizer.model_max_length
+        if encoder is not None:
+            positions = encoder.values["max_position_embeddings"]
+            if positions < window < NO_LENGTH:
+                raise UserError(
+                    f"tokenizer: model_max_length is {window}, the text encoder has {positions} "
+                    "positions; they belong to different models"
+                )
+            window = min(window, positions)
         tokens = tokenizer(
             list(prompts),
             padding="max_length",
-            max_length=tokenizer.model_max_length,
+            max_length=window,
             truncation=True,
             return_tensors="np",
-        )
-        return tokens["input_ids"].astype(np.int32)
+        )["input_ids"].astype(np.int32)
+        if encoder is not None:
+            check_token_ids(tokens, encoder.values["vocab_size"])
+        return tokens
 
     def encode_prompt(
         self, prompts: Sequence[str], lora: Params | None = None
@@ -177,7 +191,10 @@ class StableDiffusion:
         return inference.encode_tokens(
             tuple(self._component(name) for name in names),
             tuple(self.params[name] for name in names),
-            tuple(self.tokenize(prompts, tokenizer) for tokenizer in tokenizers),
+            tuple(
+                self.tokenize(prompts, tokenizer, name)
+                for name, tokenizer in zip(names, tokenizers, strict=True)
+            ),
             tuple(component_tree(lora, name) if lora else None for name in names),
             self.is_xl,
         )

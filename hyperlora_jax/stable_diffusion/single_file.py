@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 
 from hyperlora_jax.array_types import Params
 from hyperlora_jax.diffusion.schedule import NoiseSchedule
+from hyperlora_jax.diffusion.scheduler_config import read_scheduler_config
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.parallel.sharding import DEFAULT_RULES, Rule
 from hyperlora_jax.stable_diffusion import loading
@@ -59,7 +60,7 @@ def load_single_file(
         place = to_devices(shapes, component_dtype, mesh, rules)
         params[name] = torch_to_flax(found[name], shapes, name, str(path), place)
     predicts = prediction_type or ("v_prediction" if width == 1024 else "epsilon")
-    return modules, params, NoiseSchedule.from_config({**SCHEDULER, "prediction_type": predicts})
+    return modules, params, read_scheduler_config({**SCHEDULER, "prediction_type": predicts})
 
 
 def _loader(load: Loader, target: Target) -> Loader:

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from hyperlora_jax.array_types import Array, Params
 from hyperlora_jax.diffusion.schedule import NoiseSchedule
+from hyperlora_jax.diffusion.scheduler_config import read_scheduler_config
 from hyperlora_jax.lora import factors
 from hyperlora_jax.lora.sites import spec_from_shapes
 from hyperlora_jax.stable_diffusion.checkpoint import param_shapes
@@ -59,7 +60,7 @@ def lora_workload(
     Latents and conditions are float32, the frozen UNet and its arithmetic `dtype`.
     """
     unet = unet_from_config(unet_config, dtype).clone(remat=remat, attention=attention, scan=scan)
-    schedule = NoiseSchedule.from_config(SCHEDULER)
+    schedule = read_scheduler_config(SCHEDULER)
     shapes = param_shapes(unet)
     spec = spec_from_shapes(shapes, preset, rank)
     if scan:

@@ -18,7 +18,7 @@ from hyperlora_jax import storage
 from hyperlora_jax.array_types import Params
 from hyperlora_jax.data.encoded_subjects import encode_in_batches
 from hyperlora_jax.data.worlds import open_world
-from hyperlora_jax.diffusion.schedule import NoiseSchedule
+from hyperlora_jax.diffusion.scheduler_config import read_scheduler_config
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.parallel import multihost, sharding
 from hyperlora_jax.parallel.mesh import make_mesh
@@ -79,7 +79,7 @@ def pretrain(config: Any, workdir: epath.PathLike) -> epath.Path:
     trained, modules = _train_unet(config, workdir, mesh, tokenizer, captions, latents)
     sd = StableDiffusion(
         params={**trained, "vae": vae_params},
-        schedule=NoiseSchedule.from_config(SCHEDULER_CONFIG),
+        schedule=read_scheduler_config(SCHEDULER_CONFIG),
         vae=vae,
         **modules,
     )
@@ -110,7 +110,7 @@ def assemble(config: Any, workdir: epath.Path, params: Params) -> StableDiffusio
     return StableDiffusion(
         unet=unet_from_config(unet_config(config.base.unet, latents.shape)),
         params={**params, "vae": vae_params},
-        schedule=NoiseSchedule.from_config(SCHEDULER_CONFIG),
+        schedule=read_scheduler_config(SCHEDULER_CONFIG),
         vae=_normalised(vae, latents)[0],
         text_encoder=text_model_from_config(text_config(config.base.text_encoder, tokenizer)),
         tokenizers=(tokenizer,),
@@ -230,7 +230,7 @@ def _train_unet(
     task = base_task.unet_task(
         unet,
         encode_text,
-        NoiseSchedule.from_config(SCHEDULER_CONFIG),
+        read_scheduler_config(SCHEDULER_CONFIG),
         init,
         {"empty_text": ids[-1]},
         {"latents": latents, "text": ids[:-1]},

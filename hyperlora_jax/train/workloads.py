@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from hyperlora_jax.diffusion.schedule import NoiseSchedule
+from hyperlora_jax.diffusion.scheduler_config import read_scheduler_config
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.hypernet.building import architecture, build_generator, with_remat
 from hyperlora_jax.hypernet.conditioning import load_condition_encoder
@@ -71,7 +71,7 @@ def unet_workload(config: Any, remat: str | None = None) -> Workload:
     }
 
     def on_mesh(mesh: Mesh | None) -> Task:
-        noise = NoiseSchedule.from_config(schedule)
+        noise = read_scheduler_config(schedule)
         return finetuning_task(unet.clone(mesh=mesh), noise, frozen, None, section, None)
 
     side = _latent_side(config, unet_config, root)
@@ -138,9 +138,7 @@ def hypernetwork_workload(config: Any, remat: str | None = None) -> Workload:
         frozen["constants"] = _constant_shapes(generator)
 
     def on_mesh(mesh: Mesh | None) -> Task:
-        base = Base(
-            unet.clone(mesh=mesh), NoiseSchedule.from_config(schedule), section.min_snr_gamma
-        )
+        base = Base(unet.clone(mesh=mesh), read_scheduler_config(schedule), section.min_snr_gamma)
         return hypernet_task(
             generator,
             frozen,

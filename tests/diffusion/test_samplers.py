@@ -8,6 +8,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteS
 
 from hyperlora_jax.diffusion.samplers import SAMPLERS, timesteps_of
 from hyperlora_jax.diffusion.schedule import NoiseSchedule
+from hyperlora_jax.diffusion.scheduler_config import read_scheduler_config
 from hyperlora_jax.errors import UserError
 
 SD15 = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -42,7 +43,7 @@ def diffusers_sample(scheduler, num_steps):
 
 
 def our_sample(name, config, num_steps):
-    schedule = NoiseSchedule.from_config(config)
+    schedule = read_scheduler_config(config)
 
     @jax.jit
     def run(noise):

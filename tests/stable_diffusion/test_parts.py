@@ -1,0 +1,128 @@
+"""Folders whose parts belong to different models, through the commands that read them."""
+
+import json
+import shutil
+
+import pytest
+
+from hyperlora_jax.cli.main import main
+from hyperlora_jax.errors import UserError
+from hyperlora_jax.stable_diffusion.model import StableDiffusion
+from tests.stable_diffusion import conftest as tiny
+
+
+@pytest.fixture
+def copied(tiny_pipeline, tmp_path):
+    return shutil.copytree(tiny_pipeline[0], tmp_path / "base")
+
+
+def rewrite(file, **values):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+def sample(base, capsys):
+    code = main(["sample", str(base), "--prompt", "a cat", "--out", str(base / "out"),
+                 "--num_steps", "1"])  # fmt: skip
+    return code, capsys.readouterr().err.strip()
+
+
+@pytest.mark.parametrize(("channels", "kind"), [(9, "an inpainting"), (8, "a pix2pix")])
+def test_unets_of_more_channels(copied, capsys, channels, kind):
+    tiny.torch_unet(tiny.tiny_unet_config(in_channels=channels)).save_pretrained(copied / "unet")
+    code, error = sample(copied, capsys)
+    assert code == 2 and "\n" not in error
+    assert f"the UNet takes {channels} channels ({kind} model), the autoencoder makes 4" in error
+
+
+def test_an_autoencoder_of_another_family(copied, capsys):
+    tiny.torch_vae(tiny.tiny_vae_config(latent_channels=16)).save_pretrained(copied / "vae")
+    code, error = sample(copied, capsys)
+    assert code == 2 and "takes 4 channels, the autoencoder makes 16" in error
+
+
+def test_a_text_encoder_of_another_width(copied, capsys):
+    wide = tiny.tiny_text_config(hidden_size=48, num_attention_heads=6)
+    tiny.torch_text(wide).save_pretrained(copied / "text_encoder")
+    code, error = sample(copied, capsys)
+    assert code == 2 and "states of width 48, the UNet's cross-attention takes 24" in error
+
+
+def test_a_refiner_is_named(tiny_xl, tmp_path):
+    root = shutil.copytree(tiny_xl[0], tmp_path / "refiner")
+    for name in ("text_encoder", "tokenizer"):
+        shutil.rmtree(root / name)
+    refiner = {**tiny.XL_UNET, "cross_attention_dim": 32}
+    for sizes, reason in ((5, "an SDXL refiner"), (7, "added embedding takes 62 numbers")):
+        inputs = {"projection_class_embeddings_input_dim": 20 + 6 * sizes}
+        rewrite(root / "unet" / "config.json", **(refiner | inputs))
+        with pytest.raises(UserError, match=reason):
+            StableDiffusion.outline(root)
+
+
+def test_a_vocabulary_that_is_larger_than_the_table(copied, capsys):
+    small = tiny.torch_text(tiny.tiny_text_config(vocab_size=98, bos_token_id=96, eos_token_id=97))
+    small.save_pretrained(copied / "text_encoder")
+    code, error = sample(copied, capsys)
+    assert code == 2 and "gives token 98, the text encoder's table has 98 rows" in error
+
+
+def test_tokenizers_that_say_no_length_take_the_text_encoders(copied):
+    sd = StableDiffusion.from_pretrained(copied)
+    expected = sd.tokenize(["a cat", "dog on a cat"])
+    file = copied / "tokenizer" / "tokenizer_config.json"
+    values = json.loads(file.read_text())
+    values.pop("model_max_length")
+    file.write_text(json.dumps(values))
+    found = StableDiffusion.from_pretrained(copied).tokenize(["a cat", "dog on a cat"])
+    assert (found == expected).all() and found.shape == (2, 16)
+    rewrite(file, model_max_length=77)
+    with pytest.raises(UserError, match="model_max_length is 77, the text encoder has 16"):
+        StableDiffusion.from_pretrained(copied).tokenize(["a cat"])
+
+
+def test_tokenizers_without_a_vocabulary(copied):
+    folder = copied / "tokenizer"
+    for file in folder.iterdir():
+        if file.name != "tokenizer_config.json":
+            file.unlink()
+    with pytest.raises(
+        UserError, match=r"has no vocabulary, expected tokenizer.json or vocab.json"
+    ):
+        StableDiffusion.from_pretrained(copied).tokenize(["a cat"])
+    (folder / "vocab.json").write_text(json.dumps({"a</w>": 0}))
+    with pytest.raises(UserError, match=r"vocab.json without merges.txt"):
+        StableDiffusion.from_pretrained(copied).tokenize(["a cat"])
+    (folder / "merges.txt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1")
+    with pytest.raises(UserError, match="cannot be read as a CLIP tokenizer"):
+        StableDiffusion.from_pretrained(copied).tokenize(["a cat"])
+
+
+def test_another_kind_of_schedule(copied, capsys):
+    file = copied / "scheduler" / "scheduler_config.json"
+    edm = {"_class_name": "EDMEulerScheduler", "sigma_data": 1.0, "prediction_type": "v_prediction"}
+    file.write_text(json.dumps(edm))
+    code, error = sample(copied, capsys)
+    assert code == 2 and "scheduler_config.json: scheduler EDMEulerScheduler" in error
+
+
+def test_old_folders_get_the_offset_that_pytorch_sets(copied):
+    rewrite(copied / "scheduler" / "scheduler_config.json", steps_offset=0)
+    assert StableDiffusion.from_pretrained(copied).schedule.steps_offset == 1
+
+
+def test_damaged_helper_files(copied):
+    expected = StableDiffusion.from_pretrained(copied).base_hash
+    for text in ("", "[]", '{"files": []}'):
+        (copied / "unet" / "base_hash.json").write_text(text)
+        assert StableDiffusion.from_pretrained(copied).base_hash == expected
+    weights = copied / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.rename(copied / "unet" / "kept")
+    (copied / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text("{}")
+    with pytest.raises(UserError, match=r"index.json: has no weight_map"):
+        StableDiffusion.from_pretrained(copied)
+
+
+def test_a_folder_of_another_family_is_named(tmp_path):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    with pytest.raises(UserError, match=r"expected a Stable Diffusion .* found a FluxPipeline"):
+        StableDiffusion.from_pretrained(tmp_path)
