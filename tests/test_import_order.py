@@ -14,6 +14,7 @@ ROOMS = [
     "errors",
     "array_types",
     "storage",
+    "facts",
     "parallel",
     "diffusion",
     "lora",

@@ -3,6 +3,8 @@
 import collections
 import dataclasses
 import functools
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from hyperlora_jax import storage
 from hyperlora_jax.data import concepts, image_folder, pictures
 from hyperlora_jax.data.concepts import Concept
 from hyperlora_jax.data.lora_targets import open_lora_targets
+from hyperlora_jax.data.picture_hashes import LENGTH, content_hashes
 from hyperlora_jax.data.size_buckets import Size, nearest
 from hyperlora_jax.data.subjects import Subject
 from hyperlora_jax.data.tfds_concepts import read_tfds_concepts
@@ -46,6 +49,31 @@ def list_concepts(
     if twice := [name for name, number in counts.items() if number > 1]:
         raise UserError(f"{source}: {len(twice)} concepts are there twice, first {twice[0]!r}")
     return found
+
+
+def identified(listed: Sequence[Concept]) -> list[Concept]:
+    """The concepts with marks that tell them by their content alone: names, bytes and roles of the
+    pictures, and captions; where they lie and how old they are does not matter.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    by_root: dict[Path, list[Path]] = {}
+    for concept in listed:
+        for file, _ in concept.files:
+            by_root.setdefault(file.parent.parent, []).append(file)
+    hashes = {
+        file: value
+        for root, files in by_root.items()
+        for file, value in zip(files, content_hashes(root, files), strict=True)
+    }
+
+    def mark(concept: Concept) -> str:
+        rows = [(file.name, role, hashes[file]) for file, role in concept.files]
+        text = json.dumps([concept.id, rows or concept.mark, concept.captions])
+        return hashlib.sha256(text.encode()).hexdigest()[:LENGTH]
+
+    return [dataclasses.replace(concept, mark=mark(concept)) for concept in listed]
 
 
 def split_paths(given: str) -> list[str]:

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -24,6 +25,8 @@ class Concept:
         load: gives the subject, its pictures as PNG files.
         pixels: gives its pictures to reproduce, decoded.
         other_references: whether what a hypernetwork is given are other pictures than these.
+        files: where its pictures lie and what they are for, (path, role); () where they are no
+            files of their own.
     """
 
     id: str
@@ -34,6 +37,7 @@ class Concept:
     load: Callable[[], Subject]
     pixels: Callable[[], Sequence[UInt8[np.ndarray, "h w 3"]]]
     other_references: bool
+    files: tuple[tuple[Path, str], ...] = ()
 
 
 def of_subject(subject: Subject, size: Size, load: Callable[[], Subject]) -> Concept:

@@ -106,6 +106,7 @@ def open_concept(folder: str | Path, buckets: Sequence[Size], default_caption: s
         load,
         lambda: [load_image(file.path, size) for file in targets],
         [f.path for f in references] != [f.path for f in targets],
+        files=tuple((file.path, file.role) for file in files),
     )
 
 

@@ -11,9 +11,10 @@ import numpy as np
 
 from hyperlora_jax.array_types import UInt8
 from hyperlora_jax.data import pictures
-from hyperlora_jax.data.concept_sources import list_concepts
+from hyperlora_jax.data.concept_sources import identified, list_concepts
 from hyperlora_jax.data.concepts import Concept
 from hyperlora_jax.data.lazy_pictures import LazyPictures, LazySequence
+from hyperlora_jax.data.picture_hashes import LENGTH
 from hyperlora_jax.data.size_buckets import Size, square
 from hyperlora_jax.data.worlds import World, open_world
 from hyperlora_jax.errors import UserError
@@ -32,6 +33,8 @@ class SubjectPictures:
         references: PNG files of what a hypernetwork is given; empty = the subject's pictures.
         numbers: place of every subject in the whole source, which may have other sizes too.
         facts: what they were made from, JSON-able.
+        marks: one per subject, of its pictures and captions by their content; () where the facts
+            say it all, as of drawn worlds.
     """
 
     ids: tuple[str, ...]
@@ -42,6 +45,7 @@ class SubjectPictures:
     references: Sequence[tuple[bytes, ...]]
     numbers: tuple[int, ...]
     facts: Mapping[str, Any]
+    marks: tuple[str, ...] = ()
 
     def targets_png(self, index: int) -> tuple[bytes, ...]:
         """A subject's own pictures as PNG files."""
@@ -127,6 +131,7 @@ def _of_one_size(
         references=LazySequence(len(members), references),
         numbers=tuple(numbers),
         facts=facts,
+        marks=tuple(concept.mark for concept in members),
     )
 
 
@@ -179,7 +184,7 @@ def load_pictures(
     if data.source == "avatars":
         return _avatars(data, count, size, cache_dir)
     listed = list_concepts(data.source, square(size), count, data.skip_damaged)[:count]
-    (found,) = _by_size(listed, data.source)
+    (found,) = _by_size(identified(listed), data.source)
     return found
 
 
@@ -198,7 +203,7 @@ def load_in_sizes(
     if data.source == "avatars":
         return [_avatars(data, count, buckets[0][0], cache_dir)]
     listed = list_concepts(data.source, buckets, count, data.skip_damaged)[:count]
-    return _by_size(listed, data.source)
+    return _by_size(identified(listed), data.source)
 
 
 def _avatars(data: Any, count: int, size: int, cache_dir: str | Path | None) -> SubjectPictures:
@@ -215,7 +220,12 @@ def _by_size(members: Sequence[Concept], source: str) -> list[SubjectPictures]:
     groups: dict[Size, list[int]] = {}
     for number, concept in enumerate(members):
         groups.setdefault(concept.size, []).append(number)
-    facts = {"source": str(source), "num_identities": len(members)}
+    marks = "\n".join(concept.mark for concept in members)
+    facts = {
+        "source": str(source),
+        "num_identities": len(members),
+        "pictures": hashlib.sha256(marks.encode()).hexdigest()[:LENGTH],
+    }
     return [
         _of_one_size([members[k] for k in numbers], numbers, {**facts, "size": list(size)})
         for size, numbers in sorted(groups.items())

@@ -19,6 +19,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
+from hyperlora_jax import facts
 from hyperlora_jax.array_types import Params
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.parallel import multihost
@@ -75,18 +76,14 @@ def read_meta(directory: epath.PathLike, step: int) -> dict[str, Any]:
 
 
 def check_facts(saved: Mapping[str, Any], expected: Mapping[str, Any], where: str) -> None:
-    """Refuses to go on with a checkpoint of something else.
+    """Refuses to go on with a checkpoint of something else; see `facts.differences`.
 
     Raises:
-      UserError: names the first fact that differs, with both sides.
+      UserError: names the facts that differ, with both sides.
     """
-    expected = json.loads(json.dumps(expected))
-    for name in sorted({*saved, *expected}):
-        if saved.get(name) != expected.get(name):
-            raise UserError(
-                f"{where} was made with {name} = {saved.get(name)!r},"
-                f" this run has {name} = {expected.get(name)!r}; use another workdir"
-            )
+    found = facts.differences(saved, expected)
+    if found:
+        raise UserError(facts.refusal(where, found))
 
 
 def best_step(directory: epath.PathLike) -> int | None:
