@@ -102,12 +102,12 @@ def parse_vector(record: bytes, lora_dtype: str) -> np.ndarray:
 
     Raises KeyError when the record has none, IndexError or ValueError when it is damaged.
     """
-    start, stop = _find(record, b"lora")
+    start, stop = find_vector(record)
     return decode_vector(memoryview(record)[start:stop], lora_dtype)
 
 
-def _find(record: bytes, name: bytes) -> tuple[int, int]:
-    """Where the bytes of a feature lie. Walks the message without decoding it.
+def find_vector(record: bytes, name: bytes = b"lora") -> tuple[int, int]:
+    """Where the bytes of the vector (or another feature) lie. Walks the message without decoding.
 
     Example = {1: Features}, Features = {1: entry}*, entry = {1: name, 2: Feature},
     Feature = {1: BytesList}, BytesList = {1: bytes}; every field is (tag, length, content).
@@ -164,7 +164,7 @@ def parse_bfloat16(record: bytes, lora_dtype: str) -> np.ndarray:
 
     if lora_dtype == "float32":
         return parse_vector(record, lora_dtype).astype(ml_dtypes.bfloat16)
-    start, stop = _find(record, b"lora")
+    start, stop = find_vector(record)
     return np.frombuffer(memoryview(record)[start:stop], ml_dtypes.bfloat16)
 
 

@@ -96,7 +96,7 @@ class LoraTargets:
 
     def __getitem__(self, i: int) -> Subject:
         sizes = self.embedding_sizes
-        return self._read(
+        return self.read(
             i, lambda record, split: record_format.parse(record, self.lora_dtype, sizes, split)
         )
 
@@ -122,7 +122,7 @@ class LoraTargets:
         out = np.empty((len(indices), self.spec.num_parameters), dtype)
         parse = parsers[dtype]
         for row, i in enumerate(indices):
-            out[row] = self._read(int(i), lambda record, _: parse(record, self.lora_dtype))
+            out[row] = self.read(int(i), lambda record, _: parse(record, self.lora_dtype))
         return out
 
     def matrix(self, split: str | None = None) -> Float[np.ndarray, "n d"]:
@@ -196,6 +196,18 @@ class LoraTargets:
         files, ends = self._shards[split]
         return files[int(np.searchsorted(ends, record, side="right"))]
 
+    def files(self) -> tuple[list[Path], Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
+        """The ArrayRecord files, and of every subject: (which of them, its number there)."""
+        files, file_of, numbers = list[Path](), [], []
+        for split in self.splits:
+            names, ends = self._shards[split]
+            records = np.asarray(self._records[split], np.int64)
+            own = np.searchsorted(ends, records, side="right")
+            file_of.append(own + len(files))
+            numbers.append(records - np.concatenate([[0], ends])[own])
+            files += [self.path / name for name in names]
+        return files, np.concatenate(file_of), np.concatenate(numbers)
+
     def _source(self, split: str) -> Any:
         if split not in self._sources:
             try:
@@ -211,8 +223,8 @@ class LoraTargets:
         split = self.splits[k]
         return split, self._records[split][i - int(self._ends[k]) + len(self._records[split])]
 
-    def _read(self, i: int, parse: Callable[[bytes, str], Any]) -> Any:
-        """parse(record, split) of the i-th subject."""
+    def read(self, i: int, parse: Callable[[bytes, str], Any]) -> Any:
+        """parse(record, split) of the i-th subject; UserError where its record is damaged."""
         from google.protobuf.message import DecodeError
 
         if not -len(self) <= i < len(self):

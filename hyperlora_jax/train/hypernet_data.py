@@ -1,6 +1,7 @@
 """What the hypernetwork is trained on: encoded pictures, and LoRA vectors of a dataset."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from hyperlora_jax.data.encoded_subjects import EncodedSubjects
 from hyperlora_jax.data.encoding_cache import encode_once
 from hyperlora_jax.data.gauged_targets import GaugedVectors, read_in_gauge
 from hyperlora_jax.data.lora_targets import LoraTargets, open_lora_targets
+from hyperlora_jax.data.mapped_vectors import MappedVectors
 from hyperlora_jax.data.mixing import MixedSubjects
 from hyperlora_jax.data.subject_pictures import load_pictures
 from hyperlora_jax.data.vector_statistics import pooled
@@ -21,8 +23,6 @@ from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora.sites import LoraSpec
 from hyperlora_jax.parallel import multihost
 from hyperlora_jax.stable_diffusion.embedded import image_size
-
-CHECKED = 256  # vectors per look for numbers that are not finite
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -35,7 +35,7 @@ class Rows:
         row_of: its row there; -1 = the subject has none: zeros.
     """
 
-    vectors: tuple[Float[np.ndarray, "_ d"], ...]
+    vectors: tuple[Float[np.ndarray, "_ d"] | MappedVectors, ...]
     dataset_of: Int[np.ndarray, " s"]
     row_of: Int[np.ndarray, " s"]
 
@@ -44,6 +44,8 @@ class Rows:
 
     def __getitem__(self, subjects: Any) -> Float[np.ndarray, "b d"]:
         rows, datasets = self.row_of[subjects], self.dataset_of[subjects]
+        if len(self.vectors) == 1 and (rows >= 0).all():
+            return self.vectors[0][rows]
         found = np.zeros((len(rows), self.vectors[0].shape[1]), np.float32)
         for k, vectors in enumerate(self.vectors):
             mine = (rows >= 0) & (datasets == k)
@@ -109,8 +111,8 @@ def read_targets(
     encoded: EncodedSubjects,
 ) -> TrainingTargets:
     """LoRA vectors of the training subjects in the gauge `data.gauge`, at most `data.num_targets`
-    of each of the datasets `data.targets` (none given: the dataset `own`); turned ones are kept in
-    `scratch`.
+    of each of the datasets `data.targets` (none given: the dataset `own`); what is made of them is
+    kept beside them, in `scratch` where a dataset's folder cannot be written.
 
     Raises:
         UserError: a dataset of another base or spec, of none of the subjects, or with numbers that
@@ -133,8 +135,10 @@ def read_targets(
     sources: list[GaugedVectors] = []
     facts: list[dict[str, Any]] = []
     for path in paths:
-        dataset = open_lora_targets(path, spec, base_hash, data.skip_damaged)
-        gauged = read_in_gauge(dataset, data.gauge, scratch / "cache")
+        dataset, gauged = multihost.first_then_others(
+            f"targets/{len(sources)}",
+            functools.partial(_read_dataset, path, spec, base_hash, data, scratch / "cache"),
+        )
         rows = _rows_of(dataset, gauged, number, data.num_targets)
         subjects = np.asarray([number[dataset.ids[i]] for i in rows])
         if (row_of[subjects] >= 0).any():
@@ -157,6 +161,13 @@ def read_targets(
     )
 
 
+def _read_dataset(
+    path: str, spec: LoraSpec, base_hash: str, data: Any, cache: Path
+) -> tuple[LoraTargets, GaugedVectors]:
+    dataset = open_lora_targets(path, spec, base_hash, data.skip_damaged)
+    return dataset, read_in_gauge(dataset, data.gauge, cache)
+
+
 def _rows_of(
     dataset: LoraTargets, gauged: GaugedVectors, number: Mapping[str, int], most: int
 ) -> list[int]:
@@ -174,13 +185,10 @@ def _rows_of(
                 f"{len(rows)} LoRAs of training identities"
             )
         rows = rows[:most]
-    for start in range(0, len(rows), CHECKED):
-        chunk = np.asarray(rows[start : start + CHECKED])
-        finite = np.isfinite(gauged.vectors[chunk]).all(axis=1)
-        if not finite.all():
-            bad = dataset.ids[int(chunk[~finite][0])]
-            raise UserError(
-                f"{dataset.path}: the LoRA of subject {bad} holds numbers that are not finite; "
-                "expected finite targets"
-            )
+    bad = np.intersect1d(rows, gauged.not_finite)
+    if len(bad):
+        raise UserError(
+            f"{dataset.path}: the LoRA of subject {dataset.ids[int(bad[0])]} holds numbers that "
+            "are not finite; expected finite targets"
+        )
     return rows
