@@ -49,6 +49,7 @@ def make_mesh(
     """A mesh data × fsdp × tensor over `devices` (default: all of them); −1 takes the rest.
 
     Several TPU slices divide the data axis: only the reduction of gradients crosses between them.
+    Within a slice an axis takes whole axes of the torus where it can, parts of them where not.
 
     Raises:
       UserError: sizes that do not fit the devices, or data no multiple of the slices.
@@ -58,12 +59,15 @@ def make_mesh(
     types = (AxisType.Auto,) * len(AXES)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
-        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return Mesh(grid, AXES, axis_types=types)
     if shape[0] % slices:
         raise UserError(
             f"mesh data={shape[0]}: expected a multiple of the {slices} slices; fsdp and tensor"
             " stay within a slice"
         )
     within = (shape[0] // slices, *shape[1:])
-    grid = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices)
+    grid = mesh_utils.create_hybrid_device_mesh(
+        within, (slices, 1, 1), devices, allow_split_physical_axes=True
+    )
     return Mesh(grid, AXES, axis_types=types)

@@ -159,23 +159,34 @@ def on_mesh(model: Any, mesh: Mesh) -> Any:
     return dataclasses.replace(model, params=jax.device_put(model.params, replicated(mesh)))
 
 
+def host_rows(mesh: Mesh) -> dict[int, tuple[int, ...]]:
+    """Which of the data × fsdp rows of the mesh each process's devices hold, in order.
+
+    Raises:
+      UserError: two processes share some rows and not all.
+    """
+    held: dict[int, set[int]] = {}
+    grid = mesh.devices.reshape(mesh.shape["data"] * mesh.shape["fsdp"], -1)
+    for row, devices in enumerate(grid):
+        for device in devices:
+            held.setdefault(device.process_index, set()).add(row)
+    rows = {process: tuple(sorted(own)) for process, own in held.items()}
+    if sum(map(len, set(rows.values()))) != len(grid):
+        raise UserError(
+            f"mesh {dict(mesh.shape)}: processes hold overlapping parts of the batch;"
+            " make tensor divide, or be a multiple of, the devices of one process"
+        )
+    return rows
+
+
 def host_shard(mesh: Mesh) -> tuple[int, int]:
     """(index, count): which of `count` equal parts of the global batch this process reads.
 
     Processes that hold the same part (a tensor axis that spans hosts) get the same index.
     """
-    parts = {}
-    grid = mesh.devices.reshape(mesh.shape["data"] * mesh.shape["fsdp"], -1)
-    for row, devices in enumerate(grid):
-        for device in devices:
-            parts.setdefault(device.process_index, set()).add(row)
-    distinct = sorted({tuple(sorted(rows)) for rows in parts.values()})
-    if sum(len(rows) for rows in distinct) != len(grid):
-        raise UserError(
-            f"mesh {dict(mesh.shape)}: processes hold overlapping parts of the batch;"
-            " make tensor divide, or be a multiple of, the devices of one process"
-        )
-    return distinct.index(tuple(sorted(parts[jax.process_index()]))), len(distinct)
+    rows = host_rows(mesh)
+    parts = sorted(set(rows.values()))
+    return parts.index(rows[jax.process_index()]), len(parts)
 
 
 def host_part(mesh: Mesh) -> dict[str, int]:

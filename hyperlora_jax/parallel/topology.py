@@ -8,6 +8,7 @@ tori are given as their chips' most cubic grid, which is what Cloud hands out by
 import math
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from hyperlora_jax.errors import UserError
 
@@ -88,6 +89,16 @@ class Topology:
     def description(self) -> str:
         """The name that libtpu understands, "v5e:16x16"."""
         return f"{self.chip.name}:{'x'.join(map(str, self.grid))}"
+
+    @property
+    def libtpu_arguments(self) -> dict[str, Any]:
+        """What libtpu must be told beside the name, for `topologies.get_topology_desc`."""
+        arguments: dict[str, Any] = {"num_slices": self.num_slices}
+        if self.chip.name == "v4":
+            arguments["chip_config_name"] = "megacore"  # both cores of a chip as one device
+        if math.prod(self.grid) == 1:
+            arguments["chips_per_host_bounds"] = [1, 1, 1]  # a host of its own, not of four chips
+        return arguments
 
 
 def peak_flops(device_kind: str) -> float:

@@ -38,6 +38,9 @@ ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    # Of the machine itself; libtpu says at length that it cannot find them out.
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
 }
 READER = 2  # of programs (`hlo_report.py`): records of another one are made again
 LOW_EFFORT = {"exec_time_optimization_effort": -1.0, "memory_fitting_effort": -1.0}
@@ -81,12 +84,11 @@ def topology_mesh(topology: Topology, data: int = -1, fsdp: int = 1, tensor: int
     Raises:
       UserError: libtpu is missing or does not know the slice, or the axes do not fit.
     """
-    arguments: dict[str, Any] = {"num_slices": topology.num_slices}
-    if topology.chip.name == "v4":
-        arguments["chip_config_name"] = "megacore"  # both cores of a chip as one device
     try:
         described = topologies.get_topology_desc(
-            platform="tpu", topology_name=topology.description, **arguments
+            platform="tpu",
+            topology_name=topology.description,
+            **topology.libtpu_arguments,
         )
     except Exception as error:
         reason = (str(error).strip().splitlines() or [repr(error)])[0][:200]

@@ -52,6 +52,15 @@ def test_one_step_for_many_slices():
     assert searched["effort"] == "low"
 
 
+def test_one_chip_and_an_axis_that_splits_the_torus():
+    pytest.importorskip("libtpu")
+    one, split = compile_toy("v5e-1", "v6e-16,2,8")
+    assert (one["chips"], one["collective_bytes"]) == (1, {})
+    assert split["mesh"] == {"data": 2, "fsdp": 8, "tensor": 1}
+    assert one["fits"] and split["fits"]
+    assert split["bytes"]["arguments"] < one["bytes"]["arguments"]
+
+
 def test_flops_of_loops_and_convolutions():
     def loop(x, w):
         return jax.lax.scan(lambda x, w: (x @ w, None), x, w)[0]
