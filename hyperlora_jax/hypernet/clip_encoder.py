@@ -89,7 +89,7 @@ def load_clip_vision(path: epath.PathLike) -> ClipImageEncoder:
         module = vision_model_from_config(read_config(epath.Path(path)))
     except UserError as error:
         raise UserError(f"{folder / 'config.json'}: {error}") from error
-    files = directory.any_weight_files(folder, "image_encoder")
+    files = directory.weight_files(folder, "image_encoder")
     shapes = param_shapes(module)
     place = to_devices(shapes, jnp.float32)
     params = torch_to_flax(read_tensors(files), shapes, "image_encoder", str(files[0]), place)

@@ -47,10 +47,21 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def weight_files(folder: Path, component: str, variant: str | None = None) -> list[Path]:
     """Weight files of a component: one safetensors file, its shards, or a .bin file.
 
+    Without `variant`, full precision comes first, then fp16, then whichever variant is there: many
+    bases are published in half precision only.
+
     Raises UserError when there are none, or when a shard of the index is missing.
     """
     stem = WEIGHT_STEMS[component]
-    suffix = f".{variant}" if variant else ""
+    for suffix in [f".{variant}"] if variant else ["", ".fp16", *_variants(folder, stem)]:
+        found = _of_variant(folder, stem, suffix)
+        if found:
+            return found
+    named = f"{stem}.{variant}.safetensors" if variant else f"{stem}.safetensors"
+    raise UserError(f"{folder / named}: file not found (weights of the {component})")
+
+
+def _of_variant(folder: Path, stem: str, suffix: str) -> list[Path]:
     single = folder / f"{stem}{suffix}.safetensors"
     if single.is_file():
         return [single]
@@ -66,17 +77,16 @@ def weight_files(folder: Path, component: str, variant: str | None = None) -> li
             return [folder / name for name in names]
     pickles = {"model": "pytorch_model"}
     pickled = folder / f"{pickles.get(stem, stem)}{suffix}.bin"
-    if pickled.is_file():
-        return [pickled]
-    raise UserError(f"{single}: file not found (weights of the {component})")
+    return [pickled] if pickled.is_file() else []
 
 
-def any_weight_files(folder: Path, component: str) -> list[Path]:
-    """Weight files of whichever variant is there: full precision first."""
-    try:
-        return weight_files(folder, component)
-    except UserError:
-        return weight_files(folder, component, "fp16")
+def _variants(folder: Path, stem: str) -> list[str]:
+    """Suffixes of further variants: ".bf16" of `STEM.bf16.safetensors`."""
+    files = sorted(folder.glob(f"{stem}.*.safetensors")) if folder.is_dir() else []
+    suffixes = [file.name[len(stem) : -len(".safetensors")] for file in files]
+    return [
+        suffix for suffix in suffixes if not suffix.startswith(".fp16") and "-of-" not in suffix
+    ]
 
 
 def write_component(

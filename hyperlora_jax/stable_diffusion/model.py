@@ -56,7 +56,8 @@ class StableDiffusion:
     ) -> "StableDiffusion":
         """Reads a diffusers directory, hub id or single file; arithmetic in `dtype`.
 
-        `variant` "fp16" reads `*.fp16.safetensors`. With a mesh, parameters are spread over it by
+        `variant` "fp16" reads `*.fp16.safetensors`; None takes full precision where it is there, or
+        else the variant that is. With a mesh, parameters are spread over it by
         the sharding table `rules`. One tensor at a time is in host memory.
 
         Raises UserError naming the file for anything missing, unknown or unsupported in it.
@@ -292,7 +293,7 @@ class StableDiffusion:
         if self.path is None:
             return directory.hash_of_params(self.params["unet"])
         folder = self.path / "unet"
-        files = directory.any_weight_files(folder, "unet")
+        files = directory.weight_files(folder, "unet")
         return directory.cached_hash(folder, files, lambda: directory.hash_of_files(files))
 
     def lora_spec(self, preset: str | Sequence[str] = "attn-qkvo", rank: int = 4) -> LoraSpec:

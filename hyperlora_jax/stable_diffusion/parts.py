@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from hyperlora_jax.errors import UserError
+from hyperlora_jax.stable_diffusion.packed_text import NUM_SIZES
 
-NUM_TIME_IDS = 6  # SDXL: original size, crop, target size
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 
 
@@ -52,10 +52,10 @@ def _check_pooled(unet: Any, text: Any, where: Path | str) -> None:
             f"{where}: the UNet takes 5 sizes and scores instead of 6 sizes (an SDXL refiner), "
             "expected an SDXL base"
         )
-    if unet.addition_input_width != pooled + NUM_TIME_IDS * time:
+    if unet.addition_input_width != pooled + NUM_SIZES * time:
         raise UserError(
             f"{where}: the UNet's added embedding takes {unet.addition_input_width} numbers, the "
-            f"pooled text state and {NUM_TIME_IDS} sizes are {pooled} + {NUM_TIME_IDS} x {time}"
+            f"pooled text state and {NUM_SIZES} sizes are {pooled} + {NUM_SIZES} x {time}"
         )
 
 

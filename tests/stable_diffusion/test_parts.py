@@ -85,9 +85,7 @@ def test_tokenizers_without_a_vocabulary(copied):
     for file in folder.iterdir():
         if file.name != "tokenizer_config.json":
             file.unlink()
-    with pytest.raises(
-        UserError, match=r"has no vocabulary, expected tokenizer.json or vocab.json"
-    ):
+    with pytest.raises(UserError, match="has no vocabulary, expected tokenizer"):
         StableDiffusion.from_pretrained(copied).tokenize(["a cat"])
     (folder / "vocab.json").write_text(json.dumps({"a</w>": 0}))
     with pytest.raises(UserError, match=r"vocab.json without merges.txt"):
@@ -108,6 +106,18 @@ def test_another_kind_of_schedule(copied, capsys):
 def test_old_folders_get_the_offset_that_pytorch_sets(copied):
     rewrite(copied / "scheduler" / "scheduler_config.json", steps_offset=0)
     assert StableDiffusion.from_pretrained(copied).schedule.steps_offset == 1
+
+
+@pytest.mark.parametrize("variant", ["fp16", "bf16"])
+def test_folders_of_one_variant_alone(copied, capsys, variant):
+    expected = StableDiffusion.from_pretrained(copied)
+    for name in ("unet", "vae", "text_encoder"):
+        (file,) = (copied / name).glob("*.safetensors")
+        file.rename(file.with_name(f"{file.stem}.{variant}.safetensors"))
+    assert StableDiffusion.from_pretrained(copied).base_hash == expected.base_hash
+    assert sample(copied, capsys)[0] == 0
+    with pytest.raises(UserError, match=r"fp32.*file not found"):
+        StableDiffusion.from_pretrained(copied, variant="fp32")
 
 
 def test_damaged_helper_files(copied):
