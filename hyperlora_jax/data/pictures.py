@@ -24,23 +24,9 @@ from hyperlora_jax.errors import UserError
 if TYPE_CHECKING:
     from PIL import Image
 
-SUFFIXES = tuple(
-    [
-        ".jpg",
-        ".jpeg",
-        ".jpe",
-        ".jfif",
-        ".png",
-        ".apng",
-        ".webp",
-        ".avif",
-        ".bmp",
-        ".gif",
-        ".tif",
-        ".tiff",
-        ".ppm",
-        ".pgm",
-    ]
+SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".avif"),
+    *(".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"),
 )
 SMALLEST_SIDE = 8  # pixels; below this a file shows no subject
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
