@@ -11,7 +11,6 @@ import numpy as np
 
 from hyperlora_jax.array_types import Params
 from hyperlora_jax.data.image_folder import open_image_folder
-from hyperlora_jax.data.pictures import SUFFIXES
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.hypernet.editing import Directions, edit
 from hyperlora_jax.hypernet.model import Hypernetwork
@@ -91,7 +90,7 @@ def generate_many(
         UserError: an empty folder, a picture that cannot be used.
     """
     folders = open_image_folder(subjects)
-    files = [_pictures(folder) for folder in folders]
+    files = [[file.path for file in folder.of_role("reference")] for folder in folders]
     count = min(map(len, files))
     size = _picture_size(hyper)
     written = []
@@ -174,10 +173,3 @@ def _familiar(hyper: Hypernetwork, references: np.ndarray) -> list[float | None]
 
 def _picture_size(hyper: Hypernetwork) -> int:
     return max(hyper.encoder.image_size)
-
-
-def _pictures(folder: Path) -> list[Path]:
-    found = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
-    if not found:
-        raise UserError(f"{folder}: has no pictures, expected {', '.join(SUFFIXES)}")
-    return found

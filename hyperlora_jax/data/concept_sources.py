@@ -36,9 +36,9 @@ def list_concepts(
     found: list[Concept] = []
     for given in split_paths(source):
         path = str(storage.fetched(given))
-        if (Path(path) / "index.json").is_file():
+        if _holds(path, "index.json", "metadata.json"):
             found += _dataset_concepts(path, buckets, skip_damaged)
-        elif (Path(path) / "dataset_info.json").is_file():
+        elif _holds(path, "dataset_info.json", "features.json"):
             found += _tfds_concepts(path, buckets)
         else:
             folders = image_folder.open_image_folder(path)
@@ -74,6 +74,11 @@ def identified(listed: Sequence[Concept]) -> list[Concept]:
         return hashlib.sha256(text.encode()).hexdigest()[:LENGTH]
 
     return [dataclasses.replace(concept, mark=mark(concept)) for concept in listed]
+
+
+def _holds(folder: str, *names: str) -> bool:
+    """Whether a folder is a dataset: a single such file also lies beside folders of pictures."""
+    return all((Path(folder) / name).is_file() for name in names)
 
 
 def split_paths(given: str) -> list[str]:

@@ -66,7 +66,7 @@ def reference_pixels(
     source: "str | Path | bytes | Image.Image", encoder: Any, name: str = "picture"
 ) -> UInt8[np.ndarray, "h w 3"]:
     """What a condition encoder sees of a picture: its centre at the encoder's `image_size`, at
-    which the encoder resamples nothing any more. With an encoder of no size, the whole picture.
+    which the encoder resamples nothing any more.
 
     Args:
         source: a file; or encoded bytes or a Pillow picture, which errors call `name`.
