@@ -14,7 +14,7 @@ from hyperlora_jax.errors import UserError
 # Exponential averages, training buffers, bookkeeping: nothing that a forward pass needs.
 IGNORED = re.compile(
     r"^(model_ema\.|first_stage_model\.loss\.|betas$|alphas_cumprod|sqrt_|log_one_minus|posterior_"
-    r"|logvar$|lvlb_weights|scale_factor$|global_step$|denoiser\.sigmas$|cond_stage_model\.logit_scale"
+    r"|logvar$|lvlb_weights|scale_factor$|global_step$|v_pred$|ztsnr$|denoiser\.sigmas$|cond_stage_model\.logit_scale"
     r"|.*\.logit_scale$|.*\.attn_mask$|.*\.position_ids$|model\.denoiser)"
 )
 _RESNET = (

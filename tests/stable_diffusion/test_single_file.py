@@ -14,7 +14,8 @@ from hyperlora_jax.stable_diffusion.checkpoint import flax_to_torch, param_shape
 from hyperlora_jax.stable_diffusion.families import FAMILIES
 from hyperlora_jax.stable_diffusion.loading import CONSTRUCTORS
 from hyperlora_jax.stable_diffusion.original_names import translate
-from hyperlora_jax.stable_diffusion.single_file import load_single_file
+from hyperlora_jax.stable_diffusion.single_file import _schedule, load_single_file
+from hyperlora_jax.stable_diffusion.tensor_stream import read_tensors
 
 from .conftest import tiny_text_config, tiny_unet_config, tiny_vae_config
 
@@ -222,3 +223,48 @@ def test_foreign_files_are_refused(tmp_path):
     save_file({key: np.zeros((4, 24), np.float32), "control.x": np.zeros(1, np.float32)}, path)
     with pytest.raises(UserError, match=r"'control\.x' belongs to no known part"):
         load_single_file(path, jnp.float32, TINY["sd1"])
+
+
+@pytest.mark.parametrize(
+    ("family", "marks", "header", "expected"),
+    [
+        ("sd1", {}, {}, ("epsilon", False)),
+        ("sd1", {}, {"modelspec.prediction_type": "v"}, ("v_prediction", False)),
+        ("sdxl", {"v_pred": 0}, {}, ("v_prediction", False)),
+        ("sdxl", {"v_pred": 0, "ztsnr": 0}, {}, ("v_prediction", True)),
+        ("sdxl", {}, {"modelspec.prediction_type": "epsilon"}, ("epsilon", False)),
+    ],
+)
+def test_marks_say_what_the_unet_predicts(family, marks, header, expected, tmp_path):
+    configs = TINY[family]
+    tensors = original_file(configs, random_tensors(configs))
+    tensors |= {name: np.zeros(size, np.float32) for name, size in marks.items()}
+    path = tmp_path / "model.safetensors"
+    save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, path, header)
+    schedule = load_single_file(path, jnp.float32, configs)[2]
+    assert (schedule.prediction_type, schedule.rescale_betas_zero_snr) == expected
+    assert load_single_file(path, jnp.float32, configs, "sample")[2].prediction_type == "sample"
+
+
+def test_sd2_bases_are_told_by_their_step(tmp_path):
+    key = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+    path = tmp_path / "model.safetensors"
+    for step, expected in ((None, "v_prediction"), (875000, "epsilon"), (140000, "v_prediction")):
+        tensors = {key: np.zeros((4, 1024), np.float32)}
+        if step is not None:
+            tensors["global_step"] = np.asarray(step, np.int64)
+        save_file(tensors, path)
+        found = dict(read_tensors([path]))
+        assert _schedule(found, path, 1024, None).prediction_type == expected
+
+
+def test_marks_that_contradict_each_other_or_mean_edm(tmp_path):
+    key = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+    path, empty = tmp_path / "model.safetensors", np.zeros(0, np.float32)
+    tensors = {key: np.zeros((4, 768), np.float32), "v_pred": empty}
+    save_file(tensors, path, {"modelspec.prediction_type": "epsilon"})
+    with pytest.raises(UserError, match=r"'v_pred' says v_prediction.*prediction_type says eps"):
+        load_single_file(path, jnp.float32)
+    save_file({**tensors, "edm_mean": empty}, path)
+    with pytest.raises(UserError, match="'edm_mean' marks an EDM model"):
+        load_single_file(path, jnp.float32)
