@@ -150,7 +150,7 @@ def _describe(groups: Sequence[SubjectPictures]) -> dict[str, Any]:
 
 
 def _size_name(pictures: SubjectPictures) -> str:
-    height, width = pictures.images.shape[2:4]
+    height, width = pictures.size
     return f"{width}x{height}"
 
 
@@ -173,15 +173,7 @@ def _fit(
     if multihost.agree(f"left/{_size_name(pictures)}", str(left)) == "0":
         state_file.unlink(missing_ok=True)
         return
-    encoded = encode_once(
-        workdir,
-        sd,
-        None,
-        pictures.ids,
-        pictures.images,
-        pictures.captions,
-        batch_size=section.encode_batch_size,
-    )
+    encoded = encode_once(workdir, sd, pictures, batch_size=section.encode_batch_size)
     prior = None
     if recipe.prior_weight > 0:
         prior = multihost.first_then_others(
@@ -195,9 +187,7 @@ def _fit(
     storage.pull(workdir, state_file.name)
 
     def load(number: int) -> ConceptArrays:
-        k = position[number]
-        latents, text_states = encoded.concept(k)
-        return latents[: pictures.counts[k]], text_states[: pictures.counts[k]]
+        return encoded.concept(position[number])
 
     mesh = local_mesh()
     few = -(-len(share) // mesh.size) * mesh.size
@@ -246,7 +236,7 @@ def _subject(
         identity=identity,
         references=references,
         targets=targets,
-        captions=pictures.captions[k][: len(targets)],
+        captions=pictures.captions[k],
         embeddings=embeddings.of(references),
         lora=np.asarray(vectorize.flatten(fitted.lora, spec), np.float32),
         seed=section.seed,

@@ -17,12 +17,14 @@ from hyperlora_jax.data.gauged_targets import GaugedVectors, read_in_gauge
 from hyperlora_jax.data.lora_targets import LoraTargets, open_lora_targets
 from hyperlora_jax.data.mapped_vectors import MappedVectors
 from hyperlora_jax.data.mixing import MixedSubjects
+from hyperlora_jax.data.size_buckets import Size
 from hyperlora_jax.data.subject_pictures import load_pictures
 from hyperlora_jax.data.vector_statistics import pooled
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora.sites import LoraSpec
 from hyperlora_jax.parallel import multihost
 from hyperlora_jax.stable_diffusion.embedded import image_size
+from hyperlora_jax.train.configured import arithmetic_dtype
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -82,10 +84,24 @@ class TrainingTargets:
 
 
 def read_encoded(
-    config: Any, workdir: epath.PathLike, scratch: Path, sd: Any, encoder: Any
+    config: Any,
+    workdir: epath.PathLike,
+    scratch: Path,
+    sd: Any,
+    encoder: Any,
+    *,
+    latents: bool,
+    texts: bool,
 ) -> tuple[EncodedSubjects, dict[str, Any]]:
     """Encoded training subjects, from the workdir if the same were encoded before; and their
-    pictures' facts."""
+    pictures' facts.
+
+    They are kept in bfloat16 where the frozen models compute in it (`train.dtype`): what it cannot
+    tell apart they cannot either.
+
+    Args:
+        latents, texts: whether a loss reads those of the targets.
+    """
     count, size = config.data.num_identities, image_size(sd)
     pictures = multihost.first_then_others(
         "pictures", lambda: load_pictures(config.data, count, size, scratch / "renders")
@@ -93,13 +109,21 @@ def read_encoded(
     encoded = encode_once(
         workdir,
         sd,
-        encoder,
-        pictures.ids,
-        pictures.images,
-        pictures.captions,
+        pictures,
+        encoder=encoder,
+        encoder_size=_seen_size(encoder),
+        latents=latents,
+        texts=texts,
+        dtype=arithmetic_dtype(config.train),
         batch_size=config.train.encode_batch_size,
     )
     return encoded, dict(pictures.facts)
+
+
+def _seen_size(encoder: Any) -> Size | None:
+    """(height, width) in which the encoder wants pictures; None if it takes any."""
+    size = getattr(encoder, "image_size", None)
+    return (size, size) if isinstance(size, int) else size
 
 
 def read_targets(
