@@ -128,6 +128,8 @@ def _tfds_concepts(path: str, buckets: Sequence[Size]) -> list[Concept]:
 
     def of(subject: Subject) -> Concept:
         height, width, _ = pictures.decode(subject.targets[0], name=subject.id).shape
-        return concepts.of_subject(subject, (height, width), lambda: subject, lambda: subject.references)
+        return concepts.of_subject(
+            subject, (height, width), lambda: subject, lambda: subject.references
+        )
 
     return [of(subject) for subject in read_tfds_concepts(path, buckets)]

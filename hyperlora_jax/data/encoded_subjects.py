@@ -53,7 +53,11 @@ class EncodedSubjects:
 
 
 def in_batches(
-    encode: Callable[[Any], Any], items: Iterable[Any], count: int, batch_size: int, title: str | None
+    encode: Callable[[Any], Any],
+    items: Iterable[Any],
+    count: int,
+    batch_size: int,
+    title: str | None,
 ) -> Iterator[Any]:
     """`encode` of `count` arrays or texts, batch by batch, as trees of numpy arrays.
 

@@ -33,8 +33,8 @@ from hyperlora_jax.data.size_buckets import Size
 from hyperlora_jax.data.subject_pictures import SubjectPictures
 from hyperlora_jax.lora_files import safetensors_io
 from hyperlora_jax.parallel import multihost
-from hyperlora_jax.parallel.shared_work import local_mesh
 from hyperlora_jax.parallel.sharding import on_mesh
+from hyperlora_jax.parallel.shared_work import local_mesh
 
 LAYOUT = 4  # of the files
 CHUNK, CHUNK_BYTES = 4096, 2**30  # pictures or texts encoded for one file, and their bytes

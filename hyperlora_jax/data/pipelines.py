@@ -160,9 +160,9 @@ def subject_batches(
     num_records = common_length({**ragged, **per_subject})
     chosen = np.arange(num_records) if subjects is None else np.asarray(subjects, np.int64)
     least, most = check_numbers(num_references, num_targets)
-    available = np.zeros(0) if references is None else references.counts
-    shown = np.zeros(0) if targets is None else targets.counts
-    most = min(most, int(available.max(initial=most)))
+    available = np.ones(1) if references is None else references.counts
+    shown = np.ones(1) if targets is None else targets.counts
+    most = min(most, int(available.max()))
     some, everyone = Order(len(chosen), seed), Order(num_records, seed)
     first, count = shard_slice(batch_size, shard_index, num_shards)
 

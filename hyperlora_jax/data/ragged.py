@@ -1,7 +1,7 @@
 """Rows that belong to subjects, of which each has its own number.
 
-    offsets   0        3     5                 9
-    rows      a0 a1 a2 b0 b1 c0 c1 c2 c3            subject b has rows 3 and 4
+offsets   0        3     5                 9
+rows      a0 a1 a2 b0 b1 c0 c1 c2 c3            subject b has rows 3 and 4
 """
 
 import dataclasses
@@ -20,11 +20,11 @@ class Ragged:
     """Arrays with a row for every picture (say) of n subjects.
 
     Attributes:
-        offsets: subject k has the rows `offsets[k]` to `offsets[k + 1]`.
+        offsets: [n + 1]; subject k has the rows `offsets[k]` to `offsets[k + 1]`.
         arrays: [rows, ...] by name; what is read from files does as well (`row_files.Rows`).
     """
 
-    offsets: Int[np.ndarray, " n+1"]
+    offsets: Int[np.ndarray, " m"]
     arrays: Mapping[str, Any]
 
     def __post_init__(self):
@@ -52,22 +52,21 @@ class Ragged:
         rows = self.offsets[subjects][:, None] + columns
         return {name: np.asarray(array[rows]) for name, array in self.arrays.items()}
 
-    def first(self, name: str) -> Float[np.ndarray, "n ..."]:
+    def first(self, name: str) -> Float[np.ndarray, "n *any"]:
         """The first row of every subject, float32."""
         return np.asarray(self.arrays[name][self.offsets[:-1]], np.float32)
 
-    def means(self, name: str) -> Float[np.ndarray, "n ..."]:
+    def means(self, name: str) -> Float[np.ndarray, "n *any"]:
         """The mean of every subject's rows, float32."""
         parts = []
         for start in range(0, len(self), SUBJECTS_AT_ONCE):
             own = self.offsets[start : start + SUBJECTS_AT_ONCE + 1]
             rows = np.asarray(self.arrays[name][int(own[0]) : int(own[-1])], np.float32)
-            counts = np.diff(own).reshape(-1, *[1] * (rows.ndim - 1)).astype(np.float32)
-            parts.append(np.add.reduceat(rows, own[:-1] - own[0], axis=0) / counts)
-        return np.concatenate(parts)
+            parts += [one.mean(axis=0) for one in np.split(rows, own[1:-1] - own[0])]
+        return np.stack(parts)
 
 
-def offsets_of(counts: Sequence[int]) -> Int[np.ndarray, " n+1"]:
+def offsets_of(counts: Sequence[int]) -> Int[np.ndarray, " m"]:
     """Offsets of subjects with so many rows each."""
     return np.concatenate([[0], np.cumsum(np.asarray(counts, np.int64))]).astype(np.int64)
 

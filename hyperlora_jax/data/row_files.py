@@ -90,7 +90,7 @@ class Rows:
             index = np.arange(*index.indices(len(self)))
         asked = np.asarray(index)
         flat = asked.reshape(-1).astype(np.int64)
-        if len(flat) and not (0 <= flat.min() and flat.max() < len(self)):
+        if len(flat) and not (flat.min() >= 0 and flat.max() < len(self)):
             raise IndexError(f"rows {flat.min()} to {flat.max()} of {len(self)}")
         out = np.empty((len(flat), *self.shape[1:]), self._parts[0].dtype)
         if len(self._parts) == 1:

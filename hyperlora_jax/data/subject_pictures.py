@@ -113,6 +113,7 @@ def _resampled(images: LazyPictures, size: Size) -> LazyPictures:
     """Drawn pictures at a size, as a file of them would be read."""
     if size == images.size:
         return images
+
     def resampled(own: np.ndarray) -> list[np.ndarray]:
         return [pictures.decode(pictures.encode_png(picture), size) for picture in own]
 
