@@ -96,7 +96,6 @@ def encode_once(
     pictures: SubjectPictures,
     *,
     encoder: Any = None,
-    encoder_size: Size | None = None,
     latents: bool = True,
     texts: bool = True,
     dtype: Any = np.float32,
@@ -108,8 +107,8 @@ def encode_once(
     Args:
         folder: the same for all hosts.
         sd: a StableDiffusion.
-        encoder: condition encoder of the references; None leaves them out.
-        encoder_size: (height, width) that it is given them in; None: the targets' size.
+        encoder: condition encoder of the references, which it is given in its own size; None
+            leaves them out.
         latents, texts: whether those of the targets are wanted.
         dtype: what is kept in, float32 or bfloat16. Text states that hold sizes of pictures (SDXL)
             are kept in float32: bfloat16 cannot tell 1023 from 1024.
@@ -129,7 +128,7 @@ def encode_once(
 
     parts: dict[str, _Part] = {}
     if encoder is not None:
-        seen = pictures.seen_at(encoder_size or size)
+        seen = pictures.seen_at(encoder.image_size)
         parts["conditions"] = of_pictures("conditions", seen, encoder.hash, models.conditions)
     if latents:
         parts["latents"] = of_pictures("latents", pictures.images, models.base, models.latents)

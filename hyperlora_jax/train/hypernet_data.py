@@ -17,7 +17,6 @@ from hyperlora_jax.data.gauged_targets import GaugedVectors, read_in_gauge
 from hyperlora_jax.data.lora_targets import LoraTargets, open_lora_targets
 from hyperlora_jax.data.mapped_vectors import MappedVectors
 from hyperlora_jax.data.mixing import MixedSubjects
-from hyperlora_jax.data.size_buckets import Size
 from hyperlora_jax.data.subject_pictures import load_pictures
 from hyperlora_jax.data.vector_statistics import pooled
 from hyperlora_jax.errors import UserError
@@ -111,19 +110,12 @@ def read_encoded(
         sd,
         pictures,
         encoder=encoder,
-        encoder_size=_seen_size(encoder),
         latents=latents,
         texts=texts,
         dtype=arithmetic_dtype(config.train),
         batch_size=config.train.encode_batch_size,
     )
     return encoded, dict(pictures.facts)
-
-
-def _seen_size(encoder: Any) -> Size | None:
-    """(height, width) in which the encoder wants pictures; None if it takes any."""
-    size = getattr(encoder, "image_size", None)
-    return (size, size) if isinstance(size, int) else size
 
 
 def read_targets(

@@ -38,7 +38,7 @@ def train(world, workdir, *settings):
         "model.encoder": world / "clip",
         "model.rank": 1,
         "train.num_steps": 2,
-        "train.batch_size": 3,
+        "train.batch_size": 4,
         "train.num_references": "(1,3)",
     }
     given = [f"--config.{key}={value}" for key, value in section.items()]
