@@ -14,6 +14,7 @@ from hyperlora_jax.data.lazy_pictures import LazyPictures
 from hyperlora_jax.data.subject_pictures import SubjectPictures
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.hypernet.conditioning import load_condition_encoder
+from hyperlora_jax.parallel.mesh import make_mesh
 from hyperlora_jax.stable_diffusion.embedded import load_base
 
 SHOWN, GIVEN = (1, 3, 2, 2, 1), (2, 1, 1, 3, 2)
@@ -146,6 +147,8 @@ def test_other_captions_pictures_or_models_are_other_folders(sd, encoder, made, 
 
 def test_a_run_that_was_killed_goes_on(sd, encoder, made, tmp_path, monkeypatch):
     pictures, _, _ = pictures_of()
+    one = make_mesh(devices=jax.local_devices()[:1])
+    monkeypatch.setattr(encoding_cache, "local_mesh", lambda: one)
     whole = encode_once(tmp_path / "whole", sd, pictures, encoder=encoder, batch_size=1)
     made.clear()
     asked, encode = [], sd.encode_images

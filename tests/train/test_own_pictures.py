@@ -53,6 +53,7 @@ def table(workdir, kind, name):
     return RowFiles(sorted(folder.iterdir())).tables()[name]
 
 
+@pytest.mark.slow
 def test_roles_and_numbers_of_pictures(world, tmp_path):
     assert train(world, tmp_path) == 0
     rows = (tmp_path / "metrics.jsonl").read_text().splitlines()
