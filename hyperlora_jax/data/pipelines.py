@@ -72,13 +72,13 @@ def step_batches(
 
 
 def array_batches(
-    arrays: Mapping[str, np.ndarray],
+    arrays: Mapping[str, Any],
     batch_size: int,
     seed: int,
     shard_index: int = 0,
     num_shards: int = 1,
 ) -> grain.DatasetIterator:
-    """Batches of rows drawn from arrays (memory-mapped ones too) of one common length.
+    """Batches of rows drawn from arrays, or from what is indexed like one, of one common length.
 
     `batch_size` is that of all shards together; a batch holds batch_size / num_shards rows of
     every array and their numbers under "record_id".

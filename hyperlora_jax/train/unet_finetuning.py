@@ -120,7 +120,7 @@ def _cached_text(params: Params, frozen: Params, text: Array) -> Array:
 
 def _encoded(
     config: Any, workdir: epath.Path, scratch: Path, sd: StableDiffusion
-) -> tuple[dict[str, np.ndarray], np.ndarray, dict[str, Any]]:
+) -> tuple[dict[str, Any], np.ndarray, dict[str, Any]]:
     """({"latents", "text"} of every picture, text states with the empty prompt last, facts)."""
     size, count = image_size(sd), config.data.num_identities
     pictures = multihost.first_then_others(
