@@ -113,7 +113,7 @@ def unet_task(
     schedule: Any,
     init: Any,
     frozen: Params,
-    arrays: dict[str, Any] | None,
+    arrays: dict[str, np.ndarray] | None,
     *,
     batch_size: int,
     seed: int,

@@ -23,7 +23,6 @@ from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora.sites import LoraSpec
 from hyperlora_jax.parallel import multihost
 from hyperlora_jax.stable_diffusion.embedded import image_size
-from hyperlora_jax.train.configured import arithmetic_dtype
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -83,24 +82,10 @@ class TrainingTargets:
 
 
 def read_encoded(
-    config: Any,
-    workdir: epath.PathLike,
-    scratch: Path,
-    sd: Any,
-    encoder: Any,
-    *,
-    latents: bool,
-    texts: bool,
+    config: Any, workdir: epath.PathLike, scratch: Path, sd: Any, encoder: Any
 ) -> tuple[EncodedSubjects, dict[str, Any]]:
     """Encoded training subjects, from the workdir if the same were encoded before; and their
-    pictures' facts.
-
-    They are kept in bfloat16 where the frozen models compute in it (`train.dtype`): what it cannot
-    tell apart they cannot either.
-
-    Args:
-        latents, texts: whether a loss reads those of the targets.
-    """
+    pictures' facts."""
     count, size = config.data.num_identities, image_size(sd)
     pictures = multihost.first_then_others(
         "pictures", lambda: load_pictures(config.data, count, size, scratch / "renders")
@@ -108,11 +93,10 @@ def read_encoded(
     encoded = encode_once(
         workdir,
         sd,
-        pictures,
-        encoder=encoder,
-        latents=latents,
-        texts=texts,
-        dtype=arithmetic_dtype(config.train),
+        encoder,
+        pictures.ids,
+        pictures.images,
+        pictures.captions,
         batch_size=config.train.encode_batch_size,
     )
     return encoded, dict(pictures.facts)
