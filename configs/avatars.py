@@ -32,8 +32,8 @@ def get_config() -> ConfigDict:
             "distill": {
                 "num_concepts": 256,
                 "num_steps": 200,
-                "preset": config_dict.placeholder(str),  # of the LoRAs; None: model.preset
-                "rank": config_dict.placeholder(int),  # None: model.rank
+                "preset": "attn-qkvo",
+                "rank": 4,
                 "seed": 0,
                 "num_slots": 16,
                 "steps_per_call": 25,
@@ -93,7 +93,7 @@ def get_config() -> ConfigDict:
                 "num_steps": 6000,
                 "batch_size": 16,  # subjects a step, shared out over all devices
                 "batch_per_device": False,  # True: per device, as pods want it
-                "images_per_subject": 4,
+                "images_per_subject": 4,  # a step; a subject with fewer repeats its own
                 "num_references": (1, 1),  # fewest and most pictures that a subject is told by
                 "encode_batch_size": 256,
                 "dtype": "float32",  # of the frozen base; the hypernetwork's: model.network.dtype

@@ -13,6 +13,7 @@ ROOT = Path(hyperlora_jax.__file__).parent
 ROOMS = [
     "errors",
     "array_types",
+    "shipped",
     "storage",
     "facts",
     "parallel",

@@ -36,7 +36,8 @@ from hyperlora_jax.lora import factors
 from hyperlora_jax.lora.sites import LoraSpec, tree_from_sites
 from hyperlora_jax.parallel import cpu_devices
 from hyperlora_jax.parallel.mesh import make_mesh
-from hyperlora_jax.stable_diffusion.embedded import base_path, load_base
+from hyperlora_jax.shipped import base_path
+from hyperlora_jax.stable_diffusion.embedded import load_base
 
 CONFIG = Path(__file__).parents[1] / "configs" / "avatars.py"
 ROUNDS = 4

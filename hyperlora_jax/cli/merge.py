@@ -37,9 +37,10 @@ def run(args: argparse.Namespace) -> int:
     if args.into:
         written = algebra.merge_into_checkpoint(args.into, merged, args.out)
     else:
-        family = model.family if model else base
         layers = model.layers_per_block if model else 2
-        texts = _shared([read_metadata(path) for path in paths])
+        headers = [read_metadata(path) for path in paths]
+        texts = _shared(headers)
+        family = model.family if model else base or _family(paths, headers, spec)
         written = save_lora(args.out, *merged, args.to, args.dtype, family, texts, layers)
     print(f"wrote {written}: {len(spec)} sites, rank {spec.max_rank}")
     return 0
@@ -55,13 +56,31 @@ def _weighted(text: str) -> tuple[str, float]:
         raise UserError(f"{text}: expected LORA=WEIGHT, e.g. anna.safetensors=0.7") from None
 
 
+# Own texts that are true of a sum too; how one of its parts was generated is not.
+_OF_SUMS = ("base", "base_hash", "prediction_type", "encoder_hash")
+
+
 def _shared(headers: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """Own texts that all files agree on: their base, their checkpoint."""
+    """Own texts about the base that all files agree on."""
     from hyperlora_jax.lora_files.header import PREFIX
 
     first, *others = headers
     return {
         key: text
         for key, text in first.items()
-        if key.startswith(PREFIX) and all(other.get(key) == text for other in others)
+        if key.removeprefix(PREFIX) in _OF_SUMS and all(other.get(key) == text for other in others)
     }
+
+
+def _family(paths: Sequence[str], headers: Sequence[Mapping[str, str]], spec) -> str:
+    """The family that the files' headers name, or else their sites."""
+    from hyperlora_jax.lora_files import family
+
+    said = {}
+    for path, header in zip(paths, headers, strict=True):
+        if found := family.declared(header):
+            said.setdefault(found[0], path)
+    if len(said) > 1:
+        both = ", ".join(f"{path} is for {name}" for name, path in said.items())
+        raise UserError(f"{both}; LoRAs of different families cannot be merged")
+    return next(iter(said), None) or family.recognise(spec)[0]

@@ -110,7 +110,14 @@ def _dataset_concepts(path: str, buckets: Sequence[Size], skip_damaged: bool) ->
         if not subject.targets or not subject.references:
             raise UserError(f"{path}: subject {subject.id} has no pictures, expected some")
         size = size_of(subject)
-        found.append(concepts.of_subject(subject, size, functools.partial(load, k, size)))
+        found.append(
+            concepts.of_subject(
+                subject,
+                size,
+                functools.partial(load, k, size),
+                lambda k=k: targets[k].references,
+            )
+        )
     if not found:
         raise UserError(f"{path}: has no subjects in its train split, expected some")
     return found
@@ -121,6 +128,8 @@ def _tfds_concepts(path: str, buckets: Sequence[Size]) -> list[Concept]:
 
     def of(subject: Subject) -> Concept:
         height, width, _ = pictures.decode(subject.targets[0], name=subject.id).shape
-        return concepts.of_subject(subject, (height, width), lambda: subject)
+        return concepts.of_subject(
+            subject, (height, width), lambda: subject, lambda: subject.references
+        )
 
     return [of(subject) for subject in read_tfds_concepts(path, buckets)]

@@ -21,10 +21,12 @@ class Concept:
         id, identity: see `Subject`.
         captions: one per picture that a LoRA shall reproduce.
         size: (height, width) that its pictures are cut to.
-        mark: tells these pictures from others, without reading them.
+        mark: tells these pictures and their roles from others, without reading them.
         load: gives the subject, its pictures as PNG files.
         pixels: gives its pictures to reproduce, decoded.
-        other_references: whether what a hypernetwork is given are other pictures than these.
+        num_references: how many pictures a hypernetwork is given.
+        references_at: gives those, decoded at a size (height, width).
+        other_references: whether they are other pictures than those to reproduce.
         files: where its pictures lie and what they are for, (path, role); () where they are no
             files of their own.
     """
@@ -36,19 +38,30 @@ class Concept:
     mark: str
     load: Callable[[], Subject]
     pixels: Callable[[], Sequence[UInt8[np.ndarray, "h w 3"]]]
+    num_references: int
+    references_at: Callable[[Size], Sequence[UInt8[np.ndarray, "h w 3"]]]
     other_references: bool
     files: tuple[tuple[Path, str], ...] = ()
 
 
-def of_subject(subject: Subject, size: Size, load: Callable[[], Subject]) -> Concept:
-    """The concept of a subject that was read already; `load` gives it with pictures of `size`."""
+def of_subject(
+    subject: Subject,
+    size: Size,
+    load: Callable[[], Subject],
+    references: Callable[[], Sequence[bytes]],
+) -> Concept:
+    """The concept of a subject that was read already; `load` gives it with pictures of `size`,
+    `references` gives what a hypernetwork is given as it was kept."""
+    name = subject.id  # the subject itself, with its pictures, is not to be kept
     return Concept(
-        subject.id,
+        name,
         subject.identity,
         subject.captions,
         size,
-        hashlib.sha256(b"".join(subject.targets)).hexdigest(),
+        hashlib.sha256(b"".join((*subject.targets, *subject.references))).hexdigest(),
         load,
         lambda: [pictures.decode(png) for png in load().targets],
+        len(subject.references),
+        lambda seen: [pictures.decode(png, seen, name) for png in references()],
         subject.references != subject.targets,
     )

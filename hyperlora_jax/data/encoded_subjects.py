@@ -1,11 +1,12 @@
 """Subjects as the hypernetwork's training needs them: latents, text states, condition embeddings.
 
 Everything that the frozen models make of a picture or a caption is computed once, in batches on the
-accelerator, and kept as arrays.
+accelerator, and kept.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -14,70 +15,79 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from hyperlora_jax.array_types import Float, Int, UInt8
+from hyperlora_jax.array_types import AnyArray, Float, Int, UInt8
+from hyperlora_jax.data import ragged
+from hyperlora_jax.data.ragged import Ragged
 from hyperlora_jax.parallel.sharding import split_rows
 from hyperlora_jax.stable_diffusion import packed_text
+
+Encode = Callable[[Any], dict[str, AnyArray]]  # b pictures or texts -> arrays [b, ...] by name
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EncodedSubjects:
-    """N subjects with v pictures each; every picture may serve as reference or as target.
+    """N subjects with their references and their targets, of each its own number.
 
-    `text_states` holds every different caption once, packed (`stable_diffusion/packed_text.py`);
-    `text_index` says which one a picture has.
+    Attributes:
+        ids: their names.
+        references: "pooled" [p] and "tokens" [m, p] of every picture to tell a subject by.
+        targets: "latents" [h, w, c] and "text_index" (a caption's number) of every picture to
+            reproduce.
+        text_states: [u, t, e], every different caption once, packed
+            (`stable_diffusion/packed_text.py`).
+
+    What nobody asked for is None.
     """
 
     ids: tuple[str, ...]
-    latents: Float[np.ndarray, "n v h w c"]
-    text_index: Int[np.ndarray, "n v"]
-    text_states: Float[np.ndarray, "u t e"]
-    pooled: Float[np.ndarray, "n v p"]
-    tokens: Float[np.ndarray, "n v m p"]
+    references: Ragged | None = None
+    targets: Ragged | None = None
+    text_states: Any = None
 
     def concept(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """(latents [v, h, w, c], text states [v, t, e]) of one subject."""
-        return self.latents[index], self.text_states[self.text_index[index]]
+        """(latents [v, h, w, c], text states [v, t, e]) of one subject, float32."""
+        assert self.targets is not None and self.text_states is not None
+        own = self.targets.of(index)
+        text = np.asarray(self.text_states[own["text_index"]], np.float32)
+        return np.asarray(own["latents"], np.float32), text
 
-    def select(self, index: Any) -> "EncodedSubjects":
-        """The subjects at `index`, a slice or an array of numbers."""
-        chosen = np.arange(len(self.ids))[index]
-        return dataclasses.replace(
-            self,
-            ids=tuple(self.ids[i] for i in chosen),
-            latents=self.latents[chosen],
-            text_index=self.text_index[chosen],
-            pooled=self.pooled[chosen],
-            tokens=self.tokens[chosen],
-        )
+
+def in_batches(
+    encode: Callable[[Any], Any],
+    items: Iterable[Any],
+    count: int,
+    batch_size: int,
+    title: str | None,
+) -> Iterator[Any]:
+    """`encode` of `count` arrays or texts, batch by batch, as trees of numpy arrays.
+
+    The last batch is filled up with its last item, so that one program serves all of them, and cut
+    again.
+    """
+    batch_size = min(batch_size, count)
+    rest = iter(items)
+    starts = range(0, count, batch_size)
+    for start in tqdm(starts, desc=title, unit="batch", disable=title is None):
+        own = list(itertools.islice(rest, min(batch_size, count - start)))
+        filled = [*own, *[own[-1]] * (batch_size - len(own))]
+        given = filled if isinstance(own[0], str) else np.stack(filled)
+        found = jax.device_get(encode(given))
+        yield jax.tree.map(lambda rows, own=own: np.asarray(rows)[: len(own)], found)
 
 
 def encode_in_batches(
     function: Callable[[Any], Any], items: Any, batch_size: int, title: str | None
 ) -> Any:
-    """function over slices of `items` (array or list), results as numpy arrays, concatenated.
-
-    The last slice is padded to a full batch, so that one program serves all of them.
-    """
-    parts = []
-    count = len(items)
-    batch_size = min(batch_size, count)
-    starts = range(0, count, batch_size)
-    for start in tqdm(starts, desc=title, unit="batch", disable=title is None):
-        chunk = items[start : start + batch_size]
-        missing = batch_size - len(chunk)
-        if missing and isinstance(chunk, np.ndarray):
-            chunk = np.concatenate([chunk, np.repeat(chunk[-1:], missing, axis=0)])
-        elif missing:
-            chunk = [*chunk, *[chunk[-1]] * missing]
-        parts.append(jax.tree.map(np.asarray, jax.device_get(function(chunk))))
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:count], *parts)
+    """function over slices of `items` (array or list), results as numpy arrays, concatenated."""
+    parts = list(in_batches(function, items, len(items), batch_size, title))
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
 
 
 def encode_subjects(
     sd: Any,
     encoder: Any,
     ids: Sequence[str],
-    images: UInt8[np.ndarray, "n v h w 3"],
+    images: Sequence[UInt8[np.ndarray, "_ h w 3"]] | UInt8[np.ndarray, "n v h w 3"],
     captions: Sequence[Sequence[str]],
     *,
     batch_size: int = 256,
@@ -87,59 +97,59 @@ def encode_subjects(
 
     Args:
         sd: a StableDiffusion.
-        encoder: condition encoder, or None: pooled and tokens are then empty.
+        encoder: condition encoder, which is given the same pictures; or None.
+        images: of every subject its own number, all of one size.
         captions: captions[n][v] of picture [n, v].
     """
     unique, index = number_captions(captions)
-    size = (int(images.shape[2]), int(images.shape[3]))
-    title = "text states" if progress else None
-    text_states = encode_texts(sd, unique, size, batch_size, title)
-    title = "latents and conditions" if progress else None
-    found = encode_pictures(sd, encoder, images, batch_size, title)
-    return EncodedSubjects(tuple(ids), text_index=index, text_states=text_states, **found)
+    size = (int(images[0].shape[1]), int(images[0].shape[2]))
+    every = np.concatenate(list(images))
+    offsets = ragged.offsets_of([len(own) for own in images])
+
+    def run(encode: Encode, items: Any, title: str) -> dict[str, np.ndarray]:
+        found = encode_in_batches(encode, items, batch_size, title if progress else None)
+        return {name: np.asarray(rows, np.float32) for name, rows in found.items()}
+
+    latents = run(latents_by(sd), every, "latents")
+    text_states = run(text_states_by(sd, size), unique, "text states")["text_states"]
+    references = None
+    if encoder is not None:
+        references = Ragged(offsets, run(conditions_by(encoder), every, "conditions"))
+    targets = Ragged(offsets, {**latents, "text_index": index})
+    return EncodedSubjects(tuple(ids), references, targets, text_states)
 
 
 def number_captions(
     captions: Sequence[Sequence[str]],
-) -> tuple[list[str], Int[np.ndarray, "n v"]]:
-    """(every different caption once, in the order of the alphabet; which one a picture has)."""
+) -> tuple[list[str], Int[np.ndarray, " rows"]]:
+    """(every different caption once, in the order of the alphabet; the number of every picture's,
+    subject after subject)."""
     unique = sorted({caption for row in captions for caption in row})
     number = {caption: k for k, caption in enumerate(unique)}
-    return unique, np.asarray([[number[caption] for caption in row] for row in captions], np.int32)
+    return unique, np.asarray([number[text] for row in captions for text in row], np.int32)
 
 
-def encode_texts(
-    sd: Any, texts: Sequence[str], picture: tuple[int, int], batch_size: int, title: str | None
-) -> Float[np.ndarray, "u t e"]:
-    """Packed text of captions of pictures (height, width)."""
-    found = encode_in_batches(
-        lambda some: packed_text.encode(sd, some, picture), texts, batch_size, title
-    )
-    return np.asarray(found, np.float32)
+def text_states_by(sd: Any, picture: tuple[int, int]) -> Encode:
+    """Texts -> "text_states" [b, t, e], packed, of captions of pictures (height, width)."""
+    return lambda texts: {"text_states": packed_text.encode(sd, texts, picture)}
 
 
-def encode_pictures(
-    sd: Any,
-    encoder: Any,
-    images: UInt8[np.ndarray, "n v h w 3"],
-    batch_size: int,
-    title: str | None,
-    mesh: Mesh | None = None,
-) -> dict[str, Float[np.ndarray, "n v *any"]]:
-    """{"latents", "pooled", "tokens"} of pictures, split over a mesh that `sd` lies on too."""
-    count, views = images.shape[:2]
+def latents_by(sd: Any, mesh: Mesh | None = None) -> Encode:
+    """Pictures -> "latents" [b, h, w, c], split over a mesh that `sd` lies on too."""
+    return lambda images: {"latents": sd.encode_images(_unit_pixels(images, mesh))}
 
-    def of(chunk: np.ndarray) -> tuple[Any, Any, Any]:
-        pixels = split_rows(jnp.asarray(chunk, jnp.float32) / 255.0, mesh)
-        latents = sd.encode_images(pixels)
-        if encoder is None:
-            empty = np.zeros((len(chunk), 0), np.float32)
-            return latents, empty, empty[:, None]
-        return latents, *encoder.encode(pixels)
 
-    found = encode_in_batches(of, images.reshape(-1, *images.shape[2:]), batch_size, title)
-    names = ("latents", "pooled", "tokens")
-    return {
-        name: np.asarray(rows, np.float32).reshape(count, views, *rows.shape[1:])
-        for name, rows in zip(names, found, strict=True)
-    }
+def conditions_by(encoder: Any, mesh: Mesh | None = None) -> Encode:
+    """Pictures -> "pooled" [b, p] and "tokens" [b, m, p]."""
+
+    def encode(images: UInt8[np.ndarray, "b h w 3"]) -> dict[str, AnyArray]:
+        pooled, tokens = encoder.encode(_unit_pixels(images, mesh))
+        return {"pooled": pooled, "tokens": tokens}
+
+    return encode
+
+
+def _unit_pixels(
+    images: UInt8[np.ndarray, "b h w 3"], mesh: Mesh | None
+) -> Float[jax.Array, "b h w 3"]:
+    return split_rows(jnp.asarray(images, jnp.float32) / 255.0, mesh)

@@ -1,17 +1,22 @@
-"""Subjects encoded once for all: in chunks, which hosts share out and a restart finds again.
+"""Subjects encoded once for all: in files, which hosts share out and a restart finds again.
 
-    FOLDER/encoded/DIGEST/  texts.npz  00000000.npz  00001024.npz …
+    FOLDER/encoded/conditions-DIGEST/   00000000.safetensors  00000512.safetensors …
+    FOLDER/encoded/latents-DIGEST/      …
+    FOLDER/encoded/texts-DIGEST/        …
 
-A chunk is named after its first subject; it appears whole or not at all. What is asked for
-(pictures, captions, models) is in the digest, so files never have to be made anew, and runs can
-share them.
+A file holds the rows of some subjects, of each its own number, and is named after the first; it
+appears whole or not at all. What is asked for (pictures, captions, models) is in the digest, so
+files never have to be made anew, and runs can share them. They are mapped, not read: how much
+memory a run needs does not depend on how many subjects there are. A FOLDER in a bucket is copied to
+this host's scratch folder.
 """
 
 import dataclasses
 import hashlib
-import io
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,110 +24,212 @@ import numpy as np
 from etils import epath
 
 from hyperlora_jax import storage
-from hyperlora_jax.array_types import Float, UInt8
-from hyperlora_jax.data import encoded_subjects
-from hyperlora_jax.data.encoded_subjects import EncodedSubjects
+from hyperlora_jax.data import encoded_subjects, ragged
+from hyperlora_jax.data.encoded_subjects import Encode, EncodedSubjects
 from hyperlora_jax.data.lazy_pictures import LazyPictures
-from hyperlora_jax.errors import UserError
+from hyperlora_jax.data.ragged import Ragged
+from hyperlora_jax.data.row_files import RowFiles
+from hyperlora_jax.data.size_buckets import Size
+from hyperlora_jax.data.subject_pictures import SubjectPictures
+from hyperlora_jax.lora_files import safetensors_io
 from hyperlora_jax.parallel import multihost
 from hyperlora_jax.parallel.sharding import on_mesh
 from hyperlora_jax.parallel.shared_work import local_mesh
 
-LAYOUT = 3  # of the files
-CHUNK, CHUNK_BYTES = 8192, 2**30  # pictures encoded for one file, and their size in memory
-TEXTS = "texts"
+LAYOUT = 4  # of the files
+CHUNK, CHUNK_BYTES = 4096, 2**30  # pictures or texts encoded for one file, and their bytes
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Part:
+    """One kind of what is encoded.
+
+    Attributes:
+        name: of its folder, digest included.
+        dtype: that its rows are kept in.
+        counts: rows of every subject; of texts, every text is a subject.
+        row_bytes: of one picture.
+        items: pictures or texts of some subjects, in turn.
+        encode: made when there is something to encode.
+    """
+
+    name: str
+    dtype: np.dtype
+    counts: Sequence[int]
+    row_bytes: int
+    items: Callable[[range], Iterable[Any]]
+    encode: Callable[[], Encode]
+
+    def files(self) -> dict[str, range]:
+        """{file: its subjects}: as many as do not exceed the limits, at least one."""
+        most = max(1, min(CHUNK, CHUNK_BYTES // self.row_bytes))
+        found, first, rows = {}, 0, 0
+        for k, count in enumerate(self.counts):
+            if rows and rows + count > most:
+                found[f"{first:08d}.safetensors"] = range(first, k)
+                first, rows = k, 0
+            rows += count
+        return {**found, f"{first:08d}.safetensors": range(first, len(self.counts))}
+
+    def make(self, file: Path, subjects: range, batch_size: int) -> None:
+        """Encodes some subjects, batch by batch, into a file."""
+        count = sum(self.counts[subjects.start : subjects.stop])
+        title = f"{self.name.split('-')[0]} {subjects.stop}/{len(self.counts)}"
+        batches = encoded_subjects.in_batches(
+            self.encode(), self.items(subjects), count, batch_size, title
+        )
+        first = next(batches)
+        signature = tuple(
+            (name, self.dtype, (count, *rows.shape[1:])) for name, rows in first.items()
+        )
+        with safetensors_io.written_in_rows(file, signature) as put:
+            row = 0
+            for batch in itertools.chain([first], batches):
+                for name, rows in batch.items():
+                    put(name, row, rows.astype(self.dtype))
+                row += len(next(iter(batch.values())))
 
 
 def encode_once(
     folder: epath.PathLike,
     sd: Any,
-    encoder: Any,
-    ids: Sequence[str],
-    images: UInt8[np.ndarray, "n v h w 3"] | LazyPictures,
-    captions: Sequence[Sequence[str]],
+    pictures: SubjectPictures,
     *,
+    encoder: Any = None,
+    latents: bool = True,
+    texts: bool = True,
+    dtype: Any = np.float32,
     batch_size: int = 256,
 ) -> EncodedSubjects:
-    """`encode_subjects`, kept in files below `folder` and read again for the same pictures,
-    captions and models. Every device of every host takes part.
+    """What frozen models make of subjects' pictures and captions, kept in files below `folder` and
+    found again for the same pictures, captions and models. Every device of every host takes part.
 
     Args:
         folder: the same for all hosts.
+        sd: a StableDiffusion.
+        encoder: condition encoder of the references, which it is given in its own size; None
+            leaves them out.
+        latents, texts: whether those of the targets are wanted.
+        dtype: what is kept in, float32 or bfloat16. Text states that hold sizes of pictures (SDXL)
+            are kept in float32: bfloat16 cannot tell 1023 from 1024.
 
     Raises:
         UserError: a file cannot be written or read.
     """
-    unique, index = encoded_subjects.number_captions(captions)
-    digest = multihost.agree(f"encoded/{images.shape}", _digest(sd, encoder, ids, images, captions))
-    place = epath.Path(folder) / "encoded" / digest
-    picture_bytes = int(np.prod(images.shape[2:]))
-    per_file = max(1, min(CHUNK, CHUNK_BYTES // picture_bytes) // images.shape[1])
-    starts = {f"{start:08d}": start for start in range(0, len(ids), per_file)}
-    # All hosts go by what the first one found: a listing can differ between them.
-    found = {name for name in (TEXTS, *starts) if (place / f"{name}.npz").exists()}
-    found = set(json.loads(multihost.agree(f"{place}/found", json.dumps(sorted(found)))))
-    missing = [name for name in (TEXTS, *starts) if name not in found]
-    mine = missing[jax.process_index() :: jax.process_count()]
-    if mine:
-        mesh = local_mesh()
-        params = {name: leaf for name, leaf in sd.params.items() if name != "unet"}
-        local = on_mesh(dataclasses.replace(sd, params=params), mesh)
-        batch_size = -(-batch_size // mesh.size) * mesh.size
-    for name in mine:
-        if name == TEXTS:
-            size = (int(images.shape[2]), int(images.shape[3]))
-            states = encoded_subjects.encode_texts(local, unique, size, batch_size, "text states")
-            arrays = {"text_states": states}
-        else:
-            chunk = images[starts[name] : starts[name] + per_file]
-            title = f"latents and conditions {starts[name] + len(chunk)}/{len(ids)}"
-            arrays = encoded_subjects.encode_pictures(
-                local, encoder, chunk, batch_size, title, mesh
-            )
-        _write(place / f"{name}.npz", arrays)
-    if missing:
-        multihost.barrier(f"{place}/encoded", multihost.PATIENCE)
-    (text_states,) = _read(place / f"{TEXTS}.npz").values()
-    chunks = [_read(place / f"{name}.npz") for name in starts]
-    arrays = {name: np.concatenate([chunk.pop(name) for chunk in chunks]) for name in [*chunks[0]]}
-    return EncodedSubjects(tuple(ids), text_index=index, text_states=text_states, **arrays)
+    ids, size, kept = list(pictures.ids), pictures.size, np.dtype(dtype)
+    unique, index = encoded_subjects.number_captions(pictures.captions)
+    models = _Models(sd, encoder)
+
+    def of_pictures(kind: str, images: LazyPictures, model: str, encode: Any) -> _Part:
+        shown = [images.mark, ids, list(images.counts), list(images.size)]
+        name = _named(kind, model, kept, shown)
+        row_bytes = 3 * images.size[0] * images.size[1]
+        return _Part(name, kept, images.counts, row_bytes, images.one_by_one, encode)
+
+    parts: dict[str, _Part] = {}
+    if encoder is not None:
+        seen = pictures.seen_at(encoder.image_size)
+        parts["conditions"] = of_pictures("conditions", seen, encoder.hash, models.conditions)
+    if latents:
+        parts["latents"] = of_pictures("latents", pictures.images, models.base, models.latents)
+    if texts:
+        exact = np.dtype(np.float32) if sd.is_xl else kept
+        parts["texts"] = _Part(
+            _named("texts", models.base, exact, [unique, list(size)]),
+            exact,
+            [1] * len(unique),
+            1,
+            lambda chosen: unique[chosen.start : chosen.stop],
+            lambda: models.texts(size),
+        )
+    batch_size = -(-batch_size // models.mesh.size) * models.mesh.size
+    found = _made(folder, parts, batch_size, f"encoded/{len(ids)} of {size}")
+    return EncodedSubjects(
+        tuple(ids),
+        _rows_of(parts, found, "conditions", {}),
+        _rows_of(parts, found, "latents", {"text_index": index}),
+        found["texts"]["text_states"] if texts else None,
+    )
 
 
-def _digest(
-    sd: Any, encoder: Any, ids: Sequence[str], images: Any, captions: Sequence[Sequence[str]]
-) -> str:
-    asked = {
-        "ids": list(ids),
-        "pictures": _mark(images),
-        "shape": images.shape,
-        "captions": [list(own) for own in captions],
-        "base": sd.base_hash,
-        "dtype": str(jax.tree.leaves(sd.params["unet"])[0].dtype),
-        "encoder": "" if encoder is None else encoder.hash,
-        "layout": LAYOUT,
+class _Models:
+    """The frozen models on all devices of this host, placed there when they have work to do.
+
+    Attributes:
+        base: tells the base model and its arithmetic from others.
+        mesh: this host's devices.
+    """
+
+    def __init__(self, sd: Any, encoder: Any):
+        self._sd, self._encoder, self._placed = sd, encoder, None
+        self.base = f"{sd.base_hash} {jax.tree.leaves(sd.params['unet'])[0].dtype}"
+        self.mesh = local_mesh()
+
+    def conditions(self) -> Encode:
+        """Pictures -> conditions."""
+        return encoded_subjects.conditions_by(self._encoder, self.mesh)
+
+    def latents(self) -> Encode:
+        """Pictures -> latents."""
+        return encoded_subjects.latents_by(self._on_devices(), self.mesh)
+
+    def texts(self, size: Size) -> Encode:
+        """Texts -> text states."""
+        return encoded_subjects.text_states_by(self._on_devices(), size)
+
+    def _on_devices(self) -> Any:
+        if self._placed is None:
+            params = {name: leaf for name, leaf in self._sd.params.items() if name != "unet"}
+            self._placed = on_mesh(dataclasses.replace(self._sd, params=params), self.mesh)
+        return self._placed
+
+
+def _named(kind: str, model: str, dtype: np.dtype, shown: Any) -> str:
+    """The name of a folder, which tells what it holds."""
+    asked = json.dumps([LAYOUT, model, str(dtype), shown])
+    return f"{kind}-{hashlib.sha256(asked.encode()).hexdigest()[:24]}"
+
+
+def _made(
+    folder: epath.PathLike, parts: Mapping[str, _Part], batch_size: int, spoken: str
+) -> dict[str, dict[str, Any]]:
+    """Tables by name of every part; hosts share out the files that are not there yet.
+
+    Args:
+        spoken: what hosts agree under, once in a run.
+    """
+    # The first process's word counts: files' times can differ between hosts, and listings too.
+    own = json.dumps({kind: part.name for kind, part in parts.items()})
+    names = json.loads(multihost.agree(f"{spoken}/{'+'.join(parts)}", own))
+    jobs = {
+        f"encoded/{names[kind]}/{file}": (part, subjects)
+        for kind, part in parts.items()
+        for file, subjects in part.files().items()
     }
-    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:24]
+    there = json.dumps([job for job in jobs if (epath.Path(folder) / job).exists()])
+    found = set(json.loads(multihost.agree(f"{'/'.join(names.values())}/found", there)))
+    missing = [job for job in jobs if job not in found]
+    scratch = storage.scratch(folder)
+    for job in missing[jax.process_index() :: jax.process_count()]:
+        part, subjects = jobs[job]
+        part.make(scratch / job, subjects, batch_size)
+        storage.push(folder, job)
+    if missing:
+        multihost.barrier(f"{'/'.join(names.values())}/encoded", multihost.PATIENCE)
+    tables = {}
+    for kind, part in parts.items():
+        storage.pull(folder, f"encoded/{names[kind]}", missing_only=True)
+        place = scratch / "encoded" / names[kind]
+        tables[kind] = RowFiles([place / file for file in part.files()]).tables()
+    return tables
 
 
-def _mark(images: Any) -> str:
-    if isinstance(images, LazyPictures):
-        return images.mark
-    return hashlib.sha256(np.ascontiguousarray(images)).hexdigest()
-
-
-def _write(file: epath.Path, arrays: dict[str, np.ndarray]) -> None:
-    content = io.BytesIO()
-    np.savez(content, **arrays)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        storage.replaced(file, content.getvalue())
-    except Exception as error:  # every file system has its own
-        raise UserError(f"{file}: cannot be written ({storage.reason(error)})") from error
-
-
-def _read(file: epath.Path) -> dict[str, Float[np.ndarray, "*any"]]:
-    try:
-        with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as arrays:
-            return dict(arrays)
-    except Exception as error:
-        raise UserError(f"{file}: cannot be read ({storage.reason(error)})") from error
+def _rows_of(
+    parts: Mapping[str, _Part],
+    tables: Mapping[str, Mapping[str, Any]],
+    kind: str,
+    more: Mapping[str, Any],
+) -> Ragged | None:
+    if kind not in parts:
+        return None
+    return Ragged(ragged.offsets_of(parts[kind].counts), {**tables[kind], **more})

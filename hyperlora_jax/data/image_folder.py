@@ -164,9 +164,11 @@ def open_concept(
         own.identity,
         captions_of,
         size,
-        f"{own.name} {[_mark(file.path) for file in own.files]}",
+        f"{own.name} {[(*_mark(file.path), file.role) for file in own.files]}",
         load,
         lambda: [load_image(file.path, size) for file in targets],
+        len(references),
+        lambda seen: [load_image(file.path, seen) for file in references],
         [f.path for f in references] != [f.path for f in targets],
         files=tuple((file.path, file.role) for file in own.files),
     )

@@ -1,13 +1,17 @@
 """Pictures that are read when they are asked for: a data set need not fit into memory."""
 
+import collections
+import hashlib
+import itertools
 import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
 from hyperlora_jax.array_types import UInt8
+from hyperlora_jax.data.size_buckets import Size
 
 
 class LazySequence(Sequence[Any]):
@@ -24,43 +28,69 @@ class LazySequence(Sequence[Any]):
         return self._get(chosen) if isinstance(chosen, int) else [self._get(k) for k in chosen]
 
 
-Load = Callable[[], UInt8[np.ndarray, "v h w 3"]]
+Load = Callable[[], Sequence[UInt8[np.ndarray, "h w 3"]]]
 
 
 class LazyPictures:
-    """Looks like an array [n, v, h, w, 3] of bytes; rows are read, in threads, at every access.
+    """Pictures of n subjects, of each its own number, all of one size.
 
     Args:
-        loads: one function per subject, which gives its v pictures.
-        one: their shape (v, h, w).
+        loads: one function per subject, which gives its pictures.
+        counts: how many those are.
+        size: (height, width) of them all.
         mark: tells these pictures from others, without reading them.
     """
 
-    def __init__(self, loads: Sequence[Load], one: tuple[int, int, int], mark: str):
-        self._loads, self.mark = list(loads), mark
-        self.shape = (len(self._loads), *one, 3)
-        self.ndim, self.dtype = len(self.shape), np.dtype(np.uint8)
+    def __init__(self, loads: Sequence[Load], counts: Sequence[int], size: Size, mark: str):
+        self._loads, self.counts, self.size, self.mark = list(loads), tuple(counts), size, mark
 
     def __len__(self) -> int:
         return len(self._loads)
 
-    def __getitem__(self, index: Any) -> UInt8[np.ndarray, "*any"]:
-        first, *rest = index if isinstance(index, tuple) else (index,)
-        if isinstance(first, int | np.integer):
-            return self._loads[int(first)]()[tuple(rest)]
-        chosen = np.arange(len(self))[first]
-        with ThreadPoolExecutor(os.cpu_count()) as threads:
-            rows = list(threads.map(lambda k: self._loads[k](), chosen))
-        found = np.stack(rows) if rows else np.zeros((0, *self.shape[1:]), np.uint8)
-        return found[(slice(None), *rest)]
+    def __getitem__(self, subject: int) -> UInt8[np.ndarray, "v h w 3"]:
+        """The pictures of a subject."""
+        found = np.asarray(self._loads[subject]())
+        if found.shape != (wanted := (self.counts[subject], *self.size, 3)):
+            raise ValueError(f"subject {subject}: pictures {found.shape}, expected {wanted}")
+        return found
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        del copy
-        return np.asarray(self[:], dtype)
+    def one_by_one(self, subjects: range) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
+        """The pictures of some subjects in turn; threads read a few subjects ahead."""
+        threads = os.cpu_count() or 1
+        with ThreadPoolExecutor(threads) as pool:
+            ahead: collections.deque[Future] = collections.deque()
+            waiting = iter(subjects)
+            while True:
+                for subject in itertools.islice(waiting, 2 * threads - len(ahead)):
+                    ahead.append(pool.submit(self.__getitem__, subject))
+                if not ahead:
+                    return
+                yield from ahead.popleft().result()
 
     def map(
-        self, function: Callable[[np.ndarray], np.ndarray], num_views: int, mark: str
+        self,
+        function: Callable[[np.ndarray], Any],
+        mark: str,
+        times: int = 1,
+        size: Size | None = None,
     ) -> "LazyPictures":
-        """`function` of every subject's pictures, which become `num_views` of the same size."""
-        loads = [lambda load=load: function(load()) for load in self._loads]
-        return LazyPictures(loads, (num_views, *self.shape[2:4]), f"{self.mark} {mark}")
+        """`function` of every subject's pictures, which makes `times` as many, of `size` (None: of
+        the same)."""
+
+        def mapped(subject: int) -> Any:
+            return function(self[subject])
+
+        return LazyPictures(
+            [lambda k=k: mapped(k) for k in range(len(self))],
+            [times * count for count in self.counts],
+            size or self.size,
+            f"{self.mark} {mark}",
+        )
+
+
+def of_array(images: UInt8[np.ndarray, "n v h w 3"]) -> LazyPictures:
+    """Pictures that lie in memory: as many of every subject."""
+    count, views, *size, _ = images.shape
+    mark = hashlib.sha256(np.ascontiguousarray(images)).hexdigest()
+    loads = [lambda k=k: images[k] for k in range(count)]
+    return LazyPictures(loads, [views] * count, (size[0], size[1]), mark)

@@ -109,7 +109,7 @@ def import_loras(
         facts,
         lora_dtype,
         overwrite=overwrite,
-        extra_files={QUARANTINE: lambda: quarantine_text(report.rejected)},
+        extra_files={QUARANTINE: lambda: _quarantine_text(report.rejected)},
     )
     return report
 
@@ -182,8 +182,7 @@ def _subjects(
     facts["import"] = report.facts()
 
 
-def quarantine_text(rejected: Sequence[Rejected]) -> str:
-    """The content of `quarantine.jsonl`."""
+def _quarantine_text(rejected: Sequence[Rejected]) -> str:
     return "".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in rejected)
 
 

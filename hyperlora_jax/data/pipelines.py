@@ -8,7 +8,7 @@ small JSON-able dicts (the number of the next step).
 
 import functools
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import grain.python as grain
@@ -16,6 +16,7 @@ import numpy as np
 
 from hyperlora_jax.array_types import Int
 from hyperlora_jax.data import stable_random
+from hyperlora_jax.data.ragged import Ragged
 from hyperlora_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
@@ -71,13 +72,13 @@ def step_batches(
 
 
 def array_batches(
-    arrays: Mapping[str, np.ndarray],
+    arrays: Mapping[str, Any],
     batch_size: int,
     seed: int,
     shard_index: int = 0,
     num_shards: int = 1,
 ) -> grain.DatasetIterator:
-    """Batches of rows drawn from arrays (memory-mapped ones too) of one common length.
+    """Batches of rows drawn from arrays, or from what is indexed like one, of one common length.
 
     `batch_size` is that of all shards together; a batch holds batch_size / num_shards rows of
     every array and their numbers under "record_id".
@@ -95,12 +96,29 @@ def array_batches(
     return step_batches(make_batch)
 
 
+def check_numbers(num_references: int | Sequence[int], num_targets: int) -> tuple[int, int]:
+    """(fewest, most) references of a subject.
+
+    Raises:
+        UserError: they are no such numbers, named as configs do.
+    """
+    pair = (num_references, num_references) if isinstance(num_references, int) else num_references
+    if len(pair) != 2 or not 1 <= pair[0] <= pair[1]:
+        raise UserError(
+            f"train.num_references: got {num_references}, expected (fewest, most), at least 1 and "
+            "in this order"
+        )
+    if num_targets < 1:
+        raise UserError(f"train.images_per_subject: got {num_targets}, expected at least 1")
+    return pair[0], pair[1]
+
+
 def subject_batches(
-    references: Mapping[str, np.ndarray],
-    targets: Mapping[str, np.ndarray],
+    references: Ragged | None,
+    targets: Ragged | None,
     batch_size: int,
     seed: int,
-    num_references: int | tuple[int, int] = 1,
+    num_references: int | Sequence[int] = 1,
     num_targets: int = 1,
     per_subject: Mapping[str, Any] | None = None,
     subjects: np.ndarray | None = None,
@@ -111,13 +129,18 @@ def subject_batches(
 ) -> grain.DatasetIterator:
     """Batches of subjects with some of their references and some of their targets.
 
+    A subject with fewer than `num_references` gives what it has, each once. One with fewer than
+    `num_targets` gives all of them in turn, some of them again: every target of a batch gets a
+    noise and a time step of its own, so that a repeated one is another question. Nothing is drawn
+    twice before everything was drawn once.
+
     Args:
-        references: arrays [subjects, r, ...]; every subject has r reference pictures.
-        targets: arrays [subjects, m, ...]; picked together (pictures, captions, latents).
+        references: what a subject is told by, at least one of each.
+        targets: what is picked together (latents, captions), at least one of each.
         batch_size: subjects per step, over all shards.
         seed: fixes order and picks; what is picked depends on (seed, step, record) only.
-        num_references: how many to give, or (least, most); without repeats.
-        num_targets: how many targets per subject; without repeats.
+        num_references: how many to give, or (fewest, most).
+        num_targets: how many targets per subject.
         per_subject: arrays [subjects, ...] or what is indexed like one, e.g. LoRA vectors.
         subjects: numbers of the subjects to draw from (a split); None is all of them.
         subjects_until: from this step on, all subjects are drawn from; None is never.
@@ -126,19 +149,20 @@ def subject_batches(
 
     A batch holds every array under its name, references as [b, most, ...] with
     "reference_mask" [b, most] (False = not given), targets as [b, num_targets, ...], and
-    "record_id" [b], the subjects' numbers; "step" [b] is the number of the batch.
+    "record_id" [b], the subjects' numbers; "step" [b] is the number of the batch. Where no subject
+    has `most` references, `most` is what the one with most of them has.
+
+    Raises:
+        UserError: numbers that cannot be, an indivisible batch.
     """
     per_subject = per_subject or {}
-    num_records = common_length({**references, **targets, **per_subject})
+    ragged = {name: rows for name, rows in (("r", references), ("t", targets)) if rows is not None}
+    num_records = common_length({**ragged, **per_subject})
     chosen = np.arange(num_records) if subjects is None else np.asarray(subjects, np.int64)
-    least, most = (
-        num_references if isinstance(num_references, tuple) else (num_references, num_references)
-    )
-    available, shown = _second_length(references), _second_length(targets)
-    if not (1 <= least <= most <= available or not references):
-        raise UserError(f"num_references is {num_references}, subjects have {available} references")
-    if not (1 <= num_targets <= shown or not targets):
-        raise UserError(f"num_targets is {num_targets}, subjects have {shown} targets")
+    least, most = check_numbers(num_references, num_targets)
+    available = np.ones(1) if references is None else references.counts
+    shown = np.ones(1) if targets is None else targets.counts
+    most = min(most, int(available.max()))
     some, everyone = Order(len(chosen), seed), Order(num_records, seed)
     first, count = shard_slice(batch_size, shard_index, num_shards)
 
@@ -152,15 +176,19 @@ def subject_batches(
             records = chosen[some.records(start, start + count)]
         batch: Batch = {name: np.asarray(array[records]) for name, array in per_subject.items()}
         generators = [np.random.default_rng((seed, step, int(record))) for record in records]
-        rows = records[:, None]
-        if references:
-            columns = np.stack([g.permutation(available)[:most] for g in generators])
-            given = np.array([g.integers(least, most + 1) for g in generators])
+        if references is not None:
+            drawn = [g.permutation(available[r]) for g, r in zip(generators, records, strict=True)]
+            given = np.array(
+                [
+                    g.integers(min(least, len(own)), min(most, len(own)) + 1)
+                    for g, own in zip(generators, drawn, strict=True)
+                ]
+            )
             batch["reference_mask"] = np.arange(most) < given[:, None]
-            batch |= {name: np.asarray(array[rows, columns]) for name, array in references.items()}
-        if targets:
-            columns = np.stack([g.permutation(shown)[:num_targets] for g in generators])
-            batch |= {name: np.asarray(array[rows, columns]) for name, array in targets.items()}
+            batch |= references.at(records, np.stack([np.resize(own, most) for own in drawn]))
+        if targets is not None:
+            drawn = [g.permutation(shown[r]) for g, r in zip(generators, records, strict=True)]
+            batch |= targets.at(records, np.stack([np.resize(own, num_targets) for own in drawn]))
         batch["step"] = np.full(len(records), step, np.int32)
         return {**batch, "record_id": records}
 
@@ -173,13 +201,6 @@ def common_length(arrays: Mapping[str, Any]) -> int:
     if len(set(lengths.values())) != 1:
         raise ValueError(f"arrays of one length expected, got {lengths}")
     return next(iter(lengths.values()))
-
-
-def _second_length(arrays: Mapping[str, np.ndarray]) -> int:
-    lengths = {name: array.shape[1] for name, array in arrays.items()}
-    if len(set(lengths.values())) > 1:
-        raise ValueError(f"arrays with one second axis expected, got {lengths}")
-    return next(iter(lengths.values()), 0)
 
 
 def shard_slice(batch_size: int, shard_index: int, num_shards: int) -> tuple[int, int]:

@@ -1,16 +1,14 @@
 """Subjects as plain pictures and captions: avatars, a folder per concept, or a dataset."""
 
 import dataclasses
-import functools
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hyperlora_jax.array_types import UInt8
-from hyperlora_jax.data import pictures
+from hyperlora_jax.data import lazy_pictures, pictures
 from hyperlora_jax.data.concept_sources import identified, list_concepts
 from hyperlora_jax.data.concepts import Concept
 from hyperlora_jax.data.lazy_pictures import LazyPictures, LazySequence
@@ -22,15 +20,15 @@ from hyperlora_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SubjectPictures:
-    """N subjects, at most v pictures each, all of one size.
+    """N subjects, each with its own number of pictures to reproduce, all of one size.
 
     Attributes:
         ids: unique names; identities: who is shown (several subjects may show one identity).
-        images: what a LoRA shall reproduce; a subject with fewer repeats its own in turn. Those of
-            folders and datasets are read when asked for.
+        images: what a LoRA shall reproduce. Those of folders and datasets are read when asked for.
         captions: captions[n][v].
-        counts: how many of a subject's pictures are its own, the first ones.
         references: PNG files of what a hypernetwork is given; empty = the subject's pictures.
+        seen_at: the same pictures as a condition encoder of that size (height, width) sees them,
+            cut from what lies on the disk and not from the targets' size.
         numbers: place of every subject in the whole source, which may have other sizes too.
         facts: what they were made from, JSON-able.
         marks: one per subject, of its pictures and captions by their content; () where the facts
@@ -39,18 +37,27 @@ class SubjectPictures:
 
     ids: tuple[str, ...]
     identities: tuple[str, ...]
-    images: UInt8[np.ndarray, "n v h w 3"] | LazyPictures
+    images: LazyPictures
     captions: tuple[tuple[str, ...], ...]
-    counts: tuple[int, ...]
     references: Sequence[tuple[bytes, ...]]
+    seen_at: Callable[[Size], LazyPictures]
     numbers: tuple[int, ...]
     facts: Mapping[str, Any]
     marks: tuple[str, ...] = ()
 
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """How many pictures every subject has to reproduce."""
+        return self.images.counts
+
+    @property
+    def size(self) -> Size:
+        """(height, width) of the pictures to reproduce."""
+        return self.images.size
+
     def targets_png(self, index: int) -> tuple[bytes, ...]:
-        """A subject's own pictures as PNG files."""
-        own = self.images[index][: self.counts[index]]
-        return tuple(pictures.encode_png(picture) for picture in own)
+        """A subject's pictures to reproduce as PNG files."""
+        return tuple(pictures.encode_png(picture) for picture in self.images[index])
 
 
 def avatar_pictures(
@@ -79,13 +86,14 @@ def avatar_pictures(
     pairs = [(person, view) for person, own in zip(people, views, strict=True) for view in own]
     images = np.asarray(avatars.render_many(pairs, cache_dir, progress=progress))
     names = tuple(person.id for person in people)
+    drawn = lazy_pictures.of_array(images.reshape(num_identities, num_views, *images.shape[1:]))
     return SubjectPictures(
         ids=names,
         identities=names,
-        images=images.reshape(num_identities, num_views, *images.shape[1:]),
+        images=drawn,
         captions=tuple(tuple(avatars.caption(view) for view in own) for own in views),
-        counts=(num_views,) * num_identities,
         references=((),) * num_identities,
+        seen_at=lambda size: _resampled(drawn, size),
         numbers=tuple(range(num_identities)),
         facts={
             "source": "avatars",
@@ -101,34 +109,43 @@ def avatar_pictures(
     )
 
 
+def _resampled(images: LazyPictures, size: Size) -> LazyPictures:
+    """Drawn pictures at a size, as a file of them would be read."""
+    if size == images.size:
+        return images
+
+    def resampled(own: np.ndarray) -> list[np.ndarray]:
+        return [pictures.decode(pictures.encode_png(picture), size) for picture in own]
+
+    return images.map(resampled, "seen", size=size)
+
+
 def _of_one_size(
     members: Sequence[Concept], numbers: Sequence[int], facts: Mapping[str, Any]
 ) -> SubjectPictures:
-    """Concepts of one size; those with fewer pictures than the fullest repeat theirs in turn."""
-    most = max(len(concept.captions) for concept in members)
-    turns = [[k % len(concept.captions) for k in range(most)] for concept in members]
-
-    def load(concept: Concept, turn: Sequence[int]) -> np.ndarray:
-        own = concept.pixels()
-        return np.stack([own[k] for k in turn])
+    """Concepts of one size."""
 
     def references(k: int) -> tuple[bytes, ...]:
         return members[k].load().references if members[k].other_references else ()
 
-    loads = [functools.partial(load, *pair) for pair in zip(members, turns, strict=True)]
+    def seen_at(size: Size) -> LazyPictures:
+        loads = [lambda concept=concept: concept.references_at(size) for concept in members]
+        return LazyPictures(loads, [c.num_references for c in members], size, mark)
+
     marks = "\n".join(concept.mark for concept in members)
+    mark = hashlib.sha256(marks.encode()).hexdigest()
     return SubjectPictures(
         ids=tuple(concept.id for concept in members),
         identities=tuple(concept.identity for concept in members),
         images=LazyPictures(
-            loads, (most, *members[0].size), hashlib.sha256(marks.encode()).hexdigest()
+            [concept.pixels for concept in members],
+            [len(concept.captions) for concept in members],
+            members[0].size,
+            mark,
         ),
-        captions=tuple(
-            tuple(concept.captions[k] for k in turn)
-            for concept, turn in zip(members, turns, strict=True)
-        ),
-        counts=tuple(len(concept.captions) for concept in members),
+        captions=tuple(concept.captions for concept in members),
         references=LazySequence(len(members), references),
+        seen_at=seen_at,
         numbers=tuple(numbers),
         facts=facts,
         marks=tuple(concept.mark for concept in members),
@@ -143,16 +160,10 @@ def with_flips(given: SubjectPictures) -> SubjectPictures:
         both = np.stack([own, own[:, :, ::-1]], axis=1)
         return both.reshape(2 * len(own), *own.shape[1:])
 
-    images = given.images
-    if isinstance(images, LazyPictures):
-        images = images.map(flipped, 2 * images.shape[1], "flips")
-    else:
-        images = np.stack([flipped(own) for own in images])
     return dataclasses.replace(
         given,
-        images=images,
+        images=given.images.map(flipped, "flips", times=2),
         captions=tuple(tuple(text for text in own for _ in range(2)) for own in given.captions),
-        counts=tuple(2 * own for own in given.counts),
         references=LazySequence(
             len(given.ids), lambda k: given.references[k] or given.targets_png(k)
         ),

@@ -14,7 +14,7 @@ from hyperlora_jax.array_types import Float
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora_files import load_lora
 from hyperlora_jax.lora_files.verify import load_modules, verify
-from hyperlora_jax.stable_diffusion.embedded import base_path
+from hyperlora_jax.shipped import base_path
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

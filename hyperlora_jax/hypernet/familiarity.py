@@ -15,15 +15,15 @@ from hyperlora_jax.array_types import AnyArray, Float, Params
 BLOCK = 1024
 
 
-def fit(pooled: Float[np.ndarray, "n k e"]) -> Params:
+def fit(means: Float[np.ndarray, "n e"], singles: Float[np.ndarray, "n e"]) -> Params:
     """What is kept with a checkpoint: {"known": [n, e] unit embeddings, "typical": [n] ascending
     similarities of one picture of a subject to the nearest other subject}.
 
     Args:
-        pooled: embeddings of k pictures of n training subjects.
+        means: mean embeddings of the pictures of n training subjects, of each its own number.
+        singles: the embedding of one picture of each.
     """
-    known = _unit(pooled.mean(axis=1))
-    asked = _unit(pooled[:, 0])
+    known, asked = _unit(means), _unit(singles)
     typical = np.empty(len(known), np.float32)
     for start in range(0, len(known), BLOCK):
         rows = slice(start, start + BLOCK)

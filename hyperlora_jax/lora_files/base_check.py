@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -114,6 +115,50 @@ def _refit(
         pairs[site.path] = {"down": pair["down"].reshape(new.down_shape), "up": pair["up"]}
         sites.append(new)
     return tree_from_sites(pairs), LoraSpec(tuple(sites))
+
+
+_WINDOWS = re.compile(r"\.resnets\.\d+\.conv[12]$|\.(down|up)samplers\.\d+\.conv$|^conv_(in|out)$")
+_PROJECTION = re.compile(r"\.attentions\.\d+\.proj_(in|out)$")
+
+
+def of_family(
+    path: str | os.PathLike[str], lora: Params, spec: LoraSpec, family: str
+) -> tuple[Params, LoraSpec]:
+    """The LoRA with the kinds of layers that bases of its family have: files of some trainers hold
+    factors of 3×3 windows 2-D, or those of linear layers 4-D, which loaders refuse.
+
+    Raises UserError for a factor that no such layer can have.
+    """
+    table = {}
+    for site in spec.sites:
+        other = site
+        if _WINDOWS.search(site.path) and site.kind == "linear":
+            if site.in_features % 9:
+                raise UserError(
+                    f"{path}: layer {site.path} has {site.in_features} columns, expected those of "
+                    "a 3×3 window (a multiple of 9)"
+                )
+            window = {"in_features": site.in_features // 9, "kernel_size": (3, 3)}
+            other = dataclasses.replace(site, kind="conv", **window)
+        elif not _WINDOWS.search(site.path):
+            wide = site.path.endswith(".conv_shortcut")
+            wide |= family == "sd1" and bool(_PROJECTION.search(site.path))
+            if site.kernel_size != (1, 1):
+                raise UserError(
+                    f"{path}: layer {site.path} is {_size(site)}, expected a layer without window"
+                )
+            other = dataclasses.replace(site, kind="conv" if wide else "linear")
+        table[site.path] = other
+    if all(table[site.path] == site for site in spec.sites):
+        return lora, spec
+    pairs = {}
+    for site in spec.sites:
+        pair, other = site_factors(lora, site), table[site.path]
+        down = pair["down"]
+        if other.kernel_size != site.kernel_size:  # PyTorch's order: input, then the window
+            down = down.reshape(other.in_features, 3, 3, site.rank).transpose(1, 2, 0, 3)
+        pairs[site.path] = {"down": down.reshape(other.down_shape), "up": pair["up"]}
+    return tree_from_sites(pairs), LoraSpec(tuple(table[site.path] for site in spec.sites))
 
 
 def _size(site: LoraSite) -> str:

@@ -14,6 +14,7 @@ from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora.sites import TEXT_ENCODERS, LoraSite
 from hyperlora_jax.lora_files import safetensors_io
 from hyperlora_jax.lora_files.family import Family
+from hyperlora_jax.shipped import base_path
 
 _TEXT_PREFIX = re.compile(r"^(?!text_model\.|text_projection)")
 
@@ -29,8 +30,8 @@ class BaseModel:
 
 
 def read_base_model(path: str | Path) -> BaseModel:
-    """Layers of a diffusers directory. Raises UserError when it is none."""
-    folder = Path(path)
+    """Layers of a diffusers directory or an embedded model. Raises UserError when it is none."""
+    folder = Path(base_path(str(path)))
     config = _config(folder / "unet")
     layers: dict[str, LoraSite] = {}
     for component in ("unet", *TEXT_ENCODERS):

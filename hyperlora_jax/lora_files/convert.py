@@ -10,6 +10,7 @@ from pathlib import Path
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora.sites import PRESETS, LoraSpec
 from hyperlora_jax.lora_files import family as families
+from hyperlora_jax.lora_files.base_check import of_family
 from hyperlora_jax.lora_files.base_model import BaseModel, read_base_model
 from hyperlora_jax.lora_files.header import PREFIX
 from hyperlora_jax.lora_files.peft_directory import adapter_folders
@@ -45,24 +46,36 @@ def convert_file(
 ) -> Converted:
     """Reads any form and writes another; our own header texts are kept.
 
-    `base` checks the layers and decides the family; without it the sites do. Raises UserError.
+    `base` checks the layers and decides the family; without it the header does, or else the sites.
+    Raises UserError.
     """
     source = Path(source)
     model = base if isinstance(base, BaseModel) else None
     lora, spec = load_lora(
         source, _vector_spec(source, model) if source.suffix == ".npy" else model
     )
+    texts = {} if source.suffix == ".npy" else read_metadata(source)
     if model is not None:
         family, evidence = model.family, f"from the base {model.name}"
     elif isinstance(base, str):
         family, evidence = families.check(base, spec), "given"
     else:
-        family, evidence = families.recognise(spec)
-    own = {} if source.suffix == ".npy" else read_metadata(source)
-    own = {key: text for key, text in own.items() if key.startswith(PREFIX)}
+        family, evidence = _told(source, spec, texts)
+    if model is None:
+        lora, spec = of_family(source, lora, spec, family)
+    own = {key: text for key, text in texts.items() if key.startswith(PREFIX)}
+    if families.predicts_velocity(texts):
+        own[f"{PREFIX}prediction_type"] = "v_prediction"
     layers = model.layers_per_block if model else 2
     written = save_lora(target, lora, spec, to, dtype, family, own, layers)
     return Converted(source, written, spec.with_rank(spec.max_rank), family, evidence)
+
+
+def _told(source: Path, spec: LoraSpec, texts: dict[str, str]) -> tuple[families.Family, str]:
+    try:
+        return families.tell(spec, texts)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
 
 
 def _vector_spec(source: Path, base: BaseModel | None) -> LoraSpec:
@@ -101,13 +114,19 @@ def convert_folder(
     A file that cannot be converted does not stop the others: its `error` says why.
     """
     root, out = Path(source), Path(target)
-    jobs = []
+    jobs: list[tuple[Path, Path]] = []
+    taken: dict[Path, Path] = {}
     for path in find_loras(root):
         relative = path.relative_to(root)
         if relative.name == DIFFUSERS_NAME and relative.parent != Path():
             relative = relative.parent
         name = relative.with_suffix("") if path.is_file() else relative
-        jobs.append((path, out / (name if to in _FOLDERS else f"{name}.safetensors")))
+        place = out / (name if to in _FOLDERS else f"{name}.safetensors")
+        if taken.setdefault(place, path) != path:
+            raise UserError(
+                f"{path} and {taken[place]} would both become {place}; rename or move one"
+            )
+        jobs.append((path, place))
 
     def one(job: tuple[Path, Path]) -> Converted:
         try:

@@ -1,12 +1,13 @@
-"""Which family of base models a LoRA belongs to: "sd1", "sd2" or "sdxl", read from its structure.
+"""Which family of base models a LoRA belongs to: "sd1", "sd2" or "sdxl".
 
-Module paths and transformer depth decide first, then the kind of proj_in (a convolution in SD 1.x,
-a linear layer later); the width of the text states only breaks ties, so tiny models are
-recognised too. A LoRA of any other base is out of scope and refused by its keys.
+The file's own word comes first (`declared`), its structure second (`recognise`): module paths and
+transformer depth, then the width of the text states, then the kind of proj_in (a convolution in
+SD 1.x, a linear layer later). A LoRA of any other base is refused by its keys.
 """
 
 import functools
 import re
+from collections.abc import Mapping
 from typing import Literal, get_args
 
 from hyperlora_jax.errors import UserError
@@ -29,6 +30,57 @@ _TEXT_STATES = re.compile(r"\.attn2\.to_[kv]$")
 _WIDTHS: dict[int, Family] = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
 
 
+_DECLARED: tuple[tuple[str, str, Family], ...] = (  # header key, start of its value, family
+    ("ss_base_model_version", "sdxl", "sdxl"),
+    ("ss_base_model_version", "sd_v2", "sd2"),
+    ("ss_base_model_version", "sd_v1", "sd1"),
+    ("modelspec.architecture", "stable-diffusion-xl", "sdxl"),
+    ("modelspec.architecture", "stable-diffusion-v2", "sd2"),
+    ("modelspec.architecture", "stable-diffusion-v1", "sd1"),
+    ("ss_v2", "true", "sd2"),
+)
+
+
+def declared(metadata: Mapping[str, str]) -> tuple[Family, str] | None:
+    """(family, the header's words) of a file that says what it is for; None where none does.
+
+    Raises UserError when the header says two things.
+    """
+    said: dict[Family, str] = {}
+    for key, start, family in _DECLARED:
+        if metadata.get(key, "").lower().startswith(start):
+            said.setdefault(family, f"its header says {key} = {metadata[key]}")
+    if len(said) > 1:
+        raise UserError(f"{' but '.join(said.values())}; name the base's family (--base sd1, …)")
+    return next(iter(said.items()), None)
+
+
+def predicts_velocity(metadata: Mapping[str, str]) -> bool:
+    """Whether the header says that the base predicts v (the 768-pixel Stable Diffusion 2.x)."""
+    return (
+        metadata.get("ss_base_model_version", "").endswith("_v")
+        or "-768-v" in metadata.get("modelspec.architecture", "")
+        or metadata.get("modelspec.prediction_type", "").lower().startswith("v")
+        or metadata.get("hyperlora.prediction_type") == "v_prediction"
+    )
+
+
+def tell(spec: LoraSpec, metadata: Mapping[str, str]) -> tuple[Family, str]:
+    """(family, evidence) of a file: what its header says, else what its sites look like. Where both
+    differ the evidence says so.
+
+    Raises UserError when the header says two things.
+    """
+    said, (looks, why) = declared(metadata), recognise(spec)
+    if said is None:
+        return looks, why
+    family, evidence = said
+    # "attn1 of one block" looks like anything; only names that other families lack contradict.
+    if family != looks and not why.startswith("undecidable"):
+        evidence += f"; its layers look like {looks} ({why})"
+    return family, evidence
+
+
 @functools.lru_cache(maxsize=64)
 def recognise(spec: LoraSpec) -> tuple[Family, str]:
     """(family, the evidence in words). Undecidable means "sd1", and the evidence says so."""
@@ -36,18 +88,16 @@ def recognise(spec: LoraSpec) -> tuple[Family, str]:
     if path := next((path for path in paths if _XL.search(path)), None):
         return "sdxl", f"has {path}"
     kinds = {site.kind for site in spec.sites if _PROJECTION.search(site.path)}
-    if kinds == {"conv"}:
-        return "sd1", "proj_in and proj_out are convolutions"
     not_xl = next((path for path in paths if _SD.search(path)), None)
     widths = {site.in_features for site in spec.sites if _TEXT_STATES.search(site.path)}
     text = {s.in_features for s in spec.component("text_encoder") if s.path.endswith("q_proj")}
     family = _WIDTHS.get(next(iter(widths))) if len(widths) == 1 else None
-    if kinds == {"linear"}:
-        if not_xl is None and family == "sdxl":
-            return "sdxl", "linear proj_in and text states of width 2048"
-        return "sd2", "proj_in and proj_out are linear layers"
     if family is not None and not (family == "sdxl" and not_xl):
         return family, f"text states of width {widths.pop()}"
+    if kinds == {"linear"}:
+        return "sd2", "proj_in and proj_out are linear layers"
+    if kinds == {"conv"}:
+        return "sd1", "proj_in and proj_out are convolutions"
     if not widths and text and text <= {768, 1024}:
         width = text.pop()
         return _WIDTHS[width], f"text encoder of width {width}"

@@ -23,7 +23,7 @@ def inspect_lora(path: str | os.PathLike[str], base: str | None = None) -> dict[
     model = given if isinstance(given, BaseModel) else None
     lora, spec = load_lora(path, model)
     tensors, metadata = read_tensors(Path(path))
-    family, evidence = families.recognise(spec)
+    family, evidence = families.tell(spec, metadata)
     if given is not None:
         family = model.family if model else families.check(str(base), spec)
         evidence = "given"

@@ -59,11 +59,17 @@ _TEXT_FLAT = re.compile(
     r"^text_model_encoder_layers_(\d+)_(?:(self_attn)_(q_proj|k_proj|v_proj|out_proj)"
     r"|(mlp)_(fc[12]))$"
 )
-_TEXT_PREFIX = {
+_TEXT_PREFIX = {  # the first that fits
+    "lora_te_0_transformer_": "text_encoder.",
     "lora_te_": "text_encoder.",
     "lora_te1_": "text_encoder.",
     "lora_te2_": "text_encoder_2.",
 }
+# ComfyUI's names of the text encoders.
+_TEXT_DOTTED = re.compile(r"^(?:text_encoders\.)?clip_([lg])\.(?:transformer\.)?")
+_CLIPS = {"l": "text_encoder", "g": "text_encoder_2"}
+# What wrappers put around a model: torch.compile, DataParallel, PEFT.
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|module|base_model\.model)\.")
 _LDM_FLAT = re.compile(r"^(input_blocks|middle_block|output_blocks|time_embed|label_emb|out)_")
 _LDM_RESNET = {
     "in_layers.2": "conv1",
@@ -111,15 +117,19 @@ def _unprocessed(stem: str, key: str) -> str:
 @functools.lru_cache(maxsize=1 << 16)
 def canonical_path(stem: str, layers_per_block: int = 2) -> str | None:
     """Diffusers path of a key's stem, with "text_encoder." for text encoders; None if unknown."""
+    stem = _WRAPPERS.sub("", stem)
+    if clip := _TEXT_DOTTED.match(stem):
+        return _text_dotted(stem[clip.end() :], _CLIPS[clip[1]])
     for prefix, component in _TEXT_PREFIX.items():
         if stem.startswith(prefix):
             return _text_flat(stem.removeprefix(prefix), component)
-    if stem.startswith("lora_unet_"):
-        return _unet_flat(stem.removeprefix("lora_unet_"), layers_per_block)
+    for prefix in ("lora_unet_", "lycoris_unet_", "lycoris_"):
+        if stem.startswith(prefix):
+            return _unet_flat(stem.removeprefix(prefix), layers_per_block)
     for component in TEXT_ENCODERS:
         if stem.startswith(component + "."):
             return _text_dotted(stem.removeprefix(component + "."), component)
-    for prefix in ("base_model.model.", "diffusion_model.", "unet."):
+    for prefix in ("diffusion_model.", "unet."):
         stem = stem.removeprefix(prefix)
     if stem.startswith(("text_model.", "encoder.layers.")):
         return _text_dotted(stem, "text_encoder")
@@ -144,7 +154,8 @@ def _text_dotted(path: str, component: str) -> str | None:
 def _text_flat(flat: str, component: str) -> str | None:
     if flat == "text_projection" or flat == "text_model_text_projection":
         return component + "text_projection"
-    match = _TEXT_FLAT.match(flat)
+    # transformers 5 leaves "text_model_" out.
+    match = _TEXT_FLAT.match(flat) or _TEXT_FLAT.match(f"text_model_{flat}")
     if not match:
         return None
     layer, *rest = (group for group in match.groups() if group is not None)

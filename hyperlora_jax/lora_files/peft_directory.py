@@ -1,4 +1,4 @@
-"""PEFT adapter directories, weights2weights exports, and the scale that a LoraConfig implies.
+"""PEFT adapter directories and weights2weights exports.
 
 A directory is adapter_config.json + adapter_model.safetensors; a LoRA of several models has one
 folder for each ("unet", "text_encoder", "text_encoder_2"). Text encoder modules are named as
@@ -10,23 +10,22 @@ weights2weights: folder "unet" with keys that carry the adapter name "identity1"
 import functools
 import io
 import json
-import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora.sites import TEXT_ENCODERS, LoraSpec
 from hyperlora_jax.lora_files import safetensors_io
+from hyperlora_jax.lora_files.lora_config import check_config, config_scale
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
 VECTOR_NAME = "weights.npy"
 W2W_SCALE = 27
 W2W_ADAPTER = "identity1"
+OPEN_CLIP_G = 1280  # width of SDXL's second text encoder
 COMPONENTS = ("unet", *TEXT_ENCODERS)
 Arrays = Mapping[str, tuple[np.ndarray, np.ndarray]]
 
@@ -34,10 +33,11 @@ Arrays = Mapping[str, tuple[np.ndarray, np.ndarray]]
 def adapter_folders(path: Path) -> dict[str, Path]:
     """{component: folder} of a PEFT directory or a folder of them; {} when it is neither.
 
-    A directory without sub-folders belongs to the component that its keys name: "" here.
+    A directory without sub-folders belongs to the component that its name, or else its keys, say:
+    "" here for the latter.
     """
     if (path / CONFIG_NAME).exists() or (path / WEIGHTS_NAME).exists():
-        return {"": path}
+        return {path.name if path.name in COMPONENTS else "": path}
     return {name: path / name for name in COMPONENTS if (path / name / WEIGHTS_NAME).exists()}
 
 
@@ -56,6 +56,7 @@ def read_folder(path: Path, component: str) -> tuple[dict[str, np.ndarray], dict
     if not isinstance(config, dict):
         raise UserError(f"{config_path}: expected a JSON object")
     check_config(config_path, config)
+    component = component or _second_text_encoder(tensors)
     result = {}
     for key, array in tensors.items():
         name, module, scale_name = _names(key, component)
@@ -66,6 +67,16 @@ def read_folder(path: Path, component: str) -> tuple[dict[str, np.ndarray], dict
     return result, metadata
 
 
+def _second_text_encoder(tensors: Mapping[str, np.ndarray]) -> str:
+    """ "text_encoder_2" where only SDXL's second text encoder has such layers, else ""."""
+    for key, array in tensors.items():
+        if "text_projection" in key:
+            return TEXT_ENCODERS[1]
+        if ".self_attn.q_proj.lora_A" in key and array.ndim == 2 and array.shape[1] == OPEN_CLIP_G:
+            return TEXT_ENCODERS[1]
+    return ""
+
+
 @functools.lru_cache(maxsize=1 << 16)
 def _names(key: str, component: str) -> tuple[str, str | None, str]:
     """(key as in a single file, module of a lora_A key or None, name of its scale)."""
@@ -73,74 +84,6 @@ def _names(key: str, component: str) -> tuple[str, str | None, str]:
     name = f"{component}.{bare}" if component else key
     module, found, _ = bare.rpartition(".lora_A")
     return name, module if found else None, name.rpartition(".lora_A")[0] + ".scale"
-
-
-def config_scale(
-    path: str | os.PathLike[str], config: Mapping[str, Any], module: str, rank: int
-) -> float:
-    """alpha/r (alpha/√r with rslora) of one module by a LoraConfig, patterns included.
-
-    Raises UserError when the rank is another one.
-    """
-    wanted = _pattern(config.get("rank_pattern"), module, config.get("r", 8))
-    alpha = _pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
-    if not _is_number(wanted) or not _is_number(alpha) or alpha == 0:
-        raise UserError(f"{path}: r {wanted!r}, lora_alpha {alpha!r} of {module}, expected numbers")
-    if wanted != rank:
-        raise UserError(f"{path}: rank of {module} is {wanted}, its factors have {rank}")
-    return float(alpha) / (float(rank) ** 0.5 if config.get("use_rslora") else float(rank))
-
-
-def check_config(path: str | os.PathLike[str], config: Mapping[str, Any]) -> None:
-    """Raises UserError for a LoraConfig of adapters that are no plain LoRA."""
-    kind = config.get("peft_type", "LORA")
-    if kind != "LORA":
-        raise UserError(f"{path}: peft_type {kind!r} is not supported, only LORA is")
-    for flag in ("use_dora", "fan_in_fan_out", "lora_bias", "modules_to_save", "use_qalora"):
-        if config.get(flag):
-            raise UserError(f"{path}: {flag} is not supported, only plain LoRA is")
-    if config.get("bias", "none") != "none":
-        raise UserError(f"{path}: bias {config['bias']!r} is not supported, only 'none' is")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e9
-
-
-def _pattern(patterns: Any, module: str, default: Any) -> Any:
-    for pattern, value in (patterns or {}).items() if isinstance(patterns, dict) else ():
-        if module == pattern or module.endswith("." + pattern):
-            return value
-        try:
-            if re.fullmatch(rf"(.*\.)?({pattern})", module):
-                return value
-        except re.error:
-            continue
-    return default
-
-
-def header_scales(
-    path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray], text: str
-) -> dict[str, np.ndarray]:
-    """ ".scale" entries from the header's `lora_adapter_metadata` of a diffusers file."""
-    try:
-        flat = json.loads(text)
-        configs: dict[str, dict[str, Any]] = {}
-        for key, value in flat.items():
-            component, _, field = key.partition(".")
-            configs.setdefault(component, {})[field] = value
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{path}: lora_adapter_metadata is no JSON object") from error
-    for component in {key.partition(".")[0] for key in tensors} & set(configs):
-        check_config(path, configs[component])
-    scales = {}
-    for key, array in tensors.items():
-        stem, found, _ = key.rpartition(".lora_A")
-        component, _, module = stem.partition(".")
-        if found and component in configs and array.ndim >= 1:
-            scale = config_scale(path, configs[component], module, array.shape[0])
-            scales[f"{stem}.scale"] = np.array(scale, np.float64)
-    return scales
 
 
 def write_peft(path: Path, sites: Arrays, spec: LoraSpec, metadata: Mapping[str, str]) -> Path:

@@ -20,15 +20,17 @@ from hyperlora_jax.lora.sites import LoraSite, LoraSpec, tree_from_sites
 from hyperlora_jax.lora_files import keys, safetensors_io
 from hyperlora_jax.lora_files.base_check import check_base, layers_per_block_of
 from hyperlora_jax.lora_files.layout import Signature, signature
+from hyperlora_jax.lora_files.lora_config import header_scales
 from hyperlora_jax.lora_files.peft_directory import (
     WEIGHTS_NAME,
     adapter_folders,
-    header_scales,
     read_folder,
     read_vector,
 )
 from hyperlora_jax.lora_files.writing import DIFFUSERS_NAME
 
+SWAPPED, NARROWEST = 4, 32
+BUNDLED = "bundle_emb."  # textual inversions that OneTrainer puts into the LoRA file
 _FLOATS = {safetensors_io.DTYPES[name] for name in ("F16", "BF16", "F32", "F64")}
 
 
@@ -131,6 +133,8 @@ def _groups(names: Sequence[str], layers_per_block: int) -> dict[str, dict[str, 
     stems: dict[str, str] = {}
     unknown: list[str] = []
     for key in names:
+        if key.startswith(BUNDLED):
+            continue
         found = keys.split_role(key)
         if found is None:
             unknown.append(key)
@@ -176,14 +180,18 @@ def _site(
             )
     down, up = kinds[group["down"]][1], kinds[group["up"]][1]
     shapes = f"down {list(down)}, up {list(up)}"
-    if len(down) not in (2, 4) or len(up) != len(down) or 0 in down or 0 in up:
+    # LyCORIS' DyLoRA keeps the up factor of a convolution 2-D.
+    if len(down) not in (2, 4) or len(up) not in (2, len(down)) or 0 in down or 0 in up:
         raise UserError(f"layer {name} has {shapes}, expected two 2-D or two 4-D factors")
     rank, in_features = down[:2]
     out_features = up[0]
     if up[1] != rank or any(size != 1 for size in up[2:]):
         raise UserError(f"layer {name} has {shapes}: the ranks differ (swapped factors?)")
     window = down[2:] if len(down) == 4 else (1, 1)
-    if rank > max(in_features * window[0] * window[1], out_features):
+    widest = max(in_features * window[0] * window[1], out_features)
+    # A rank above both widths is sound (network_dim 1000 on layers of 320); one far above them, on
+    # a layer narrower than any real one, is the width of swapped factors.
+    if rank > widest and (rank > SWAPPED * widest or widest < NARROWEST):
         raise UserError(
             f"layer {name} has {shapes}: rank {rank} is above both sizes (swapped factors?)"
         )

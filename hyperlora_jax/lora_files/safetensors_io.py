@@ -7,11 +7,13 @@ array to C order first (the numpy writer of the safetensors package stores wrong
 transposed views), and replaces the target atomically.
 """
 
+import contextlib
 import hashlib
+import math
 import mmap
 import os
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -122,6 +124,54 @@ def write_streamed(
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(target)
+
+
+@contextlib.contextmanager
+def written_in_rows(
+    path: str | os.PathLike[str], signature: layouts.Signature
+) -> Iterator[Callable[[str, int, np.ndarray], None]]:
+    """A function that puts rows of a tensor (its name, the first row's number, the rows) into a
+    file, which appears at the path when the block ends, and not when it fails.
+
+    Raises UserError where the file cannot be written.
+    """
+    order, entries = layouts.describe(signature)
+    kinds = {name: (dtype, shape) for name, dtype, shape in signature}
+    header = _header_bytes(entries, {})
+    starts, end = {}, len(header)
+    for name in order:
+        starts[name] = end
+        end += math.prod(kinds[name][1]) * kinds[name][0].itemsize
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.partial")
+    with _named(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        file = temporary.open("wb", buffering=0)
+        file.write(header)
+        file.truncate(end)
+
+    def put(name: str, first: int, rows: np.ndarray) -> None:
+        dtype, shape = kinds[name]
+        if rows.shape[1:] != shape[1:] or rows.dtype != dtype or first + len(rows) > shape[0]:
+            raise ValueError(f"{name}: rows {rows.dtype}{rows.shape} for {dtype}{shape}")
+        with _named(target):
+            file.seek(starts[name] + first * math.prod(shape[1:]) * dtype.itemsize)
+            _write_all(file.fileno(), np.ascontiguousarray(rows).reshape(-1).view(np.uint8))
+
+    with file:
+        yield put
+        with _named(target):
+            os.fsync(file.fileno())
+    with _named(target):
+        temporary.replace(target)
+
+
+@contextlib.contextmanager
+def _named(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written ({error.strerror})") from error
 
 
 def _header_bytes(entries: str, metadata: Mapping[str, str]) -> bytes:

@@ -1,18 +1,14 @@
 """Base models by name: "tiny-sd" is the one inside the package, anything else a path or hub id."""
 
-import importlib.resources
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from hyperlora_jax.errors import UserError
 from hyperlora_jax.parallel.sharding import DEFAULT_RULES, Rule
+from hyperlora_jax.shipped import base_path
 from hyperlora_jax.stable_diffusion.model import StableDiffusion
-
-EMBEDDED = ("tiny-sd",)
 
 
 def load_base(
@@ -27,19 +23,6 @@ def load_base(
         UserError: see `StableDiffusion.from_pretrained`; or the embedded model is not built yet.
     """
     return StableDiffusion.from_pretrained(base_path(source), dtype, mesh=mesh, rules=rules)
-
-
-def base_path(source: str) -> str:
-    """Folder of an embedded model, or `source` itself."""
-    if source not in EMBEDDED:
-        return source
-    folder = Path(str(importlib.resources.files("hyperlora_jax"))) / "assets" / source
-    if not folder.is_dir():
-        raise UserError(
-            f"base {source}: {folder} not found; build it by "
-            "`hyperlora pretrain --config configs/tiny_sd.py --workdir DIR`"
-        )
-    return str(folder)
 
 
 def image_size(sd: Any) -> int:

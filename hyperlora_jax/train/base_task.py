@@ -113,7 +113,7 @@ def unet_task(
     schedule: Any,
     init: Any,
     frozen: Params,
-    arrays: dict[str, np.ndarray] | None,
+    arrays: dict[str, Any] | None,
     *,
     batch_size: int,
     seed: int,

@@ -23,6 +23,7 @@ from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora.sites import LoraSpec
 from hyperlora_jax.parallel import multihost
 from hyperlora_jax.stable_diffusion.embedded import image_size
+from hyperlora_jax.train.configured import arithmetic_dtype
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -82,10 +83,24 @@ class TrainingTargets:
 
 
 def read_encoded(
-    config: Any, workdir: epath.PathLike, scratch: Path, sd: Any, encoder: Any
+    config: Any,
+    workdir: epath.PathLike,
+    scratch: Path,
+    sd: Any,
+    encoder: Any,
+    *,
+    latents: bool,
+    texts: bool,
 ) -> tuple[EncodedSubjects, dict[str, Any]]:
     """Encoded training subjects, from the workdir if the same were encoded before; and their
-    pictures' facts."""
+    pictures' facts.
+
+    They are kept in bfloat16 where the frozen models compute in it (`train.dtype`): what it cannot
+    tell apart they cannot either.
+
+    Args:
+        latents, texts: whether a loss reads those of the targets.
+    """
     count, size = config.data.num_identities, image_size(sd)
     pictures = multihost.first_then_others(
         "pictures", lambda: load_pictures(config.data, count, size, scratch / "renders")
@@ -93,10 +108,11 @@ def read_encoded(
     encoded = encode_once(
         workdir,
         sd,
-        encoder,
-        pictures.ids,
-        pictures.images,
-        pictures.captions,
+        pictures,
+        encoder=encoder,
+        latents=latents,
+        texts=texts,
+        dtype=arithmetic_dtype(config.train),
         batch_size=config.train.encode_batch_size,
     )
     return encoded, dict(pictures.facts)

@@ -3,8 +3,9 @@
     pictures ─► latents, text states, condition embeddings ─┐
     LoRA targets ─► vectors in a gauge (─► VAE latents) ─────┴► training loop ─► hypernetwork/
 
-The frozen models run once over all pictures; the result is kept in the workdir. Baselines (mean,
-nearest, knn, ridge, pca_gaussian) are fitted in closed form instead of trained.
+The frozen models run once over all pictures; the result is kept in the workdir. The autoencoder
+and the text encoder run only where a loss needs the base. Baselines (mean, nearest, knn, ridge,
+pca_gaussian) are fitted in closed form instead of trained.
 """
 
 from collections.abc import Sequence
@@ -14,9 +15,9 @@ import numpy as np
 from etils import epath
 
 from hyperlora_jax import storage
-from hyperlora_jax.array_types import Params
+from hyperlora_jax.array_types import Float, Params
 from hyperlora_jax.data.encoded_subjects import EncodedSubjects
-from hyperlora_jax.data.pipelines import subject_batches
+from hyperlora_jax.data.pipelines import check_numbers, subject_batches
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.hypernet import familiarity
 from hyperlora_jax.hypernet.baselines import Fitted
@@ -51,10 +52,17 @@ def train_hypernetwork(config: Any, workdir: epath.PathLike) -> Hypernetwork:
     sd = load_base(config.base, arithmetic_dtype(config.train))
     encoder = load_condition_encoder(config.model.encoder)
     section, model = config.train, architecture(config.model)
+    check_numbers(section.num_references, section.images_per_subject)
     spec = sd.lora_spec(config.model.preset, config.model.rank)
     generator = build_generator(spec, with_remat(model, section.remat))
     phases = make_phases(section)
-    encoded, pictures_facts = read_encoded(config, workdir, scratch, sd, encoder)
+    needs_base = not isinstance(generator, Fitted) and any(p.weights.need_base for p in phases)
+    needs_texts = needs_base and any(phase.weights.end_to_end for phase in phases)
+    encoded, pictures_facts = read_encoded(
+        config, workdir, scratch, sd, encoder, latents=needs_base, texts=needs_texts
+    )
+    conditions = encoded.references
+    assert conditions is not None
     facts = {
         "base": config.base,
         "base_hash": sd.base_hash,
@@ -75,9 +83,10 @@ def train_hypernetwork(config: Any, workdir: epath.PathLike) -> Hypernetwork:
         "trained_on": list(encoded.ids),
         "generate": generate_defaults(config.generate),
     }
-    known = {"familiarity": familiarity.fit(encoded.pooled)}
+    means = conditions.means("pooled")
+    known = {"familiarity": familiarity.fit(means, conditions.first("pooled"))}
     if isinstance(generator, Fitted):
-        hyper = _fitted(generator, encoder, encoded, targets, stored, model, known)
+        hyper = _fitted(generator, encoder, means, targets, stored, model, known)
         return _saved(hyper, workdir)
     if isinstance(generator, Diffusion) and isinstance(generator.codec, Latents):
         constants = train_vae(
@@ -93,8 +102,10 @@ def train_hypernetwork(config: Any, workdir: epath.PathLike) -> Hypernetwork:
             config=config,
         )
     frozen: Params = {"constants": constants} if constants else {}
-    if any(phase.weights.need_base for phase in phases):
-        frozen |= {"unet": sd.params["unet"], "text_states": encoded.text_states}
+    if needs_base:
+        frozen["unet"] = sd.params["unet"]
+    if needs_texts:
+        frozen["text_states"] = encoded.text_states[:]
     if any(phase.weights.prior for phase in phases):
         picture = (image_size(sd),) * 2
         frozen["prior_text"] = np.asarray(
@@ -105,7 +116,10 @@ def train_hypernetwork(config: Any, workdir: epath.PathLike) -> Hypernetwork:
         frozen,
         _batches(section, mesh, encoded, targets, _targets_until(generator, phases)),
         phases=phases,
-        condition_shapes=(encoded.pooled.shape[2:], encoded.tokens.shape[2:]),
+        condition_shapes=(
+            conditions.arrays["pooled"].shape[1:],
+            conditions.arrays["tokens"].shape[1:],
+        ),
         base=Base(
             sd.unet.clone(mesh=mesh, remat=section.remat), sd.schedule, section.min_snr_gamma
         ),
@@ -142,8 +156,8 @@ def _batches(
 ):
     global_batch = section.batch_size * (mesh.shape["data"] * mesh.shape["fsdp"])
     return subject_batches(
-        {"pooled": encoded.pooled, "tokens": encoded.tokens},
-        {"latents": encoded.latents, "text_index": encoded.text_index},
+        encoded.references,
+        encoded.targets,
         batch_size=global_batch if section.batch_per_device else section.batch_size,
         seed=section.seed,
         num_references=section.num_references,
@@ -159,16 +173,15 @@ def _batches(
 def _fitted(
     generator: Fitted,
     encoder: Any,
-    encoded: EncodedSubjects,
+    means: Float[np.ndarray, "n e"],
     targets: TrainingTargets | None,
     facts: dict[str, Any],
     model: dict[str, Any],
     known: Params,
 ) -> Hypernetwork:
-    """A baseline, fitted on the mean embedding of every subject's pictures."""
+    """A baseline, fitted on the mean embedding of every subject's references."""
     assert targets is not None
-    embeddings = encoded.pooled[targets.subjects].mean(axis=1)
-    constants = generator.fit(embeddings, targets.rows[targets.subjects]) | known
+    constants = generator.fit(means[targets.subjects], targets.rows[targets.subjects]) | known
     return Hypernetwork(generator, {}, encoder, facts, model, constants)
 
 

@@ -120,23 +120,16 @@ def _cached_text(params: Params, frozen: Params, text: Array) -> Array:
 
 def _encoded(
     config: Any, workdir: epath.Path, scratch: Path, sd: StableDiffusion
-) -> tuple[dict[str, np.ndarray], np.ndarray, dict[str, Any]]:
+) -> tuple[dict[str, Any], np.ndarray, dict[str, Any]]:
     """({"latents", "text"} of every picture, text states with the empty prompt last, facts)."""
     size, count = image_size(sd), config.data.num_identities
     pictures = multihost.first_then_others(
         "pictures", lambda: load_pictures(config.data, count, size, scratch / "renders")
     )
-    encoded = encode_once(
-        workdir,
-        sd,
-        None,
-        pictures.ids,
-        pictures.images,
-        pictures.captions,
-        batch_size=config.train.encode_batch_size,
-    )
-    own = np.arange(pictures.images.shape[1]) < np.asarray(pictures.counts)[:, None]
+    encoded = encode_once(workdir, sd, pictures, batch_size=config.train.encode_batch_size)
+    assert encoded.targets is not None
+    rows = encoded.targets.arrays
     empty = np.asarray(packed_text.encode_nothing(sd, (size, size)), np.float32)
-    arrays = {"latents": encoded.latents[own], "text": encoded.text_index[own]}
-    text_states = np.concatenate([encoded.text_states, empty])
+    arrays = {"latents": rows["latents"], "text": rows["text_index"]}
+    text_states = np.concatenate([encoded.text_states[:], empty])
     return arrays, text_states, {"data": dict(pictures.facts)}

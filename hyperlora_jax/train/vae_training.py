@@ -57,8 +57,8 @@ def train_vae(
         workdir: a finished one gives its VAE at once, so that several generators can share it.
     """
     batches = subject_batches(
-        {},
-        {},
+        None,
+        None,
         batch_size=section.batch_size * mesh.shape["data"] * mesh.shape["fsdp"],
         seed=seed,
         per_subject={"target": targets},

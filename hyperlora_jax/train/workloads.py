@@ -18,9 +18,9 @@ from hyperlora_jax.hypernet.building import architecture, build_generator, with_
 from hyperlora_jax.hypernet.conditioning import load_condition_encoder
 from hyperlora_jax.hypernet.weight_vae import Latents
 from hyperlora_jax.lora.sites import spec_from_shapes
+from hyperlora_jax.shipped import base_path
 from hyperlora_jax.stable_diffusion import directory
 from hyperlora_jax.stable_diffusion.checkpoint import param_shapes
-from hyperlora_jax.stable_diffusion.embedded import base_path
 from hyperlora_jax.stable_diffusion.packed_text import extra_rows
 from hyperlora_jax.stable_diffusion.unet import unet_from_config
 from hyperlora_jax.stable_diffusion.unet_config import UNetConfig

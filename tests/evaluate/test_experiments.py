@@ -9,7 +9,7 @@ import pytest
 from hyperlora_jax.cli.config import load_config
 from hyperlora_jax.evaluate import experiments_page
 from hyperlora_jax.hypernet.building import architecture, build_generator
-from hyperlora_jax.stable_diffusion.embedded import base_path
+from hyperlora_jax.shipped import base_path
 from hyperlora_jax.stable_diffusion.model import StableDiffusion
 from hyperlora_jax.train.hypernet_training import make_phases
 

@@ -27,15 +27,7 @@ def write(path, numbers):
 
 
 def read(tmp_path, targets, **settings):
-    empty = np.zeros((len(NAMES), 1, 0), np.float32)
-    encoded = EncodedSubjects(
-        ids=tuple(NAMES),
-        latents=np.zeros((len(NAMES), 1, 1, 1, 1), np.float32),
-        text_index=np.zeros((len(NAMES), 1), np.int32),
-        text_states=np.zeros((1, 1, 1), np.float32),
-        pooled=empty,
-        tokens=empty[:, :, None],
-    )
+    encoded = EncodedSubjects(ids=tuple(NAMES))
     data = {
         "targets": targets,
         "target_weights": (),
@@ -80,7 +72,7 @@ def test_several_datasets_are_drawn_in_their_shares(tmp_path):
     expected = np.stack([vector(5), vector(2), 0 * vector(9), vector(0)])
     np.testing.assert_array_equal(found.rows[chosen], expected)
     batches = subject_batches(
-        {}, {}, 64, seed=0, per_subject={"target": found.rows}, subjects=found.subjects,
+        None, None, 64, seed=0, per_subject={"target": found.rows}, subjects=found.subjects,
         order=found.order(0),
     )  # fmt: skip
     drawn = np.concatenate([next(batches)["record_id"] for _ in range(16)])

@@ -1,0 +1,81 @@
+"""Rows that belong to subjects, of which each has its own number.
+
+offsets   0        3     5                 9
+rows      a0 a1 a2 b0 b1 c0 c1 c2 c3            subject b has rows 3 and 4
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from hyperlora_jax.array_types import Float, Int
+
+SUBJECTS_AT_ONCE = 4096
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Ragged:
+    """Arrays with a row for every picture (say) of n subjects.
+
+    Attributes:
+        offsets: [n + 1]; subject k has the rows `offsets[k]` to `offsets[k + 1]`.
+        arrays: [rows, ...] by name; what is read from files does as well (`row_files.Rows`).
+    """
+
+    offsets: Int[np.ndarray, " m"]
+    arrays: Mapping[str, Any]
+
+    def __post_init__(self):
+        lengths = {name: len(array) for name, array in self.arrays.items()}
+        if any(length != self.offsets[-1] for length in lengths.values()):
+            raise ValueError(f"arrays of {self.offsets[-1]} rows expected, got {lengths}")
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def counts(self) -> Int[np.ndarray, " n"]:
+        """How many rows every subject has."""
+        return np.diff(self.offsets)
+
+    def of(self, subject: int) -> dict[str, np.ndarray]:
+        """All rows of a subject, by name."""
+        rows = slice(int(self.offsets[subject]), int(self.offsets[subject + 1]))
+        return {name: np.asarray(array[rows]) for name, array in self.arrays.items()}
+
+    def at(
+        self, subjects: Int[np.ndarray, " b"], columns: Int[np.ndarray, "b k"]
+    ) -> dict[str, np.ndarray]:
+        """[b, k, ...] by name: of every subject its rows with these numbers, from 0 on."""
+        rows = self.offsets[subjects][:, None] + columns
+        return {name: np.asarray(array[rows]) for name, array in self.arrays.items()}
+
+    def first(self, name: str) -> Float[np.ndarray, "n *any"]:
+        """The first row of every subject, float32."""
+        return np.asarray(self.arrays[name][self.offsets[:-1]], np.float32)
+
+    def means(self, name: str) -> Float[np.ndarray, "n *any"]:
+        """The mean of every subject's rows, float32."""
+        parts = []
+        for start in range(0, len(self), SUBJECTS_AT_ONCE):
+            own = self.offsets[start : start + SUBJECTS_AT_ONCE + 1]
+            rows = np.asarray(self.arrays[name][int(own[0]) : int(own[-1])], np.float32)
+            parts += [one.mean(axis=0) for one in np.split(rows, own[1:-1] - own[0])]
+        return np.stack(parts)
+
+
+def offsets_of(counts: Sequence[int]) -> Int[np.ndarray, " m"]:
+    """Offsets of subjects with so many rows each."""
+    return np.concatenate([[0], np.cumsum(np.asarray(counts, np.int64))]).astype(np.int64)
+
+
+def even(arrays: Mapping[str, np.ndarray]) -> Ragged:
+    """Arrays [n, v, ...]: every subject has v rows."""
+    shapes = {name: array.shape[:2] for name, array in arrays.items()}
+    if len(set(shapes.values())) != 1:
+        raise ValueError(f"arrays with the same first two axes expected, got {shapes}")
+    count, views = next(iter(shapes.values()))
+    flat = {name: array.reshape(-1, *array.shape[2:]) for name, array in arrays.items()}
+    return Ragged(offsets_of([views] * count), flat)

@@ -1,0 +1,182 @@
+"""The file's own word about its family, and factors in forms that only some programs write."""
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from hyperlora_jax.cli.main import main
+from hyperlora_jax.errors import UserError
+from hyperlora_jax.lora.sites import site_factors
+from hyperlora_jax.lora_files import load_lora
+from hyperlora_jax.lora_files.family import declared, tell
+
+FIRST = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+TEXT = "lora_te1_text_model_encoder_layers_0_self_attn_q_proj"
+HEADERS = {
+    "sd1": {"ss_base_model_version": "sd_v1", "ss_v2": "False"},
+    "sd2": {"ss_base_model_version": "sd_v2_v", "ss_v2": "True"},
+    "sdxl": {"modelspec.architecture": "stable-diffusion-xl-v1-base/lora"},
+}
+
+
+def lora_file(path, layers, header=None, alpha=None):
+    """A file of ones: {key stem: (shape of down, shape of up)}."""
+    tensors = {}
+    for stem, (down, up) in layers.items():
+        tensors[f"{stem}.lora_down.weight"] = torch.ones(*down)
+        tensors[f"{stem}.lora_up.weight"] = torch.ones(*up)
+        if alpha is not None:
+            tensors[f"{stem}.alpha"] = torch.tensor(alpha)
+    save_file(tensors, path, header)
+    return path
+
+
+def converted(source, to, tmp_path):
+    target = tmp_path / f"out-{to}.safetensors"
+    assert main(["convert", str(source), str(target), "--to", to]) == 0
+    with safe_open(target, "pt") as file:
+        return load_file(target), file.metadata()
+
+
+@pytest.mark.parametrize("family", HEADERS)
+@pytest.mark.parametrize("stem", [FIRST, TEXT])
+def test_the_header_decides(family, stem, tmp_path, capsys):
+    width = 768 if stem == TEXT else 320
+    source = lora_file(
+        tmp_path / "in.safetensors", {stem: ((4, width), (width, 4))}, HEADERS[family]
+    )
+    if family == "sdxl" and stem == FIRST:
+        return  # SDXL has no attention there: sgm names cannot be told
+    tensors, header = converted(source, "kohya", tmp_path)
+    versions = {"sd1": "sd_v1", "sd2": "sd_v2_v", "sdxl": "sdxl_base_v1-0"}
+    assert header["ss_base_model_version"] == versions[family]
+    if stem == TEXT:
+        prefix = "lora_te1_" if family == "sdxl" else "lora_te_"
+        assert all(key.startswith(prefix) for key in tensors)
+    assert family in capsys.readouterr().out
+
+
+def test_widths_come_before_the_form_of_proj_in(tmp_path):
+    proj, key = (
+        "lora_unet_down_blocks_0_attentions_0_proj_in",
+        FIRST.replace("attn1_to_q", "attn2_to_k"),
+    )
+    for width, form, family in ((768, (), "sd1"), (1024, (1, 1), "sd2")):
+        layers = {
+            proj: ((4, 320, *form), (320, 4, *form)),
+            key: ((4, width), (320, 4)),
+        }
+        source = lora_file(tmp_path / f"{family}.safetensors", layers)
+        spec = load_lora(source)[1]
+        assert tell(spec, {})[0] == family
+        tensors, _ = converted(source, "diffusers", tmp_path)
+        written = tensors["unet.down_blocks.0.attentions.0.proj_in.lora_A.weight"]
+        assert written.ndim == (4 if family == "sd1" else 2)
+
+
+def test_flattened_windows_are_written_as_windows(tmp_path, capsys):
+    stem = "lora_unet_down_blocks_0_resnets_0_conv1"
+    random = np.random.default_rng(0)
+    down = random.normal(size=(4, 32, 3, 3)).astype(np.float32)
+    tensors = {
+        f"{stem}.lora_down.weight": torch.from_numpy(down.reshape(4, -1)),
+        f"{stem}.lora_up.weight": torch.ones(32, 4),
+    }
+    save_file(tensors, tmp_path / "flat.safetensors")
+    found, _ = converted(tmp_path / "flat.safetensors", "diffusers", tmp_path)
+    written = found["unet.down_blocks.0.resnets.0.conv1.lora_A.weight"].float().numpy()
+    scale = np.abs(down).max() / np.abs(written).max()  # balanced by a power of two
+    np.testing.assert_allclose(written * scale, down, atol=2e-3)
+    lora_file(tmp_path / "odd.safetensors", {stem: ((4, 100), (32, 4))})
+    assert main(["convert", str(tmp_path / "odd.safetensors"), "x", "--to", "kohya"]) == 2
+    assert "100 columns, expected those of a 3×3 window" in capsys.readouterr().err
+
+
+def test_headers_that_say_two_things():
+    with pytest.raises(UserError, match="sd_v1 but its header says modelspec"):
+        declared({**HEADERS["sd1"], **HEADERS["sdxl"]})
+    assert declared({"ss_v2": "False"}) is None
+
+
+@pytest.mark.parametrize(
+    ("stem", "site"),
+    [
+        (FIRST.replace("lora_unet_", "lycoris_"), "down_blocks.0.attentions.0"),
+        ("lora_te1_encoder_layers_0_self_attn_q_proj", "text_encoder.text_model"),
+        ("lora_te_0_transformer_text_model_encoder_layers_0_mlp_fc1", "text_encoder.text_model"),
+        (
+            "text_encoders.clip_l.transformer.text_model.encoder.layers.0.self_attn.q_proj",
+            "text_encoder.text_model",
+        ),
+        ("clip_g.transformer.text_model.encoder.layers.0.mlp.fc2", "text_encoder_2.text_model"),
+        (
+            "unet.base_model.model._orig_mod.mid_block.attentions.0.proj_in",
+            "mid_block.attentions.0.proj_in",
+        ),
+    ],
+)
+def test_names_of_other_programs(stem, site, tmp_path):
+    source = lora_file(tmp_path / "in.safetensors", {stem: ((4, 64), (64, 4))}, alpha=8.0)
+    lora, spec = load_lora(source)
+    assert spec.sites[0].path.startswith(site)
+    np.testing.assert_allclose(site_factors(lora, spec.sites[0])["up"], 2.0)
+
+
+def test_up_factors_of_dylora_and_bundled_embeddings(tmp_path):
+    stem = "lora_unet_down_blocks_0_resnets_0_conv1"
+    source = lora_file(tmp_path / "in.safetensors", {stem: ((4, 32, 3, 3), (32, 4))}, alpha=4.0)
+    tensors = load_file(source) | {"bundle_emb.anna.clip_l": torch.ones(2, 768)}
+    save_file(tensors, source)
+    lora, spec = load_lora(source)
+    (site,) = spec.sites
+    assert site.kernel_size == (3, 3) and site_factors(lora, site)["up"].shape == (4, 32)
+
+
+def test_a_rank_above_both_widths(tmp_path):
+    source = lora_file(tmp_path / "in.safetensors", {FIRST: ((384, 320), (320, 384))}, alpha=384.0)
+    assert load_lora(source)[1].sites[0].rank == 384
+    swapped = lora_file(tmp_path / "swapped.safetensors", {FIRST: ((320, 4), (4, 320))})
+    with pytest.raises(UserError, match="swapped factors"):
+        load_lora(swapped)
+
+
+def test_two_sources_of_one_target(tmp_path, capsys):
+    layers = {FIRST: ((4, 320), (320, 4))}
+    (tmp_path / "in" / "bob").mkdir(parents=True)
+    lora_file(tmp_path / "in" / "bob.safetensors", layers)
+    lora_file(tmp_path / "in" / "bob" / "pytorch_lora_weights.safetensors", layers)
+    assert main(["convert", str(tmp_path / "in"), str(tmp_path / "out"), "--to", "kohya"]) == 2
+    assert "would both become" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_merging_two_files_of_the_embedded_base(tmp_path, capsys):
+    """generate → merge → sample: tiny-sd looks like SDXL, the files say what they are."""
+    import jax
+
+    from hyperlora_jax.lora import factors
+    from hyperlora_jax.lora_files import save_lora
+    from hyperlora_jax.stable_diffusion.embedded import load_base
+
+    sd = load_base("tiny-sd")
+    spec = sd.lora_spec("attn-qkvo", 2)
+    paths = []
+    for k in range(2):
+        lora = jax.device_get(factors.init(jax.random.key(k), spec))
+        texts = {"base": "tiny-sd", "base_hash": sd.base_hash, "seed": k, "generator": "regression"}
+        paths.append(tmp_path / f"{k}.safetensors")
+        save_lora(paths[-1], lora, spec, family="sd1", metadata=texts)
+    merged = tmp_path / "both.safetensors"
+    assert main(["merge", f"{paths[0]}=0.7", f"{paths[1]}=0.5", "--out", str(merged)]) == 0
+    with safe_open(merged, "pt") as file:
+        header = file.metadata()
+    assert header["ss_base_model_version"] == "sd_v1"
+    assert header["hyperlora.base_hash"] == sd.base_hash
+    assert not {"hyperlora.seed", "hyperlora.generator"} & set(header)
+    assert load_lora(merged, sd)[1].max_rank == 4
+    again = tmp_path / "again.safetensors"
+    checked = ["convert", str(merged), str(again), "--to", "diffusers", "--base", "tiny-sd"]
+    assert main(checked) == 0
+    assert header["hyperlora.base"] == "tiny-sd"
