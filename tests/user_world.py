@@ -28,14 +28,17 @@ NETWORK = ("width=16", "depth=1", "num_heads=2", "mlp_ratio=2")
 SHRUNK = tuple(f"--config.model.network.{value}" for value in NETWORK)
 
 
-def write_base(root: Path) -> Path:
-    """A tiny Stable Diffusion 1.x of random weights (32 pixels), saved by PyTorch diffusers."""
+def write_base(root: Path, unet: dict | None = None, text: dict | None = None) -> Path:
+    """A tiny Stable Diffusion 1.x of random weights (32 pixels), saved by PyTorch diffusers.
+
+    `unet` and `text` change the configs of the UNet and the text encoder.
+    """
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     StableDiffusionPipeline(
-        unet=tiny.torch_unet(tiny.tiny_unet_config()),
+        unet=tiny.torch_unet(tiny.tiny_unet_config(**(unet or {}))),
         vae=tiny.torch_vae(tiny.tiny_vae_config()),
-        text_encoder=tiny.torch_text(tiny.tiny_text_config()),
+        text_encoder=tiny.torch_text(tiny.tiny_text_config(**(text or {}))),
         tokenizer=tiny.write_tokenizer(root / "tokenizer"),
         scheduler=DDIMScheduler.from_config(tiny.SD1_SCHEDULER),
         safety_checker=None,
