@@ -61,14 +61,15 @@ _OF_SUMS = ("base", "base_hash", "prediction_type", "encoder_hash")
 
 
 def _shared(headers: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """Own texts about the base that all files agree on."""
-    from hyperlora_jax.lora_files.header import PREFIX
+    """Texts that all files agree on: about their base, and the owner's."""
+    from hyperlora_jax.lora_files.header import PREFIX, carried
 
-    first, *others = headers
+    first, *others = map(carried, headers)
     return {
         key: text
         for key, text in first.items()
-        if key.removeprefix(PREFIX) in _OF_SUMS and all(other.get(key) == text for other in others)
+        if (not key.startswith(PREFIX) or key.removeprefix(PREFIX) in _OF_SUMS)
+        and all(other.get(key) == text for other in others)
     }
 
 

@@ -12,7 +12,7 @@ from hyperlora_jax.lora.sites import PRESETS, LoraSpec
 from hyperlora_jax.lora_files import family as families
 from hyperlora_jax.lora_files.base_check import of_family
 from hyperlora_jax.lora_files.base_model import BaseModel, read_base_model
-from hyperlora_jax.lora_files.header import PREFIX
+from hyperlora_jax.lora_files.header import PREFIX, carried
 from hyperlora_jax.lora_files.peft_directory import adapter_folders
 from hyperlora_jax.lora_files.reading import load_lora, read_metadata
 from hyperlora_jax.lora_files.writing import DIFFUSERS_NAME, default_workers, save_lora
@@ -44,7 +44,7 @@ def convert_file(
     dtype: str = "float16",
     base: BaseModel | families.Family | None = None,
 ) -> Converted:
-    """Reads any form and writes another; our own header texts are kept.
+    """Reads any form and writes another; the owner's header texts and our own are kept.
 
     `base` checks the layers and decides the family; without it the header does, or else the sites.
     Raises UserError.
@@ -63,7 +63,7 @@ def convert_file(
         family, evidence = _told(source, spec, texts)
     if model is None:
         lora, spec = of_family(source, lora, spec, family)
-    own = {key: text for key, text in texts.items() if key.startswith(PREFIX)}
+    own = carried(texts)
     if families.predicts_velocity(texts):
         own[f"{PREFIX}prediction_type"] = "v_prediction"
     layers = model.layers_per_block if model else 2

@@ -22,6 +22,15 @@ _ARCHITECTURES: dict[Family, str] = {
 _VERSIONS: dict[Family, str] = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
 _RESOLUTIONS: dict[Family, str] = {"sd1": "512x512", "sd2": "512x512", "sdxl": "1024x1024"}
 _FOREIGN = ("ss_", "sshs_", "modelspec.", PREFIX)
+# An owner's own words under keys without a prefix.
+_OWNERS = ("author", "description", "licence", "license", "tags", "trigger_words", "usage")
+# Of the source's factors or file, no longer true of what is written from them.
+_OF_FACTORS = (
+    "ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args",
+    "ss_network_dropout", "ss_v2", "ss_base_model_version", "ss_steps", "ss_sd_scripts_commit_hash",
+    "modelspec.sai_model_spec", "modelspec.architecture", "modelspec.implementation",
+    "modelspec.resolution", "modelspec.hash_sha256", "modelspec.prediction_type",
+)  # fmt: skip
 _DERIVED = ("format", "lora_adapter_metadata", KOHYA_HASH, "sshs_legacy_hash", OWN_HASH, OWN_MARK)
 
 
@@ -32,8 +41,20 @@ def own_metadata(metadata: Mapping[str, Any] | None) -> dict[str, str]:
         if not isinstance(text, str | int | float):
             raise UserError(f"metadata {key!r}: {text!r} is no text; file headers hold text only")
         if key not in _DERIVED:
-            result[key if key.startswith(_FOREIGN) else PREFIX + key] = str(text)
+            known = key.startswith(_FOREIGN) or key in _OWNERS
+            result[key if known else PREFIX + key] = str(text)
     return result
+
+
+def carried(metadata: Mapping[str, str]) -> dict[str, str]:
+    """What a file written from another keeps of its header: our own texts, and the owner's (trigger
+    words, tags, author, licence, comments); not what describes the source's factors."""
+    known = (*_FOREIGN, *_OWNERS)
+    return {
+        key: text
+        for key, text in metadata.items()
+        if key.startswith(known) and key not in (*_OF_FACTORS, *_DERIVED)
+    }
 
 
 def build(
@@ -72,5 +93,5 @@ def build(
         }
         if name := own.get(PREFIX + "name"):
             texts["ss_output_name"] = name
-    kept = {key: text for key, text in own.items() if key.startswith(PREFIX)}
+    kept = {key: text for key, text in own.items() if key not in _OF_FACTORS}
     return texts | kept | {OWN_MARK: spec.fingerprint}

@@ -152,6 +152,30 @@ def test_two_sources_of_one_target(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+OWNERS = {
+    "ss_tag_frequency": '{"anna": {"sks woman": 12}}', "modelspec.author": "Anna",
+    "modelspec.license": "CC-BY-4.0", "modelspec.trigger_phrase": "sks woman", "license": "CC0",
+    "modelspec.title": "Anna's portraits", "ss_training_comment": "second try",
+}  # fmt: skip
+
+
+def test_the_owners_words_survive(tmp_path):
+    stale = {"ss_network_dim": "999", "sshs_model_hash": "feed", "ss_network_args": "{}"}
+    layers = {FIRST: ((4, 320), (320, 4))}
+    source = lora_file(tmp_path / "in.safetensors", layers, HEADERS["sd1"] | OWNERS | stale)
+    for to in ("kohya", "diffusers"):
+        header = converted(source, to, tmp_path)[1]
+        assert {key: header.get(key) for key in OWNERS} == OWNERS
+        assert header.get("ss_network_dim", "4") == "4" and header.get("sshs_model_hash") != "feed"
+    others = {**OWNERS, "modelspec.author": "Bert"}
+    second = lora_file(tmp_path / "second.safetensors", layers, HEADERS["sd1"] | others)
+    merged = tmp_path / "merged.safetensors"
+    assert main(["merge", str(source), str(second), "--out", str(merged)]) == 0
+    with safe_open(merged, "pt") as file:
+        header = file.metadata()
+    assert header["modelspec.license"] == "CC-BY-4.0" and "modelspec.author" not in header
+
+
 def test_merging_two_files_of_the_embedded_base(tmp_path, capsys):
     """generate → merge → sample: tiny-sd looks like SDXL, the files say what they are."""
     import jax
