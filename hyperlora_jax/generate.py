@@ -1,28 +1,41 @@
-"""Checkpoint + reference pictures → LoRA files."""
+"""Checkpoint + reference pictures → LoRA files.
+
+A subject's LoRA depends on its own pictures and the seed alone, not on who else is written with it.
+"""
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from hyperlora_jax.array_types import Params
+from hyperlora_jax.array_types import Array, Params
 from hyperlora_jax.data.image_folder import open_image_folder
+from hyperlora_jax.data.pictures import reference_pixels
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.hypernet.editing import Directions, edit
 from hyperlora_jax.hypernet.model import Hypernetwork
-from hyperlora_jax.hypernet.references import read_references
 from hyperlora_jax.lora import factors, gauge
 from hyperlora_jax.lora_files import save_loras
 
-MAX_BATCH = 64
+MAX_PICTURES = 64  # at once
 Edits = tuple[Directions, Mapping[str, float]]  # and {attribute: amount}
+Pictures = Sequence[str | Path]  # of one subject
 
 
-def reference_hash(paths: Sequence[str | Path]) -> str:
+class Written(NamedTuple):
+    """A file: the LoRA's subject, its familiarity (None where unknown) and strength."""
+
+    path: Path
+    subject: str
+    familiarity: float | None
+    strength: float
+
+
+def reference_hash(paths: Pictures) -> str:
     """sha256 over the bytes of the reference files, in order."""
     digest = hashlib.sha256()
     for path in paths:
@@ -31,107 +44,132 @@ def reference_hash(paths: Sequence[str | Path]) -> str:
 
 
 def generate_one(
-    hyper: Hypernetwork,
-    references: Sequence[str | Path],
-    out: str | Path,
-    *,
-    strength: float | None = None,
-    seed: int = 0,
-    num_samples: int = 1,
-    draw: Mapping[str, Any] | None = None,
-    edits: Edits | None = None,
-    **writing: Any,
-) -> list[Path]:
-    """One subject, one or several references → a file per sample; `writing` goes to `save_loras`.
+    hyper: Hypernetwork, references: Pictures, out: str | Path, **options: Any
+) -> list[Written]:
+    """One subject, one or several references → a file per sample.
 
     Args:
         out: the file; with several samples `NAME.safetensors` becomes `NAME-0.safetensors`, ….
-        draw: guidance, num_steps, sampler, where they shall differ from the checkpoint's.
-        edits: attribute directions and how far to go along them (`hypernet/editing.py`); the
-            file's rank grows by the checkpoint's for each, but not in the form "weights2weights",
-            which is cut back to rank 1.
+        **options: see `generate_files`.
 
     Raises:
         UserError: a reference that is no usable picture, an unwritable path; see also
             `Hypernetwork.generate`.
     """
-    pictures = read_references(references, size=_picture_size(hyper))
-    key = jax.random.key(seed)
-    familiar = _familiar(hyper, pictures[None])[0]
-    loras = hyper.generate(key, pictures[None], num_samples=num_samples, **(draw or {}))
-    paths = _names(Path(out), num_samples)
-    texts = [_texts(hyper, k, familiar, references, strength, seed) for k in range(num_samples)]
-    return _write(hyper, loras, edits, paths, texts, strength, writing)
-
-
-def _names(path: Path, count: int) -> list[Path]:
-    if count == 1:
-        return [path]
-    return [path.with_name(f"{path.stem}-{k}{path.suffix}") for k in range(count)]
+    if not references:
+        raise UserError("references: none given, expected at least one picture file")
+    if options.get("format", "kohya") == "kohya" and Path(out).is_dir():
+        raise UserError(f"--out {out}: is a folder, expected a file for the LoRA of one subject")
+    return generate_files(hyper, [references], [Path(out)], **options)
 
 
 def generate_many(
-    hyper: Hypernetwork,
-    subjects: str | Path,
-    out: str | Path,
-    *,
-    strength: float | None = None,
-    seed: int = 0,
-    num_samples: int = 1,
-    draw: Mapping[str, Any] | None = None,
-    edits: Edits | None = None,
-    **writing: Any,
-) -> list[Path]:
+    hyper: Hypernetwork, subjects: str | Path, out: str | Path, **options: Any
+) -> list[Written]:
     """A folder per subject → a file per subject and sample in the folder `out`.
 
-    All subjects use the number of references that the smallest folder has.
+    Every subject is told by all its pictures that are references (`data/image_folder.py`).
+
+    Args:
+        **options: see `generate_files`.
 
     Raises:
         UserError: an empty folder, a picture that cannot be used.
     """
     folders = open_image_folder(subjects)
     files = [[file.path for file in folder.of_role("reference")] for folder in folders]
-    count = min(map(len, files))
-    size = _picture_size(hyper)
-    written = []
-    for start in range(0, len(folders), MAX_BATCH):
-        chunk = range(start, min(start + MAX_BATCH, len(folders)))
-        pictures = np.stack([read_references(files[i][:count], size=size) for i in chunk])
-        key = jax.random.fold_in(jax.random.key(seed), start)
-        loras = hyper.generate(key, pictures, num_samples=num_samples, **(draw or {}))
-        familiar = _familiar(hyper, pictures)
-        paths, texts = [], []
-        for k, i in enumerate(chunk):
-            paths += _names(Path(out) / f"{folders[i].name}.safetensors", num_samples)
-            texts += [
-                _texts(hyper, n, familiar[k], files[i][:count], strength, seed)
-                for n in range(num_samples)
-            ]
-        written += _write(hyper, loras, edits, paths, texts, strength, writing)
-    return written
+    outs = [Path(out) / f"{folder.name}.safetensors" for folder in folders]
+    return generate_files(hyper, files, outs, **options)
 
 
-def _texts(
+def generate_files(
     hyper: Hypernetwork,
-    sample: int,
-    familiar: float | None,
-    references: Sequence[str | Path],
-    strength: float | None,
-    seed: int,
-) -> dict[str, Any]:
-    """Header texts of one file: where it comes from."""
-    return {
-        "base_hash": hyper.facts["base_hash"],
-        "base": hyper.facts["base"],
-        "encoder_hash": hyper.encoder.hash,
-        "reference_hash": reference_hash(references),
-        "seed": seed,
-        "strength": hyper.default_strength if strength is None else strength,
-        "sample": sample,
-        **({} if familiar is None else {"familiarity": f"{familiar:.3f}"}),
-        "generator": hyper.model.get("generator", "regression"),
-        "training_steps": hyper.facts.get("num_steps", 0),
-    }
+    subjects: Sequence[Pictures],
+    outs: Sequence[Path],
+    *,
+    strength: float | None = None,
+    seed: int = 0,
+    num_samples: int = 1,
+    draw: Mapping[str, Any] | None = None,
+    edits: Edits | None = None,
+    format: str = "kohya",
+    **writing: Any,
+) -> list[Written]:
+    """A file per subject and sample, in the order of the subjects.
+
+    Args:
+        strength: what is multiplied into the LoRA; None: the checkpoint's own.
+        draw: guidance, num_steps, sampler, where they shall differ from the checkpoint's.
+        edits: attribute directions and how far to go along them (`hypernet/editing.py`); the
+            file's rank grows by the checkpoint's for each, but not in the form "weights2weights",
+            which is cut back to rank 1.
+        **writing: more for `save_loras`.
+    """
+    strength = hyper.default_strength if strength is None else strength
+    key = jax.random.key(seed)
+    written: dict[int, list[Written]] = {}
+    for members in _batches([len(references) for references in subjects]):
+        pixels = [[reference_pixels(p, hyper.encoder) for p in subjects[n]] for n in members]
+        pooled, tokens = hyper.embed(np.asarray(pixels))
+        loras = _of_each(hyper, key, pooled, tokens, num_samples, draw or {})
+        known = hyper.familiarity_of(pooled)
+        familiar = [None] * len(members) if known is None else [float(x) for x in known]
+        paths = [_names(outs[n], num_samples, format) for n in members]
+        texts = [
+            {
+                **hyper.provenance,
+                "reference_hash": reference_hash(subjects[n]),
+                "seed": seed,
+                "strength": strength,
+                "sample": sample,
+                **({} if score is None else {"familiarity": f"{score:.3f}"}),
+            }
+            for n, score in zip(members, familiar, strict=True)
+            for sample in range(num_samples)
+        ]
+        flat = [path for own in paths for path in own]
+        files = _write(hyper, loras, edits, flat, texts, strength, format=format, **writing)
+        for k, n in enumerate(members):
+            own = files[k * num_samples : (k + 1) * num_samples]
+            written[n] = [Written(path, outs[n].stem, familiar[k], strength) for path in own]
+    return [file for n in sorted(written) for file in written[n]]
+
+
+def _batches(counts: Sequence[int]) -> Iterator[list[int]]:
+    """Places of subjects with equally many pictures, some at a time."""
+    for count in sorted(set(counts)):
+        members = [n for n, own in enumerate(counts) if own == count]
+        size = max(1, MAX_PICTURES // count)
+        for start in range(0, len(members), size):
+            yield members[start : start + size]
+
+
+def _of_each(
+    hyper: Hypernetwork,
+    key: Array,
+    pooled: Array,
+    tokens: Array,
+    num_samples: int,
+    draw: Mapping[str, Any],
+) -> Params:
+    """Every subject's LoRAs with the key it would have alone, a subject's samples in a row."""
+    if not hyper.generator.stochastic:
+        return hyper.write(key, pooled, tokens, num_samples=num_samples, **draw)
+
+    def alone(pooled: Array, tokens: Array) -> Params:
+        return hyper.write(key, pooled[None], tokens[None], num_samples=num_samples, **draw)
+
+    loras = jax.vmap(alone)(pooled, tokens)
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), loras)
+
+
+def _names(path: Path, count: int, format: str) -> list[Path]:
+    """The files of a subject's samples. Other programs list kohya files by their suffix."""
+    if format == "kohya" and path.suffix != ".safetensors":
+        path = path.with_name(f"{path.name}.safetensors")
+    if count == 1:
+        return [path]
+    return [path.with_name(f"{path.stem}-{k}{path.suffix}") for k in range(count)]
 
 
 def _write(
@@ -140,15 +178,14 @@ def _write(
     edits: Edits | None,
     paths: Sequence[Path],
     texts: Sequence[dict[str, Any]],
-    strength: float | None,
-    writing: dict[str, Any],
+    strength: float,
+    **writing: Any,
 ) -> list[Path]:
-    strength = hyper.default_strength if strength is None else strength
     spec = hyper.spec
     if edits is not None:
         loras, spec = edit(loras, *edits)
         texts = [{**text, "edits": json.dumps(dict(edits[1]))} for text in texts]
-        if writing.get("format") == "weights2weights":  # which holds no more than rank 1
+        if writing["format"] == "weights2weights":  # which holds no more than rank 1
             loras, spec = gauge.truncate(loras, spec, 1)
     try:
         return save_loras(
@@ -163,13 +200,3 @@ def _write(
         raise UserError(
             f"--out {paths[0].parent}: cannot be written ({error.strerror or error})"
         ) from error
-
-
-def _familiar(hyper: Hypernetwork, references: np.ndarray) -> list[float | None]:
-    """Familiarity of every subject, for the files' headers; None where unknown."""
-    found = hyper.familiarity(references)
-    return [None] * len(references) if found is None else [float(x) for x in found]
-
-
-def _picture_size(hyper: Hypernetwork) -> int:
-    return max(hyper.encoder.image_size)

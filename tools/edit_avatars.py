@@ -46,7 +46,6 @@ def measure(given: argparse.Namespace) -> tuple[dict[str, Any], dict[str, np.nda
     from hyperlora_jax.data.worlds import open_world
     from hyperlora_jax.hypernet.editing import edit, fit_directions
     from hyperlora_jax.hypernet.model import Hypernetwork
-    from hyperlora_jax.lora import factors
     from hyperlora_jax.stable_diffusion.embedded import load_base
 
     world, view_of = open_world("pixel-art"), lambda k: world.views("train", k + 1)[k]
@@ -73,7 +72,7 @@ def measure(given: argparse.Namespace) -> tuple[dict[str, Any], dict[str, np.nda
     )
     held_out = [world.identity("test", k) for k in range(NUM_IDENTITIES)]
     references = render([(p, view_of(100 + k)) for k, p in enumerate(held_out)])
-    loras = factors.scale(hyper.generate(jax.random.key(0), references), hyper.default_strength)
+    loras = hyper.generate(jax.random.key(0), references)
     shape = (NUM_IDENTITIES, *sd.unet.settings.sample_size, sd.unet.settings.in_channels)
     noise = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     columns = {"reference": references}

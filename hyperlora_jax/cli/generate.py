@@ -1,14 +1,17 @@
 """`hyperlora generate`: checkpoint + reference images → LoRA files."""
 
 import argparse
+import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from hyperlora_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from hyperlora_jax.generate import Edits
+    from hyperlora_jax.generate import Edits, Written
     from hyperlora_jax.lora.sites import LoraSpec
 
+UNFAMILIAR = 0.02  # below, hardly a subject of the training was as unlike all others
 FORMATS = ("kohya", "diffusers", "peft", "weights2weights")
 
 
@@ -53,8 +56,26 @@ def run(args: argparse.Namespace) -> int:
         written = generate.generate_one(hyper, args.reference, args.out, **options)
     else:
         written = generate.generate_many(hyper, args.subjects, args.out, **options)
-    print(f"wrote {written[0] if len(written) == 1 else f'{len(written)} files to {args.out}'}")
+    _say(written, args.out)
     return 0
+
+
+def _say(written: "Sequence[Written]", out: str) -> None:
+    """What was written, at which strength, and which subjects the checkpoint does not know."""
+    known = {file.subject: file.familiarity for file in written if file.familiarity is not None}
+    scores = sorted({f"{score:.2f}" for score in known.values()})
+    familiar = (
+        f", familiarity {' to '.join(dict.fromkeys((scores[0], scores[-1])))}" if scores else ""
+    )
+    what = written[0].path if len(written) == 1 else f"{len(written)} files to {out}"
+    print(f"wrote {what} (strength {written[0].strength:g}{familiar})")
+    if strangers := [name for name, score in known.items() if score < UNFAMILIAR]:
+        print(
+            f"warning: {', '.join(strangers[:5])}{', …' if len(strangers) > 5 else ''}: unlike "
+            f"anything this checkpoint was trained on (familiarity below {UNFAMILIAR}), "
+            "the LoRA may show somebody else",
+            file=sys.stderr,
+        )
 
 
 def _edits(args: argparse.Namespace, spec: "LoraSpec") -> "Edits | None":

@@ -117,7 +117,7 @@ def one_per_identity(hyper: Hypernetwork, references: np.ndarray, guidance: floa
     """A generator's LoRAs of some references; guidance multiplies its own default's distance
     from plain only where it is given."""
     given = {} if guidance == 1.0 else {"guidance": guidance}
-    return jax.device_get(hyper.generate(jax.random.key(0), references, **given))
+    return jax.device_get(hyper.generate(jax.random.key(0), references, strength=1.0, **given))
 
 
 def _hypernetwork(hyper: Hypernetwork) -> Source:

@@ -1,7 +1,8 @@
 """A trained hypernetwork as people use it: restore, generate, save.
 
     hyper = Hypernetwork.restore("runs/avatars")
-    loras = hyper.generate(key, references)           # one LoRA tree with a leading axis l
+    loras = hyper.generate(key, ["anna.jpg"])         # one LoRA tree with a leading axis l
+    hyper.save_lora("anna.safetensors", loras)
 
 The folder holds `config.json` (architecture, LoraSpec, base hash, encoder, defaults of sampling),
 `model.safetensors` (float32 parameters, and constants under "constants/") and `encoder/` when the
@@ -11,7 +12,9 @@ encoder is one of ours.
 import dataclasses
 import functools
 import json
+import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,7 +25,7 @@ from flax import traverse_util
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
-from hyperlora_jax import storage
+from hyperlora_jax import lora_files, storage
 from hyperlora_jax.array_types import AnyArray, Array, Float, Params
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.hypernet import conditioning, familiarity
@@ -30,6 +33,8 @@ from hyperlora_jax.hypernet.building import build_generator
 from hyperlora_jax.hypernet.condition import merge_references, repeated
 from hyperlora_jax.hypernet.generators import Draw, Generator
 from hyperlora_jax.hypernet.image_encoder import ConvEncoder
+from hyperlora_jax.hypernet.references import by_number
+from hyperlora_jax.lora import factors
 from hyperlora_jax.lora.sites import LoraSpec
 
 FORMAT = "hyperlora-hypernetwork"
@@ -78,14 +83,31 @@ class Hypernetwork:
         """The same with more facts."""
         return dataclasses.replace(self, facts={**self.facts, **facts})
 
+    def __repr__(self) -> str:
+        kind = self.model.get("generator", "regression")
+        return (
+            f"Hypernetwork({kind} of {sum(leaf.size for leaf in jax.tree.leaves(self.params)):,} "
+            f"parameters, encoder {self.encoder.name!r}, base {self.facts.get('base', '?')!r}, "
+            f"default_strength={self.default_strength:g}, spec={self.spec!r})"
+        )
+
     def generate(
-        self, key: Array, references: AnyArray, *, num_samples: int = 1, **draw: Any
+        self,
+        key: Array,
+        references: Any,
+        *,
+        strength: float | None = None,
+        num_samples: int = 1,
+        **draw: Any,
     ) -> Params:
         """LoRAs from reference pictures.
 
         Args:
             key: randomness of generators that sample; a regression ignores it.
-            references: [l, h, w, 3] one picture per subject, or [l, k, h, w, 3] several, in [0, 1].
+            references: a picture, a list with one per subject, or a list of lists with several per
+                subject: paths, Pillow pictures, uint8 arrays or floats in [0, 1]; or one array
+                [l, h, w, 3] or [l, k, h, w, 3]. See `hypernet/references.py`.
+            strength: what every delta is multiplied by; None means `default_strength`.
             num_samples: LoRAs per subject.
             **draw: `guidance`, `num_steps`, `sampler`; the checkpoint's own where not given.
 
@@ -94,28 +116,113 @@ class Hypernetwork:
             float32.
 
         Raises:
-            UserError: several samples of a generator that always answers the same, or guidance of
-                one that was trained without condition dropout.
+            UserError: something that is no picture; several samples of a generator that always
+                answers the same, or guidance of one that was trained without condition dropout.
         """
         settings = self._draw(num_samples, draw)
+        groups = by_number(references, self.encoder)
+        parts, places = [], []
+        for number, (members, pixels) in enumerate(groups):
+            # Subjects with equally many pictures need no other key than they had alone.
+            own_key = jax.random.fold_in(key, number) if number else key
+            parts.append(self._of_pixels(own_key, pixels, num_samples, settings))
+            places += [n * num_samples + k for n in members for k in range(num_samples)]
+        loras = parts[0]
+        if len(parts) > 1:
+            order = np.argsort(places)
+            loras = jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[order], *parts)
+        strength = self.default_strength if strength is None else strength
+        return loras if strength == 1.0 else factors.scale(loras, strength)
+
+    def _of_pixels(self, key: Array, pixels: AnyArray, num_samples: int, settings: Draw) -> Params:
         if not isinstance(self.encoder, conditioning.FlaxImageEncoder):
-            return self._write(key, *self.embed(references), num_samples, settings)
+            embedded = _embedded(self.encoder.encode, jnp.asarray(pixels))
+            return self._write(key, *embedded, num_samples, settings)
         return _generate(
             self.generator, self.params, self._constants, self.encoder.module, self.encoder.params,
-            jnp.asarray(references), key, num_samples, settings,
+            jnp.asarray(pixels), key, num_samples, settings,
         )  # fmt: skip
 
-    def embed(self, references: AnyArray) -> tuple[Array, Array]:
-        """Pooled [l, k, e] and tokens [l, k, m, e] of [l, h, w, 3] or [l, k, h, w, 3] pictures."""
-        return _embedded(self.encoder.encode, jnp.asarray(references))
+    def embed(self, references: Any) -> tuple[Array, Array]:
+        """Pooled [l, k, e] and tokens [l, k, m, e] of subjects with k pictures each; `references`
+        as in `generate`.
 
-    def familiarity(self, references: AnyArray) -> Float[np.ndarray, " l"] | None:
+        Raises:
+            UserError: subjects with different numbers of pictures; see also `generate`.
+        """
+        groups = by_number(references, self.encoder)
+        if len(groups) > 1:
+            counts = [pixels.shape[1] for _, pixels in groups]
+            raise UserError(
+                f"references: subjects have {counts} pictures, expected one number for all"
+            )
+        return _embedded(self.encoder.encode, jnp.asarray(groups[0][1]))
+
+    def familiarity(self, references: Any) -> Float[np.ndarray, " l"] | None:
         """How well each subject's references fit what the hypernetwork was trained on, 0 (unlike
         all training subjects) to 1; None for a checkpoint that does not know. See
-        `hypernet/familiarity.py`."""
+        `hypernet/familiarity.py`; `references` as in `generate`."""
+        groups = by_number(references, self.encoder)
+        found = np.empty(sum(len(members) for members, _ in groups))
+        for members, pixels in groups:
+            pooled, _ = _embedded(self.encoder.encode, jnp.asarray(pixels))
+            scores = self.familiarity_of(pooled)
+            if scores is None:
+                return None
+            found[members] = scores
+        return found
+
+    def familiarity_of(self, pooled: Float[AnyArray, "l k e"]) -> Float[np.ndarray, " l"] | None:
+        """`familiarity` of subjects that are embedded already."""
         if "familiarity" not in self.constants:
             return None
-        return familiarity.score(self.constants["familiarity"], self.embed(references)[0])
+        return familiarity.score(self.constants["familiarity"], pooled)
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """Header texts of the files of its LoRAs: base, encoder, generator."""
+        known = {name: self.facts[name] for name in ("base", "base_hash") if name in self.facts}
+        return {
+            **known,
+            "encoder_hash": self.encoder.hash,
+            "generator": self.model.get("generator", "regression"),
+            "training_steps": self.facts.get("num_steps", 0),
+        }
+
+    def save_lora(
+        self,
+        path: str | os.PathLike[str],
+        lora: Params,
+        format: str | None = None,
+        dtype: str = "float16",
+        **metadata: Any,
+    ) -> Path:
+        """Writes one LoRA of this hypernetwork for other programs; returns the file's path.
+
+        Args:
+            path: the file; `.safetensors` is added where it has no suffix, see `save_lora`.
+            lora: a single LoRA, or a batch of one as `generate` gives it.
+            format: "kohya", "diffusers", "peft", "weights2weights"; None: the checkpoint's own.
+            **metadata: more texts for the header.
+
+        Raises:
+            UserError: a batch of several (see `hyperlora_jax.save_loras`); as `save_lora` does.
+        """
+        count = factors.num_loras(lora)
+        if count is not None and count != 1:
+            raise UserError(
+                f"save_lora: found a batch of {count} LoRAs for the file {path}, expected one; "
+                "jax.tree.map(lambda leaf: leaf[k], loras) is the k-th"
+            )
+        return lora_files.save_lora(
+            path,
+            lora if count is None else factors.index(lora, 0),
+            self.spec,
+            format=format or self.facts.get("generate", {}).get("format", "kohya"),
+            dtype=dtype,
+            family=self.facts.get("family"),
+            metadata={**self.provenance, **metadata},
+        )
 
     def write(
         self, key: Array, pooled: Array, tokens: Array, *, num_samples: int = 1, **draw: Any
@@ -254,14 +361,13 @@ def _generate(
 
 
 def _embedded(encode: Callable[[Array], Any], references: Array) -> tuple[Array, Array]:
-    """Pooled [l, k, e] and tokens [l, k, m, e] of [l, h, w, 3] or [l, k, h, w, 3] pictures."""
-    if references.ndim == 4:
-        references = references[:, None]
-    pooled, tokens = encode(references.reshape(-1, *references.shape[2:]))
-    lead = references.shape[:2]
+    """Pooled [l, k, e] and tokens [l, k, m, e] of pictures [l, k, h, w, 3]."""
+    lead, found = references.shape[:2], encode(references.reshape(-1, *references.shape[2:]))
+    # Foreign encoders answer in numpy, which jnp.reshape would leave as it is.
+    pooled, tokens = map(jnp.asarray, found)
     return (
-        jnp.reshape(pooled, (*lead, *pooled.shape[1:])),
-        jnp.reshape(tokens, (*lead, *tokens.shape[1:])),
+        pooled.reshape(*lead, *pooled.shape[1:]),
+        tokens.reshape(*lead, *tokens.shape[1:]),
     )
 
 

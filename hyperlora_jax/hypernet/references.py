@@ -1,141 +1,145 @@
-"""Reads reference pictures from files and refuses those that cannot serve, with the reason.
+"""What people have for reference pictures, as what a condition encoder sees of them.
 
-Policy: EXIF orientation is applied, transparency becomes white, several frames mean the first one,
-and a picture that is not square is cropped around its centre. With a detector (faces: none is
-bundled, any callable fits) the picture must show exactly one subject of a sufficient size, and the
-crop follows the detector's box instead of the centre.
+    one picture            a path, a Pillow picture, encoded bytes, or an array [h, w, 3]
+    a picture per subject  a list of those, or [l, h, w, 3]
+    several per subject    a list of lists (of different lengths too), or [l, k, h, w, 3]
+
+Arrays are uint8, or floats in [0, 1]; a fourth channel is transparency. Whatever has not the
+encoder's size is cut and resampled as files are (`data/pictures.py`), floats to 8 bits before. Only
+inside of `jit` and `vmap`, where nothing can be looked at, the encoder resizes by itself.
 """
 
-import dataclasses
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from etils import epath
 
-from hyperlora_jax.array_types import Float
+from hyperlora_jax.array_types import AnyArray, Float
+from hyperlora_jax.data import pictures
 from hyperlora_jax.errors import UserError
 
-if TYPE_CHECKING:
-    from PIL import Image
-
-SMALLEST_SIDE = 8  # pixels; below this a picture holds no subject
-
-# A detector takes a picture [h, w, 3] in [0, 1] and returns boxes [n, 4]: x0, y0, x1, y1 in pixels.
-Detector = Callable[[np.ndarray], np.ndarray]
-# An aligner takes the picture and one box [4] and returns the aligned picture [h', w', 3].
-Aligner = Callable[[np.ndarray, np.ndarray], np.ndarray]
+ROUNDING = 1e-3  # how far resampled floats may lie outside of [0, 1]
+EXPECTED = "expected paths, Pillow pictures, uint8 arrays or floats in [0, 1], [..., h, w, 3]"
 
 
-@dataclasses.dataclass(frozen=True)
-class SubjectPolicy:
-    """Which references are accepted when a detector is given.
+def read_references(references: Any, encoder: Any) -> list[Float[AnyArray, "k h w 3"]]:
+    """The pictures of every subject, in [0, 1], at the encoder's size.
 
-    Attributes:
-      detect: finds subjects (see `Detector`).
-      align: maps picture and box to an aligned picture; None crops the box, grown by `margin`.
-      smallest_side: a box whose shorter side has fewer pixels is refused.
-      margin: how much the square crop grows beyond the box, as a fraction of its longer side.
-    """
-
-    detect: Detector
-    align: Aligner | None = None
-    smallest_side: int = 32
-    margin: float = 0.3
-
-
-def read_reference(
-    path: epath.PathLike, size: int | None = None, policy: SubjectPolicy | None = None
-) -> Float[np.ndarray, "h w 3"]:
-    """One reference picture as float32 in [0, 1], square, resized to `size` when given.
+    Args:
+        references: see the table above.
+        encoder: an `ImageEncoder`.
 
     Raises:
-      UserError: no such file, not a picture, too small; with a policy also no subject, several
-        subjects, or a subject that is too small.
+        UserError: no picture, a file that is none, an array of another shape, dtype, range.
     """
-    image = _open(path)
-    if min(image.size) < SMALLEST_SIDE:
-        raise UserError(
-            f"reference {path}: {image.size[0]}x{image.size[1]} pixels, "
-            f"expected at least {SMALLEST_SIDE}x{SMALLEST_SIDE}"
-        )
-    if policy is None:
-        image = _centre_square(image)
-    else:
-        image = _one_subject(image, path, policy)
-    if size is not None and image.size != (size, size):
-        from PIL import Image
-
-        # Whole factors are averaged box by box: drawn pixels stay as crisp as they were.
-        whole = image.size[0] % size == 0
-        kernel = Image.Resampling.BOX if whole else Image.Resampling.LANCZOS
-        image = image.resize((size, size), kernel)
-    return np.asarray(image, np.float32) / 255.0
+    if is_array(references):
+        return list(_subjects(references, encoder))
+    if not isinstance(references, list | tuple):
+        return [_picture(references, encoder, "references")[None]]
+    return [_subject(own, encoder, f"references[{n}]") for n, own in enumerate(_some(references))]
 
 
-def read_references(
-    paths: Sequence[epath.PathLike], size: int, policy: SubjectPolicy | None = None
-) -> Float[np.ndarray, "b h w 3"]:
-    """Several reference pictures of one size; errors as in `read_reference`."""
-    if not paths:
-        raise UserError("references: none given, expected at least one picture file")
-    return np.stack([read_reference(path, size, policy) for path in paths])
+def by_number(
+    references: Any, encoder: Any
+) -> list[tuple[list[int], Float[AnyArray, "l k h w 3"]]]:
+    """Subjects with equally many pictures together: (their places, pictures), fewest first; errors
+    as in `read_references`."""
+    if is_array(references):
+        found = _subjects(references, encoder)
+        return [(list(range(len(found))), found)]
+    subjects = read_references(references, encoder)
+    groups: dict[int, list[int]] = {}
+    for place, own in enumerate(subjects):
+        groups.setdefault(len(own), []).append(place)
+    return [
+        (places, _stacked([subjects[n] for n in places], "references"))
+        for _, places in sorted(groups.items())
+    ]
 
 
-def _open(path: epath.PathLike) -> "Image.Image":
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    file = epath.Path(path)
-    if not file.exists():
-        raise UserError(f"reference {path}: no such file, expected a picture")
-    if file.is_dir():
-        raise UserError(f"reference {path}: is a folder, expected a picture file")
-    try:
-        with file.open("rb") as stream, Image.open(stream) as opened:
-            image = ImageOps.exif_transpose(opened).convert("RGBA")
-    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(
-            f"reference {path}: cannot be read as a picture ({type(error).__name__}), "
-            "expected PNG, JPEG, WebP or another format that Pillow reads"
-        ) from error
-    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-    return Image.alpha_composite(white, image).convert("RGB")
+def is_array(given: Any) -> bool:
+    """numpy, JAX, traced ones too."""
+    return isinstance(given, np.ndarray | jax.Array)
 
 
-def _centre_square(image: "Image.Image") -> "Image.Image":
-    width, height = image.size
-    side = min(width, height)
-    left, top = (width - side) // 2, (height - side) // 2
-    return image.crop((left, top, left + side, top + side))
+def _subjects(array: AnyArray, encoder: Any) -> Float[AnyArray, "l k h w 3"]:
+    """[h, w, c], [l, h, w, c] or [l, k, h, w, c] with all axes."""
+    found = _checked(array, encoder, "references", (3, 4, 5))
+    return found[None, None] if found.ndim == 3 else found[:, None] if found.ndim == 4 else found
 
 
-def _one_subject(
-    image: "Image.Image", path: epath.PathLike, policy: SubjectPolicy
-) -> "Image.Image":
+def _subject(given: Any, encoder: Any, where: str) -> Float[AnyArray, "k h w 3"]:
+    if is_array(given):
+        found = _checked(given, encoder, where, (3, 4))
+        return found[None] if found.ndim == 3 else found
+    if isinstance(given, list | tuple):
+        own = [_picture(one, encoder, f"{where}[{k}]") for k, one in enumerate(_some(given, where))]
+        return _stacked(own, where)
+    return _picture(given, encoder, where)[None]
+
+
+def _picture(given: Any, encoder: Any, where: str) -> Float[AnyArray, "h w 3"]:
     from PIL import Image
 
-    pixels = np.asarray(image, np.float32) / 255.0
-    boxes = np.asarray(policy.detect(pixels), np.float32).reshape(-1, 4)
-    if len(boxes) == 0:
-        raise UserError(f"reference {path}: the detector found no subject, expected exactly one")
-    if len(boxes) > 1:
-        raise UserError(
-            f"reference {path}: the detector found {len(boxes)} subjects, expected exactly one; "
-            "crop the picture to the one that is meant"
-        )
-    box = boxes[0]
-    side = float(min(box[2] - box[0], box[3] - box[1]))
-    if side < policy.smallest_side:
-        raise UserError(
-            f"reference {path}: the subject is {side:.0f} pixels wide, "
-            f"expected at least {policy.smallest_side}"
-        )
-    if policy.align is not None:
-        aligned = np.clip(policy.align(pixels, box), 0.0, 1.0)
-        return Image.fromarray(np.uint8(aligned * 255.0 + 0.5))
-    width, height = image.size
-    grown = float(max(box[2] - box[0], box[3] - box[1])) * (1.0 + policy.margin)
-    square = min(round(grown), width, height)
-    left = min(max(round(float(box[0] + box[2] - square) / 2.0), 0), width - square)
-    top = min(max(round(float(box[1] + box[3] - square) / 2.0), 0), height - square)
-    return image.crop((left, top, left + square, top + square))
+    if is_array(given):
+        return _checked(given, encoder, where, (3,))
+    if isinstance(given, os.PathLike):
+        given = os.fspath(given)
+    if not isinstance(given, str | bytes | Image.Image):
+        raise UserError(f"{where}: found {type(given).__name__}, {EXPECTED}")
+    return np.float32(pictures.reference_pixels(given, encoder, where)) / np.float32(255)
+
+
+def _checked(
+    array: AnyArray, encoder: Any, where: str, dimensions: Sequence[int]
+) -> Float[AnyArray, "*any h w 3"]:
+    """Float32 pixels at the encoder's size of pictures in an array."""
+    shape = tuple(array.shape)
+    if len(shape) not in dimensions or shape[-1] not in (3, 4) or 0 in shape:
+        raise UserError(f"{where}: found an array of shape {list(shape)}, {EXPECTED}")
+    whole = array.dtype == np.uint8
+    if not whole and not jnp.issubdtype(array.dtype, jnp.floating):
+        raise UserError(f"{where}: found an array of {array.dtype}, {EXPECTED}")
+    if isinstance(array, jax.core.Tracer):
+        if shape[-1] == 4:
+            raise UserError(f"{where}: found a traced array of shape {list(shape)}, {EXPECTED}")
+        return jnp.asarray(array, jnp.float32) / (255.0 if whole else 1.0)
+    if not whole:
+        low, high = float(array.min()), float(array.max())  # NaN, if there is one
+        if not -ROUNDING <= low <= high <= 1 + ROUNDING:
+            raise UserError(f"{where}: found floats from {low:g} to {high:g}, {EXPECTED}")
+    if shape[-3:] == (*encoder.image_size, 3):
+        return array.astype(np.float32) / np.float32(255 if whole else 1)
+    return _resampled(np.asarray(array), encoder, where)
+
+
+def _resampled(array: np.ndarray, encoder: Any, where: str) -> Float[np.ndarray, "*any h w 3"]:
+    from PIL import Image
+
+    if array.dtype != np.uint8:
+        array = np.uint8(np.clip(array.astype(np.float32), 0.0, 1.0) * np.float32(255) + 0.5)
+    flat = array.reshape(-1, *array.shape[-3:])
+    seen = [
+        pictures.of_pillow(Image.fromarray(one), encoder.image_size, where)
+        for one in map(np.ascontiguousarray, flat)
+    ]
+    found = np.stack(seen).reshape(*array.shape[:-3], *seen[0].shape)
+    return np.float32(found) / np.float32(255)
+
+
+def _some(given: Sequence[Any], where: str = "references") -> Iterable[Any]:
+    if not given:
+        raise UserError(f"{where}: holds no picture, expected at least one")
+    return given
+
+
+def _stacked(arrays: Sequence[AnyArray], where: str) -> AnyArray:
+    if not any(isinstance(array, jax.core.Tracer) for array in arrays):
+        return np.stack([np.asarray(array) for array in arrays])
+    shapes = sorted({tuple(array.shape) for array in arrays})
+    if len(shapes) > 1:
+        raise UserError(f"{where}: traced pictures have the shapes {shapes}, expected one")
+    return jnp.stack(arrays)

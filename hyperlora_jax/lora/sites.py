@@ -113,6 +113,11 @@ class LoraSpec:
         # Of the fingerprint, which is kept: hashing hundreds of sites costs 0.1 ms each time.
         return int(self.fingerprint[:15], 16)
 
+    def __repr__(self) -> str:
+        ranks = sorted({site.rank for site in self.sites})
+        shown = "–".join(str(rank) for rank in (ranks[:1] + ranks[1:][-1:]))
+        return f"LoraSpec({len(self)} sites, rank {shown}, {self.fingerprint[:12]})"
+
     def __len__(self) -> int:
         return len(self.sites)
 

@@ -1,76 +1,226 @@
+"""Whatever people have for pictures is one and the same to an encoder, or refused in one line."""
+
+import io
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
+from hyperlora_jax.data.pictures import load_image, reference_pixels
 from hyperlora_jax.errors import UserError
-from hyperlora_jax.hypernet.references import SubjectPolicy, read_reference, read_references
+from hyperlora_jax.hypernet import conditioning
+from hyperlora_jax.hypernet.building import build_generator
+from hyperlora_jax.hypernet.image_encoder import ConvEncoder, init_encoder
+from hyperlora_jax.hypernet.model import Hypernetwork
+from hyperlora_jax.hypernet.references import by_number, read_references
+from hyperlora_jax.lora import factors
+from hyperlora_jax.lora.sites import LoraSite, LoraSpec
+from hyperlora_jax.lora_files import load_lora, read_metadata
+from tests import user_world
 
-
-def save(path, pixels):
-    Image.fromarray(np.uint8(pixels)).save(path)
-    return path
-
-
-def test_square_picture_is_kept(tmp_path):
-    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3))
-    image = read_reference(save(tmp_path / "a.png", pixels))
-    np.testing.assert_allclose(image, pixels / 255.0, atol=1e-6)
-
-
-def test_centre_crop_resize_and_transparency(tmp_path):
-    wide = np.zeros((16, 48, 4))
-    wide[:, 16:32] = (255, 0, 0, 255)
-    wide[:, 24:] = 0
-    image = read_reference(save(tmp_path / "a.png", wide), size=8)
-    assert image.shape == (8, 8, 3)
-    np.testing.assert_allclose(image[4, 1], (1, 0, 0), atol=0.02)
-    np.testing.assert_allclose(image[4, 6], (1, 1, 1), atol=0.02)
-
-
-def test_whole_factors_stay_crisp(tmp_path):
-    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3))
-    path = save(tmp_path / "a.png", pixels.repeat(4, axis=0).repeat(4, axis=1))
-    np.testing.assert_allclose(read_reference(path, size=8), pixels / 255.0, atol=1e-6)
-
-
-def test_refused(tmp_path):
-    with pytest.raises(UserError, match="no such file"):
-        read_reference(tmp_path / "none.png")
-    with pytest.raises(UserError, match="is a folder"):
-        read_reference(tmp_path)
-    (tmp_path / "a.png").write_text("not a picture")
-    with pytest.raises(UserError, match="cannot be read as a picture"):
-        read_reference(tmp_path / "a.png")
-    with pytest.raises(UserError, match="4x9 pixels, expected at least 8x8"):
-        read_reference(save(tmp_path / "b.png", np.zeros((9, 4, 3))))
-    with pytest.raises(UserError, match="none given"):
-        read_references([], 8)
-
-
-def test_truncated_picture_is_refused(tmp_path):
-    whole = save(tmp_path / "a.png", np.random.default_rng(0).integers(0, 256, (64, 64, 3)))
-    (tmp_path / "b.png").write_bytes(whole.read_bytes()[:500])
-    with pytest.raises(UserError, match="cannot be read as a picture"):
-        read_reference(tmp_path / "b.png")
-
-
-def test_subject_policy(tmp_path):
-    pixels = np.zeros((40, 60, 3))
-    pixels[4:24, 38:58] = 255
-    path = save(tmp_path / "a.png", pixels)
-    box = np.array([[38.0, 4.0, 58.0, 24.0]])
-    found = read_reference(path, policy=SubjectPolicy(lambda _: box, smallest_side=16, margin=0.0))
-    assert found.shape == (20, 20, 3) and found.min() == 1.0
-    grown = read_reference(path, policy=SubjectPolicy(lambda _: box, smallest_side=16, margin=0.5))
-    assert grown.shape == (30, 30, 3)  # at the border: shifted inwards, never cut
-    aligned = read_reference(
-        path, policy=SubjectPolicy(lambda _: box, align=lambda x, _: x[:10, :10], smallest_side=9)
+SPEC = LoraSpec(
+    (
+        LoraSite("down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q", 8, 8, 2),
+        LoraSite("down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k", 6, 8, 2),
     )
-    assert aligned.shape == (10, 10, 3)
-    for boxes, message in (
-        (np.zeros((0, 4)), "found no subject"),
-        (np.concatenate([box, box]), "found 2 subjects"),
-        (box, "subject is 20 pixels"),
-    ):
-        with pytest.raises(UserError, match=message):
-            read_reference(path, policy=SubjectPolicy(lambda _, b=boxes: b, smallest_side=21))
+)
+KEY = jax.random.key(0)
+
+
+def encoder_of(size=8):
+    module = ConvEncoder(image_size=size, widths=(8, 8), embedding_dim=8, pool_channels=4)
+    params = init_encoder(module, jax.random.key(3))
+    return conditioning.FlaxImageEncoder("e", module, params, conditioning.tree_hash(params))
+
+
+def hypernetwork(encoder, kind="ridge", **facts):
+    """A generator that is fitted in no time and answers every embedding with another LoRA."""
+    model = {"generator": kind, "baseline": {"num_components": 3} if kind != "ridge" else {}}
+    generator, random = build_generator(SPEC, model), np.random.default_rng(0)
+    vectors = random.normal(size=(20, SPEC.num_parameters)).astype(np.float32)
+    constants = generator.fit(random.normal(size=(20, 8)).astype(np.float32), vectors)
+    facts = {"base_hash": "b" * 64, "base": "x", "family": "sd1", **facts}
+    return Hypernetwork(generator, {}, encoder, facts, model, constants)
+
+
+@pytest.fixture(name="hyper", scope="module")
+def _hyper():
+    return hypernetwork(encoder_of())
+
+
+@pytest.fixture(name="files", scope="module")
+def _files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    for k, (height, width) in enumerate(((8, 8), (16, 24), (11, 9), (40, 32))):
+        pixels = np.random.default_rng(k).integers(0, 256, (height, width, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{k}.png")
+    return sorted(folder.iterdir())
+
+
+def same(ours, theirs, atol=1e-6):
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, atol=atol)
+
+
+def test_every_form_of_a_picture_gives_the_same_lora(hyper, files):
+    for path in files:
+        wanted = hyper.generate(KEY, path)
+        assert factors.num_loras(wanted) == 1
+        picture = Image.open(path)
+        pixels = np.asarray(picture)
+        clear = np.concatenate([pixels, np.full_like(pixels[..., :1], 255)], axis=-1)
+        forms = [
+            str(path), [path], [[path]], path.read_bytes(), picture, [[picture]],
+            pixels, pixels[None], pixels[None, None], [pixels], [[pixels]], clear,
+            np.float32(pixels) / 255, np.float64(pixels) / 255, jnp.float32(pixels) / 255,
+            np.float32(clear) / 255, jnp.asarray(pixels),
+        ]  # fmt: skip
+        for number, given in enumerate(forms):
+            same(hyper.generate(KEY, given), wanted)
+            assert hyper.embed(given)[0].shape == (1, 1, 8), number
+
+
+def test_transparent_arrays_are_put_on_white(hyper):
+    clear = np.zeros((8, 8, 4), np.uint8)
+    white = np.full((8, 8, 3), 255, np.uint8)
+    same(hyper.generate(KEY, clear), hyper.generate(KEY, white))
+    same(hyper.generate(KEY, np.float32(clear)), hyper.generate(KEY, white))
+
+
+def test_subjects_keep_their_own_number_of_pictures_and_their_order(hyper, files):
+    nested = [[files[0], files[1]], files[2], [files[3], files[0], files[2]], np.asarray([[1]])]
+    nested[3] = np.stack([load_image(files[0]), load_image(files[3], 8)])
+    loras = hyper.generate(KEY, nested)
+    assert [len(own) for own in read_references(nested, hyper.encoder)] == [2, 1, 3, 2]
+    assert [places for places, _ in by_number(nested, hyper.encoder)] == [[1], [0, 3], [2]]
+    for k, own in enumerate(nested):
+        same(factors.index(loras, slice(k, k + 1)), hyper.generate(KEY, [own]), atol=1e-5)
+    assert hyper.familiarity(nested) is None
+    with pytest.raises(UserError, match=r"subjects have \[1, 2, 3\] pictures, expected one number"):
+        hyper.embed(nested)
+
+
+def test_samples_of_subjects_with_different_numbers_stay_together(files):
+    hyper = hypernetwork(encoder_of(), "pca_gaussian")
+    mixed = hyper.generate(KEY, [[files[0], files[1]], files[2], files[0]], num_samples=2)
+    singles = hyper.generate(KEY, [files[2], files[0]], num_samples=2)
+    assert factors.num_loras(mixed) == 6
+    same(factors.index(mixed, slice(2, 6)), singles)
+
+
+@pytest.mark.parametrize(
+    "given, found",
+    [
+        ([], r"references: holds no picture"),
+        ([[]], r"references\[0\]: holds no picture"),
+        (np.zeros((0, 8, 8, 3)), r"array of shape \[0, 8, 8, 3\]"),
+        (np.zeros((2, 0, 8, 8, 3)), r"array of shape \[2, 0, 8, 8, 3\]"),
+        (np.zeros((4, 3, 16, 16)), r"array of shape \[4, 3, 16, 16\]"),
+        (np.zeros((16, 16)), r"array of shape \[16, 16\]"),
+        (np.zeros((8, 8, 3), np.int64), "array of int64"),
+        (np.zeros((8, 8, 3), bool), "array of bool"),
+        (np.full((8, 8, 3), np.nan), "floats from nan to nan"),
+        (np.linspace(-1, 1, 192).reshape(8, 8, 3), "floats from -1 to 1"),
+        (255 * np.ones((8, 8, 3), np.float32), "floats from 255 to 255"),
+        (jnp.full((8, 8, 3), jnp.inf), "floats from inf to inf"),
+        (np.zeros((4, 4, 3), np.uint8), "has 4x4 pixels, expected at least 8x8"),
+        ([np.zeros((8, 8, 3)), np.zeros((8, 8))], r"references\[1\]: found an array of shape"),
+        ([[np.zeros((1, 8, 8, 3))]], r"references\[0\]\[0\]: found an array of shape"),
+        (None, "found NoneType, expected paths"),
+        ([{"file": "a.png"}], r"references\[0\]: found dict, expected paths"),
+        ("nowhere.png", "nowhere.png: no such picture file"),
+        (b"no picture", "references: found 10 bytes that are no picture"),
+    ],
+)
+def test_anything_else_is_one_line(hyper, given, found):
+    for ask in (hyper.embed, lambda given: hyper.generate(KEY, given)):
+        with pytest.raises(UserError, match=found) as error:
+            ask(given)
+        assert "\n" not in str(error.value)
+
+
+def test_traced_pictures_are_taken_without_a_look_at_them(hyper):
+    pictures = jax.random.uniform(jax.random.key(5), (2, 3, 8, 8, 3))
+    wanted = hyper.generate(KEY, pictures)
+    same(jax.jit(hyper.generate)(KEY, pictures), wanted, atol=1e-5)
+    each = jax.vmap(lambda own: hyper.generate(KEY, own[None]))(pictures)
+    same(jax.tree.map(lambda leaf: leaf[:, 0], each), wanted, atol=1e-5)
+    listed = jax.jit(lambda a, b: hyper.generate(KEY, [a, b]))(pictures[0], pictures[1])
+    same(listed, wanted, atol=1e-5)
+    whole = jnp.uint8(pictures * 255)
+    same(jax.jit(hyper.generate)(KEY, whole), hyper.generate(KEY, whole), atol=1e-5)
+    with pytest.raises(UserError, match="traced pictures have the shapes"):
+        jax.jit(lambda a: hyper.generate(KEY, [[a[0], a[0, 1:]]]))(pictures[0])
+    with pytest.raises(UserError, match="found a traced array of shape"):
+        jax.jit(lambda a: hyper.generate(KEY, a))(jnp.zeros((8, 8, 4)))
+
+
+def test_the_default_strength_is_applied_once(hyper, files):
+    strong = hyper.with_facts(default_strength=1.5)
+    plain = hyper.generate(KEY, files)
+    same(strong.generate(KEY, files), factors.scale(plain, 1.5))
+    same(strong.generate(KEY, files, strength=1.0), plain)
+    same(strong.generate(KEY, files, strength=0.5), factors.scale(plain, 0.5))
+    same(strong.write(KEY, *strong.embed(files)), plain)
+
+
+def test_a_lora_is_saved_with_where_it_comes_from(hyper, files, tmp_path):
+    loras = hyper.generate(KEY, files[:2])
+    with pytest.raises(UserError, match="found a batch of 2 LoRAs for the file"):
+        hyper.save_lora(tmp_path / "a.safetensors", loras)
+    path = hyper.save_lora(
+        tmp_path / "a.safetensors", hyper.generate(KEY, files[0]), dtype="float32", trigger="sks"
+    )
+    lora, spec = load_lora(path)
+    assert spec == hyper.spec
+    for ours, theirs in zip(deltas(lora), deltas(factors.index(loras, 0)), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+    texts = read_metadata(path)
+    assert texts["hyperlora.base_hash"] == "b" * 64 and texts["hyperlora.base"] == "x"
+    assert texts["hyperlora.encoder_hash"] == hyper.encoder.hash
+    assert texts["hyperlora.generator"] == "ridge" and texts["hyperlora.trigger"] == "sks"
+    assert texts["modelspec.architecture"] == "stable-diffusion-v1/lora"
+
+
+def deltas(lora):
+    return jax.tree.leaves(jax.tree.map(factors.delta, lora, is_leaf=factors.is_site))
+
+
+def test_reprs_are_short(hyper):
+    assert repr(hyper).startswith("Hypernetwork(ridge of ")
+    assert "base 'x'" in repr(hyper) and "2 sites, rank 2" in repr(hyper)
+    assert len(repr(hyper)) < 300 and len(repr(hyper.spec)) < 80
+
+
+@pytest.fixture(name="encoders", scope="module")
+def _encoders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("encoders")
+    load = conditioning.load_condition_encoder
+    return {
+        "ours": encoder_of(16),
+        "clip": load(user_world.write_clip(root / "clip")),
+        "vit": load(user_world.write_vit(root / "vit")),
+        "onnx": load(user_world.write_onnx(root / "encoder.onnx")),
+    }
+
+
+@pytest.mark.parametrize("kind", ["ours", "clip", "vit", "onnx"])
+@pytest.mark.parametrize("height, width", [(12, 9), (20, 20), (28, 40), (100, 67), (224, 448)])
+def test_an_encoder_sees_the_file_at_its_own_size(encoders, kind, height, width, tmp_path):
+    """The pixels that the one reader gives, whatever way they came, and nothing resamples again."""
+    encoder = encoders[kind]
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    (tmp_path / "a.png").write_bytes(buffer.getvalue())
+    seen = reference_pixels(tmp_path / "a.png", encoder)
+    assert seen.shape == (*encoder.image_size, 3)
+    np.testing.assert_array_equal(seen, load_image(tmp_path / "a.png", encoder.image_size))
+    (given,) = read_references(tmp_path / "a.png", encoder)
+    np.testing.assert_array_equal(given[0], np.float32(seen) / np.float32(255))
+    pooled, tokens = hypernetwork(encoder).embed([tmp_path / "a.png"])
+    wanted = encoder.encode(np.float32(seen[None]) / np.float32(255))
+    np.testing.assert_array_equal(pooled[:, 0], wanted[0])
+    np.testing.assert_array_equal(tokens[:, 0], wanted[1])
