@@ -120,7 +120,8 @@ def _resampled(array: np.ndarray, encoder: Any, where: str) -> Float[np.ndarray,
     from PIL import Image
 
     if array.dtype != np.uint8:
-        array = np.uint8(np.clip(array.astype(np.float32), 0.0, 1.0) * np.float32(255) + 0.5)
+        clipped = np.clip(array.astype(np.float32), 0.0, 1.0)
+        array = (clipped * np.float32(255) + np.float32(0.5)).astype(np.uint8)
     flat = array.reshape(-1, *array.shape[-3:])
     seen = [
         pictures.of_pillow(Image.fromarray(one), encoder.image_size, where)

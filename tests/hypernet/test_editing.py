@@ -98,7 +98,7 @@ def test_interpolation_ends_at_both_subjects(labelled):
     generator = Neighbours(SPEC, "raw", 3, temperature=0.5)
     constants = generator.fit(embeddings, vectors[:3])
     hyper = Hypernetwork(generator, {}, MeanColour(), {}, {"generator": "knn"}, constants)
-    red, blue = (np.broadcast_to(row, (1, 4, 4, 3)).astype(np.float32) for row in embeddings[:2])
+    red, blue = (np.broadcast_to(row, (1, 8, 8, 3)).astype(np.float32) for row in embeddings[:2])
     key = jax.random.key(0)
     way = interpolate(hyper, key, red, blue, [0.0, 0.5, 1.0])
     assert factors.num_loras(way) == 3
