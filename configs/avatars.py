@@ -32,8 +32,8 @@ def get_config() -> ConfigDict:
             "distill": {
                 "num_concepts": 256,
                 "num_steps": 200,
-                "preset": "attn-qkvo",
-                "rank": 4,
+                "preset": config_dict.placeholder(str),  # of the LoRAs; None: model.preset
+                "rank": config_dict.placeholder(int),  # None: model.rank
                 "seed": 0,
                 "num_slots": 16,
                 "steps_per_call": 25,

@@ -16,6 +16,6 @@ def run(args: argparse.Namespace) -> int:
 
     config = run_config(args.config, args.workdir, args.overrides)
     with remembered(args.workdir, config):
-        out = distill(config, args.workdir)
-    print(f"wrote {out}")
+        done = distill(config, args.workdir)
+    print("\n".join(done.lines()))
     return 0

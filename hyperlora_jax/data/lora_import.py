@@ -109,7 +109,7 @@ def import_loras(
         facts,
         lora_dtype,
         overwrite=overwrite,
-        extra_files={QUARANTINE: lambda: _quarantine_text(report.rejected)},
+        extra_files={QUARANTINE: lambda: quarantine_text(report.rejected)},
     )
     return report
 
@@ -182,7 +182,8 @@ def _subjects(
     facts["import"] = report.facts()
 
 
-def _quarantine_text(rejected: Sequence[Rejected]) -> str:
+def quarantine_text(rejected: Sequence[Rejected]) -> str:
+    """The content of `quarantine.jsonl`."""
     return "".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in rejected)
 
 

@@ -49,6 +49,8 @@ def fit_loras(
     shared: Params | None = None,
     prior: ConceptArrays | None = None,
     max_images: int | None = None,
+    name: Callable[[int], str] | None = None,
+    reject: Callable[[int, str], None] | None = None,
 ) -> Iterator[FittedLora]:
     """Fits one LoRA per concept, `num_slots` at a time, and yields them as they finish.
 
@@ -65,11 +67,15 @@ def fit_loras(
         shared: what the parametrisation reads for all concepts alike.
         prior: (latents, text states) of class pictures, for a recipe with a `prior_weight`.
         max_images: room for a concept's images in a slot; None is as many as the first has.
+        name: number → what tells a concept and its pictures from others in the state file.
+        reject: called with the number of a concept that cannot be fitted (a loss, a LoRA or an
+            input that is not finite) and the reason; the others go on. None: that is an error.
 
     Raises:
         UserError: steps_per_call does not divide num_steps, a concept without images or with more
             than there is room for, slots that the mesh cannot share out evenly, a state file of
-            another run, a recipe with a `prior_weight` but no class pictures.
+            another run, a recipe with a `prior_weight` but no class pictures, a concept that cannot
+            be fitted.
     """
     if (recipe.prior_weight > 0) != (prior is not None):
         raise UserError(
@@ -90,8 +96,9 @@ def fit_loras(
         num_slots = min(num_slots, -(-len(concepts) // devices) * devices)
     trained = recipe.factors(spec) if parametrisation is None else parametrisation
     run = SlotRun(
-        trained, recipe, list(concepts), load, start, num_slots, seed, state_file, max_images
-    )
+        trained, recipe, list(concepts), load, start, num_slots, seed, state_file, max_images,
+        name, reject,
+    )  # fmt: skip
     slots, unet_params = place(run.begin(), unet_params, mesh, num_slots)
     bar = tqdm(
         total=len(concepts) * recipe.num_steps,
@@ -115,16 +122,17 @@ def fit_loras(
             num_steps=steps_per_call,
         )
         losses = np.asarray(losses)
-        bad = [run.owners[slot] for slot in run.busy if not np.isfinite(losses[:, slot]).all()]
-        if bad:
-            raise UserError(
-                f"distill: the loss of concepts {bad} is not finite; lower learning_rate"
-            )
-        bar.set_postfix_str(f"loss {losses[losses > 0].mean():.4f}")
+        usual = losses[np.isfinite(losses) & (losses > 0)]
+        bar.set_postfix_str(f"loss {usual.mean():.4f}" if len(usual) else "")
         bar.update(steps_per_call * len(run.busy))
         run.record(losses)
+        for slot, reason in run.diverged(losses).items():
+            run.reject(run.owners[slot], reason)
+            slots = run.hand_over(slots, slot)
         for slot in run.finished(np.asarray(slots.step)):
-            yield run.take(slots, slot, shared)
+            fitted = run.take(slots, slot, shared)
+            if fitted is not None:
+                yield fitted
             slots = run.hand_over(slots, slot)
         since_save += steps_per_call
         if state_file and since_save >= save_every_steps and run.busy:

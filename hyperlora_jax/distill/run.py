@@ -3,8 +3,11 @@
     pictures ─► latents, text states ─► many LoRAs at once ─► spool/ ─► targets/
 
 A finished LoRA is one file of the spool, written whole or not at all. A restarted run fits what the
-spool lacks; the dataset is made of the spool in one final step. Concepts whose pictures have one
-size (`distill.buckets`) are fitted together, one size after another: one program for each.
+spool lacks; the dataset is made of the spool in one final step. What both are made of is kept with
+them and compared (`record.py`): another run is refused, more concepts are fitted besides those that
+are there. A concept whose fit is not finite goes to quarantine, the others go on. Concepts whose
+pictures have one size (`distill.buckets`) are fitted together, one size after another: one program
+for each.
 
 Of several processes each fits its share of the concepts on its own devices, with one spool for all;
 they meet at the end, where the first one makes the dataset.
@@ -23,8 +26,8 @@ from etils import epath
 from hyperlora_jax import storage
 from hyperlora_jax.data import size_buckets
 from hyperlora_jax.data.encoding_cache import encode_once
-from hyperlora_jax.data.lora_targets_writer import write_lora_targets
-from hyperlora_jax.data.spool import Spool, finished_ids, write_finished
+from hyperlora_jax.data.lora_sources import Rejected
+from hyperlora_jax.data.spool import write_finished, write_rejected
 from hyperlora_jax.data.subject_pictures import (
     SubjectPictures,
     load_in_sizes,
@@ -32,8 +35,11 @@ from hyperlora_jax.data.subject_pictures import (
     with_prompt,
 )
 from hyperlora_jax.data.subjects import Subject, split_by_hash
+from hyperlora_jax.distill import finished, record
+from hyperlora_jax.distill.finished import Distilled
 from hyperlora_jax.distill.fit import ConceptArrays, FittedLora, fit_loras
 from hyperlora_jax.distill.prior import class_pictures
+from hyperlora_jax.distill.record import Record, There, compare
 from hyperlora_jax.distill.reference_embeddings import ReferenceEmbeddings
 from hyperlora_jax.distill.slots import Recipe
 from hyperlora_jax.errors import UserError
@@ -60,59 +66,90 @@ def make_recipe(section: Any, **overrides: Any) -> Recipe:
         raise UserError(f"config.distill.recipe: {error}") from error
 
 
-def distill(config: Any, workdir: epath.PathLike) -> epath.Path:
-    """Fits `distill.num_concepts` LoRAs and writes WORKDIR/targets; returns that folder.
+def distill(config: Any, workdir: epath.PathLike) -> Distilled:
+    """Fits the LoRAs of `distill.num_concepts` concepts that WORKDIR/targets lacks, and writes it.
 
     In a bucket every finished LoRA is copied to WORKDIR/spool at once.
 
     Raises:
         UserError: an unknown or contradictory setting, pictures that cannot be used
-            (`load_in_sizes`), a fit that fails (`fit_loras`).
+            (`load_in_sizes`), LoRAs of another run in the workdir (`record.compare`), a fit that
+            fails (`fit_loras`), not one concept that could be fitted.
     """
     workdir = open_workdir(workdir)
     out = workdir / "targets"
-    if (out / "metadata.json").exists():
-        return out
     scratch = storage.scratch(workdir)
-    storage.pull(workdir, "spool", "prior.npz")
     spool = scratch / "spool"
-    done = finished_ids(spool)
     section = config.distill
     recipe = make_recipe(section)
     _check(section, recipe)
     sd = load_base(config.base, jnp.dtype(section.dtype))
-    spec = sd.lora_spec(section.preset, section.rank)
+    preset, rank = section.preset or config.model.preset, section.rank or config.model.rank
+    spec = sd.lora_spec(preset, rank)
     embeddings = ReferenceEmbeddings(section.encoders, image_size(sd))
     groups = multihost.first_then_others("pictures", lambda: _pictures(config, sd, scratch))
-    for pictures in groups:
-        for fitted in _fit(config, sd, spec, recipe, pictures, done, workdir):
-            file = write_finished(spool, _subject(fitted, pictures, spec, section, embeddings))
-            storage.push(workdir, f"spool/{file.name}")
     facts = {
         "recipe": dataclasses.asdict(recipe),
         "base": config.base,
+        "base_hash": sd.base_hash,
+        "spec": spec.fingerprint,
+        "preset": preset,
+        "rank": rank,
         "dtype": section.dtype,
         "seed": section.seed,
+        "splits": section.splits,
+        "buckets": section.buckets,
+        # A plateau is looked for between two calls only.
+        "steps_per_call": section.steps_per_call if recipe.plateau_window else None,
+        "prior": section.prior.to_dict() if recipe.prior_weight > 0 else None,
         "pictures": _describe(groups),
         "encoders": embeddings.hashes(),
     }
+    asked = Record(facts, _marks(groups), spec.num_parameters)
+    there = multihost.first_then_others("record", lambda: _begin(asked, workdir, spool, out))
+    if there.complete:
+        if multihost.is_first():
+            _clear(scratch)
+        rows = finished.rejected_of(spool, out)
+        rejected = tuple(rows[name] for name in sorted(asked.concepts) if name in there.rejected)
+        return Distilled(out, len(asked.concepts), None, rejected, there.notes)
+    for pictures in groups:
+        for fitted in _fit(config, sd, spec, recipe, pictures, there.done, workdir):
+            file = write_finished(spool, _subject(fitted, pictures, spec, section, embeddings))
+            storage.push(workdir, f"spool/{file.name}")
     multihost.barrier("fitted", multihost.PATIENCE)
     if multihost.is_first():
         storage.pull(workdir, "spool", missing_only=True)  # what other hosts have fitted
-        with storage.writing(out, scratch) as folder:
-            write_lora_targets(
-                folder,
-                Spool(spool),
-                spec,
-                sd.base_hash,
-                facts=facts,
-                split_of=lambda identity: "train",
-                overwrite=True,
-            )
-        for unfinished in scratch.glob("slots-*.safetensors"):  # of another number of processes
-            unfinished.unlink()
+        result = finished.write_dataset(asked, there, spool, out, spec, sd.base_hash, scratch)
+        _clear(scratch)
+    else:
+        result = Distilled(out, len(asked.concepts), 0)  # process 0 says what was written
     multihost.barrier("written", multihost.PATIENCE)
-    return out
+    return result
+
+
+def _begin(asked: Record, workdir: epath.Path, spool: Path, out: epath.Path) -> There:
+    """What is there of this run; its facts are in the spool before the first LoRA is."""
+    storage.pull(workdir, "spool", "prior.npz")
+    there = compare(asked, spool, out)
+    if multihost.is_first() and not there.complete:
+        storage.push(workdir, f"spool/{record.write(asked, spool).name}")
+    return there
+
+
+def _marks(groups: Sequence[SubjectPictures]) -> dict[str, str]:
+    """{id: mark} of all concepts, in the order of their ids."""
+    marks = {
+        name: pictures.marks[k] if pictures.marks else ""
+        for pictures in groups
+        for k, name in enumerate(pictures.ids)
+    }
+    return dict(sorted(marks.items()))
+
+
+def _clear(scratch: Path) -> None:
+    for unfinished in scratch.glob("slots-*.safetensors"):  # of another number of processes
+        unfinished.unlink()
 
 
 def _check(section: Any, recipe: Recipe) -> None:
@@ -189,6 +226,14 @@ def _fit(
     def load(number: int) -> ConceptArrays:
         return encoded.concept(position[number])
 
+    def name(number: int) -> str:
+        k = position[number]
+        return f"{pictures.ids[k]} {pictures.marks[k]}" if pictures.marks else pictures.ids[k]
+
+    def reject(number: int, reason: str) -> None:
+        row = Rejected(pictures.ids[position[number]], str(pictures.facts["source"]), reason)
+        storage.push(workdir, f"spool/{write_rejected(scratch / 'spool', row).name}")
+
     mesh = local_mesh()
     few = -(-len(share) // mesh.size) * mesh.size
     yield from fit_loras(
@@ -208,6 +253,8 @@ def _fit(
         on_save=lambda: storage.push(workdir, state_file.name),
         progress=f"distill {_size_name(pictures)}" if multihost.is_first() else None,
         prior=prior,
+        name=name,
+        reject=reject,
         max_images=max(pictures.counts),
     )
 

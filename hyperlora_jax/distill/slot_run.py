@@ -2,18 +2,21 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import serialization, traverse_util
-from safetensors.numpy import load_file, save_file
 
+from hyperlora_jax import facts
 from hyperlora_jax.array_types import Float, Params
 from hyperlora_jax.distill import slots as slot_state
 from hyperlora_jax.distill.parametrisations import one_lora
 from hyperlora_jax.distill.slots import Recipe, Slots
 from hyperlora_jax.errors import UserError
+from hyperlora_jax.lora_files import safetensors_io
 
 ConceptArrays = tuple[np.ndarray, np.ndarray]
 
@@ -28,11 +31,29 @@ class FittedLora:
 
 
 class SlotRun:
-    """Which slot works on which concept, and what is left."""
+    """Which slot works on which concept, and what is left.
+
+    Args:
+        name: number of a concept → what tells it and its pictures from others in the state file;
+            None where numbers do.
+        reject: what becomes of a concept that cannot be fitted, (number, reason); None: an error.
+    """
 
     def __init__(
-        self, trained, recipe, concepts, load, start, num_slots, seed, state_file, max_images=None
+        self,
+        trained,
+        recipe,
+        concepts,
+        load,
+        start,
+        num_slots,
+        seed,
+        state_file,
+        max_images=None,
+        name: Callable[[int], str] | None = None,
+        reject: Callable[[int, str], None] | None = None,
     ):
+        self.name, self._reject = name or str, reject
         self.trained, self.recipe, self.load, self.start = trained, recipe, load, start
         self.seed, self.num_slots, self.state_file = seed, num_slots, state_file
         self.max_images = max_images
@@ -65,17 +86,32 @@ class SlotRun:
         return slots
 
     def hand_over(self, slots: Slots, slot: int) -> Slots:
-        """Gives the slot the next waiting concept, or lets it rest."""
+        """Gives the slot the next waiting concept that can be fitted, or lets it rest."""
         self.owners[slot] = None
-        if not self.waiting:
-            return slots
-        concept = self.waiting.pop(0)
-        self.owners[slot] = concept
-        self.curves[concept] = []
-        return self._fill(slots, slot, concept)
+        while self.waiting:
+            concept = self.waiting.pop(0)
+            arrays = self.load(concept)
+            if unusable := _unusable(*arrays):
+                self.reject(concept, unusable)
+                continue
+            self.owners[slot] = concept
+            self.curves[concept] = []
+            return self._fill(slots, slot, concept, arrays)
+        return slots
 
-    def _fill(self, slots: Slots, slot: int, concept: int) -> Slots:
-        latents, text = self.load(concept)
+    def reject(self, concept: int, reason: str) -> None:
+        """Gives a concept up.
+
+        Raises:
+            UserError: nobody wants to hear of it.
+        """
+        self.curves.pop(concept, None)
+        if self._reject is None:
+            raise UserError(f"distill: concept {self.name(concept)}: {reason}")
+        self._reject(concept, reason)
+
+    def _fill(self, slots: Slots, slot: int, concept: int, arrays: ConceptArrays) -> Slots:
+        latents, text = arrays
         room = slots.latents.shape[1]
         if not 1 <= len(latents) <= room:
             raise UserError(
@@ -108,11 +144,27 @@ class SlotRun:
             or on_plateau(self.curves[self.owners[slot]], self.recipe)
         ]
 
-    def take(self, slots: Slots, slot: int, shared: Params | None) -> FittedLora:
-        """The finished LoRA of a slot."""
+    def diverged(self, losses: np.ndarray) -> dict[int, str]:
+        """{slot: reason} of busy slots whose losses [t, s] of the last steps are not finite."""
+        found = {}
+        for slot in self.busy:
+            bad = np.flatnonzero(~np.isfinite(losses[:, slot]))
+            if len(bad):
+                done = sum(map(len, self.curves[self.owners[slot]])) - len(losses)
+                step = done + int(bad[0]) + 1
+                found[slot] = f"its loss is not finite at step {step} of {self.recipe.num_steps}"
+        return found
+
+    def take(self, slots: Slots, slot: int, shared: Params | None) -> FittedLora | None:
+        """The finished LoRA of a slot; None where it has numbers that are not finite."""
         concept = self.owners[slot]
         lora = one_lora(self.trained, slots.params, slots.start, shared, slot)
-        return FittedLora(concept, lora, np.concatenate(self.curves.pop(concept)))
+        if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(lora)):
+            self.reject(concept, "its LoRA is not finite after the last step")
+            return None
+        # A slot that was restored may have reached its last step inside a call, and rested.
+        losses = np.concatenate(self.curves.pop(concept))[: self.recipe.num_steps]
+        return FittedLora(concept, lora, losses)
 
     def steps_done(self, slots: Slots) -> int:
         """Steps that restored slots already made."""
@@ -127,35 +179,34 @@ class SlotRun:
         for slot in self.busy:
             curve = self.curves[self.owners[slot]]
             arrays[f"curve/{slot}"] = np.concatenate(curve) if curve else np.zeros(0, np.float32)
-        temporary = self.state_file.with_suffix(".tmp")
-        save_file(
-            arrays, temporary, metadata={"run": self._facts(), "owners": json.dumps(self.owners)}
-        )
-        temporary.replace(self.state_file)
+        names = [None if owner is None else self.name(owner) for owner in self.owners]
+        metadata = {"run": json.dumps(self._facts()), "owners": json.dumps(names)}
+        safetensors_io.write(self.state_file, arrays, metadata)
 
     def _restore(self, slots: Slots) -> Slots:
-        from safetensors import safe_open
-
-        with safe_open(self.state_file, "np") as file:
-            metadata = file.metadata()
-        if metadata.get("run") != self._facts():
-            raise UserError(
-                f"{self.state_file}: belongs to another run ({metadata.get('run')}), "
-                f"this one is {self._facts()}; remove it or take another workdir"
-            )
-        arrays = load_file(self.state_file)
+        """The slots of the state file whose concepts wait; it may be of another number of them."""
+        arrays, metadata = safetensors_io.read(self.state_file)
+        saved = json.loads(metadata.get("run", "{}"))
+        saved.pop("slots", None)  # of a time when their number had to stay
+        if found := facts.differences(saved, self._facts()):
+            raise UserError(facts.refusal(str(self.state_file), found))
+        waiting = {self.name(concept): concept for concept in self.waiting}
+        owners = json.loads(metadata["owners"])
+        # Others were finished and written after this state was saved.
+        kept = [(place, waiting[str(o)]) for place, o in enumerate(owners) if str(o) in waiting]
         empty = _without_inputs(slots)
         tree = serialization.to_state_dict(empty)
         flat = traverse_util.flatten_dict(tree, sep="/", keep_empty_nodes=True)
-        filled = {k: jnp.asarray(arrays[k]) if k in arrays else v for k, v in flat.items()}
-        state = serialization.from_state_dict(empty, traverse_util.unflatten_dict(filled, sep="/"))
-        for slot, concept in enumerate(json.loads(metadata["owners"])):
-            if concept is None or concept not in self.waiting:
-                continue  # finished and written after this state was saved
-            slots = self._fill(slots, slot, concept)
+        filled = {k: np.array(v) if k in arrays else v for k, v in flat.items()}
+        for slot, (place, concept) in enumerate(kept[: self.num_slots]):
+            for name in filled.keys() & arrays.keys():
+                filled[name][slot] = arrays[name][place]
+            slots = self._fill(slots, slot, concept, self.load(concept))
             self.owners[slot] = concept
             self.waiting.remove(concept)
-            self.curves[concept] = [arrays[f"curve/{slot}"]]
+            self.curves[concept] = [arrays[f"curve/{place}"]]
+        filled = {k: jnp.asarray(v) if k in arrays else v for k, v in filled.items()}
+        state = serialization.from_state_dict(empty, traverse_util.unflatten_dict(filled, sep="/"))
         slots = state.replace(
             latents=slots.latents,
             text_states=slots.text_states,
@@ -167,11 +218,22 @@ class SlotRun:
                 slots = self.hand_over(slots, slot)
         return slots
 
-    def _facts(self) -> str:
-        recipe = dataclasses.asdict(self.recipe)
-        facts = {"spec": self.trained.spec.fingerprint, "recipe": recipe, "seed": self.seed}
-        trained = type(self.trained).__name__
-        return json.dumps({**facts, "slots": self.num_slots, "trained": trained}, sort_keys=True)
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "spec": self.trained.spec.fingerprint,
+            "recipe": dataclasses.asdict(self.recipe),
+            "seed": self.seed,
+            "trained": type(self.trained).__name__,
+        }
+
+
+def _unusable(latents: np.ndarray, text_states: np.ndarray) -> str:
+    """Why a concept cannot be fitted; "" where it can."""
+    if not np.isfinite(text_states).all():
+        return "the text states of its captions are not finite"
+    if not np.isfinite(latents).all():
+        return "the latents of its pictures are not finite"
+    return ""
 
 
 def on_plateau(curve: Sequence[np.ndarray], recipe: Recipe) -> bool:

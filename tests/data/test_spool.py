@@ -10,6 +10,7 @@ import pytest
 from targets_fixture import SPEC, assert_same, subject
 
 from hyperlora_jax.data import spool
+from hyperlora_jax.data.lora_sources import Rejected
 from hyperlora_jax.data.subjects import Subject
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora_files import safetensors_io
@@ -76,3 +77,17 @@ def test_killed_writer_leaves_only_whole_files(tmp_path):
     assert len(read) >= 5
     for one in read:
         assert_same(one, subject(one.seed))
+
+
+@pytest.mark.parametrize(
+    "name", [".hidden", "..", "a/b", "Ünï cöde", "~x%=y", "人" * 60, "x" * 400]
+)
+def test_no_name_loses_a_subject(tmp_path, name):
+    path = spool.write_finished(tmp_path, Subject(name, name))
+    assert path.parent == tmp_path and len(path.name.encode()) < 255
+    assert spool.finished_ids(tmp_path) == {name}
+    assert [one.id for one in spool.Spool(tmp_path)] == [name]
+    rejected = Rejected(name, "here", "it is odd")
+    spool.write_rejected(tmp_path, rejected)
+    assert spool.read_rejected(tmp_path) == {name: rejected}
+    assert spool.finished_ids(tmp_path) == {name}

@@ -1,12 +1,16 @@
 """A UNet of one small block, and five concepts of two or three pictures."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
 from hyperlora_jax.diffusion.schedule import NoiseSchedule
+from hyperlora_jax.distill import run
 from hyperlora_jax.lora.sites import spec_from_shapes
 from hyperlora_jax.stable_diffusion.checkpoint import init_params
+from hyperlora_jax.stable_diffusion.embedded import load_base
 from hyperlora_jax.stable_diffusion.unet import unet_from_config
 
 CONFIG = {
@@ -39,3 +43,16 @@ def _world():
     ]
     schedule = NoiseSchedule(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
     return unet, params, schedule, spec, concepts
+
+
+@pytest.fixture(name="small_base", scope="module")
+def _small_base():
+    """`distill` sees the embedded base with a UNet that compiles in seconds."""
+    sd = load_base("tiny-sd")
+    small = {**CONFIG, "in_channels": 8, "out_channels": 8, "cross_attention_dim": 64}
+    unet = unet_from_config({**small, "sample_size": 8})
+    drawn = sd.replace_params({"unet": init_params(unet, jax.random.key(0))})
+    sd = dataclasses.replace(drawn, unet=unet)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "load_base", lambda name, dtype: sd)
+        yield sd

@@ -94,7 +94,7 @@ def test_state_of_another_run_is_refused(world, tmp_path):
         patch.setattr(slot_state, "advance", once)
         with pytest.raises(KeyboardInterrupt):
             next(fit(world, [0, 1], 2, state_file=state, save_every_steps=25))
-    with pytest.raises(UserError, match="belongs to another run"):
+    with pytest.raises(UserError, match="made with seed = 0, this run has seed = 7"):
         next(fit(world, [0, 1], 2, state_file=state, seed=7))
 
 

@@ -1,10 +1,8 @@
 """`hyperlora distill` from folders of pictures of several shapes."""
 
-import dataclasses
 import json
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -16,26 +14,12 @@ from hyperlora_jax.distill import run
 from hyperlora_jax.distill import slots as slot_state
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.hypernet.conditioning import load_condition_encoder
-from hyperlora_jax.stable_diffusion.checkpoint import init_params
-from hyperlora_jax.stable_diffusion.embedded import load_base
-from hyperlora_jax.stable_diffusion.unet import unet_from_config
-from tests.distill.conftest import CONFIG
 
 AVATARS = str(Path(__file__).parents[2] / "configs" / "avatars.py")
 SHAPES = {"even": (32, 32), "tall": (40, 24), "tall too": (41, 22)}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _small_base():
-    """The embedded base with a UNet that compiles in seconds."""
-    sd = load_base("tiny-sd")
-    small = {**CONFIG, "in_channels": 8, "out_channels": 8, "cross_attention_dim": 64}
-    unet = unet_from_config({**small, "sample_size": 8})
-    drawn = sd.replace_params({"unet": init_params(unet, jax.random.key(0))})
-    sd = dataclasses.replace(drawn, unet=unet)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "load_base", lambda name, dtype: sd)
-        yield
+pytestmark = pytest.mark.usefixtures("small_base")
 
 
 @pytest.fixture(name="concepts", scope="module")
@@ -66,7 +50,7 @@ def config(concepts, count, *more):
 
 def test_one_program_per_shape_and_loras_that_do_not_depend_on_the_others(concepts, tmp_path):
     programs = slot_state.advance._cache_size()
-    path = run.distill(config(concepts, 3, "distill.buckets=True"), tmp_path / "buckets")
+    path = run.distill(config(concepts, 3, "distill.buckets=True"), tmp_path / "buckets").path
     assert slot_state.advance._cache_size() == programs + 2, "expected one program per shape"
     targets = open_lora_targets(path)
     found = {targets.ids[k]: targets[k] for k in range(3)}
@@ -82,7 +66,7 @@ def test_one_program_per_shape_and_loras_that_do_not_depend_on_the_others(concep
     shown = np.stack([pictures.decode(png, 16) for png in found["even"].references])
     expected, _ = encoder.encode(shown.astype(np.float32) / 255.0)
     np.testing.assert_allclose(found["even"].embeddings[encoder.name], expected, atol=1e-4)
-    alone = open_lora_targets(run.distill(config(concepts, 1), tmp_path / "square"))
+    alone = open_lora_targets(run.distill(config(concepts, 1), tmp_path / "square").path)
     assert slot_state.advance._cache_size() == programs + 2, "the square program serves again"
     assert alone.ids == ["even"] and np.abs(alone[0].lora).max() > 0
     np.testing.assert_allclose(found["even"].lora, alone[0].lora, atol=1e-6)
