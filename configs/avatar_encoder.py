@@ -2,7 +2,7 @@
 
     hyperlora pretrain --config configs/avatar_encoder.py --workdir runs/avatar_encoder
 
-Writes hyperlora_jax/assets/avatar-encoder (about 1.5 MB). `export.path` says where.
+Writes WORKDIR/encoder (about 1.5 MB), or `export.path`.
 """
 
 from ml_collections import ConfigDict, config_dict
@@ -52,7 +52,11 @@ def get_config() -> ConfigDict:
                     "noise": 0.03,
                 },
             },
-            "export": {"path": "hyperlora_jax/assets/avatar-encoder", "name": "avatar-encoder"},
+            "export": {
+                "path": "",  # empty = WORKDIR/encoder
+                "name": "avatar-encoder",
+                "into_package": False,  # True: the shipped one may be replaced
+            },
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
         }
     )

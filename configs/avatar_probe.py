@@ -2,7 +2,7 @@
 
     hyperlora pretrain --config configs/avatar_probe.py --workdir runs/avatar_probe
 
-Writes hyperlora_jax/assets/avatar-probe (about 1.5 MB). `export.path` says where.
+Writes WORKDIR/probe (about 1.5 MB), or `export.path`.
 """
 
 from ml_collections import ConfigDict, config_dict
@@ -44,7 +44,11 @@ def get_config() -> ConfigDict:
                 },
                 "augmentation": {"noise": 0.08, "blur": 1.0, "colour": 0.06},
             },
-            "export": {"path": "hyperlora_jax/assets/avatar-probe", "name": "avatar-probe"},
+            "export": {
+                "path": "",  # empty = WORKDIR/probe
+                "name": "avatar-probe",
+                "into_package": False,  # True: the shipped one may be replaced
+            },
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
         }
     )

@@ -55,7 +55,11 @@ def get_config() -> ConfigDict:
                     "clip_norm": 1.0,
                 },
             },
-            "export": {"path": "", "dtype": "float16"},
+            "export": {
+                "path": "",  # empty = WORKDIR/base
+                "into_package": False,  # True: the shipped one may be replaced
+                "dtype": "float16",
+            },
             "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
         }
     )

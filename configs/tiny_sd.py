@@ -3,8 +3,8 @@
     hyperlora pretrain --config configs/tiny_sd.py --workdir runs/tiny_sd
 
 Trains the autoencoder, then the text encoder and the UNet together, and writes a diffusers
-directory (float16) to `export.path`. Captions name the view (mouth, eyes, glasses, clothes,
-background), never the identity: who is drawn is what a LoRA has to add.
+directory (float16) to WORKDIR/base, or `export.path`. Captions name the view (mouth, eyes, glasses,
+clothes, background), never the identity: who is drawn is what a LoRA has to add.
 """
 
 from ml_collections import ConfigDict, config_dict
@@ -82,7 +82,10 @@ def get_config() -> ConfigDict:
                     "weight_decay": 0.01,
                 },
             },
-            "export": {"path": "hyperlora_jax/assets/tiny-sd"},
+            "export": {
+                "path": "",  # empty = WORKDIR/base
+                "into_package": False,  # True: the shipped one may be replaced
+            },
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
         }
     )

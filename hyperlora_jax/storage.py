@@ -31,6 +31,17 @@ def absolute(path: epath.PathLike) -> epath.Path:
     return found if is_remote(path) else found.resolve()
 
 
+def outside_package(path: epath.PathLike, argument: str) -> None:
+    """Nothing is written into the installed package, whose base and encoders everybody relies on.
+
+    Raises:
+        UserError: `path`, the value of `argument`, lies there.
+    """
+    package = Path(__file__).resolve().parent
+    if not is_remote(path) and Path(str(path)).resolve().is_relative_to(package):
+        raise UserError(f"{argument} {path}: lies in the installed package, expected another place")
+
+
 def reason(error: Exception) -> str:
     """One line of an error that a file system, remote or not, has raised."""
     text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hyperlora_jax.cli import config_checks
 from hyperlora_jax.cli.config import load_config
 from hyperlora_jax.errors import UserError
 
@@ -47,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
     from hyperlora_jax.parallel.topology import parse
 
     config = load_config(args.config, getattr(args, "overrides", ()))
+    config_checks.check(config, "compile", args.config)
     topologies = [parse(name) for name in args.topology.split(",") if name.strip()]
     file = Path(args.json) if args.json else None
     if file:

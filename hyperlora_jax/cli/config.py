@@ -16,6 +16,9 @@ import ml_collections
 
 from hyperlora_jax.errors import UserError
 
+PACKAGE = Path(__file__).parents[1]
+# An installed package has the configs inside it, a checkout beside it.
+PACKAGED = next(path for path in (PACKAGE / "configs", PACKAGE.parent / "configs") if path.is_dir())
 GIVEN = "given"  # the config's own key for the names of overridden keys
 
 
@@ -43,15 +46,31 @@ def read_file(path: str | Path) -> ml_collections.ConfigDict:
     Raises:
         UserError: no such file, or no get_config in it.
     """
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise UserError(f"--config {path}: no such file")
-    if file.suffix != ".py":
-        raise UserError(f"--config {path}: expected a Python file")
+    file = find_file(path)
     try:
-        return _get_config(file)
+        return _with_homes(_get_config(file))
     except Exception as error:
         raise UserError(f"--config {path}: {type(error).__name__}: {error}") from error
+
+
+def find_file(path: str | Path) -> Path:
+    """A config file: a path, or the name of one that comes with the package ("my_pictures").
+
+    Raises:
+        UserError: there is no such file.
+    """
+    file = Path(path).expanduser()
+    if file.is_file() and file.suffix == ".py":
+        return file
+    if file.exists():
+        raise UserError(f"--config {path}: expected a Python file")
+    names = sorted(own.stem for own in PACKAGED.glob("*.py"))
+    name = str(path).removesuffix(".py").removeprefix("configs/")
+    if str(path) in names:
+        return PACKAGED / f"{path}.py"
+    close = difflib.get_close_matches(name, names, 1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    raise UserError(f"--config {path}: no such file, and none of {', '.join(names)}{hint}")
 
 
 def overridden(
@@ -123,6 +142,7 @@ def _converted(name: str, old: Any, text: str) -> Any:
         value = (value,)
     if isinstance(old, str) and not isinstance(value, str):
         value = text
+    value = _with_home(value)
     if old is not None and value is not None and type(value) is not type(old):
         raise UserError(
             f"--config.{name}: got {text!r} ({type(value).__name__}), "
@@ -141,12 +161,39 @@ def _unknown_key(
     close = [".".join([*parts[:depth], key, *parts[depth + 1 :]]) for key in close]
     if not close:  # the right key in another section
         elsewhere = [key for key in flatten(config) if key.split(".")[-1] == parts[-1]]
-        close = elsewhere or difflib.get_close_matches(name, flatten(config), 1)
-    hint = f"; did you mean --config.{close[0]}?" if close else ""
+        elsewhere.sort(key=lambda key: key.count("."))
+        close = elsewhere[:3] or difflib.get_close_matches(name, flatten(config), 1)
+    hint = f"; did you mean {' or '.join(f'--config.{key}' for key in close)}?" if close else ""
     return (
         f"--config.{name}: unknown key {parts[depth]!r}, "
         f"{where} has {', '.join(known) or 'no keys'}{hint}"
     )
+
+
+def _with_homes(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """The config with `~` expanded in every value."""
+    for key, value in config.items():
+        if isinstance(value, ml_collections.ConfigDict):
+            _with_homes(value)
+        elif _with_home(value) != value:
+            config[key] = _with_home(value)
+    return config
+
+
+def _with_home(value: Any) -> Any:
+    """A path, or several with commas between them, without `~`."""
+    if isinstance(value, tuple):
+        return tuple(map(_with_home, value))
+    if not isinstance(value, str) or "~/" not in value:
+        return value
+    parts = [part.strip() for part in value.split(",")]
+    if not all(part.startswith("~/") or "~/" not in part for part in parts):
+        return value
+    return ",".join(_home(part) for part in parts)
+
+
+def _home(part: str) -> str:
+    return str(Path(part).expanduser()) if part.startswith("~/") else part
 
 
 def _parse(text: str) -> Any:

@@ -2,7 +2,7 @@
 
 import argparse
 
-from hyperlora_jax.cli.workdir_config import add_config_arguments, remembered, run_config
+from hyperlora_jax.cli.workdir_config import add_config_arguments, command_config, remembered
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,7 +14,7 @@ def run(args: argparse.Namespace) -> int:
     """Fits the LoRAs and writes WORKDIR/targets."""
     from hyperlora_jax.distill.run import distill
 
-    config = run_config(args.config, args.workdir, args.overrides)
+    config = command_config(args, "distill")
     with remembered(args.workdir, config):
         done = distill(config, args.workdir)
     print("\n".join(done.lines()))

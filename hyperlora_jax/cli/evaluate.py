@@ -2,7 +2,7 @@
 
 import argparse
 
-from hyperlora_jax.cli.workdir_config import add_config_arguments, run_config
+from hyperlora_jax.cli.workdir_config import add_config_arguments, command_config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,7 +15,7 @@ def run(args: argparse.Namespace) -> int:
     """Compares all methods and writes WORKDIR/report."""
     from hyperlora_jax.evaluate.run import evaluate
 
-    config = run_config(args.config, args.workdir, args.overrides)
+    config = command_config(args, "evaluate")
     file = ["--config", args.config] if args.config else []
     command = " ".join(["hyperlora evaluate", *file, "--workdir WORKDIR", *args.overrides])
     files = evaluate(config, args.workdir, args.json or "", command)

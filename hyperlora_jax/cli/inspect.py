@@ -7,6 +7,7 @@ from pathlib import Path
 from etils import epath
 
 from hyperlora_jax import storage
+from hyperlora_jax.cli.arguments import OneLineParser
 from hyperlora_jax.errors import UserError
 
 
@@ -49,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         kind
     ]
     module = importlib.import_module(f"hyperlora_jax.cli.{name}")
-    parser = argparse.ArgumentParser(prog=f"hyperlora inspect {path}")
+    parser = OneLineParser(prog=f"hyperlora inspect {path}")
     module.add_arguments(parser)
     try:
         known = parser.parse_args([str(path), *args.options])
@@ -80,7 +81,7 @@ def _hypernetwork(path: epath.Path) -> int:
 
 
 def _base(path: Path, options: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog=f"hyperlora inspect {path}")
+    parser = OneLineParser(prog=f"hyperlora inspect {path}")
     parser.add_argument(
         "--verify", action="store_true", help="compare one forward pass with PyTorch diffusers"
     )

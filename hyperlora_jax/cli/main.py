@@ -4,17 +4,20 @@ Exit codes: 0 done, 2 wrong use or bad input (one line on stderr), 75 preempted 
 130 interrupted, 1 anything else (with a traceback: that is a bug).
 """
 
-import argparse
 import contextlib
+import difflib
 import importlib
 import io
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from hyperlora_jax.errors import UserError
+from hyperlora_jax.cli import config_text
+from hyperlora_jax.cli.arguments import parse
+from hyperlora_jax.errors import Interrupted, Preempted, TrainingDiverged, UserError
 
 COMMANDS = {
     "demo": ("demo", "the whole pipeline on the embedded tiny base and avatars"),
@@ -35,6 +38,7 @@ COMMANDS = {
     "compile": ("compile", "does the training step fit this TPU pod? needs no TPU"),
 }
 PREEMPTED = 75
+INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,10 +54,64 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     name = arguments[0]
     if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, 1)
+        hint = f"; did you mean {close[0]}?" if close else ""
         print(
-            f"hyperlora: unknown command {name!r}, expected {', '.join(COMMANDS)}", file=sys.stderr
+            f"hyperlora: unknown command {name!r}, expected {', '.join(COMMANDS)}{hint}",
+            file=sys.stderr,
         )
         return 2
+    return run_command(name, arguments[1:], start=_start_jax)
+
+
+def run_command(
+    name: str, arguments: Sequence[str], start: Callable[[], bool] = lambda: False
+) -> int:
+    """Parses the arguments of one command and runs it, errors turned into exit codes.
+
+    Args:
+        start: called once they are known to be right; returns whether to be quiet.
+    """
+    module_name, summary = COMMANDS[name]
+    module = importlib.import_module(f"hyperlora_jax.cli.{module_name}")
+    try:
+        known = parse(name, summary, module, arguments)
+        if getattr(known, "print_config", False):
+            print(config_text.of_command(known))
+            return 0
+        quiet = start()
+        # What a run wrote is said by one process; errors, on stderr, are everybody's.
+        with contextlib.redirect_stdout(io.StringIO() if quiet else sys.stdout):
+            return module.run(known)
+    except SystemExit as stop:  # --help
+        return int(stop.code or 0)
+    except UserError as error:
+        return _ended(name, error, 2)
+    except Preempted as error:
+        return _ended(name, error, PREEMPTED)
+    except TrainingDiverged as error:
+        return _ended(name, error, 1)
+    except Interrupted as error:
+        return _ended(name, error, INTERRUPTED)
+    except KeyboardInterrupt:
+        return _ended(name, "interrupted", INTERRUPTED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _ended(name: str, reason: Any, code: int) -> int:
+    print(f"hyperlora {name}: {reason}", file=sys.stderr)
+    return code
+
+
+def _start_jax() -> bool:
+    """Imports JAX as this program wants it and joins the other processes; whether this process
+    leaves the talking to another one.
+
+    Raises:
+        UserError: the environment names other processes in a way that cannot be.
+    """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     devices = ("accel*", "vfio/[0-9]*", "nvidia*")
     if sys.platform == "linux" and not any(any(Path("/dev").glob(d)) for d in devices):
@@ -67,49 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     cpu_devices.prepare()
     several = multihost.start()
     compilation_cache.enable()
-    # What a run wrote is said by one process; errors, on stderr, are everybody's.
-    quiet = several and jax.process_index() > 0
-    with contextlib.redirect_stdout(io.StringIO() if quiet else sys.stdout):
-        return run_command(name, arguments[1:])
-
-
-def run_command(name: str, arguments: Sequence[str]) -> int:
-    """Parses the arguments of one command and runs it, errors turned into exit codes."""
-    module_name, summary = COMMANDS[name]
-    module = importlib.import_module(f"hyperlora_jax.cli.{module_name}")
-    parser = argparse.ArgumentParser(prog=f"hyperlora {name}", description=summary)
-    module.add_arguments(parser)
-    takes_config = any(action.dest == "config" for action in parser._actions)
-    try:
-        known, rest = parser.parse_known_args(list(arguments))
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    if takes_config:
-        known.overrides = [item for item in rest if item.startswith("--config.")]
-        rest = [item for item in rest if not item.startswith("--config.")]
-    if rest:
-        print(f"hyperlora {name}: unknown argument {rest[0]!r}", file=sys.stderr)
-        return 2
-    from hyperlora_jax.train.loop import TrainingDiverged
-    from hyperlora_jax.train.preemption import Preempted
-
-    try:
-        return module.run(known)
-    except UserError as error:
-        print(f"hyperlora {name}: {error}", file=sys.stderr)
-        return 2
-    except Preempted as error:
-        print(f"hyperlora {name}: {error}", file=sys.stderr)
-        return PREEMPTED
-    except TrainingDiverged as error:
-        print(f"hyperlora {name}: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"hyperlora {name}: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    return several and jax.process_index() > 0
 
 
 def _overview() -> str:

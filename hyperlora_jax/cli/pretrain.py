@@ -3,8 +3,7 @@
 import argparse
 import importlib
 
-from hyperlora_jax.cli.workdir_config import add_config_arguments, remembered, run_config
-from hyperlora_jax.errors import UserError
+from hyperlora_jax.cli.workdir_config import add_config_arguments, command_config, remembered
 
 TASKS = {
     "base": ("pretraining", "pretrain"),
@@ -21,12 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the config's `task`."""
-    config = run_config(args.config, args.workdir, args.overrides)
-    if config.get("task") not in TASKS:
-        raise UserError(
-            f"--config {args.config or args.workdir}: task is {config.get('task')!r}, "
-            f"expected {', '.join(TASKS)}"
-        )
+    config = command_config(args, "pretrain")
     module, function = TASKS[config.task]
     train = getattr(importlib.import_module(f"hyperlora_jax.train.{module}"), function)
     with remembered(args.workdir, config):

@@ -2,7 +2,7 @@
 
 import argparse
 
-from hyperlora_jax.cli.workdir_config import add_config_arguments, remembered, run_config
+from hyperlora_jax.cli.workdir_config import add_config_arguments, command_config, remembered
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,7 +15,7 @@ def run(args: argparse.Namespace) -> int:
     from hyperlora_jax.hypernet.model import FOLDER
     from hyperlora_jax.train.hypernet_training import train_hypernetwork
 
-    config = run_config(args.config, args.workdir, args.overrides)
+    config = command_config(args, "train")
     with remembered(args.workdir, config):
         train_hypernetwork(config, args.workdir)
     print(f"wrote {args.workdir}/{FOLDER}")

@@ -20,12 +20,14 @@ import ml_collections
 from etils import epath
 
 from hyperlora_jax import storage
+from hyperlora_jax.cli import config_checks, config_counts
 from hyperlora_jax.cli.config import GIVEN, flatten, overridden, read_file
 from hyperlora_jax.errors import UserError
 
 FILE = "config.json"
 PICTURES = ("base", "data.source", "data.style", "data.size", "data.split_seed")
 TRAINED = ("base", "data", "model")  # once there are checkpoints
+OWN_PICTURES = "my_pictures"  # the config for a folder of pictures and nothing else
 MADE = ("checkpoints", "autoencoder", "hypernetwork", "spool", "targets")  # by a run's work
 
 
@@ -34,10 +36,10 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config",
         metavar="FILE",
-        help="config file; default: the workdir's own. Single values by --config.section.key=value,"
-        " which the workdir remembers for its other commands",
+        help="config file, or the name of one of the package's (my_pictures, sd15, …); default: the"
+        " workdir's own, or my_pictures where --config.data.source is given",
     )
-    parser.add_argument("--workdir", metavar="DIR", required=True, help="where everything goes")
+    parser.add_argument("--workdir", metavar="DIR", help="where everything goes")
 
 
 def read_config(workdir: epath.PathLike) -> ml_collections.ConfigDict | None:
@@ -68,6 +70,8 @@ def run_config(
     """
     own = read_config(workdir)
     if config is None:
+        if own is None and any(item.startswith("--config.data.source=") for item in overrides):
+            return overridden(read_file(OWN_PICTURES), overrides)
         if own is None:
             raise UserError(
                 f"--config: expected a config file, as {workdir} has no {FILE} of an earlier run"
@@ -84,6 +88,28 @@ def run_config(
     if said:
         print(f"remembered by {workdir}: {' '.join(said)}")
     return found
+
+
+def command_config(args: argparse.Namespace, command: str) -> ml_collections.ConfigDict:
+    """The checked config of a command with the arguments of `add_config_arguments`.
+
+    Raises:
+        UserError: see `run_config` and `config_checks`.
+    """
+    import jax
+
+    if args.workdir is None:
+        raise UserError("--workdir: expected a folder, where everything goes")
+    config = run_config(args.config, args.workdir, args.overrides)
+    source = args.config or epath.Path(args.workdir) / FILE
+    config_checks.check_command(config, command, source)
+    if command != "evaluate":
+        for line in config_counts.settle(config, command, jax.device_count()):
+            print(line)
+    config_checks.check(config, command, source)
+    if command in ("train", "pretrain"):
+        config_checks.check_batches(config, jax.device_count())
+    return config
 
 
 @contextlib.contextmanager

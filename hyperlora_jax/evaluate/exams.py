@@ -153,8 +153,9 @@ def _avatar_exam(
 
 def lead(config: Any, test: AnySet) -> str:
     """The sentence under the report's title."""
-    kind = f"{config.data.style} identities"
-    if not isinstance(test, EvaluationSet):
+    if isinstance(test, EvaluationSet):
+        kind = f"{config.data.style} identities"
+    else:
         kind = f"subjects of {Path(test.facts['source']).name}"
     return (
         f"LoRAs for {test.num_identities} {kind} that were never trained on, written in one pass "

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh
 
+from hyperlora_jax import storage
 from hyperlora_jax.array_types import Params
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.train.loop import Task, fit
@@ -22,6 +23,18 @@ def arithmetic_dtype(section: Any) -> Any:
     if section.dtype not in ("float32", "bfloat16"):
         raise UserError(f"train.dtype: got {section.dtype!r}, expected float32 or bfloat16")
     return jnp.dtype(section.dtype)
+
+
+def export_folder(config: Any, workdir: epath.PathLike, name: str) -> epath.Path:
+    """Where the result goes: `export.path`, or WORKDIR/name where that is empty.
+
+    Raises:
+        UserError: in the installed package, unless `export.into_package` is True.
+    """
+    out = epath.Path(config.export.path or epath.Path(workdir) / name)
+    if not config.export.get("into_package", False):
+        storage.outside_package(out, "export.path")
+    return out
 
 
 def fit_section(

@@ -12,7 +12,7 @@ from hyperlora_jax.data.worlds import open_world
 from hyperlora_jax.parallel import multihost, sharding
 from hyperlora_jax.parallel.mesh import make_mesh
 from hyperlora_jax.train import encoder_task, probe_task
-from hyperlora_jax.train.configured import fit_section
+from hyperlora_jax.train.configured import export_folder, fit_section
 from hyperlora_jax.train.level_widths import level_widths
 from hyperlora_jax.train.loop import open_workdir
 from hyperlora_jax.train.render_bundle import RenderBundle, render_bundle
@@ -22,6 +22,7 @@ SMALLEST = 4  # cells per side of the encoder's last level
 
 def pretrain_encoder(config: Any, workdir: epath.PathLike) -> epath.Path:
     """Trains the identity encoder on training identities; returns the exported folder."""
+    out = export_folder(config, workdir, "encoder")
     bundle, mesh = _bundle(config, workdir), make_mesh(**config.mesh)
     task = encoder_task.make_task(
         bundle,
@@ -32,11 +33,12 @@ def pretrain_encoder(config: Any, workdir: epath.PathLike) -> epath.Path:
         **{**config.model.to_dict(), "encoder": _encoder(config, bundle)},
     )
     params = _fit(task, config, workdir, mesh)
-    return _export(encoder_task.export_encoder, params, bundle, config, workdir)
+    return _export(encoder_task.export_encoder, params, bundle, config, workdir, out)
 
 
 def pretrain_probe(config: Any, workdir: epath.PathLike) -> epath.Path:
     """Trains the attribute probe on renders; returns the exported folder."""
+    out = export_folder(config, workdir, "probe")
     bundle, mesh = _bundle(config, workdir), make_mesh(**config.mesh)
     task = probe_task.make_task(
         bundle,
@@ -47,7 +49,7 @@ def pretrain_probe(config: Any, workdir: epath.PathLike) -> epath.Path:
         **sharding.host_part(mesh),
     )
     params = _fit(task, config, workdir, mesh)
-    return _export(probe_task.export_probe, params, bundle, config, workdir)
+    return _export(probe_task.export_probe, params, bundle, config, workdir, out)
 
 
 def _encoder(config: Any, bundle: RenderBundle) -> dict[str, Any]:
@@ -82,9 +84,9 @@ def _export(
     bundle: RenderBundle,
     config: Any,
     workdir: epath.PathLike,
+    out: epath.Path,
 ) -> epath.Path:
-    """The folder that one process writes for all."""
-    out = epath.Path(config.export.path)
+    """The folder `out`, which one process writes for all."""
     if multihost.is_first():
         facts = {"num_steps": config.train.num_steps}
         encoder = _encoder(config, bundle)

@@ -98,6 +98,7 @@ def train_hypernetwork(config: Any, workdir: epath.PathLike) -> Hypernetwork:
             workdir=section.vae.workdir or workdir / "vae",
             mesh=mesh,
             seed=section.seed,
+            batch_size=_global_batch(section.vae.batch_size, section, mesh),
             facts={**facts, "model": {"vae": model["vae"]}},  # all that a VAE depends on
             config=config,
         )
@@ -147,6 +148,12 @@ def _targets_until(generator: Generator, phases: Sequence[Phase]) -> int | None:
     return phases[0].until
 
 
+def _global_batch(batch_size: int, section: Any, mesh: Any) -> int:
+    """Subjects a step over all devices, of which the config may name one device's."""
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    return batch_size * parts if section.batch_per_device else batch_size
+
+
 def _batches(
     section: Any,
     mesh: Any,
@@ -154,11 +161,10 @@ def _batches(
     targets: TrainingTargets | None,
     targets_until: int | None,
 ):
-    global_batch = section.batch_size * (mesh.shape["data"] * mesh.shape["fsdp"])
     return subject_batches(
         encoded.references,
         encoded.targets,
-        batch_size=global_batch if section.batch_per_device else section.batch_size,
+        batch_size=_global_batch(section.batch_size, section, mesh),
         seed=section.seed,
         num_references=section.num_references,
         num_targets=section.images_per_subject,

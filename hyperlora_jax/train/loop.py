@@ -16,15 +16,15 @@ from jax.sharding import Mesh
 import hyperlora_jax
 from hyperlora_jax import storage
 from hyperlora_jax.array_types import Array, ArrayTree
-from hyperlora_jax.errors import UserError
+from hyperlora_jax.errors import TrainingDiverged, UserError
 from hyperlora_jax.parallel import multihost, sharding
 from hyperlora_jax.parallel.mesh import make_mesh
 from hyperlora_jax.train import flop_count
 from hyperlora_jax.train.checkpoints import Checkpoints, check_facts, read_meta
 from hyperlora_jax.train.events import EventLog, as_text, goodput
 from hyperlora_jax.train.optimizer import make_optimizer
-from hyperlora_jax.train.preemption import Preempted, PreemptionGuard
-from hyperlora_jax.train.reporting import PendingStep, Profile, Report, TrainingDiverged
+from hyperlora_jax.train.preemption import PreemptionGuard
+from hyperlora_jax.train.reporting import PendingStep, Profile, Report
 from hyperlora_jax.train.state import (
     TrainState,
     abstract_state,
@@ -133,7 +133,7 @@ def fit(
     Raises:
       UserError: unusable workdir, checkpoint of other facts, indivisible batch, data that ends.
       TrainingDiverged: a loss or gradient that is not finite.
-      Preempted: SIGTERM came; the step is saved.
+      Preempted, Interrupted: SIGTERM or Ctrl-C came; the step is saved.
     """
     # ---- Workdir, mesh, optimiser
     workdir = open_workdir(workdir)
@@ -268,7 +268,7 @@ class _Run:
                 watchdog.beat(step)
             if preempted and step < steps.stop:
                 events.event("preempted", step=step)
-                raise Preempted(step, str(self.checkpoints.directory.parent))
+                raise guard.stopped(step, str(self.checkpoints.directory.parent))
         return state
 
     def _next_batch(self, step: int) -> tuple[dict[str, Array], Any]:

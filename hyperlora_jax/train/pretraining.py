@@ -30,7 +30,7 @@ from hyperlora_jax.stable_diffusion.tokenizer_training import train_tokenizer
 from hyperlora_jax.stable_diffusion.unet import unet_from_config
 from hyperlora_jax.train import base_task
 from hyperlora_jax.train.checkpoints import restore_params
-from hyperlora_jax.train.configured import fit_section
+from hyperlora_jax.train.configured import export_folder, fit_section
 from hyperlora_jax.train.level_widths import level_widths
 from hyperlora_jax.train.loop import open_workdir
 
@@ -59,6 +59,7 @@ def pretrain(config: Any, workdir: epath.PathLike) -> epath.Path:
     Raises:
         UserError: bad config values, unusable workdir; see also `train.loop.fit`.
     """
+    out = export_folder(config, workdir, "base")
     workdir = open_workdir(workdir)
     scratch = storage.scratch(workdir)
     storage.pull(workdir, *KEPT)
@@ -83,7 +84,6 @@ def pretrain(config: Any, workdir: epath.PathLike) -> epath.Path:
         vae=vae,
         **modules,
     )
-    out = epath.Path(config.export.path)
     if multihost.is_first():
         with storage.writing(out, scratch) as folder:
             sd.save_pretrained(folder, dtype="float16")

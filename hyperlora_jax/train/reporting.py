@@ -12,13 +12,10 @@ import numpy as np
 from etils import epath
 
 from hyperlora_jax.array_types import Array, ArrayTree
+from hyperlora_jax.errors import TrainingDiverged
 from hyperlora_jax.parallel import multihost
 from hyperlora_jax.train.events import EventLog
 from hyperlora_jax.train.metrics import Progress, Throughput, open_metrics, open_tensorboard
-
-
-class TrainingDiverged(Exception):
-    """The loss or its gradient is not finite. The last checkpoint is from before."""
 
 
 @dataclass

@@ -26,7 +26,7 @@ from hyperlora_jax.stable_diffusion.embedded import image_size, load_base
 from hyperlora_jax.stable_diffusion.model import StableDiffusion
 from hyperlora_jax.stable_diffusion.unet import UNet
 from hyperlora_jax.train import base_task
-from hyperlora_jax.train.configured import arithmetic_dtype, fit_section
+from hyperlora_jax.train.configured import arithmetic_dtype, export_folder, fit_section
 from hyperlora_jax.train.loop import Task, open_workdir
 
 
@@ -37,6 +37,7 @@ def finetune_unet(config: Any, workdir: epath.PathLike) -> epath.Path:
         UserError: bad config values, a base that cannot be trained, an unusable workdir; see also
             `train.loop.fit`.
     """
+    out = export_folder(config, workdir, "base")
     workdir = open_workdir(workdir)
     scratch = storage.scratch(workdir)
     mesh = make_mesh(**config.mesh)
@@ -57,7 +58,6 @@ def finetune_unet(config: Any, workdir: epath.PathLike) -> epath.Path:
     trained = fit_section(
         task, section, workdir=workdir, mesh=mesh, seed=section.seed, config=config
     )
-    out = epath.Path(config.export.path or workdir / "base")
     params = sharding.gather(trained, mesh)
     if multihost.is_first():
         with storage.writing(out, scratch) as folder:

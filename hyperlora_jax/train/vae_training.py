@@ -45,6 +45,7 @@ def train_vae(
     workdir: str | Path,
     mesh: Mesh,
     seed: int,
+    batch_size: int,
     facts: dict[str, Any],
     config: Any,
 ) -> Params:
@@ -54,12 +55,13 @@ def train_vae(
         constants: "mean" and "std" of the vectors.
         targets: array-like [n, d] of LoRA vectors; subjects: rows to train on.
         section: the config's `train.vae`.
+        batch_size: LoRAs a step, on all devices together.
         workdir: a finished one gives its VAE at once, so that several generators can share it.
     """
     batches = subject_batches(
         None,
         None,
-        batch_size=section.batch_size * mesh.shape["data"] * mesh.shape["fsdp"],
+        batch_size=batch_size,
         seed=seed,
         per_subject={"target": targets},
         subjects=subjects,

@@ -120,7 +120,8 @@ def hypernetwork_workload(config: Any, remat: str | None = None) -> Workload:
     weights = param_shapes(unet)
     spec = spec_from_shapes(weights, config.model.preset, config.model.rank)
     generator = build_generator(spec, with_remat(architecture(config.model), remat))
-    encoder = load_condition_encoder(config.model.encoder)
+    # Where the config leaves it open, the shipped one stands in, for its shapes.
+    encoder = load_condition_encoder(config.model.encoder or "avatar")
     pooled, tokens = _condition_shapes(encoder)
     section = config.train
     phases = make_phases(section)

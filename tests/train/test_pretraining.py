@@ -7,8 +7,12 @@ import sys
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from safetensors.numpy import load_file
 
+import hyperlora_jax
+from hyperlora_jax.cli.config import load_config
+from hyperlora_jax.cli.main import main
 from hyperlora_jax.stable_diffusion.embedded import load_base
 from hyperlora_jax.train.json_lines import read_rows
 from hyperlora_jax.train.pretraining import pretrain
@@ -18,7 +22,7 @@ CONFIG = ROOT / "configs" / "tiny_sd.py"
 
 
 @pytest.fixture
-def config(tmp_path):
+def config():
     spec = importlib.util.spec_from_file_location("tiny_sd", CONFIG)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -28,13 +32,13 @@ def config(tmp_path):
     config.autoencoder.num_steps = config.train.num_steps = 3
     config.autoencoder.batch_size = config.train.batch_size = 8
     config.autoencoder.log_every_steps = config.train.log_every_steps = 1
-    config.export.path = str(tmp_path / "base")
     return config
 
 
 @pytest.mark.slow
 def test_a_base_is_trained_exported_and_trained_only_once(config, tmp_path):
     out = pretrain(config, tmp_path / "run")
+    assert out == epath.Path(tmp_path / "run" / "base")
     sd = load_base(str(out))
     image = np.asarray(sd.sample(jax.random.key(0), ["blue background"], num_steps=2))
     assert image.shape == (1, 16, 16, 3)
@@ -45,6 +49,19 @@ def test_a_base_is_trained_exported_and_trained_only_once(config, tmp_path):
     assert len(list(read_rows(tmp_path / "run" / "metrics.jsonl"))) == 3
     again = load_base(str(out))
     assert again.base_hash == sd.base_hash
+
+
+@pytest.mark.parametrize("name", ["tiny_sd", "finetune_unet", "avatar_encoder", "avatar_probe"])
+def test_nothing_is_written_into_the_package(name, tmp_path, capsys):
+    jax.devices()  # as many as the other tests of this process have
+    inside = pathlib.Path(hyperlora_jax.__file__).parent / "assets" / "tiny-sd"
+    run = ["pretrain", "--config", str(CONFIG.with_name(f"{name}.py"))]
+    assert load_config(run[2]).export.path == ""  # a folder of the workdir
+    for argument in (f"--config.export.path={inside}", f"--workdir={inside}/run"):
+        assert main([*run, "--workdir", str(tmp_path / "run"), argument]) == 2
+        assert "lies in the installed package" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    assert not (inside / "run").exists()
 
 
 @pytest.mark.slow

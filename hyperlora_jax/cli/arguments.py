@@ -1,0 +1,95 @@
+"""A command's arguments: parsed without JAX, wrong ones refused in one line, `~` expanded."""
+
+import argparse
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NoReturn
+
+from hyperlora_jax import storage
+from hyperlora_jax.cli import config, help_texts
+from hyperlora_jax.errors import UserError
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Says what is wrong by a UserError instead of printing its usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises UserError."""
+        raise UserError(message)
+
+
+def parse(name: str, summary: str, module: ModuleType, given: Sequence[str]) -> argparse.Namespace:
+    """The arguments of the command `name`, whose module has `add_arguments`.
+
+    A command with --config also gets `overrides`, its arguments --config.section.key=value.
+
+    Raises:
+        UserError: a wrong argument, or an output inside the installed package.
+        SystemExit: --help was asked for and has been printed.
+    """
+    parser = OneLineParser(
+        prog=f"hyperlora {name}",
+        description=summary,
+        epilog=help_texts.below_options(name),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    module.add_arguments(parser)
+    takes_config = any(action.dest == "config" for action in parser._actions)
+    if takes_config:
+        parser.add_argument(
+            "--print_config", action="store_true", help="print the whole config and end"
+        )
+    known, rest = parser.parse_known_args(list(given))
+    values = vars(known)
+    for key, value in values.items():
+        values[key] = _expanded(value)
+    if takes_config:
+        known.overrides = [item for item in rest if item.startswith("--config.")]
+        rest = [item for item in rest if not item.startswith("--config.")]
+        if known.config:  # a typo in a key is named before JAX is there
+            config.load_config(known.config, known.overrides)
+    if rest:
+        raise UserError(_unknown(rest[0], known, name, parser))
+    for output in ("out", "workdir", "target", "json", "sheet"):
+        if values.get(output) and not (name == "export" and output == "workdir"):
+            storage.outside_package(values[output], f"--{output}")
+    return known
+
+
+def _expanded(value: Any) -> Any:
+    """`~` at the start of an argument, as a shell does it where it stands alone."""
+    if isinstance(value, list):
+        return [_expanded(item) for item in value]
+    home = isinstance(value, str) and (value == "~" or value.startswith("~/"))
+    return str(Path(value).expanduser()) if home else value
+
+
+def _unknown(
+    argument: str, known: argparse.Namespace, command: str, parser: argparse.ArgumentParser
+) -> str:
+    """What to say of an argument that nobody takes."""
+    overrides = getattr(known, "overrides", None)
+    if overrides is None or not argument.startswith("--"):
+        bare = [item for item in overrides or () if "=" not in item]
+        if bare and not argument.startswith("-"):
+            return f"{bare[0]} {argument}: use {bare[0]}={argument}"
+        return f"unknown argument {argument!r}{_did_you_mean(argument, parser)}"
+    key, equals, value = argument.removeprefix("--").partition("=")
+    keys: list[str] = []
+    if known.config:
+        keys = list(config.flatten(config.read_file(known.config)))
+    ends = [other for other in keys if other == key or other.endswith(f".{key}")]
+    ends.sort(key=lambda other: (other.split(".")[0] != command, other.count(".")))
+    if ends:
+        return f"unknown argument {argument!r}; use --config.{ends[0]}={value or 'VALUE'}"
+    if equals and "." in key:
+        return f"unknown argument {argument!r}; values of the config are --config.{argument[2:]}"
+    return f"unknown argument {argument!r}{_did_you_mean(argument, parser)}"
+
+
+def _did_you_mean(argument: str, parser: argparse.ArgumentParser) -> str:
+    options = [option for action in parser._actions for option in action.option_strings]
+    close = difflib.get_close_matches(argument.partition("=")[0], options, 1)
+    return f"; did you mean {close[0]}?" if close else ""
