@@ -7,7 +7,8 @@
     PcaGaussian    independent normal coefficients on principal components, blind to the condition
                    (weights2weights' way to sample, arXiv 2406.09413)
 
-Each is fitted once (`fit(embeddings, vectors)` gives its constants) and then is a `Generator` like
+Each is fitted once (`fit(embeddings, vectors)` gives its constants; only those that blend training
+LoRAs hold all of them in memory) and then is a `Generator` like
 all others, without trainable parameters. Guidance g gives mean + g · (LoRA - mean): what predicts
 by averaging shrinks to the mean, so g is a hyper-parameter of theirs as strength is.
 
@@ -17,6 +18,7 @@ as deltas that are then cut back to their rank (`space="delta"`).
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,12 +26,14 @@ import numpy as np
 
 from hyperlora_jax.array_types import AnyArray, Array, Float, Params
 from hyperlora_jax.errors import UserError
+from hyperlora_jax.hypernet import vector_moments
 from hyperlora_jax.hypernet.condition import Condition
 from hyperlora_jax.hypernet.generators import Draw, Estimate
 from hyperlora_jax.lora import vectorize
 from hyperlora_jax.lora.sites import LoraSpec, site_factors, tree_from_sites
 
 SPACES = ("raw", "delta")
+Vectors = Any  # array-like [t, d], float32; read by rows, so that it may lie in files
 PENALTIES = tuple(10.0**k for k in range(-4, 4))
 
 
@@ -68,12 +72,10 @@ class Fitted:
 class Mean(Fitted):
     """The same LoRA for everyone."""
 
-    def fit(
-        self, embeddings: Float[np.ndarray, "t e"], vectors: Float[np.ndarray, "t d"]
-    ) -> Params:
+    def fit(self, embeddings: Float[np.ndarray, "t e"], vectors: Vectors) -> Params:
         """Constants."""
         del embeddings
-        return {"mean": vectors.mean(axis=0)}
+        return {"mean": vector_moments.mean(vectors)}
 
     def sample(
         self, params: Params, constants: Params, condition: Condition, key: Array, draw: Draw
@@ -119,16 +121,14 @@ class Neighbours(Blend):
     num_neighbours: int = 1
     temperature: float = 0.1
 
-    def fit(
-        self, embeddings: Float[np.ndarray, "t e"], vectors: Float[np.ndarray, "t d"]
-    ) -> Params:
+    def fit(self, embeddings: Float[np.ndarray, "t e"], vectors: Vectors) -> Params:
         """Constants."""
         if not 1 <= self.num_neighbours <= len(vectors):
             raise UserError(
                 f"model.baseline.num_neighbours: got {self.num_neighbours}, expected 1 to the "
                 f"{len(vectors)} training LoRAs"
             )
-        return {"embeddings": unit(embeddings), "vectors": vectors}
+        return {"embeddings": unit(embeddings), "vectors": np.asarray(vectors)}
 
     def weights(self, constants: Params, pooled: Float[Array, "l e"]) -> Float[Array, "l t"]:
         """See `Blend`."""
@@ -150,20 +150,17 @@ class Ridge(Blend):
 
     kernel_width: float = 0.5
 
-    def fit(
-        self, embeddings: Float[np.ndarray, "t e"], vectors: Float[np.ndarray, "t d"]
-    ) -> Params:
+    def fit(self, embeddings: Float[np.ndarray, "t e"], vectors: Vectors) -> Params:
         """Constants."""
         known = unit(embeddings)
         kernel = self._kernel(known, known).astype(np.float64)
-        centred = (vectors - vectors.mean(axis=0)).astype(np.float64)
-        gram = centred @ centred.T
+        gram = vector_moments.gram(vectors, vector_moments.mean(vectors), np.float64)
         scores = {p: _leave_one_out_cosine(kernel, gram, p) for p in PENALTIES}
         penalty = max(scores, key=lambda p: scores[p])
         inverse = np.linalg.inv(kernel + penalty * np.eye(len(kernel)))
         return {
             "embeddings": known,
-            "vectors": vectors,
+            "vectors": np.asarray(vectors),
             "inverse": inverse.astype(np.float32),
             "penalty": np.float32(penalty),
         }
@@ -202,13 +199,11 @@ class PcaGaussian(Fitted):
 
     stochastic = True
 
-    def fit(
-        self, embeddings: Float[np.ndarray, "t e"], vectors: Float[np.ndarray, "t d"]
-    ) -> Params:
+    def fit(self, embeddings: Float[np.ndarray, "t e"], vectors: Vectors) -> Params:
         """Constants."""
         del embeddings
-        mean = vectors.mean(axis=0)
-        components, spread = principal_components(vectors - mean, self.num_components)
+        mean = vector_moments.mean(vectors)
+        components, spread = principal_components(vectors, mean, self.num_components)
         return {"mean": mean, "components": components, "spread": spread}
 
     def sample(
@@ -223,17 +218,18 @@ class PcaGaussian(Fitted):
 
 
 def principal_components(
-    centred: Float[np.ndarray, "t d"], count: int
+    vectors: Vectors, mean: Float[np.ndarray, " d"], count: int
 ) -> tuple[Float[np.ndarray, "k d"], Float[np.ndarray, " k"]]:
     """Orthonormal directions of largest variance, and the standard deviation along each.
 
     From the t×t inner products: vectors are long and few.
     """
-    values, left = np.linalg.eigh((centred @ centred.T).astype(np.float64))
-    kept = np.argsort(values)[::-1][: min(count, len(centred) - 1)]
+    values, left = np.linalg.eigh(vector_moments.gram(vectors, mean, np.float32))
+    kept = np.argsort(values)[::-1][: min(count, len(vectors) - 1)]
     kept = kept[values[kept] > 1e-6 * values.max()]
-    components = (left[:, kept] / np.sqrt(values[kept])).T @ centred
-    spread = np.sqrt(values[kept] / max(len(centred) - 1, 1))
+    weights = (left[:, kept] / np.sqrt(values[kept])).T
+    components = vector_moments.combined(weights, vectors, mean)
+    spread = np.sqrt(values[kept] / max(len(vectors) - 1, 1))
     return components.astype(np.float32), spread.astype(np.float32)
 
 

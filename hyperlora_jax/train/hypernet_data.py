@@ -43,6 +43,14 @@ class Rows:
     def __len__(self) -> int:
         return len(self.row_of)
 
+    def of(self, subjects: Int[np.ndarray, " n"]) -> "Rows":
+        """Those of some subjects, numbered anew in this order; nothing is read."""
+        return Rows(self.vectors, self.dataset_of[subjects], self.row_of[subjects])
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        del copy
+        return np.asarray(self[:], dtype)
+
     def __getitem__(self, subjects: Any) -> Float[np.ndarray, "b d"]:
         rows, datasets = self.row_of[subjects], self.dataset_of[subjects]
         if len(self.vectors) == 1 and (rows >= 0).all():

@@ -187,7 +187,7 @@ def _fitted(
 ) -> Hypernetwork:
     """A baseline, fitted on the mean embedding of every subject's references."""
     assert targets is not None
-    constants = generator.fit(means[targets.subjects], targets.rows[targets.subjects]) | known
+    constants = generator.fit(means[targets.subjects], targets.rows.of(targets.subjects)) | known
     return Hypernetwork(generator, {}, encoder, facts, model, constants)
 
 

@@ -44,6 +44,7 @@ def test_one_dataset(tmp_path):
     found = read(tmp_path, "")
     np.testing.assert_array_equal(found.subjects, [1, 4, 7])
     np.testing.assert_array_equal(found.rows[np.array([4, 0])], [vector(4), 0 * vector(0)])
+    np.testing.assert_array_equal(found.rows.of(found.subjects), [vector(k) for k in (1, 4, 7)])
     assert found.facts["dataset"] == {"from": "targets"} and found.order(0) is None
     assert len(read(tmp_path, "", num_targets=2).subjects) == 2
     with pytest.raises(UserError, match=r"got 4, but .*targets has 3 LoRAs"):
