@@ -55,6 +55,7 @@ def get_config() -> ConfigDict:
                     "mlp_ratio": 4,
                     "conditioning": "adanorm",
                     "head": "dense",
+                    "components_per_token": 8,
                     "scan": True,
                     "dtype": "bfloat16",
                 },
