@@ -29,6 +29,7 @@ from hyperlora_jax.train.state import TrainState
 log = logging.getLogger(__name__)
 
 ITEMS = ("state", "data", "meta")
+_SHAPING = ("ema_decay", "optimizer.clip_norm")  # settings that give the state its structure
 _FILES = ("_CHECKPOINT_METADATA", "state/_METADATA", "data/metadata", "meta/metadata")
 
 
@@ -86,6 +87,25 @@ def check_facts(saved: Mapping[str, Any], expected: Mapping[str, Any], where: st
         raise UserError(facts.refusal(where, found))
 
 
+def changed_settings(
+    saved: Mapping[str, Any], expected: Mapping[str, Any], where: str
+) -> facts.Differences:
+    """What else differs of how a run is trained: {"ema_decay": …, "optimizer": {…}} on both sides.
+
+    Raises:
+      UserError: a moving average or clipping that is there on one side only: the state of one has
+        no place for that of the other.
+    """
+    found = facts.differences(saved, expected)
+    shape = {name: pair for name, pair in found.items() if name in _SHAPING and None in pair}
+    if shape:
+        raise UserError(
+            f"{facts.refusal(where, shape).removesuffix('; use another workdir')}; keep the "
+            "setting, or use another workdir"
+        )
+    return found
+
+
 def best_step(directory: epath.PathLike) -> int | None:
     """The whole checkpoint of the lowest mean loss; None where none says its loss."""
     losses = {}
@@ -133,6 +153,41 @@ def restore_params(
 
 def _quality(metrics: Mapping[str, float]) -> float:
     return -metrics["loss"]
+
+
+def _leaf_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """{"opt_state.1.0.mu.hidden.bias": shape} of a state or of what a checkpoint says it holds."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {
+        ".".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", "")))) for key in
+                 path): tuple(leaf.shape)
+        for path, leaf in leaves
+    }  # fmt: skip
+
+
+def _other_settings(folder: epath.Path, abstract: TrainState) -> str:
+    """How a sound checkpoint's state differs from the run's; "" where it does not, or where not
+    even its description can be read."""
+    handler = ocp.PyTreeCheckpointHandler()
+    try:
+        saved = _leaf_shapes(handler.metadata(folder / "state").tree)
+    except Exception:  # its own files are damaged
+        return ""
+    finally:
+        handler.close()
+    wanted = _leaf_shapes(abstract)
+    differ = sorted(name for name in {*saved, *wanted} if saved.get(name) != wanted.get(name))
+    if not differ:
+        return ""
+    # Another model shows in the average and in the optimiser's state too.
+    first = min(differ, key=lambda name: (not name.startswith("params."), name))
+    group = first.partition(".")[0]
+    settings = {"ema": "train.ema_decay", "opt_state": "train.optimizer (clip_norm)"}
+    return (
+        f"{folder}: is sound, but of other settings than this run's "
+        f"{settings.get(group, 'model')}: {first} has shape {saved.get(first)} there, "
+        f"{wanted.get(first)} here; keep the setting, or use another workdir"
+    )
 
 
 def _cannot_restore(folder: epath.Path, error: Exception) -> str:
@@ -212,7 +267,8 @@ class Checkpoints:
                 ),
             )
         except Exception as error:
-            raise UserError(_cannot_restore(folder, error)) from error
+            other = _other_settings(folder, abstract)
+            raise UserError(other or _cannot_restore(folder, error)) from error
         return restored["state"], restored["data"]["iterator"]
 
     def wait(self) -> None:

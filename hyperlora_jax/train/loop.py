@@ -20,7 +20,7 @@ from hyperlora_jax.errors import TrainingDiverged, UserError
 from hyperlora_jax.parallel import multihost, sharding
 from hyperlora_jax.parallel.mesh import make_mesh
 from hyperlora_jax.train import flop_count
-from hyperlora_jax.train.checkpoints import Checkpoints, check_facts, read_meta
+from hyperlora_jax.train.checkpoints import Checkpoints, changed_settings, check_facts, read_meta
 from hyperlora_jax.train.events import EventLog, as_text, goodput
 from hyperlora_jax.train.optimizer import make_optimizer
 from hyperlora_jax.train.preemption import PreemptionGuard
@@ -131,7 +131,8 @@ def fit(
     A finished workdir gives its state at once.
 
     Raises:
-      UserError: unusable workdir, checkpoint of other facts, indivisible batch, data that ends.
+      UserError: unusable workdir, checkpoint of other facts, of more steps, or of a state that has
+        other parts; indivisible batch, data that ends.
       TrainingDiverged: a loss or gradient that is not finite.
       Preempted, Interrupted: SIGTERM or Ctrl-C came; the step is saved.
     """
@@ -146,7 +147,11 @@ def fit(
     build = state_builder(task.init, transform, with_ema=ema_decay is not None)
     shapes = jax.eval_shape(build, key)
     shardings = state_shardings(shapes, mesh, transform, task.rules)
-    meta = {"facts": dict(task.facts), "config": dict(config or {}), "seed": seed, **VERSIONS}
+    settings = {"ema_decay": ema_decay, "optimizer": dict(optimizer), "seed": seed}
+    meta = {
+        "facts": dict(task.facts), "settings": settings, "config": dict(config or {}),
+        "seed": seed, **VERSIONS,
+    }  # fmt: skip
 
     # ---- State: the newest whole checkpoint, or a new one
     primary = multihost.is_first()
@@ -162,10 +167,22 @@ def fit(
     else:
         events.switch("restore")
         where = str(checkpoints.directory / str(start_step))
-        check_facts(read_meta(checkpoints.directory, start_step)["facts"], meta["facts"], where)
+        saved = read_meta(checkpoints.directory, start_step)
+        check_facts(saved["facts"], meta["facts"], where)
+        if start_step > num_steps:
+            raise UserError(
+                f"{where}: the run is at step {start_step}, num_steps is {num_steps}; expected "
+                "more, or another workdir"
+            )
+        changed = changed_settings(saved.get("settings", settings), settings, where)
         state, position = checkpoints.restore(start_step, abstract_state(shapes, shardings))
         log.info("%s: restored step %d", task.name, start_step)
+        if primary and progress:
+            for name, (before, now) in changed.items():
+                print(f"{task.name}: {name} is {now} from step {start_step} on, was {before}")
         if finished:
+            if primary and progress:
+                print(f"{task.name}: already at step {start_step}")
             checkpoints.close()
             return state
         task.batches.set_state(position)
