@@ -7,6 +7,7 @@ exactly (rank r₁ + r₂) or cut to a rank by SVD. Many users are refined at on
 (`distill/fit.py`).
 """
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from hyperlora_jax.distill.fit import ConceptArrays, fit_loras
 from hyperlora_jax.distill.parametrisations import Added, Factors
 from hyperlora_jax.distill.slots import Recipe
 from hyperlora_jax.errors import UserError
+from hyperlora_jax.hypernet import stored_encoder
 from hyperlora_jax.lora import factors, gauge
 from hyperlora_jax.lora.sites import LoraSpec
 from hyperlora_jax.lora_files import load_lora, read_metadata, save_lora
@@ -111,6 +113,7 @@ def refine_files(
     rank: int = 4,
     keep_rank: int | None = None,
     seed: int = 0,
+    encoder: str | Path | None = None,
     **writing: Any,
 ) -> list[Path]:
     """Refines one LoRA file on a folder of pictures, or every `NAME.safetensors` of a folder on
@@ -119,15 +122,19 @@ def refine_files(
     Args:
         base: name of the base model, for the header.
         caption: prompt of pictures whose folder has no metadata.jsonl.
+        encoder: path of the condition encoder that the LoRAs must have been generated with.
 
     Raises:
-        UserError: a file, folder or picture that cannot be used, LoRAs with different sites.
+        UserError: a file, folder or picture that cannot be used, LoRAs with different sites or
+            generated with another encoder.
     """
     source, folder = Path(lora), Path(images)
     many = source.is_dir() and not (source / "adapter_config.json").exists()
     files = sorted(source.glob("*.safetensors")) if many else [source]
     if not files:
         raise UserError(f"{source}: holds no .safetensors file, expected LoRAs to refine")
+    if encoder is not None:
+        _check_encoder(files, encoder)
     read = [load_lora(file, sd) for file in files]
     spec = read[0][1]
     for file, (_, other) in zip(files, read, strict=True):
@@ -174,6 +181,19 @@ def refine_files(
         except OSError as error:
             raise UserError(f"--out {path}: cannot be written ({error.strerror})") from error
     return written
+
+
+def _check_encoder(files: Sequence[Path], encoder: str | Path) -> None:
+    for file in files:
+        metadata = read_metadata(file)
+        if "hyperlora.encoder_hash" not in metadata:
+            raise UserError(
+                f"{file}: its header names no condition encoder, so --encoder {encoder} cannot be "
+                "compared; leave it out"
+            )
+        record = json.loads(metadata.get("hyperlora.encoder", "{}"))
+        known = {"name": "of its header", **record, "hash": metadata["hyperlora.encoder_hash"]}
+        stored_encoder.read(str(file), known, encoder)
 
 
 def _concept(sd: Any, folder: Path, caption: str, file: Path) -> ConceptArrays:

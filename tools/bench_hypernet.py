@@ -31,7 +31,7 @@ from hyperlora_jax.distill import slots as slot_state
 from hyperlora_jax.distill.run import make_recipe
 from hyperlora_jax.hypernet.building import architecture, build_generator
 from hyperlora_jax.hypernet.condition import Condition
-from hyperlora_jax.hypernet.conditioning import load_condition_encoder
+from hyperlora_jax.hypernet.conditioning import configured_encoder
 from hyperlora_jax.hypernet.model import Hypernetwork
 from hyperlora_jax.lora import factors
 from hyperlora_jax.lora.sites import LoraSpec
@@ -55,7 +55,7 @@ def run(device: str = "cpu", runs: int = RUNS) -> list[dict]:
     """All rows."""
     config = load_config(ROOT / "configs" / "avatars.py")
     sd = load_base(config.base)
-    encoder = load_condition_encoder(config.model.encoder)
+    encoder = configured_encoder(config.model)
     spec = sd.lora_spec(config.model.preset, config.model.rank)
     tiny = _untrained(spec, architecture(config.model), encoder)
     w2w_model = {

@@ -137,6 +137,9 @@ def table() -> Mapping[str, Rule]:
         "distill.prior.prompts": several(TEXT, 1), "distill.prior.num_images": COUNT,
         "distill.prior.guidance": NUMBER,
         # ---- model
+        "model.encoder_options.mean": several(NUMBER),
+        "model.encoder_options.std": several(POSITIVE),
+        "model.encoder_options.image_size": several(COUNT),
         "model.encoder": TEXT, "model.preset": one_of(PRESETS), "model.rank": COUNT,
         "model.generator": one_of(building.GENERATORS), "model.condition_dropout": SHARE,
         "model.num_iterations": COUNT,

@@ -9,6 +9,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """--config and --workdir."""
     add_config_arguments(parser)
     parser.add_argument("--json", metavar="FILE", help="write the comparison there")
+    parser.add_argument(
+        "--encoder", metavar="PATH", help="condition encoder, where it has been moved"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -18,6 +21,6 @@ def run(args: argparse.Namespace) -> int:
     config = command_config(args, "evaluate")
     file = ["--config", args.config] if args.config else []
     command = " ".join(["hyperlora evaluate", *file, "--workdir WORKDIR", *args.overrides])
-    files = evaluate(config, args.workdir, args.json or "", command)
+    files = evaluate(config, args.workdir, args.json or "", command, args.encoder)
     print(f"wrote {files.page} and {files.metrics}")
     return 0

@@ -4,11 +4,17 @@ A `pretrain` workdir becomes a diffusers directory, a `train` workdir a hypernet
 """
 
 import argparse
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
 from hyperlora_jax import storage
+from hyperlora_jax.array_types import Params
 from hyperlora_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from hyperlora_jax.hypernet.model import Hypernetwork
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,6 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--step", type=_step, help="checkpoint: its step, or `best`; default: the newest"
     )
     parser.add_argument("--dtype", choices=("float16", "float32"), default="float16")
+    parser.add_argument(
+        "--encoder", metavar="PATH", help="of a hypernetwork: condition encoder, where it was moved"
+    )
 
 
 def _step(text: str) -> int | str:
@@ -46,20 +55,7 @@ def run(args: argparse.Namespace) -> int:
         with storage.writing(out, storage.scratch(workdir)) as folder:
             assemble(config, workdir, params).save_pretrained(folder, dtype=args.dtype)
     elif "spec" in meta["facts"] and "encoder" in meta["facts"]:
-        from hyperlora_jax.hypernet.building import architecture, build_generator
-        from hyperlora_jax.hypernet.conditioning import load_condition_encoder
-        from hyperlora_jax.hypernet.model import FOLDER, Hypernetwork
-        from hyperlora_jax.stable_diffusion.embedded import load_base
-
-        spec = load_base(config.base).lora_spec(config.model.preset, config.model.rank)
-        model = architecture(config.model)
-        generator, constants = build_generator(spec, model), {}
-        if generator.needs_targets:
-            # Statistics (and the VAE) of the dataset are no part of a training checkpoint.
-            constants = dict(Hypernetwork.restore(workdir / FOLDER).constants)
-        encoder = load_condition_encoder(config.model.encoder)
-        facts = {**meta["facts"], "num_steps": meta["step"]}
-        Hypernetwork(generator, params, encoder, facts, model, constants).save(out)
+        _hypernetwork(workdir, config, params, meta, args.encoder).save(out)
     else:
         raise UserError(
             f"{args.workdir}: its checkpoint holds {', '.join(sorted(params))}; expected the "
@@ -67,3 +63,29 @@ def run(args: argparse.Namespace) -> int:
         )
     print(f"wrote {out} (step {meta['step']})")
     return 0
+
+
+def _hypernetwork(
+    workdir: epath.Path, config: Any, params: Params, meta: Mapping[str, Any], path: str | None
+) -> "Hypernetwork":
+    """The hypernetwork of a training checkpoint. What is known only at the end of the training
+    (statistics of a LoRA dataset, defaults of `generate`) is that of the finished one beside it."""
+    from hyperlora_jax.hypernet import stored_encoder
+    from hyperlora_jax.hypernet.building import architecture, build_generator
+    from hyperlora_jax.hypernet.conditioning import configured_encoder
+    from hyperlora_jax.hypernet.model import FOLDER, Hypernetwork, read_stored
+    from hyperlora_jax.stable_diffusion.embedded import load_base
+
+    spec = load_base(config.base).lora_spec(config.model.preset, config.model.rank)
+    model = architecture(config.model)
+    generator = build_generator(spec, model)
+    facts, constants = {**meta["facts"], "num_steps": meta["step"]}, {}
+    if generator.needs_targets or (workdir / FOLDER / "model.safetensors").exists():
+        finished = read_stored(workdir)
+        encoder = stored_encoder.find(finished.folder, finished.config["encoder"], path)
+        facts, constants = {**finished.config["facts"], **facts}, dict(finished.constants)
+    else:
+        encoder = configured_encoder(config.model, path)
+        record = {**stored_encoder.describe(encoder), "hash": meta["facts"]["encoder"]}
+        stored_encoder.checked(f"checkpoint of {workdir}", record, encoder, encoder.source)
+    return Hypernetwork(generator, params, encoder, facts, model, constants)

@@ -31,6 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--directions", metavar="FILE", help="of `hyperlora directions`")
     parser.add_argument("--edit", metavar="NAME=AMOUNT", nargs="+", default=[])
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--encoder", metavar="PATH", help="condition encoder, where it has been moved"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -40,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
 
     if bool(args.reference) == bool(args.subjects):
         raise UserError("expected --reference IMG… for one subject or --subjects DIR for many")
-    hyper = Hypernetwork.restore(args.checkpoint)
+    hyper = Hypernetwork.restore(args.checkpoint, args.encoder)
     own = dict(hyper.facts.get("generate", {}))
     samples = own.get("num_samples", 1) if args.num_samples is None else args.num_samples
     options = {

@@ -40,16 +40,11 @@ def run(args: argparse.Namespace) -> int:
     """Hands over to the command for that kind."""
     path = epath.Path(args.path)
     kind = kind_of(path)
-    if kind == "hypernetwork":
-        return _hypernetwork(path)
     if kind == "base":
         return _base(storage.fetched(path), args.options)
     if kind == "lora":
         path = storage.fetched(path)
-    name = {"dataset": "inspect_dataset", "workdir": "inspect_workdir", "lora": "inspect_lora"}[
-        kind
-    ]
-    module = importlib.import_module(f"hyperlora_jax.cli.{name}")
+    module = importlib.import_module(f"hyperlora_jax.cli.inspect_{kind}")
     parser = OneLineParser(prog=f"hyperlora inspect {path}")
     module.add_arguments(parser)
     try:
@@ -57,27 +52,6 @@ def run(args: argparse.Namespace) -> int:
     except SystemExit as stop:
         return int(stop.code or 0)
     return module.run(known)
-
-
-def _hypernetwork(path: epath.Path) -> int:
-    import jax
-
-    from hyperlora_jax.hypernet.model import Hypernetwork
-
-    hyper = Hypernetwork.restore(path)
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(hyper.params))
-    trained = hyper.facts.get("trained_on", ())
-    for name, value in (
-        ("kind", "hypernetwork"),
-        ("parameters", f"{parameters:,}"),
-        ("writes", f"{len(hyper.spec.sites)} sites, {hyper.spec.num_parameters:,} numbers a LoRA"),
-        ("base", f"{hyper.facts.get('base')} ({str(hyper.facts.get('base_hash'))[:12]})"),
-        ("encoder", f"{hyper.encoder.name} ({hyper.encoder.hash[:12]})"),
-        ("trained", f"{hyper.facts.get('num_steps')} steps on {len(trained)} subjects"),
-        ("strength", f"{hyper.default_strength:g}"),
-    ):
-        print(f"{name:<12}{value}")
-    return 0
 
 
 def _base(path: Path, options: list[str]) -> int:

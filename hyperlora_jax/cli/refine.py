@@ -20,6 +20,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", choices=("kohya", "diffusers", "peft"), default="kohya")
     parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--encoder",
+        metavar="PATH",
+        help="refuse a LoRA that was not generated with this condition encoder (its header names "
+        "one; refining itself looks at pixels only)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -50,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
         rank=args.rank,
         keep_rank=args.keep_rank,
         seed=args.seed,
+        encoder=args.encoder,
         format=args.format,
         dtype=args.dtype,
     )

@@ -69,6 +69,8 @@ def model(**changes: Any) -> dict[str, Any]:
     """`model`: what sees the references, what a LoRA is, what writes it."""
     section = {
         "encoder": "avatar",  # or a CLIP folder, a transformers folder, an .onnx file
+        # Of such an encoder, where they are not what its folder says: see docs/hypernetworks.md.
+        "encoder_options": {"mean": (), "std": (), "image_size": ()},
         "preset": "attn-qkvo",  # the layers of a LoRA: w2w, attn-qkvo, attn-ff, all
         "rank": 4,
         "generator": "regression",  # see hypernet/building.py

@@ -34,7 +34,6 @@ from hyperlora_jax.evaluate.questions import check_disjoint
 from hyperlora_jax.evaluate.report import ReportFiles, write_report
 from hyperlora_jax.evaluate.sample_cache import SampleCache
 from hyperlora_jax.evaluate.summary import summarise
-from hyperlora_jax.hypernet.conditioning import load_condition_encoder
 from hyperlora_jax.hypernet.model import FOLDER, Hypernetwork
 from hyperlora_jax.parallel import multihost, shared_work
 from hyperlora_jax.parallel.sharding import on_mesh
@@ -54,15 +53,12 @@ class Evaluation:
         UserError: no hypernetwork or dataset in the workdir, or one of another base.
     """
 
-    def __init__(self, config: Any, workdir: epath.PathLike):
+    def __init__(self, config: Any, workdir: epath.PathLike, encoder: str | None = None):
         self.config, self.workdir = config, open_workdir(workdir)
         self.scratch = storage.scratch(self.workdir)
         self.sd = load_base(config.base)
         self.mesh = shared_work.local_mesh()
         self.sampler = on_mesh(self.sd, self.mesh)
-        # An encoder that is not ours (an ONNX file, say) is not kept with the hypernetwork.
-        kept = (self.workdir / FOLDER / "encoder").exists()
-        encoder = None if kept else load_condition_encoder(config.model.encoder)
         self.hyper = Hypernetwork.restore(self.workdir, encoder)
         self.spec = self.hyper.spec
         check_base(self.hyper, self.sd, config.base)
@@ -269,14 +265,19 @@ class Evaluation:
 
 
 def evaluate(
-    config: Any, workdir: epath.PathLike, comparison: str | Path = "", command: str = ""
+    config: Any,
+    workdir: epath.PathLike,
+    comparison: str | Path = "",
+    command: str = "",
+    encoder: str | None = None,
 ) -> ReportFiles:
     """Runs the comparison of a finished workdir and writes WORKDIR/report.
 
     Args:
         comparison: file for `comparison_file.measured`, "" for none; command: what made it.
+        encoder: path of the condition encoder, see `Hypernetwork.restore`.
     """
-    evaluation = Evaluation(config, workdir)
+    evaluation = Evaluation(config, workdir, encoder)
     results = evaluation.run()
     evaluation.measure_speed()
     summary, files = evaluation.report(results, evaluation.workdir / "report")

@@ -4,10 +4,13 @@ All of them satisfy one Protocol, `ImageEncoder`, and are told apart by `load_co
 
   folder with our config.json         `FlaxImageEncoder`, written by `save_encoder`
   *.onnx                              any ONNX image model (`foreign_encoders.py`; onnxruntime)
-  folder of a CLIP vision encoder     CLIPVisionModel(WithProjection) in Flax (`clip_encoder.py`)
+  folder of a CLIP vision encoder     CLIPVisionModel(WithProjection), or the vision encoder of a
+                                      CLIPModel, in Flax (`clip_encoder.py`)
   folder with a transformers model    any other vision model that AutoModel reads (torch)
 
-`hash` identifies the weights: it is stored with every checkpoint and compared when one is used.
+`hash` identifies what decides about the embeddings: the weights, and of foreign encoders what
+pictures become first. It is stored with every checkpoint and compared when one is used
+(`stored_encoder.py`).
 """
 
 import dataclasses
@@ -23,10 +26,12 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from hyperlora_jax import storage
 from hyperlora_jax.array_types import AnyArray, Float, Params
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.hypernet.image_encoder import ConvEncoder
 
+OURS, CLIP, ONNX, TRANSFORMERS = KINDS = ("hyperlora", "clip", "onnx", "transformers")
 FORMAT = "hyperlora-image-encoder"
 VERSION = 1
 SHIPPED = {"avatar": "avatar-encoder"}  # short name -> folder in hyperlora_jax/assets
@@ -39,7 +44,7 @@ class ImageEncoder(Protocol):
     Attributes:
       name: for messages and metadata.
       embedding_dim: width e of the pooled embedding and of every token.
-      hash: hex sha256 of the weights (or of the file that holds them).
+      hash: hex sha256 of what decides about the embeddings.
       image_size: (height, width) in pixels of the pictures that it looks at; `encode` resizes
         others to it.
       num_tokens: tokens n per picture.
@@ -77,6 +82,8 @@ class FlaxImageEncoder:
       params: its float32 parameters.
       facts: what is known of its training (JSON-able).
       hash: hex sha256 of the weights, see `tree_hash`.
+      dtype: in which they are saved, so that the hash stays.
+      source: the folder that `load_condition_encoder` was given; "" = none.
     """
 
     name: str
@@ -84,6 +91,8 @@ class FlaxImageEncoder:
     params: Params
     hash: str
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    dtype: str = "float32"
+    source: str = ""
 
     @property
     def embedding_dim(self) -> int:
@@ -153,7 +162,9 @@ def load_encoder(path: epath.PathLike) -> FlaxImageEncoder:
         module = ConvEncoder(**kwargs)
         check_params(path, module, params)
         placed = jax.device_put(params)  # once, and not with every call
-        return FlaxImageEncoder(config["name"], module, placed, weights_hash, config["facts"])
+        return FlaxImageEncoder(
+            config["name"], module, placed, weights_hash, config["facts"], config["dtype"]
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"encoder {path}: config.json does not describe one ({error})") from error
 
@@ -165,20 +176,22 @@ def save_weights(
     params: Params,
     dtype: str = "float16",
 ) -> str:
-    """Writes a small model as config.json + model.safetensors; returns the hash of the weights."""
+    """Writes a small model as config.json + model.safetensors; returns the hash of the weights.
+    Each file appears whole or not at all."""
     from safetensors.numpy import save
 
     folder = epath.Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     flat = {name: np.ascontiguousarray(v, dtype) for name, v in flatten_names(params).items()}
-    (folder / "model.safetensors").write_bytes(save(flat))
+    storage.replaced(folder / "model.safetensors", save(flat))
     text = json.dumps({"format": kind, "version": VERSION, **config}, indent=2, sort_keys=True)
-    (folder / "config.json").write_text(text + "\n")
+    storage.replaced(folder / "config.json", f"{text}\n".encode())
     return tree_hash(flat)
 
 
 def load_weights(path: epath.PathLike, kind: str) -> tuple[dict[str, Any], Params, str]:
-    """Reads what `save_weights` wrote: (config, float32 parameters, hash of the stored weights)."""
+    """Reads what `save_weights` wrote: (config, with the weights' dtype under "dtype", float32
+    parameters, hash of the stored weights)."""
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
@@ -196,6 +209,7 @@ def load_weights(path: epath.PathLike, kind: str) -> tuple[dict[str, Any], Param
     params = flax.traverse_util.unflatten_dict(
         {name: value.astype(np.float32) for name, value in flat.items()}, sep="/"
     )
+    config["dtype"] = str(np.result_type(np.float16, *(value.dtype for value in flat.values())))
     return config, params, tree_hash(flat)
 
 
@@ -235,33 +249,62 @@ def load_condition_encoder(source: str | epath.PathLike, **options: Any) -> Imag
 
     Args:
       source: see the table at the top of this file.
-      **options: keyword arguments of the reader that fits (e.g. mean and std of an ONNX model).
+      **options: mean, std and image_size of a foreign encoder, see `preprocessing.py`.
 
     Raises:
       UserError: no such path, an unknown kind, or a file that the reader refuses.
     """
-    from hyperlora_jax.hypernet import clip_encoder, foreign_encoders
+    from hyperlora_jax.hypernet import clip_encoder, foreign_encoders, preprocessing
 
     path = epath.Path(source)
     if str(source) in SHIPPED:
-        return load_encoder(epath.resource_path("hyperlora_jax") / "assets" / SHIPPED[str(source)])
+        path = epath.resource_path("hyperlora_jax") / "assets" / SHIPPED[str(source)]
+    elif path.parts[:1] == ("~",):
+        path = path.expanduser()
     if not path.exists():
         raise UserError(
             f"encoder {source}: no such file or folder, expected one of {sorted(SHIPPED)}, "
             "a model folder, or an .onnx file"
         )
+    local = epath.Path(storage.fetched(path))
+    kind = kind_of(local)
+    given = preprocessing.checked_options(source, options)
+    if kind == OURS and given:
+        raise UserError(f"encoder {source}: is one of ours, takes no {', '.join(given)}")
+    readers = {
+        OURS: load_encoder,
+        CLIP: clip_encoder.load_clip_vision,
+        ONNX: foreign_encoders.load_onnx,
+        TRANSFORMERS: foreign_encoders.load_transformers,
+    }
+    return dataclasses.replace(readers[kind](local, **given), source=str(storage.absolute(path)))
+
+
+def kind_of(path: epath.Path) -> str:
+    """One of `KINDS`.
+
+    Raises:
+      UserError: a file of another kind, or a folder without a config.json.
+    """
+    from hyperlora_jax.hypernet.clip_encoder import is_clip_vision
+
     if path.is_dir():
-        if read_config(path).get("format") == FORMAT:
-            return load_encoder(path)
-        if clip_encoder.is_clip_vision(path):
-            return clip_encoder.load_clip_vision(path, **options)
-        return foreign_encoders.load_transformers(path, **options)
+        config = read_config(path)
+        if config.get("format") == FORMAT:
+            return OURS
+        return CLIP if is_clip_vision(config) else TRANSFORMERS
     if path.suffix == ".onnx":
-        return foreign_encoders.load_onnx(path, **options)
+        return ONNX
     raise UserError(
-        f"encoder {source}: found a {path.suffix or 'suffix-less'} file, "
+        f"encoder {path}: found a {path.suffix or 'suffix-less'} file, "
         "expected .onnx or a model folder"
     )
+
+
+def configured_encoder(model: Any, path: str | None = None) -> ImageEncoder:
+    """The encoder of a config's section `model`: `encoder` (or `path` in its place) with
+    `encoder_options`, which runs begun by an older version do not have."""
+    return load_condition_encoder(path or model.encoder, **model.get("encoder_options", {}))
 
 
 def _module_kwargs(module: ConvEncoder) -> dict[str, Any]:

@@ -5,20 +5,24 @@ onnxruntime and torch are imported only when such an encoder is loaded.
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from hyperlora_jax import storage
 from hyperlora_jax.array_types import AnyArray, Float
 from hyperlora_jax.errors import UserError
-from hyperlora_jax.hypernet.image_encoder import resize
+from hyperlora_jax.hypernet.conditioning import ONNX, TRANSFORMERS
+from hyperlora_jax.hypernet.preprocessing import Preprocessing, Size, of_folder
+from hyperlora_jax.stable_diffusion.directory import weight_files
+from hyperlora_jax.stable_diffusion.tensor_stream import read_tensors
 
 Pooled = Float[AnyArray, "b e"]
 Tokens = Float[AnyArray, "b n e"]
+Run = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -27,46 +31,43 @@ class ForeignImageEncoder:
 
     Attributes:
       name: for messages and metadata.
+      kind: "onnx" or "transformers".
+      hash: hex sha256 of the weights and `preprocessing`.
       embedding_dim: width of the pooled embedding and of every token.
-      hash: hex sha256 of the file with the weights.
-      run: normalised pixels -> (pooled [b, e], tokens [b, n, e]) as numpy arrays.
       num_tokens: tokens per picture.
-      image_size: (height, width) in pixels that `run` wants; other sizes are resized to it.
-      mean, std: pixels become (pixel - mean) / std; one number or one per channel.
+      run: normalised pixels -> (pooled [b, e], tokens [b, n, e]) as numpy arrays.
+      preprocessing: what pictures become first.
+      options: JSON-able arguments with which the reader makes the same of `source` again.
       channels_first: whether `run` wants [b, 3, h, w].
+      source: the file or folder that `load_condition_encoder` was given.
     """
 
     name: str
+    kind: str
+    hash: str
     embedding_dim: int
     num_tokens: int
-    hash: str
-    run: Any
-    image_size: tuple[int, int]
-    mean: Sequence[float]
-    std: Sequence[float]
-    channels_first: bool
+    run: Run
+    preprocessing: Preprocessing
+    options: dict[str, Any]
+    channels_first: bool = True
+    source: str = ""
+
+    @property
+    def image_size(self) -> Size:
+        """(height, width) in pixels; other sizes are resized to it."""
+        return self.preprocessing.image_size
 
     def encode(self, images: Float[AnyArray, "b h w 3"]) -> tuple[Pooled, Tokens]:
         """Encodes pictures in [0, 1] into pooled [b, e] and tokens [b, n, e]; not traceable."""
-        pixels = jnp.asarray(images)
-        height, width = self.image_size
-        if height == width:
-            pixels = resize(pixels, height)
-        else:
-            pixels = jax.image.resize(pixels, (len(pixels), height, width, 3), "linear")
-        normalised = (np.asarray(pixels) - np.float32(self.mean)) / np.float32(self.std)
+        pixels = np.asarray(self.preprocessing(images), np.float32)
         if self.channels_first:
-            normalised = normalised.transpose(0, 3, 1, 2)
-        pooled, tokens = self.run(np.ascontiguousarray(normalised, np.float32))
+            pixels = pixels.transpose(0, 3, 1, 2)
+        pooled, tokens = self.run(np.ascontiguousarray(pixels))
         return np.float32(pooled), np.float32(tokens)
 
 
-def load_onnx(
-    path: epath.PathLike,
-    image_size: int | None = None,
-    mean: Sequence[float] = (0.5,),
-    std: Sequence[float] = (0.5,),
-) -> ForeignImageEncoder:
+def load_onnx(path: epath.PathLike, **options: Any) -> ForeignImageEncoder:
     """An ONNX model with one image input; its first 2-D output is the embedding.
 
     A 3-D output [b, n, e] of the same width, if there is one, gives the tokens; else the pooled
@@ -74,12 +75,12 @@ def load_onnx(
 
     Args:
       path: the .onnx file.
-      image_size: side in pixels; needed only when the model leaves its input size open.
-      mean: subtracted from pixels in [0, 1].
-      std: pixels are divided by it afterwards.
+      **options: mean and std (0.5 where not given); image_size, needed when the model leaves its
+        input size open; as `preprocessing.checked_options` returns them.
 
     Raises:
-      UserError: onnxruntime is not installed, the file is no ONNX model, or its input is no image.
+      UserError: onnxruntime is not installed, the file is no ONNX model, its input is no image or
+        none of this size.
     """
     try:
         import onnxruntime
@@ -93,7 +94,9 @@ def load_onnx(
     except Exception as error:  # onnxruntime's exceptions share no public base class
         raise UserError(f"encoder {path}: is no ONNX model that onnxruntime reads") from error
     first_input = session.get_inputs()[0]
-    size, channels_first = _image_layout(path, first_input.shape, image_size)
+    size, channels_first, is_open = _image_layout(
+        path, first_input.shape, options.get("image_size")
+    )
 
     def run(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if isinstance(first_input.shape[0], int):  # a fixed batch size: one picture at a time
@@ -107,29 +110,32 @@ def load_onnx(
             outputs = session.run(None, {first_input.name: pixels})
         return _pooled_and_tokens(path, outputs)
 
-    probe = np.zeros((1, 3, *size) if channels_first else (1, *size, 3), np.float32)
-    _, tokens = run(probe)
-    return ForeignImageEncoder(
-        epath.Path(path).stem,
-        tokens.shape[2],
-        tokens.shape[1],
-        hashlib.sha256(data).hexdigest(),
-        run,
-        size,
-        mean,
-        std,
-        channels_first,
-    )
+    preprocessing = Preprocessing(**{**options, "image_size": size})
+    weights = hashlib.sha256(data).hexdigest()
+    names = ("mean", "std", "image_size") if is_open else ("mean", "std")
+    return _probed(
+        ForeignImageEncoder(
+            epath.Path(path).stem, ONNX, preprocessing.identity(weights), 0, 0, run,
+            preprocessing, preprocessing.options(*names), channels_first,
+        ),
+        path,
+    )  # fmt: skip
 
 
-def load_transformers(path: epath.PathLike, image_size: int | None = None) -> ForeignImageEncoder:
-    """A transformers vision model (ViT, DINOv2, CLIP vision, ...) read from a local folder.
+def load_transformers(path: epath.PathLike, **options: Any) -> ForeignImageEncoder:
+    """A transformers vision model (ViT, DINOv2, SigLIP, ...) read from a local folder.
 
-    Pooled is the pooler's output, or else the first token. CLIP's embedding and tokens are
-    projected into the space that it shares with texts.
+    Pooled is the pooler's output, or else the first token. A relative of CLIP gives both projected
+    into the space that it shares with texts.
+
+    Args:
+      path: the folder.
+      **options: mean, std, image_size; what preprocessor_config.json says where not given, else 0.5
+        and the size in the model's config; as `preprocessing.checked_options` returns them.
 
     Raises:
-      UserError: torch is not installed or the folder holds no vision model.
+      UserError: torch is not installed, the folder holds no vision model, or one that does not take
+        pictures of this size.
     """
     try:
         import torch
@@ -138,18 +144,22 @@ def load_transformers(path: epath.PathLike, image_size: int | None = None) -> Fo
         raise UserError(
             f"encoder {path}: needs PyTorch, install the extra: pip install hyperlora-jax[torch]"
         ) from error
+    bars = transformers.utils.logging
+    shown = bars.is_progress_bar_enabled()
     try:
+        bars.disable_progress_bar()  # a folder's few shards: nothing to watch
         model = transformers.AutoModel.from_pretrained(str(path), use_safetensors=True).eval()
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"encoder {path}: holds no transformers vision model") from error
-    projection = getattr(model, "visual_projection", None)  # CLIP: into the space of texts
+    finally:
+        if shown:
+            bars.enable_progress_bar()
+    projection = getattr(model, "visual_projection", None)
     model = getattr(model, "vision_model", model)
     if model.main_input_name != "pixel_values":
         raise UserError(
             f"encoder {path}: found a model of {model.main_input_name}, expected a vision model"
         )
-    mean, std = normalisation(epath.Path(path))
-    size = image_size or getattr(model.config, "image_size", 224)
 
     def run(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         with torch.no_grad():
@@ -164,26 +174,58 @@ def load_transformers(path: epath.PathLike, image_size: int | None = None) -> Fo
                 pooled, tokens = projection(pooled), projection(model.post_layernorm(tokens))
         return pooled.numpy(), tokens.numpy()
 
-    _, tokens = run(np.zeros((1, 3, size, size), np.float32))
-    from hyperlora_jax.hypernet.conditioning import tree_hash
+    side = getattr(model.config, "image_size", 224)
+    size = {"image_size": tuple(side) if isinstance(side, Sequence) else (side, side)}
+    preprocessing = Preprocessing(**{**size, **of_folder(epath.Path(path)), **options})
+    return _probed(
+        ForeignImageEncoder(
+            epath.Path(path).name, TRANSFORMERS,
+            preprocessing.identity(_hash_of_files(weight_files(Path(path), "image_encoder"))),
+            0, 0, run, preprocessing, preprocessing.options("mean", "std", "image_size"),
+        ),
+        path,
+    )  # fmt: skip
 
-    weights = {name: value.numpy() for name, value in model.state_dict().items()}
-    return ForeignImageEncoder(
-        epath.Path(path).name,
-        tokens.shape[2],
-        tokens.shape[1],
-        tree_hash(weights),
-        run,
-        (size, size),
-        mean,
-        std,
-        True,
-    )
+
+def _hash_of_files(files: Sequence[Path]) -> str:
+    """Hex sha256 of the tensors on the disk, so that it needs no PyTorch and outlives versions of
+    transformers, which name a model's parts anew."""
+    digest = hashlib.sha256()
+    for name, load in sorted(read_tensors(files), key=lambda pair: pair[0]):
+        value = load()
+        digest.update(f"{name} {value.dtype} {value.shape}\n".encode())
+        digest.update(value.tobytes())
+    return digest.hexdigest()
+
+
+def _probed(encoder: ForeignImageEncoder, path: epath.PathLike) -> ForeignImageEncoder:
+    """The encoder with the shapes of its output, which one grey picture tells.
+
+    Raises:
+      UserError: it does not take pictures of its size.
+    """
+    height, width = encoder.image_size
+    try:
+        pooled, tokens = encoder.encode(np.full((1, height, width, 3), 0.5, np.float32))
+    except UserError:
+        raise
+    except Exception as error:  # whatever onnxruntime or a model of transformers raises
+        raise UserError(
+            f"encoder {path}: does not take pictures of {height}x{width} pixels "
+            f"({storage.reason(error)}), give another image_size"
+        ) from error
+    if pooled.shape[1] != tokens.shape[2]:
+        raise UserError(
+            f"encoder {path}: its embedding has {pooled.shape[1]} numbers, its tokens "
+            f"{tokens.shape[2]}; expected one width"
+        )
+    return dataclasses.replace(encoder, embedding_dim=tokens.shape[2], num_tokens=tokens.shape[1])
 
 
 def _image_layout(
-    path: epath.PathLike, shape: Sequence[Any], image_size: int | None
-) -> tuple[tuple[int, int], bool]:
+    path: epath.PathLike, shape: Sequence[Any], given: Size | None
+) -> tuple[Size, bool, bool]:
+    """((height, width), whether channels come first, whether the model leaves its size open)."""
     if len(shape) != 4 or (shape[1] != 3 and shape[3] != 3):
         raise UserError(
             f"encoder {path}: input has shape {list(shape)}, expected [b, 3, h, w] or [b, h, w, 3]"
@@ -191,10 +233,16 @@ def _image_layout(
     channels_first = shape[1] == 3
     sides = shape[2:4] if channels_first else shape[1:3]
     if all(isinstance(side, int) for side in sides):
-        return (sides[0], sides[1]), channels_first
-    if image_size is None:
-        raise UserError(f"encoder {path}: leaves its image size open, give image_size")
-    return (image_size, image_size), channels_first
+        size = (sides[0], sides[1])
+        if given not in (None, size):
+            raise UserError(f"encoder {path}: image_size is {given}, but the model takes {size}")
+        return size, channels_first, False
+    if given is None:
+        raise UserError(
+            f"encoder {path}: leaves its image size open, give image_size "
+            "(--config.model.encoder_options.image_size)"
+        )
+    return given, channels_first, True
 
 
 def _pooled_and_tokens(
@@ -208,14 +256,3 @@ def _pooled_and_tokens(
     width = pooled.shape[1]
     tokens = next((o for o in outputs if o.ndim == 3 and o.shape[2] == width), pooled[:, None])
     return pooled, tokens
-
-
-def normalisation(folder: epath.Path) -> tuple[list[float], list[float]]:
-    """(mean, std) of a model folder's preprocessor_config.json; 0.5 and 0.5 without one."""
-    import json
-
-    file = folder / "preprocessor_config.json"
-    if not file.exists():
-        return [0.5], [0.5]
-    values = json.loads(file.read_text())
-    return list(values.get("image_mean", [0.5])), list(values.get("image_std", [0.5]))

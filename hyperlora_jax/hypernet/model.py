@@ -6,7 +6,7 @@
 
 The folder holds `config.json` (architecture, LoraSpec, base hash, encoder, defaults of sampling),
 `model.safetensors` (float32 parameters, and constants under "constants/") and `encoder/` when the
-encoder is one of ours.
+encoder is one of ours or a CLIP (`stored_encoder.py`).
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ from safetensors.numpy import save as save_safetensors
 from hyperlora_jax import lora_files, storage
 from hyperlora_jax.array_types import AnyArray, Array, Float, Params
 from hyperlora_jax.errors import UserError
-from hyperlora_jax.hypernet import conditioning, familiarity
+from hyperlora_jax.hypernet import conditioning, familiarity, stored_encoder
 from hyperlora_jax.hypernet.building import build_generator
 from hyperlora_jax.hypernet.condition import merge_references, repeated
 from hyperlora_jax.hypernet.generators import Draw, Generator
@@ -184,6 +184,7 @@ class Hypernetwork:
         known = {name: self.facts[name] for name in ("base", "base_hash") if name in self.facts}
         return {
             **known,
+            "encoder": json.dumps(stored_encoder.describe(self.encoder)),
             "encoder_hash": self.encoder.hash,
             "generator": self.model.get("generator", "regression"),
             "training_steps": self.facts.get("num_steps", 0),
@@ -259,22 +260,11 @@ class Hypernetwork:
         """Writes the folder; each file appears whole or not at all."""
         folder = epath.Path(path)
         folder.mkdir(parents=True, exist_ok=True)
-        encoder: dict[str, Any] = {"name": self.encoder.name, "hash": self.encoder.hash}
-        if isinstance(self.encoder, conditioning.FlaxImageEncoder):
-            # Kept in float32, so its hash is that of the copy, whatever the original's dtype was.
-            encoder["hash"] = conditioning.save_encoder(
-                folder / "encoder",
-                self.encoder.module,
-                self.encoder.params,
-                self.encoder.name,
-                self.encoder.facts,
-                dtype="float32",
-            )
         config = {
             "format": FORMAT,
             "model": dict(self.model),
             "spec": json.loads(self.spec.to_json()),
-            "encoder": encoder,
+            "encoder": stored_encoder.keep(self.encoder, folder),
             "facts": dict(self.facts),
         }
         flat = traverse_util.flatten_dict(dict(self.params), sep="/")
@@ -285,46 +275,70 @@ class Hypernetwork:
         storage.replaced(folder / "config.json", (json.dumps(config, indent=1) + "\n").encode())
 
     @classmethod
-    def restore(cls, path: epath.PathLike, encoder: Any = None) -> "Hypernetwork":
+    def restore(
+        cls,
+        path: epath.PathLike,
+        encoder: conditioning.ImageEncoder | epath.PathLike | None = None,
+    ) -> "Hypernetwork":
         """Reads what `save` wrote; `path` may be the folder or the workdir of `hyperlora train`.
 
         Args:
-            encoder: needed when the encoder was not one of ours (ONNX file, transformers model).
+            encoder: the condition encoder or its path; needed when it is not kept with the
+                checkpoint and no longer where it was (`stored_encoder.find`).
 
         Raises:
-            UserError: no such folder, not a hypernetwork, damaged files, another encoder.
+            UserError: no such folder, not a hypernetwork, damaged files, no or another encoder.
         """
-        folder = _find(epath.Path(path))
-        try:
-            config = json.loads((folder / "config.json").read_text())
-            arrays = load_safetensors((folder / "model.safetensors").read_bytes())
-        except (OSError, ValueError) as error:
-            raise UserError(f"checkpoint {folder}: cannot be read ({error})") from error
-        except Exception as error:  # SafetensorError is no ValueError
-            raise UserError(f"checkpoint {folder}/model.safetensors: damaged ({error})") from error
-        if config.get("format") != FORMAT:
-            raise UserError(
-                f"checkpoint {folder}: config.json is of format {config.get('format')!r}, "
-                f"expected {FORMAT!r}"
-            )
-        spec = LoraSpec.from_json(json.dumps(config["spec"]))
-        generator = build_generator(spec, config["model"])
-        if encoder is None and not (folder / "encoder").exists():
-            raise UserError(
-                f"checkpoint {folder}: was trained with the encoder {config['encoder']['name']!r}, "
-                "which is not stored with it; name it by --encoder"
-            )
-        encoder = encoder or conditioning.load_encoder(folder / "encoder")
-        if encoder.hash != config["encoder"]["hash"]:
-            raise UserError(
-                f"checkpoint {folder}: expects encoder {config['encoder']['name']} "
-                f"({config['encoder']['hash'][:12]}), got {encoder.name} ({encoder.hash[:12]})"
-            )
-        params = traverse_util.unflatten_dict(
-            {name: jnp.asarray(value) for name, value in arrays.items()}, sep="/"
+        stored = read_stored(path)
+        found = stored_encoder.find(stored.folder, stored.config["encoder"], encoder)
+        generator = build_generator(stored.spec, stored.config["model"])
+        facts, model = stored.config["facts"], stored.config["model"]
+        return cls(generator, stored.params, found, facts, model, stored.constants)
+
+
+class Stored(NamedTuple):
+    """A checkpoint as it lies on the disk, without its encoder.
+
+    Attributes:
+        folder: where it is.
+        config: what config.json holds.
+        spec: the sites that its LoRAs adapt.
+        params: trained parameters.
+        constants: arrays that nobody trains.
+    """
+
+    folder: epath.Path
+    config: dict[str, Any]
+    spec: LoraSpec
+    params: Params
+    constants: Params
+
+
+def read_stored(path: epath.PathLike) -> Stored:
+    """What `Hypernetwork.save` wrote; `path` may be the folder or the workdir.
+
+    Raises:
+        UserError: no such folder, not a hypernetwork, damaged files.
+    """
+    folder = _find(epath.Path(path))
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        arrays = load_safetensors((folder / "model.safetensors").read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"checkpoint {folder}: cannot be read ({error})") from error
+    except Exception as error:  # SafetensorError is no ValueError
+        raise UserError(f"checkpoint {folder}/model.safetensors: damaged ({error})") from error
+    if config.get("format") != FORMAT:
+        raise UserError(
+            f"checkpoint {folder}: config.json is of format {config.get('format')!r}, "
+            f"expected {FORMAT!r}"
         )
-        constants = params.pop("constants", {})
-        return cls(generator, params, encoder, config["facts"], config["model"], constants)
+    params = traverse_util.unflatten_dict(
+        {name: jnp.asarray(value) for name, value in arrays.items()}, sep="/"
+    )
+    constants = params.pop("constants", {})
+    spec = LoraSpec.from_json(json.dumps(config["spec"]))
+    return Stored(folder, config, spec, params, constants)
 
 
 @functools.partial(jax.jit, static_argnames=("generator", "num_samples", "draw"))

@@ -22,7 +22,7 @@ from hyperlora_jax.errors import UserError
 from hyperlora_jax.hypernet import familiarity
 from hyperlora_jax.hypernet.baselines import Fitted
 from hyperlora_jax.hypernet.building import architecture, build_generator, with_remat
-from hyperlora_jax.hypernet.conditioning import load_condition_encoder
+from hyperlora_jax.hypernet.conditioning import configured_encoder
 from hyperlora_jax.hypernet.generators import Generator
 from hyperlora_jax.hypernet.model import FOLDER, Hypernetwork
 from hyperlora_jax.hypernet.objectives import ObjectiveWeights
@@ -50,7 +50,7 @@ def train_hypernetwork(config: Any, workdir: epath.PathLike) -> Hypernetwork:
     scratch = storage.scratch(workdir)
     mesh = make_mesh(**config.mesh)
     sd = load_base(config.base, arithmetic_dtype(config.train))
-    encoder = load_condition_encoder(config.model.encoder)
+    encoder = configured_encoder(config.model)
     section, model = config.train, architecture(config.model)
     check_numbers(section.num_references, section.images_per_subject)
     spec = sd.lora_spec(config.model.preset, config.model.rank)

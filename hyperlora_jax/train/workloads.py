@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from hyperlora_jax.diffusion.scheduler_config import read_scheduler_config
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.hypernet.building import architecture, build_generator, with_remat
-from hyperlora_jax.hypernet.conditioning import load_condition_encoder
+from hyperlora_jax.hypernet.conditioning import configured_encoder
 from hyperlora_jax.hypernet.weight_vae import Latents
 from hyperlora_jax.lora.sites import spec_from_shapes
 from hyperlora_jax.shipped import base_path
@@ -121,7 +121,7 @@ def hypernetwork_workload(config: Any, remat: str | None = None) -> Workload:
     spec = spec_from_shapes(weights, config.model.preset, config.model.rank)
     generator = build_generator(spec, with_remat(architecture(config.model), remat))
     # Where the config leaves it open, the shipped one stands in, for its shapes.
-    encoder = load_condition_encoder(config.model.encoder or "avatar")
+    encoder = configured_encoder(config.model, config.model.encoder or "avatar")
     pooled, tokens = _condition_shapes(encoder)
     section = config.train
     phases = make_phases(section)
