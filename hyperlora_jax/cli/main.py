@@ -8,15 +8,13 @@ import contextlib
 import difflib
 import importlib
 import io
-import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
 
 from hyperlora_jax.cli import config_text
 from hyperlora_jax.cli.arguments import parse
+from hyperlora_jax.cli.process import PREEMPTED, Process, said
 from hyperlora_jax.errors import Interrupted, Preempted, TrainingDiverged, UserError
 
 COMMANDS = {
@@ -37,7 +35,6 @@ COMMANDS = {
     "evaluate": ("evaluate", "scores on held-out identities, figures, report"),
     "compile": ("compile", "does the training step fit this TPU pod? needs no TPU"),
 }
-PREEMPTED = 75
 INTERRUPTED = 130
 
 
@@ -61,13 +58,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    return run_command(name, arguments[1:], start=_start_jax)
+    with Process() as process:
+        code, line = _outcome(name, arguments[1:], process.start)
+    return process.end(code, line)
 
 
-def run_command(
-    name: str, arguments: Sequence[str], start: Callable[[], bool] = lambda: False
-) -> int:
-    """Parses the arguments of one command and runs it, errors turned into exit codes.
+def run_command(name: str, arguments: Sequence[str]) -> int:
+    """Runs one command in this process alone; returns its exit code."""
+    code, line = _outcome(name, arguments, lambda: False)
+    return said(code, line)
+
+
+def _outcome(name: str, arguments: Sequence[str], start: Callable[[], bool]) -> tuple[int, str]:
+    """Parses the arguments of one command and runs it: (exit code, what to say on stderr).
 
     Args:
         start: called once they are known to be right; returns whether to be quiet.
@@ -78,54 +81,26 @@ def run_command(
         known = parse(name, summary, module, arguments)
         if getattr(known, "print_config", False):
             print(config_text.of_command(known))
-            return 0
+            return 0, ""
         quiet = start()
         # What a run wrote is said by one process; errors, on stderr, are everybody's.
         with contextlib.redirect_stdout(io.StringIO() if quiet else sys.stdout):
-            return module.run(known)
+            return module.run(known), ""
     except SystemExit as stop:  # --help
-        return int(stop.code or 0)
+        return int(stop.code or 0), ""
     except UserError as error:
-        return _ended(name, error, 2)
+        return 2, f"hyperlora {name}: {error}"
     except Preempted as error:
-        return _ended(name, error, PREEMPTED)
+        return PREEMPTED, f"hyperlora {name}: {error}"
     except TrainingDiverged as error:
-        return _ended(name, error, 1)
+        return 1, f"hyperlora {name}: {error}"
     except Interrupted as error:
-        return _ended(name, error, INTERRUPTED)
+        return INTERRUPTED, f"hyperlora {name}: {error}"
     except KeyboardInterrupt:
-        return _ended(name, "interrupted", INTERRUPTED)
+        return INTERRUPTED, f"hyperlora {name}: interrupted"
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-
-
-def _ended(name: str, reason: Any, code: int) -> int:
-    print(f"hyperlora {name}: {reason}", file=sys.stderr)
-    return code
-
-
-def _start_jax() -> bool:
-    """Imports JAX as this program wants it and joins the other processes; whether this process
-    leaves the talking to another one.
-
-    Raises:
-        UserError: the environment names other processes in a way that cannot be.
-    """
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    devices = ("accel*", "vfio/[0-9]*", "nvidia*")
-    if sys.platform == "linux" and not any(any(Path("/dev").glob(d)) for d in devices):
-        # libtpu without a TPU (it is installed for `hyperlora compile`) would look for one at
-        # length and complain.
-        os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    import jax
-
-    from hyperlora_jax.parallel import compilation_cache, cpu_devices, multihost
-
-    cpu_devices.prepare()
-    several = multihost.start()
-    compilation_cache.enable()
-    return several and jax.process_index() > 0
+        return 1, ""
 
 
 def _overview() -> str:

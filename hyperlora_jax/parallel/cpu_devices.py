@@ -10,7 +10,7 @@ from collections.abc import Mapping, MutableMapping
 
 import jax
 
-from hyperlora_jax.parallel import multihost
+from hyperlora_jax.parallel.environment import settings
 
 YNN = "--xla_cpu_experimental_ynn_fusion_type"
 KNOWN_TO = (0, 10)  # versions of jaxlib; one that does not know a flag ends the program
@@ -47,7 +47,7 @@ def one_per_core(environment: Mapping[str, str] | None = None) -> int | None:
     platform = jax.config.jax_platforms or environment.get("JAX_PLATFORMS", "")
     flags = environment.get("XLA_FLAGS", "")
     chosen = "JAX_NUM_CPU_DEVICES" in environment or "host_platform_device_count" in flags
-    if platform != "cpu" or chosen or multihost.settings(environment) is not None:
+    if platform != "cpu" or chosen or settings(environment) is not None:
         return None
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     count = 1 << (min(cores or 1, MOST).bit_length() - 1)

@@ -10,6 +10,7 @@ the run.
 import contextlib
 import json
 import logging
+import threading
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
@@ -292,8 +293,23 @@ class Checkpoints:
                 f" whole checkpoints: {complete_steps(self.directory)}"
             ) from error
 
-    def close(self) -> None:
-        """Waits and closes; a failed writer is not asked again."""
-        if not self._failed:
+    def close(self, patience: float | None = None) -> None:
+        """Waits and closes; a failed writer is not asked again.
+
+        Args:
+          patience: seconds for the save under way, where an error of this process may keep the
+            others from writing their part of it; None waits for as long as it takes.
+        """
+        if self._failed:
+            return
+        if patience is None:
             with self._writing():
                 self._manager.close()
+        else:
+            closing = threading.Thread(target=self._close_silently, daemon=True)
+            closing.start()
+            closing.join(patience)
+
+    def _close_silently(self) -> None:
+        with contextlib.suppress(Exception):  # the error that ends the run is another one
+            self._manager.close()

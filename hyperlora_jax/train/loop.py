@@ -37,6 +37,7 @@ from hyperlora_jax.train.watchdog import Watchdog
 
 __all__ = ["Batches", "Task", "TrainingDiverged", "fit", "open_workdir"]
 log = logging.getLogger(__name__)
+LAST_SAVE_SECONDS = 20.0  # for a save under way when one of several processes fails
 VERSIONS = {"versions": {"hyperlora_jax": hyperlora_jax.__version__, "jax": jax.__version__}}
 
 
@@ -207,16 +208,20 @@ def fit(
     )  # fmt: skip
     profile = Profile(workdir / "profile", profile_steps) if profile_steps else None
     run = _Run(task, mesh, step_fn, frozen, key, checkpoints, meta, events, report, profile)
+    patience = None
     try:
         with PreemptionGuard() as guard, Watchdog(stall_timeout_seconds) as watchdog:
             state = run.steps(
                 state, range(start_step, num_steps), checkpoint_every_steps, guard, watchdog
             )
         events.event("end", step=num_steps)
+    except BaseException:
+        patience = LAST_SAVE_SECONDS if jax.process_count() > 1 else None
+        raise
     finally:
         report.close()
         events.close()
-        checkpoints.close()
+        checkpoints.close(patience)
     if primary:
         log.info("%s: %s", task.name, as_text(goodput(workdir / "events.jsonl")))
     return state

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from hyperlora_jax.errors import UserError
-from hyperlora_jax.parallel import multihost
+from hyperlora_jax.parallel import environment, multihost
 
 THREE = {
     "JAX_COORDINATOR_ADDRESS": "host:1234",
@@ -17,19 +17,19 @@ THREE = {
 
 
 def test_environment_decides():
-    assert multihost.settings({}) is None
-    assert multihost.settings(THREE) == {
+    assert environment.settings({}) is None
+    assert environment.settings(THREE) == {
         "coordinator_address": "host:1234",
         "num_processes": 2,
         "process_id": 1,
     }
-    assert multihost.settings({**THREE, "HYPERLORA_DISTRIBUTED": "0"}) is None
-    assert multihost.settings({"HYPERLORA_DISTRIBUTED": "1"}) == {}
-    assert multihost.settings({"TPU_WORKER_HOSTNAMES": "a,b"}) == {}
-    assert multihost.settings({"TPU_WORKER_HOSTNAMES": "a"}) is None
-    assert multihost.settings({"MEGASCALE_NUM_SLICES": "2"}) == {}
-    assert multihost.settings({"SLURM_STEP_ID": "0", "SLURM_NTASKS": "16"}) == {}
-    assert multihost.settings({"SLURM_STEP_ID": "0", "SLURM_NTASKS": "1"}) is None
+    assert environment.settings({**THREE, "HYPERLORA_DISTRIBUTED": "0"}) is None
+    assert environment.settings({"HYPERLORA_DISTRIBUTED": "1"}) == {}
+    assert environment.settings({"TPU_WORKER_HOSTNAMES": "a,b"}) == {}
+    assert environment.settings({"TPU_WORKER_HOSTNAMES": "a"}) is None
+    assert environment.settings({"MEGASCALE_NUM_SLICES": "2"}) == {}
+    assert environment.settings({"SLURM_STEP_ID": "0", "SLURM_NTASKS": "16"}) == {}
+    assert environment.settings({"SLURM_STEP_ID": "0", "SLURM_NTASKS": "1"}) is None
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_environment_decides():
 )
 def test_bad_environment(change, message):
     with pytest.raises(UserError, match=message):
-        multihost.settings({**THREE, **change})
+        environment.settings({**THREE, **change})
 
 
 def test_alone_everything_is_local():

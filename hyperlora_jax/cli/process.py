@@ -1,0 +1,92 @@
+"""This program's process: alone, or one of several that start, talk and end as one."""
+
+import logging
+import os
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from hyperlora_jax.errors import UserError
+from hyperlora_jax.parallel import environment
+
+PREEMPTED = 75
+
+
+class Process:
+    """Context manager: of an unexpected error inside all processes hear before this one ends."""
+
+    def __init__(self) -> None:
+        self._joint: Any = None  # a JointEnd, once this process has joined others
+
+    def __enter__(self) -> "Process":
+        return self
+
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None and self._joint is not None:
+            from hyperlora_jax.parallel.joint_end import of_error
+
+            self._joint.announce(of_error(error), error)
+
+    def start(self) -> bool:
+        """Imports JAX as this program wants it and joins the other processes; whether this one
+        leaves the talking to another.
+
+        Raises:
+            UserError: the environment names other processes in a way that cannot be.
+        """
+        logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+        devices = ("accel*", "vfio/[0-9]*", "nvidia*")
+        if sys.platform == "linux" and not any(any(Path("/dev").glob(d)) for d in devices):
+            # libtpu without a TPU (it is installed for `hyperlora compile`) would look for one at
+            # length and complain.
+            os.environ.setdefault("JAX_PLATFORMS", "cpu")
+        from hyperlora_jax.parallel import compilation_cache, cpu_devices, joint_end, multihost
+
+        cpu_devices.prepare()
+        if multihost.start():
+            _keep_stdout()
+            self._joint = joint_end.JointEnd()
+            self._joint.listen()
+        compilation_cache.enable()
+        return self._joint is not None and not multihost.is_first()
+
+    def end(self, code: int, line: str) -> int:
+        """Says the line and returns the code; where there are others, ends all by this code."""
+        if code and self._joint is None:
+            self._join_in_error()
+        if self._joint is None:
+            return said(code, line)
+        if code == PREEMPTED:  # on all of them, at a step that they agreed on
+            self._joint.stop()
+            return said(code, line)
+        if code:
+            from hyperlora_jax.parallel.joint_end import End
+
+            self._joint.announce(End(code, line))
+        self._joint.finish()
+        return code
+
+    def _join_in_error(self) -> None:
+        """A process whose arguments are wrong joins the others to tell them: they may be right."""
+        try:
+            if environment.settings(os.environ) is not None:
+                self.start()
+        except UserError:
+            pass
+
+
+def said(code: int, line: str) -> int:
+    """The code, after saying the line on stderr."""
+    if line:
+        print(line, file=sys.stderr)
+    return code
+
+
+def _keep_stdout() -> None:
+    """Leaves standard output to Python: gloo reports every connection there, from C++."""
+    sys.stdout.flush()
+    sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
