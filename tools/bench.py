@@ -26,7 +26,9 @@ BENCHMARKS = {
     "data": "bench_data",
     "distill": "bench_distill",
     "hypernet": "bench_hypernet",
+    "restart": "bench_restart",
 }
+COMPARING = ("restart",)  # two builds of this project
 COLUMNS = ("workload", "ours", "peer", "unit", "ratio", "runs")
 
 
@@ -36,14 +38,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("name", choices=[*BENCHMARKS, "all"])
     parser.add_argument("--device", choices=("cpu", "gpu", "v5e"), default="cpu")
     parser.add_argument("--json", metavar="FILE", help="write the rows there")
+    parser.add_argument(
+        "--against", type=pathlib.Path, metavar="CHECKOUT",
+        help=f"another build as the peer of {', '.join(COMPARING)}",
+    )  # fmt: skip
     given = parser.parse_args(arguments)
+    if given.against and given.name not in COMPARING:
+        parser.error(f"--against goes with {', '.join(COMPARING)}, not with {given.name}")
     sys.path.insert(0, str(TOOLS))
     if given.device == "cpu":  # JAX has one device per core only where the platform is named
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     names = list(BENCHMARKS) if given.name == "all" else [given.name]
     rows = []
     for name in names:
-        rows += importlib.import_module(BENCHMARKS[name]).run(given.device)
+        options = {"against": given.against.resolve()} if given.against else {}
+        rows += importlib.import_module(BENCHMARKS[name]).run(given.device, **options)
     Console().print(table(rows))
     if given.json:
         path = pathlib.Path(given.json)

@@ -6,8 +6,8 @@ A matrix as its user has one (99,648 numbers a row) is imported onto a small bas
 rank 36 have as many numbers, with one picture per subject. Then configs/w2w_1b.py with a small
 network starts afresh, and several times again from its checkpoint; another checkout of this
 project (`--against`) does the same on the same dataset in a workdir of its own, in turns. Rows:
-seconds to the first step, the host memory of a process that no file stands behind (RssAnon, its
-highest), and bytes that a run keeps beside the dataset.
+seconds to the first step, with the files in the system's memory and without; host memory that no
+file stands behind (RssAnon, its highest); and bytes that a run keeps beside the dataset.
 """
 
 import argparse
@@ -32,6 +32,20 @@ SETTINGS = {
     "model.network.remat": False, "model.network.dtype": "float32", "train.batch_size": 8,
     "train.log_every_steps": 1, "mesh.fsdp": 1,
 }  # fmt: skip
+BATCHES = """
+import os, sys, time
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+from hyperlora_jax.data.gauged_targets import read_in_gauge
+from hyperlora_jax.data.lora_targets import open_lora_targets
+from hyperlora_jax.data.pipelines import array_batches
+vectors = read_in_gauge(open_lora_targets(sys.argv[1]), "raw", sys.argv[2]).vectors
+batches = array_batches({"target": vectors}, 32, seed=0)
+for count in (300, 100):
+    begin = time.perf_counter()
+    for _ in range(count):
+        next(batches)
+print(32 * count / (time.perf_counter() - begin))
+"""
 
 
 def run(
@@ -47,24 +61,37 @@ def run(
         world = _world(Path(place), num_loras)
         builds = {"ours": ROOT} if against is None else {"peer": against, "ours": ROOT}
         first = {name: _start(world, name, code, 1) for name, code in builds.items()}
-        again: dict[str, list[tuple[float, float]]] = {name: [] for name in builds}
-        for step in range(2, runs + 2):
+        warm: dict[str, list[tuple[float, float]]] = {name: [] for name in builds}
+        cold: dict[str, list[tuple[float, float]]] = {name: [] for name in builds}
+        for step in range(2, 2 * runs + 2, 2):
             for name, code in builds.items():
-                again[name].append(_start(world, name, code, step))
+                warm[name].append(_start(world, name, code, step))
+                _forget(world)
+                cold[name].append(_start(world, name, code, step + 1))
+        rates = {name: [] for name in builds}
+        for _ in range(runs):
+            for name, code in builds.items():
+                rates[name].append(_batches(world, name, code))
         kept = {name: _size(world / name / "cache") / 2**20 for name in builds}
         kept["ours"] += _size(world / "targets" / "cache") / 2**20
         size = f"{num_loras} LoRAs of {NUMBERS} numbers"
         values = {
             "start to first step": ("s", {name: [one[0]] for name, one in first.items()}),
             "restart to first step": (
-                "s", {name: [one[0] for one in starts] for name, starts in again.items()},
+                "s", {name: [one[0] for one in starts] for name, starts in warm.items()},
+            ),
+            "the same, files not in the system's memory": (
+                "s", {name: [one[0] for one in starts] for name, starts in cold.items()},
             ),
             "restart, highest RssAnon": (
-                "MiB", {name: [one[1] for one in starts] for name, starts in again.items()},
+                "MiB", {name: [one[1] for one in starts] for name, starts in warm.items()},
             ),
             "kept beside the dataset": ("MiB", {name: [value] for name, value in kept.items()}),
         }  # fmt: skip
-        return [_row(f"restart/{what}/{size}", *found) for what, found in values.items()]
+        rows = [_row(f"restart/{what}/{size}", *found) for what, found in values.items()]
+        rates = _row(f"restart/batches of 32, one core/{size}", "LoRAs/s", rates)
+        ratio = None if rates["ratio"] is None else round(1 / rates["ratio"], 2)
+        return [*rows, {**rates, "ratio": ratio}]
 
 
 def _row(workload: str, unit: str, found: dict[str, list[float]]) -> dict:
@@ -141,6 +168,25 @@ def _start(world: Path, name: str, code: Path, num_steps: int) -> tuple[float, f
     done = [row["time"] for row in rows if row["event"] == "compiled" and row["step"] == num_steps]
     print(f"{name}: step {num_steps} after {done[-1] - begin:.1f} s, {highest:.0f} MiB", flush=True)
     return done[-1] - begin, highest
+
+
+def _batches(world: Path, name: str, code: Path) -> float:
+    """LoRAs a second of shuffled batches of 32 on one core, files in the system's memory."""
+    command = [sys.executable, "-c", BATCHES, world / "targets", world / name / "cache"]
+    environment = {**os.environ, "PYTHONPATH": str(code)}
+    done = subprocess.run(
+        [*map(str, command)], cwd=code, env=environment, check=True, capture_output=True, text=True
+    )
+    return float(done.stdout.split()[-1])
+
+
+def _forget(world: Path) -> None:
+    """Takes all files out of the system's memory, as on a host that has just been given out."""
+    for path in world.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _anonymous(process: int) -> float:
