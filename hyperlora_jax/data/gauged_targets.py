@@ -22,8 +22,8 @@ import jax
 import numpy as np
 
 from hyperlora_jax.array_types import Float, Int
+from hyperlora_jax.data import beside_dataset, vectors_summary
 from hyperlora_jax.data import lora_target_records as record_format
-from hyperlora_jax.data import vectors_summary
 from hyperlora_jax.data.lora_targets import LoraTargets
 from hyperlora_jax.data.mapped_vectors import MappedFile, MappedVectors, record_starts
 from hyperlora_jax.data.vector_statistics import VectorWhitening
@@ -74,8 +74,8 @@ def read_in_gauge(
     """
     if kind not in GAUGES:
         raise UserError(f"gauge is {kind!r}, expected one of {', '.join(GAUGES)}")
-    places = vectors_summary.folders(targets, cache_dir)
-    name = f"{kind}-{vectors_summary.digest(targets)}"
+    places = beside_dataset.folders(targets.path, cache_dir)
+    name = vectors_summary.name_of(targets, kind)
     known = vectors_summary.find(places, name, targets)
     summary = _raw_summary(targets) if known is None and kind == "raw" else known
     if summary is not None and summary.files:
@@ -202,7 +202,7 @@ def _turned(
             file.write(np.ascontiguousarray(rows[: stop - start], np.float32).data)
 
     try:
-        path = vectors_summary.written(places, name, write)
+        path = beside_dataset.written(places, name, write)
     except OSError as error:
         shown = " and ".join(map(str, places))
         raise UserError(f"{shown}: cannot write turned vectors there ({error})") from None

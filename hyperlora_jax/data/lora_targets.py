@@ -1,6 +1,7 @@
 """Opens a LoRA-target dataset: random access to subjects, their vectors, spec and statistics."""
 
 import collections
+import contextlib
 import functools
 import json
 import logging
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 from hyperlora_jax import storage
 from hyperlora_jax.array_types import Float, Int
+from hyperlora_jax.data import beside_dataset
 from hyperlora_jax.data import lora_target_records as record_format
 from hyperlora_jax.data.lora_targets_writer import FORMAT
 from hyperlora_jax.data.pipelines import Batch, Order, shard_slice, step_batches
@@ -38,8 +40,9 @@ def open_lora_targets(
     naming the folder and both sides when it is not, or when it is no such dataset.
 
     Args:
-        skip_damaged: read all of it once and leave out what cannot be read, with a warning that
-            names the files; otherwise the first such subject that is asked for is an error.
+        skip_damaged: read all of it, once for all runs, and leave out what cannot be read, with a
+            warning that names the files; otherwise the first such subject that is asked for is an
+            error.
     """
     targets = LoraTargets(storage.fetched(path), skip_damaged)
     if spec is not None and spec.fingerprint != targets.spec.fingerprint:
@@ -144,7 +147,26 @@ class LoraTargets:
         return running.result()
 
     def _readable(self) -> dict[str, list[int]]:
-        """The records of every split that can be read, found by reading all of them."""
+        """The records of every split that can be read; found out once for these files."""
+        places = beside_dataset.folders(self.path)
+        name = f"readable-{beside_dataset.digest(self.path)}.json"
+        try:
+            kept = json.loads((places[0] / name).read_text(encoding="utf-8"))
+            good, lost = kept["records"], kept["lost"]
+        except (OSError, ValueError, KeyError, TypeError):
+            good, lost = self._read_all()
+            text = json.dumps({"records": good, "lost": lost})
+            with contextlib.suppress(OSError):  # the next run reads them again
+                beside_dataset.written(places, name, lambda file: file.write(text.encode()))
+        if lost:
+            files = ", ".join(f"{number} in {shard}" for shard, number in sorted(lost.items()))
+            log.warning("%s: leaves out subjects that cannot be read: %s", self.path, files)
+        if not any(good.values()):
+            raise UserError(f"{self.path}: none of its {len(self)} subjects can be read")
+        return good
+
+    def _read_all(self) -> tuple[dict[str, list[int]], dict[str, int]]:
+        """(records of every split that can be read, how many of each file cannot)."""
         good: dict[str, list[int]] = {split: [] for split in self.splits}
         lost: collections.Counter[str] = collections.Counter()
         for i in tqdm(range(len(self)), desc=f"checking {self.path.name}", unit="subject"):
@@ -155,12 +177,7 @@ class LoraTargets:
                 lost[self._shard(split, record)] += 1
             else:
                 good[split].append(record)
-        if lost:
-            files = ", ".join(f"{number} in {shard}" for shard, number in sorted(lost.items()))
-            log.warning("%s: leaves out subjects that cannot be read: %s", self.path, files)
-        if not any(good.values()):
-            raise UserError(f"{self.path}: none of its {len(self)} subjects can be read")
-        return good
+        return good, dict(lost)
 
     @functools.cached_property
     def _builder(self) -> Any:

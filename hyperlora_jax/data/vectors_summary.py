@@ -1,24 +1,19 @@
 """What one pass over all LoRA vectors of a dataset finds, kept so that no run makes it again.
 
-    DATASET/cache/summary-GAUGE-DIGEST.npz
-
-or, where the dataset's folder cannot be written, a folder of the run. The digest is that of the
-dataset's description and of its files' names, sizes and times.
+DATASET/cache/summary-GAUGE-DIGEST.npz   see `beside_dataset`
 """
 
 import dataclasses
-import errno
 import hashlib
 import logging
-import os
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
 from hyperlora_jax.array_types import Float, Int
+from hyperlora_jax.data import beside_dataset
 from hyperlora_jax.data.lora_targets import LoraTargets
 from hyperlora_jax.data.vector_statistics import RunningWhitening, factor_slices
 
@@ -75,22 +70,12 @@ def training_rows(targets: LoraTargets) -> Int[np.ndarray, " n"]:
     return targets.split_indices("train") if "train" in targets.splits else np.arange(len(targets))
 
 
-def digest(targets: LoraTargets) -> str:
-    """Changes with every file of the dataset, and with what of it could be read."""
-    found = hashlib.sha256()
-    for name in ("metadata.json", "index.json", "dataset_info.json"):
-        found.update((targets.path / name).read_bytes())
-    for shard in sorted(targets.path.glob("*.array_record-*")):
-        status = shard.stat()
-        found.update(f"{shard.name} {status.st_size} {status.st_mtime_ns}".encode())
+def name_of(targets: LoraTargets, kind: str) -> str:
+    """GAUGE-DIGEST: another one for every state of the dataset, and for what of it was read."""
+    found = beside_dataset.digest(targets.path)
     if len(targets) != sum(targets.metadata["num_subjects"].values()):
-        found.update("\n".join(targets.ids).encode())
-    return found.hexdigest()[:24]
-
-
-def folders(targets: LoraTargets, of_run: str | Path | None) -> list[Path]:
-    """Where things are kept, in order of preference."""
-    return [targets.path / "cache", *([] if of_run is None else [Path(of_run)])]
+        found = hashlib.sha256("\n".join([found, *targets.ids]).encode()).hexdigest()[: len(found)]
+    return f"{kind}-{found}"
 
 
 def find(places: Sequence[Path], name: str, targets: LoraTargets) -> Summary | None:
@@ -122,31 +107,6 @@ def keep(places: Sequence[Path], name: str, summary: Summary) -> None:
     """Writes it into the first folder that can be written; without one the next run repeats it."""
     arrays = {field.name: getattr(summary, field.name) for field in dataclasses.fields(summary)}
     try:
-        written(places, f"summary-{name}.npz", lambda file: np.savez(file, **arrays))
+        beside_dataset.written(places, f"summary-{name}.npz", lambda file: np.savez(file, **arrays))
     except OSError as error:
         log.warning("statistics of %s are not kept (%s)", name, error)
-
-
-def written(places: Sequence[Path], name: str, write: Callable[[BinaryIO], None]) -> Path:
-    """The file that `write` fills, whole or not at all, in the first folder that can be written.
-
-    Raises:
-        OSError: of the last folder, when none can be.
-    """
-    failed = OSError(errno.ENOENT, "no folder given")
-    for place in places:
-        path = place / name
-        partial = place / f".{name}.{os.getpid()}"
-        try:
-            place.mkdir(parents=True, exist_ok=True)
-            with partial.open("wb") as file:
-                write(file)
-            partial.replace(path)
-            return path
-        except OSError as error:
-            log.info("%s: cannot be written (%s)", path, error)
-            failed = error
-        finally:
-            if partial.exists():
-                partial.unlink()
-    raise failed

@@ -10,7 +10,7 @@ import pytest
 from targets_fixture import SPEC, assert_same, subject
 
 from hyperlora_jax.data import lora_target_records, lora_targets_writer, spool
-from hyperlora_jax.data.lora_targets import open_lora_targets, vector_batches
+from hyperlora_jax.data.lora_targets import LoraTargets, open_lora_targets, vector_batches
 from hyperlora_jax.data.lora_targets_writer import write_lora_targets
 from hyperlora_jax.data.subjects import Subject, split_by_hash
 from hyperlora_jax.data.vector_statistics import factor_slices
@@ -346,6 +346,11 @@ def test_damaged_shards_are_left_out_only_when_asked(
         assert_same(targets[k], subjects[names.index(targets.ids[k])])
     assert targets.split_ids["test"] == names[-2:] and targets.identities[-1] == "person 44"
     assert len(targets.matrix("train")) == len(targets.split_indices("train")) < 40
+    caplog.clear()
+    with monkeypatch.context() as patch:  # a second run knows without reading
+        patch.delattr(LoraTargets, "__getitem__")
+        again = open_lora_targets(path, skip_damaged=True)
+    assert again.ids == targets.ids and shards[1].name in caplog.text
     for shard in path.glob("*.array_record-*"):
         shard.write_bytes(b"")
     with pytest.raises(UserError, match=f"none of its {len(subjects)} subjects can be read"):
