@@ -9,11 +9,12 @@ from etils import epath
 from hyperlora_jax import storage
 from hyperlora_jax.cli.arguments import OneLineParser
 from hyperlora_jax.errors import UserError
+from hyperlora_jax.shipped import base_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The path comes first; the other options depend on what it is."""
-    parser.add_argument("path", help="LoRA file, dataset, hypernetwork, workdir or base model")
+    parser.add_argument("path", help="LoRA, dataset, hypernetwork, workdir or base (tiny-sd, too)")
     parser.add_argument("options", nargs=argparse.REMAINDER, help="options for that kind of thing")
 
 
@@ -38,7 +39,7 @@ def kind_of(path: epath.Path) -> str:
 
 def run(args: argparse.Namespace) -> int:
     """Hands over to the command for that kind."""
-    path = epath.Path(args.path)
+    path = epath.Path(base_path(args.path))
     kind = kind_of(path)
     if kind == "base":
         return _base(storage.fetched(path), args.options)
@@ -71,11 +72,11 @@ def _base(path: Path, options: list[str]) -> int:
     from hyperlora_jax.stable_diffusion.model import StableDiffusion
 
     sd = StableDiffusion.from_pretrained(path, variant=known.variant)
-    print(f"{'kind':<12}Stable Diffusion base")
+    print(f"{'kind':<16}Stable Diffusion base")
     for name, params in sd.params.items():
-        print(f"{name:<12}{sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters")
-    print(f"{'prediction':<12}{sd.schedule.prediction_type}")
-    print(f"{'hash':<12}{sd.base_hash}")
+        print(f"{name:<16}{sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters")
+    print(f"{'prediction':<16}{sd.schedule.prediction_type}")
+    print(f"{'hash':<16}{sd.base_hash}")
     return 0
 
 

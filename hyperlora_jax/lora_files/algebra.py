@@ -24,6 +24,7 @@ from hyperlora_jax.lora.sites import (
 )
 from hyperlora_jax.lora_files import safetensors_io
 from hyperlora_jax.lora_files.base_model import read_base_model, tensor_files
+from hyperlora_jax.shipped import base_path
 
 Lora = tuple[Params, LoraSpec]
 
@@ -92,9 +93,9 @@ def extract(
         if after.get(site.path) != site:
             raise UserError(f"{tuned}: layer {site.path} is absent or of another shape than {base}")
     wanted = {site.path for site in chosen}
-    new = dict(_weights(Path(tuned), component, wanted))
+    new = dict(_weights(Path(base_path(str(tuned))), component, wanted))
     pairs, sites = {}, []
-    for path, old in _weights(Path(base), component, wanted):
+    for path, old in _weights(Path(base_path(str(base))), component, wanted):
         change = np.asarray(new[path], np.float32) - np.asarray(old, np.float32)
         site = dataclasses.replace(before[path], rank=rank)
         pairs[path] = _truncated(change, site)
@@ -131,7 +132,7 @@ def merge_into_checkpoint(
 
     Dtypes and files stay as they are. Raises UserError when `out` exists or a site has no layer.
     """
-    source, target = Path(base), Path(out)
+    source, target = Path(base_path(str(base))), Path(out)
     tree, spec = lora
     if target.exists():
         raise UserError(f"{target}: already exists, expected a new folder")

@@ -23,6 +23,7 @@ from hyperlora_jax.lora.sites import LoraSite, LoraSpec, site_factors
 from hyperlora_jax.lora_files.peft_directory import VECTOR_NAME, W2W_ADAPTER, adapter_folders
 from hyperlora_jax.lora_files.reading import load_lora
 from hyperlora_jax.lora_files.writing import DIFFUSERS_NAME
+from hyperlora_jax.shipped import base_path
 
 ADAPTER = "hyperlora_verify"
 ADAPTERS = (ADAPTER, W2W_ADAPTER)
@@ -59,7 +60,7 @@ def load_modules(base: str | os.PathLike[str]) -> dict[str, Any]:
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-    folder = Path(base)
+    folder = Path(base_path(str(base)))
     if not (folder / "unet" / "config.json").exists():
         raise UserError(f"{folder}: no unet/config.json, expected a diffusers model directory")
     with _quiet():

@@ -15,6 +15,7 @@ from hyperlora_jax.diffusion.schedule import NoiseSchedule
 from hyperlora_jax.diffusion.scheduler_config import read_scheduler_config
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.parallel.sharding import DEFAULT_RULES, Rule
+from hyperlora_jax.shipped import base_path
 from hyperlora_jax.stable_diffusion import directory
 from hyperlora_jax.stable_diffusion.autoencoder import vae_from_config
 from hyperlora_jax.stable_diffusion.checkpoint import param_shapes, torch_to_flax
@@ -36,7 +37,7 @@ def local_directory(source: str | Path) -> Path:
 
     Raises UserError when `source` is none of them.
     """
-    root = storage.fetched(source)
+    root = storage.fetched(base_path(str(source)))
     if root.is_dir():
         return root
     parts = str(source).split("/")
