@@ -22,6 +22,7 @@ WEIGHT_STEMS = {
     "text_encoder_2": "model",
     "image_encoder": "model",
 }
+PICKLED_STEMS = {"model": "pytorch_model"}
 _HASH_FILE = "base_hash.json"
 
 
@@ -75,8 +76,7 @@ def _of_variant(folder: Path, stem: str, suffix: str) -> list[Path]:
                 if not (folder / name).is_file():
                     raise UserError(f"{folder / name}: file not found, named by {index.name}")
             return [folder / name for name in names]
-    pickles = {"model": "pytorch_model"}
-    pickled = folder / f"{pickles.get(stem, stem)}{suffix}.bin"
+    pickled = folder / f"{PICKLED_STEMS.get(stem, stem)}{suffix}.bin"
     return [pickled] if pickled.is_file() else []
 
 

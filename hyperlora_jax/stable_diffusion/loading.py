@@ -16,7 +16,7 @@ from hyperlora_jax.diffusion.scheduler_config import read_scheduler_config
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.parallel.sharding import DEFAULT_RULES, Rule
 from hyperlora_jax.shipped import base_path
-from hyperlora_jax.stable_diffusion import directory
+from hyperlora_jax.stable_diffusion import directory, hub
 from hyperlora_jax.stable_diffusion.autoencoder import vae_from_config
 from hyperlora_jax.stable_diffusion.checkpoint import param_shapes, torch_to_flax
 from hyperlora_jax.stable_diffusion.clip_text import text_model_from_config
@@ -32,7 +32,7 @@ CONSTRUCTORS = {
 }
 
 
-def local_directory(source: str | Path) -> Path:
+def local_directory(source: str | Path, variant: str | None = None) -> Path:
     """The directory itself, or the files of a bucket or hub id after downloading them.
 
     Raises UserError when `source` is none of them.
@@ -43,16 +43,7 @@ def local_directory(source: str | Path) -> Path:
     parts = str(source).split("/")
     if root.exists() or len(parts) != 2 or not all(parts) or str(source).startswith("."):
         raise UserError(f"{source}: not a directory, expected a diffusers model directory")
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.json", "*.txt", "*.safetensors"]
-    try:
-        return Path(snapshot_download(str(source), allow_patterns=patterns))
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"{source}: not a directory, and not found on the hub ({reason})"
-        ) from error
+    return hub.download(str(source), variant)
 
 
 def load_directory(

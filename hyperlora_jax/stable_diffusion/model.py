@@ -64,7 +64,7 @@ class StableDiffusion:
         """
         if str(path).endswith((".safetensors", ".ckpt")) and Path(path).is_file():
             return StableDiffusion.from_single_file(path, dtype, mesh=mesh, rules=rules)
-        root = loading.local_directory(path)
+        root = loading.local_directory(path, variant)
         modules, params, schedule = loading.load_directory(root, dtype, variant, mesh, rules)
         modules["unet"] = modules["unet"].clone(mesh=mesh)
         return StableDiffusion(**modules, params=params, schedule=schedule, path=root)
