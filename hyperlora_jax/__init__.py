@@ -2,11 +2,12 @@
 
     import hyperlora_jax as hl
 
-    sd = hl.StableDiffusion.from_pretrained(path)
-    hyper = hl.Hypernetwork.restore(checkpoint)
-    loras = hyper.generate(key, references)
-    images = sd.sample(key, prompts, lora=loras)
-    hl.save_lora("anna.safetensors", lora, spec, format="kohya")
+    sd = hl.load_base("tiny-sd")  # or a diffusers directory
+    hyper = hl.Hypernetwork.restore("demo/run")
+    loras = hyper.generate(jax.random.key(0), ["anna.jpg"])
+    images = sd.sample(jax.random.key(1), "a portrait", lora=loras)
+    hl.save_images("pictures", images)
+    hyper.save_lora("anna.safetensors", loras)
 
 Names are imported when first used, so that `import hyperlora_jax` costs nothing.
 """
@@ -25,20 +26,28 @@ _HOMES = {
     "UserError": "hyperlora_jax.errors",
     "load_base": "hyperlora_jax.stable_diffusion.embedded",
     "load_lora": "hyperlora_jax.lora_files",
+    "read_references": "hyperlora_jax.hypernet.references",
+    "refine_loras": "hyperlora_jax.refine",
+    "save_images": "hyperlora_jax.data.pictures",
     "save_lora": "hyperlora_jax.lora_files",
     "save_loras": "hyperlora_jax.lora_files",
+    "to_pil": "hyperlora_jax.data.pictures",
 }
 __all__ = [*_HOMES, "__version__"]
 
 if TYPE_CHECKING:
+    from hyperlora_jax.data.pictures import save_images as save_images
+    from hyperlora_jax.data.pictures import to_pil as to_pil
     from hyperlora_jax.diffusion.schedule import NoiseSchedule as NoiseSchedule
     from hyperlora_jax.errors import UserError as UserError
     from hyperlora_jax.hypernet.model import Hypernetwork as Hypernetwork
+    from hyperlora_jax.hypernet.references import read_references as read_references
     from hyperlora_jax.lora.sites import LoraSite as LoraSite
     from hyperlora_jax.lora.sites import LoraSpec as LoraSpec
     from hyperlora_jax.lora_files import load_lora as load_lora
     from hyperlora_jax.lora_files import save_lora as save_lora
     from hyperlora_jax.lora_files import save_loras as save_loras
+    from hyperlora_jax.refine import refine_loras as refine_loras
     from hyperlora_jax.stable_diffusion.embedded import load_base as load_base
     from hyperlora_jax.stable_diffusion.model import StableDiffusion as StableDiffusion
 
@@ -47,3 +56,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'hyperlora_jax' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -114,7 +114,7 @@ def generate_files(
         loras = _of_each(hyper, key, pooled, tokens, num_samples, draw or {})
         known = hyper.familiarity_of(pooled)
         familiar = [None] * len(members) if known is None else [float(x) for x in known]
-        paths = [_names(outs[n], num_samples, format) for n in members]
+        paths = [_names(outs[n], num_samples) for n in members]
         texts = [
             {
                 **hyper.provenance,
@@ -163,10 +163,7 @@ def _of_each(
     return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), loras)
 
 
-def _names(path: Path, count: int, format: str) -> list[Path]:
-    """The files of a subject's samples. Other programs list kohya files by their suffix."""
-    if format == "kohya" and path.suffix != ".safetensors":
-        path = path.with_name(f"{path.name}.safetensors")
+def _names(path: Path, count: int) -> list[Path]:
     if count == 1:
         return [path]
     return [path.with_name(f"{path.stem}-{k}{path.suffix}") for k in range(count)]

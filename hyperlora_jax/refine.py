@@ -18,7 +18,7 @@ import numpy as np
 from hyperlora_jax.array_types import Params
 from hyperlora_jax.data import pictures, size_buckets
 from hyperlora_jax.data.encoded_subjects import encode_subjects
-from hyperlora_jax.data.image_folder import open_image_folder, read_concept
+from hyperlora_jax.data.image_folder import SubjectFolder, open_image_folder, read_concept
 from hyperlora_jax.distill.fit import ConceptArrays, fit_loras
 from hyperlora_jax.distill.parametrisations import Added, Factors
 from hyperlora_jax.distill.slots import Recipe
@@ -45,6 +45,7 @@ def refine_loras(
     rank: int = 4,
     keep_rank: int | None = None,
     num_slots: int = MAX_SLOTS,
+    max_images: int | None = None,
     seed: int = 0,
     progress: str | None = "refine",
 ) -> tuple[Params, LoraSpec]:
@@ -58,6 +59,7 @@ def refine_loras(
         rank: r₂, of what is added.
         keep_rank: cut the sum to this rank; None keeps it exactly.
         num_slots: how many are refined at once.
+        max_images: most pictures that one of them has; None: as many as the first.
 
     Returns:
         LoRA tree with leading axis l, on the host, and its spec.
@@ -79,6 +81,7 @@ def refine_loras(
         range(len(singles)),
         load,
         num_slots=num_slots,
+        max_images=max_images,
         steps_per_call=recipe.num_steps,
         seed=seed,
         progress=progress,
@@ -130,7 +133,8 @@ def refine_files(
     """
     source, folder = Path(lora), Path(images)
     many = source.is_dir() and not (source / "adapter_config.json").exists()
-    files = sorted(source.glob("*.safetensors")) if many else [source]
+    found = sorted(source.glob("*.safetensors")) if many else [source]
+    files = [file for file in found if not file.name.startswith(".")]
     if not files:
         raise UserError(f"{source}: holds no .safetensors file, expected LoRAs to refine")
     if encoder is not None:
@@ -143,9 +147,8 @@ def refine_files(
                 f"{file}: has spec {other.fingerprint[:12]}, {files[0].name} has "
                 f"{spec.fingerprint[:12]}; LoRAs that are refined together share their sites"
             )
-    concepts = [
-        _concept(sd, folder / file.stem if many else folder, caption, file) for file in files
-    ]
+    subjects = _subjects(folder, files) if many else [_subject(folder, files[0])]
+    concepts = [_concept(sd, subject, caption) for subject in subjects]
     refined, joint = refine_loras(
         sd,
         spec,
@@ -155,6 +158,7 @@ def refine_files(
         rank=rank,
         keep_rank=keep_rank,
         num_slots=min(len(files), MAX_SLOTS),
+        max_images=max(len(latents) for latents, _ in concepts),
         seed=seed,
     )
     written = []
@@ -196,16 +200,30 @@ def _check_encoder(files: Sequence[Path], encoder: str | Path) -> None:
         stored_encoder.read(str(file), known, encoder)
 
 
-def _concept(sd: Any, folder: Path, caption: str, file: Path) -> ConceptArrays:
-    """(latents, text states) of a folder's target pictures."""
+def _subject(folder: Path, file: Path) -> SubjectFolder:
     folders = open_image_folder(folder)
     if len(folders) != 1:
         raise UserError(
             f"{folder}: holds {len(folders)} folders of pictures, but {file.name} is one LoRA; "
             "expected the pictures of one subject"
         )
-    square = size_buckets.square(image_size(sd))
-    subject = read_concept(folders[0], square, caption)
-    images = np.stack([pictures.decode(png) for png in subject.targets])[None]
-    encoded = encode_subjects(sd, None, [subject.id], images, [subject.captions], progress=False)
+    return folders[0]
+
+
+def _subjects(folder: Path, files: Sequence[Path]) -> list[SubjectFolder]:
+    """The sub-folder that belongs to every LoRA, by name."""
+    named = {own.name: own for own in open_image_folder(folder) if own.path != folder}
+    if missing := [file for file in files if file.stem not in named]:
+        raise UserError(
+            f"{folder}: has no folder {missing[0].stem!r} with the pictures of {missing[0]}; "
+            f"expected one per LoRA, {len(missing)} of {len(files)} are missing"
+        )
+    return [named[file.stem] for file in files]
+
+
+def _concept(sd: Any, subject: SubjectFolder, caption: str) -> ConceptArrays:
+    """(latents, text states) of a subject's target pictures."""
+    read = read_concept(subject, size_buckets.square(image_size(sd)), caption)
+    images = np.stack([pictures.decode(png) for png in read.targets])[None]
+    encoded = encode_subjects(sd, None, [read.id], images, [read.captions], progress=False)
     return encoded.concept(0)

@@ -3,8 +3,15 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from hyperlora_jax.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from hyperlora_jax.array_types import Params
+    from hyperlora_jax.stable_diffusion.model import StableDiffusion
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,8 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--strength", type=float, nargs="+", default=[1.0], help="one for all LoRAs, or one each"
     )
     parser.add_argument("--num_steps", type=int, default=20)
-    parser.add_argument("--guidance", type=float, default=1.0)
-    parser.add_argument("--sampler", default="ddim")
+    parser.add_argument("--guidance", type=float, help="default: the base's own, mostly 7.5")
+    parser.add_argument("--sampler", default="ddim", help="ddim, euler or dpmpp_2m")
+    parser.add_argument("--height", type=int, help="in pixels; default: the base's own")
+    parser.add_argument("--width", type=int, help="in pixels; default: the base's own")
+    parser.add_argument("--batch_size", type=int, default=8, help="pictures at once")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", metavar="DIR", required=True)
 
@@ -27,41 +37,81 @@ def run(args: argparse.Namespace) -> int:
     """Writes one PNG per LoRA (or one without) and prompt."""
     strengths = _strengths(args)
     out = Path(args.out)
+    if args.batch_size < 1:
+        raise UserError(f"--batch_size is {args.batch_size}, expected at least 1")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {out}: cannot be made a folder ({error.strerror})") from error
-    negative = args.negative_prompt
-    if negative is not None and args.guidance == 1.0:
-        raise UserError("--negative_prompt does nothing at --guidance 1; give another --guidance")
+    import numpy as np
+
+    from hyperlora_jax.data.pictures import save_images
+    from hyperlora_jax.stable_diffusion.embedded import load_base
+    from hyperlora_jax.stable_diffusion.lora_argument import lora_tree
+
+    sd = load_base(args.base)
+    names = _names(args.lora)
+    prompts = [prompt for _ in names for prompt in args.prompt]
+    images = sample_in_batches(
+        sd,
+        args.seed,
+        prompts,
+        args.batch_size,
+        lora=lora_tree(args.lora, sd),
+        strengths=np.broadcast_to(np.float32(strengths), len(names)),
+        height=args.height,
+        width=args.width,
+        num_steps=args.num_steps,
+        guidance=args.guidance,
+        negative_prompts=args.negative_prompt,
+        sampler=args.sampler,
+    )
+    files = [
+        out / f"{names[k // len(args.prompt)]}_{k % len(args.prompt):02d}.png"
+        for k in range(len(prompts))
+    ]
+    save_images(files, images)
+    print(f"wrote {len(files)} pictures to {out}")
+    return 0
+
+
+def sample_in_batches(
+    sd: "StableDiffusion",
+    seed: int,
+    prompts: Sequence[str],
+    batch_size: int,
+    *,
+    lora: "Params | None",
+    strengths: "Sequence[float] | np.ndarray",
+    height: int | None,
+    width: int | None,
+    **options: Any,
+) -> "np.ndarray":
+    """Pictures [b, h, w, 3] of b prompts, some at a time; the same ones whatever `batch_size` is.
+
+    Args:
+        lora: with a leading axis l for several: every one serves b / l prompts in a row.
+        strengths: one per LoRA.
+        **options: of `StableDiffusion.sample`.
+    """
     import jax
     import numpy as np
 
-    from hyperlora_jax.data.pictures import encode_png
     from hyperlora_jax.lora import factors
-    from hyperlora_jax.lora_files import load_lora
-    from hyperlora_jax.stable_diffusion.embedded import load_base
 
-    sd = load_base(args.base)
-    loras = [load_lora(path, sd)[0] for path in args.lora]
-    names = _names(args.lora)
-    prompts = [prompt for _ in names for prompt in args.prompt]
-    images = sd.sample(
-        jax.random.key(args.seed),
-        prompts,
-        lora=factors.stack_padded(loras) if loras else None,
-        strength=np.asarray(strengths, np.float32),
-        num_steps=args.num_steps,
-        guidance=args.guidance,
-        negative_prompts=None if negative is None else [negative] * len(prompts),
-        sampler=args.sampler,
-    )
-    pixels = np.uint8(np.asarray(images) * 255.0 + 0.5)
-    for k, picture in enumerate(pixels):
-        name = f"{names[k // len(args.prompt)]}_{k % len(args.prompt):02d}.png"
-        (out / name).write_bytes(encode_png(picture))
-    print(f"wrote {len(pixels)} pictures to {out}")
-    return 0
+    noise = sd.noise(jax.random.key(seed), len(prompts), height, width)
+    batch_size = min(batch_size, len(prompts))
+    parts = []
+    for start in range(0, len(prompts), batch_size):
+        # The last batch is filled up: one program for all.
+        rows = np.minimum(np.arange(start, start + batch_size), len(prompts) - 1)
+        own = None
+        if lora is not None:
+            which = rows // (len(prompts) // len(strengths))
+            own = factors.scale(factors.index(lora, which), np.asarray(strengths)[which])
+        images = sd.sample(0, [prompts[k] for k in rows], lora=own, latents=noise[rows], **options)
+        parts.append(np.asarray(images))
+    return np.concatenate(parts)[: len(prompts)]
 
 
 def _strengths(args: argparse.Namespace) -> list[float] | float:

@@ -12,12 +12,13 @@ What a condition encoder sees is cut from the picture as it was given, to the en
 """
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hyperlora_jax.array_types import UInt8
+from hyperlora_jax.array_types import AnyArray, Float, UInt8
 from hyperlora_jax.data.size_buckets import Size
 from hyperlora_jax.errors import UserError
 
@@ -39,6 +40,48 @@ def encode_png(picture: UInt8[np.ndarray, "h w 3"]) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def to_pil(images: AnyArray) -> "list[Image.Image] | Image.Image":
+    """Pillow pictures of [b, h, w, 3] in [0, 1] or uint8; of [h, w, 3] the one picture.
+
+    Raises UserError for arrays of another shape.
+    """
+    from PIL import Image
+
+    if images.ndim not in (3, 4) or images.shape[-1] != 3:
+        raise UserError(
+            f"pictures: found shape {list(images.shape)}, expected [b, h, w, 3] or [h, w, 3]"
+        )
+    pixels = np.asarray(images)
+    if pixels.dtype != np.uint8:
+        pixels = np.uint8(np.clip(np.float32(pixels), 0.0, 1.0) * 255.0 + 0.5)
+    return [*map(Image.fromarray, pixels)] if pixels.ndim == 4 else Image.fromarray(pixels)
+
+
+def save_images(
+    paths: Sequence[str | Path] | str | Path, images: Float[AnyArray, "b h w 3"]
+) -> list[Path]:
+    """Writes pictures in [0, 1] to a path each (PNG, JPEG, …), or to 00.png, 01.png, … of a folder;
+    returns the paths. A single path with the suffix of a picture is a file.
+
+    Raises UserError for other numbers of paths, an unknown suffix, a path that cannot be written.
+    """
+    pictures = to_pil(images)
+    pictures = pictures if isinstance(pictures, list) else [pictures]
+    if isinstance(paths, str | Path) and Path(paths).suffix.lower() in SUFFIXES:
+        paths = [paths]
+    elif isinstance(paths, str | Path):
+        paths = [Path(paths) / f"{k:02d}.png" for k in range(len(pictures))]
+    if len(paths) != len(pictures):
+        raise UserError(f"save_images: {len(paths)} paths for {len(pictures)} pictures")
+    for path, picture in zip(map(Path, paths), pictures, strict=True):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(path)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: cannot be written ({error})") from None
+    return [*map(Path, paths)]
 
 
 def decode(

@@ -172,6 +172,7 @@ def interpolation_strips(
             lora=factors.stack(between),
             strength=strength,
             num_steps=num_steps,
+            guidance=1.0,
             latents=start,
         )
         rows.append(np.asarray(images))

@@ -76,6 +76,7 @@ def compare_with_torch(
             [prompts[k]],
             lora=batched,
             num_steps=num_steps,
+            guidance=1.0,
             latents=noise[k, None],
         )
         jax_images.append(np.asarray(image)[0])

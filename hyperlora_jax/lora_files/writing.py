@@ -45,7 +45,8 @@ def save_lora(
     """Writes one LoRA (no leading axis) and returns the path of the file.
 
     `family` ("sd1", "sd2", "sdxl") decides names and header; None recognises it from the sites.
-    `metadata` is stored under "hyperlora.*". For "diffusers" a path without suffix is a folder
+    `metadata` is stored under "hyperlora.*". A file gets `.safetensors` where its name does not end
+    so. For "diffusers" a path without suffix is a folder
     that gets `pytorch_lora_weights.safetensors`; "peft" and "weights2weights" always write a
     folder. `layers_per_block` matters only for SDXL names.
     Raises UserError naming the site for NaN, Inf, values that overflow the dtype, a rank above
@@ -66,12 +67,18 @@ def save_lora(
     if format == "weights2weights":
         return peft_directory.write_weights2weights(target, sites, spec, texts)
     if format == "diffusers":
-        target = target if target.suffix else target / DIFFUSERS_NAME
+        target = _suffixed(target) if target.suffix else target / DIFFUSERS_NAME
         tensors = diffusers_tensors(sites)
     else:
+        target = _suffixed(target)
         tensors = kohya_tensors(sites, spec, kind, layers_per_block)
     safetensors_io.write(target, tensors, texts)
     return target
+
+
+def _suffixed(path: Path) -> Path:
+    """With `.safetensors` at the end: other programs list nothing else."""
+    return path if path.suffix == ".safetensors" else path.with_name(f"{path.name}.safetensors")
 
 
 def save_loras(

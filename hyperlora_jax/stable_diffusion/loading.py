@@ -24,6 +24,8 @@ from hyperlora_jax.stable_diffusion.parts import check_parts
 from hyperlora_jax.stable_diffusion.tensor_stream import read_tensors, to_devices
 from hyperlora_jax.stable_diffusion.unet import unet_from_config
 
+GUIDANCE = 7.5  # of Stable Diffusion, where a base does not say otherwise
+SAMPLING = "sampling.json"  # where it does: {"guidance": 1.0}; other programs pass over it
 CONSTRUCTORS = {
     "unet": unet_from_config,
     "vae": vae_from_config,
@@ -60,6 +62,20 @@ def load_directory(
         for name, (module, dtype) in modules.items()
     }
     return {name: module for name, (module, _) in modules.items()}, params, load_schedule(root)
+
+
+def load_guidance(root: Path) -> float:
+    """The guidance that a base is sampled with unless told otherwise: what its `sampling.json`
+    says ({"guidance": 1.0}), or that of Stable Diffusion.
+
+    Raises:
+        UserError: the file says no number.
+    """
+    file = root / SAMPLING
+    found = directory.read_json(file).get("guidance", GUIDANCE) if file.is_file() else GUIDANCE
+    if isinstance(found, bool) or not isinstance(found, int | float):
+        raise UserError(f"{file}: guidance is {found!r}, expected a number")
+    return float(found)
 
 
 def load_modules(root: Path, dtype: Any, names: Iterable[str]) -> dict[str, tuple[Any, Any]]:
@@ -153,6 +169,7 @@ def save_directory(
     tokenizers: Mapping[str, Any],
     dtype: str,
     is_xl: bool,
+    guidance: float = GUIDANCE,
 ) -> None:
     """Writes a directory that diffusers' StableDiffusion(XL)Pipeline loads.
 
@@ -180,3 +197,5 @@ def save_directory(
         tokenizer.save_pretrained(str(root / name))
         index[name] = ["transformers", "CLIPTokenizer"]
     directory.write_json(root / "model_index.json", index)
+    if guidance != GUIDANCE:
+        directory.write_json(root / SAMPLING, {"guidance": guidance})

@@ -1,14 +1,68 @@
-"""A LoRA tree as an argument of a model: checked against the model's shapes before tracing.
+"""LoRAs as an argument of a model, in all the forms that people have them, as one tree; checked
+against the model's shapes before tracing.
 
 Linen ignores leaves that no layer asks for, so a misspelt site would silently do nothing.
 """
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from hyperlora_jax.array_types import Params
+import numpy as np
+
+from hyperlora_jax.array_types import AnyArray, Params
 from hyperlora_jax.errors import UserError
-from hyperlora_jax.lora.sites import torch_path
+from hyperlora_jax.lora import factors
+from hyperlora_jax.lora.sites import LoraSpec, torch_path
+from hyperlora_jax.lora_files import load_lora
 from hyperlora_jax.stable_diffusion.equal_blocks import kernel_shape
+
+
+def lora_tree(given: Any, base: Any) -> Params | None:
+    """A tree from a tree, a file, what `load_lora` returns, or a list of those (of other ranks and
+    sites too), which gets a leading axis; None from None or an empty list.
+
+    Args:
+        base: the model that files are checked against.
+
+    Raises:
+        UserError: anything else; see also `load_lora`.
+    """
+    if given is None or isinstance(given, Mapping):
+        return given or None
+    if isinstance(given, str | os.PathLike):
+        return load_lora(given, base)[0]
+    if isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], LoraSpec):
+        return given[0]
+    if not isinstance(given, list | tuple):
+        raise UserError(
+            f"lora: found {type(given).__name__}, expected a LoRA tree, a file, or a list of those"
+        )
+    singles = []
+    for one in given:
+        tree = lora_tree(one, base)
+        if tree is None or isinstance(one, list):
+            raise UserError("lora: expected a LoRA tree or a file for every entry of the list")
+        count = factors.num_loras(tree)
+        singles += [tree] if count is None else [factors.index(tree, k) for k in range(count)]
+    return factors.stack_padded(singles) if singles else None
+
+
+def count_loras(lora: Params | None) -> int:
+    """How many LoRAs a tree holds, at least 1: a single one and none count as one."""
+    return (factors.num_loras(lora) if lora else None) or 1
+
+
+def scaled(lora: Params, strength: float | Sequence[float] | AnyArray) -> Params:
+    """A LoRA times its strength: a number, or one for each of a batch; UserError for others."""
+    numbers = np.shape(strength)
+    if numbers not in ((), (count_loras(lora),)):
+        raise UserError(
+            f"strength: found numbers of shape {list(numbers)} for {count_loras(lora)} LoRAs, "
+            "expected one, or one for each"
+        )
+    single = numbers and factors.num_loras(lora) is None
+    return factors.scale(lora, strength[0] if single else strength)  # type: ignore[index]
 
 
 def check_lora(lora: Params, params: Params, batch: int, prefix: str = "") -> None:

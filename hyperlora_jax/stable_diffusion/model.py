@@ -19,14 +19,18 @@ from hyperlora_jax.array_types import AnyArray, Array, Float, Int, Params, PRNGK
 from hyperlora_jax.diffusion.samplers import SAMPLERS
 from hyperlora_jax.diffusion.schedule import NoiseSchedule
 from hyperlora_jax.errors import UserError
-from hyperlora_jax.lora.factors import scale as scale_lora
 from hyperlora_jax.lora.sites import LoraSpec, component_tree, spec_from_shapes
 from hyperlora_jax.parallel.sharding import DEFAULT_RULES, Rule, split_rows
 from hyperlora_jax.stable_diffusion import directory, inference, loading, single_file
 from hyperlora_jax.stable_diffusion.autoencoder import AutoencoderKL
 from hyperlora_jax.stable_diffusion.checkpoint import param_shapes
 from hyperlora_jax.stable_diffusion.clip_text import ClipTextModel
-from hyperlora_jax.stable_diffusion.lora_argument import check_lora
+from hyperlora_jax.stable_diffusion.lora_argument import (
+    check_lora,
+    count_loras,
+    lora_tree,
+    scaled,
+)
 from hyperlora_jax.stable_diffusion.parts import check_token_ids, load_tokenizer
 from hyperlora_jax.stable_diffusion.unet import UNet
 
@@ -45,6 +49,14 @@ class StableDiffusion:
     text_encoder_2: ClipTextModel | None = None
     tokenizers: tuple[Any, ...] = ()  # given ones; else read from `path` at first use
     path: Path | None = None
+    default_guidance: float = loading.GUIDANCE  # of `sample`
+
+    def __repr__(self) -> str:
+        count = sum(leaf.size for leaf in jax.tree.leaves(self.params))
+        return (
+            f"StableDiffusion({'SDXL' if self.is_xl else 'SD'}, {', '.join(self.params)}: "
+            f"{count:,} parameters, default_guidance={self.default_guidance:g}, path={self.path})"
+        )
 
     @staticmethod
     def from_pretrained(
@@ -67,7 +79,13 @@ class StableDiffusion:
         root = loading.local_directory(path, variant)
         modules, params, schedule = loading.load_directory(root, dtype, variant, mesh, rules)
         modules["unet"] = modules["unet"].clone(mesh=mesh)
-        return StableDiffusion(**modules, params=params, schedule=schedule, path=root)
+        return StableDiffusion(
+            **modules,
+            params=params,
+            schedule=schedule,
+            path=root,
+            default_guidance=loading.load_guidance(root),
+        )
 
     @staticmethod
     def outline(path: str | Path) -> "StableDiffusion":
@@ -116,6 +134,7 @@ class StableDiffusion:
             {n: getattr(self, n) for n, encoder in names.items() if getattr(self, encoder)},
             dtype,
             self.is_xl,
+            self.default_guidance,
         )
 
     @property
@@ -241,34 +260,51 @@ class StableDiffusion:
 
     def sample(
         self,
-        key: PRNGKey,
-        prompts: Sequence[str],
-        lora: Params | None = None,
-        strength: float | AnyArray = 1.0,
+        key: PRNGKey | int,
+        prompts: str | Sequence[str],
+        lora: Any = None,
+        strength: float | Sequence[float] | AnyArray = 1.0,
         num_steps: int = 20,
-        guidance: float = 1.0,
-        negative_prompts: Sequence[str] | None = None,
+        guidance: float | None = None,
+        negative_prompts: str | Sequence[str] | None = None,
         latents: Float[AnyArray, "b hh ww z"] | None = None,
         sampler: str = "ddim",
+        height: int | None = None,
+        width: int | None = None,
     ) -> Float[Array, "b h w 3"]:
-        """Images in [0, 1], one per prompt.
+        """Images in [0, 1], one per prompt; a single prompt is drawn once with every LoRA.
 
         L LoRAs serve the b prompts: image k uses LoRA k // (b / L), times `strength` (a number, or
-        one per LoRA). `latents` is the initial standard normal noise; without it, it is drawn from
-        `key`. Negative prompts count where guidance differs from 1. A model on a mesh splits the
-        pictures over it.
+        one per LoRA). A model on a mesh splits the pictures over it.
+
+        Args:
+            key: of the noise, or a seed.
+            lora: a tree, with a leading axis for several; a file; what `load_lora` returns; or a
+                list of those.
+            guidance: None means `default_guidance`.
+            negative_prompts: one for all, or one each; needs a guidance other than 1.
+            latents: the initial standard normal noise; without it, it is drawn from `key`.
+            height, width: in pixels; None means what the model was trained at.
+
+        Raises:
+            UserError: a LoRA, a sampler or a size that does not fit the model, negative prompts
+                without guidance or of another number.
         """
-        batch = len(prompts)
-        if lora is not None:
-            check_lora(component_tree(lora, "unet"), self.params["unet"], batch)
-        if latents is None:
-            c = self.unet.settings
-            latents = jax.random.normal(key, (batch, *c.sample_size, c.in_channels))
         if sampler not in SAMPLERS:
             raise UserError(f"sampler is {sampler!r}, expected one of {sorted(SAMPLERS)}")
-        if lora is not None:
-            lora = scale_lora(lora, strength)
+        lora = lora_tree(lora, self)
+        lora = None if lora is None else scaled(lora, strength)
+        prompts = [prompts] * count_loras(lora) if isinstance(prompts, str) else list(prompts)
+        batch = len(prompts)
+        if isinstance(negative_prompts, str):
+            negative_prompts = [negative_prompts] * batch
+        guidance = self.default_guidance if guidance is None else guidance
         guided = guidance != 1.0
+        if negative_prompts is not None and not guided:
+            raise UserError("negative prompts do nothing at guidance 1; give another guidance")
+        if lora is not None:
+            check_lora(component_tree(lora, "unet"), self.params["unet"], batch)
+        noise = self.noise(key, batch, height, width) if latents is None else latents
         if guided:
             text = self._guided_conditions(prompts, negative_prompts, lora)
         else:
@@ -281,11 +317,26 @@ class StableDiffusion:
             num_steps,
             guided,
             {"unet": self.params["unet"], "vae": self.params["vae"]},
-            split_rows(jnp.asarray(latents, jnp.float32), self.unet.mesh),
+            split_rows(jnp.asarray(noise, jnp.float32), self.unet.mesh),
             text,
             jnp.asarray(guidance, jnp.float32),
             component_tree(lora, "unet") if lora else None,
         )
+
+    def noise(
+        self, key: PRNGKey | int, num: int, height: int | None = None, width: int | None = None
+    ) -> Float[Array, "b hh ww z"]:
+        """Standard normal latents for `num` pictures of so many pixels; None: the model's own."""
+        settings, factor = self.unet.settings, self._component("vae").downsampling
+        size = []
+        for name, pixels, own in zip(
+            ("height", "width"), (height, width), settings.sample_size, strict=True
+        ):
+            if pixels is not None and (pixels < factor or pixels % factor):
+                raise UserError(f"{name} is {pixels}, expected a multiple of {factor} pixels")
+            size.append(own if pixels is None else pixels // factor)
+        key = jax.random.key(key) if isinstance(key, int) else key
+        return jax.random.normal(key, (num, *size, settings.in_channels))
 
     @functools.cached_property
     def base_hash(self) -> str:

@@ -81,6 +81,7 @@ def pretrain(config: Any, workdir: epath.PathLike) -> epath.Path:
     sd = StableDiffusion(
         params={**trained, "vae": vae_params},
         schedule=read_scheduler_config(SCHEDULER_CONFIG),
+        default_guidance=1.0,  # a small world is drawn well without
         vae=vae,
         **modules,
     )
@@ -111,6 +112,7 @@ def assemble(config: Any, workdir: epath.Path, params: Params) -> StableDiffusio
         unet=unet_from_config(unet_config(config.base.unet, latents.shape)),
         params={**params, "vae": vae_params},
         schedule=read_scheduler_config(SCHEDULER_CONFIG),
+        default_guidance=1.0,  # a small world is drawn well without
         vae=_normalised(vae, latents)[0],
         text_encoder=text_model_from_config(text_config(config.base.text_encoder, tokenizer)),
         tokenizers=(tokenizer,),

@@ -47,12 +47,28 @@ def test_files_of_other_ranks_and_one_name_are_drawn_beside_each_other(files, tm
         assert np.abs(weakened[name] - found[name]).max() > 20
 
 
+def test_batches_and_sizes(files, tmp_path):
+    """Three pictures of every LoRA, two at a time, are the same as all at once."""
+    wanted, found = tmp_path / "all", tmp_path / "two"
+    command = ["sample", "tiny-sd", "--prompt", "a", "b", "c", "--num_steps", "1"]
+    command += ["--lora", *files, "--strength", "0.5", "1"]
+    assert main([*command, "--out", str(wanted)]) == 0
+    assert main([*command, "--out", str(found), "--batch_size", "4"]) == 0
+    both = pixels(wanted), pixels(found)
+    assert len(both[0]) == 6 and both[0].keys() == both[1].keys()
+    assert all(np.abs(both[0][name] - both[1][name]).max() <= 1 for name in both[0])
+    assert main([*QUICK, "--out", str(tmp_path / "wide"), "--width", "32"]) == 0
+    assert pixels(tmp_path / "wide")["base_00.png"].shape == (16, 32, 3)
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
         (("--strength", "1", "2", "3"), "--strength: 3 numbers for 0 LoRAs"),
-        (("--negative_prompt", "x"), "--negative_prompt does nothing at --guidance 1"),
+        (("--negative_prompt", "x"), "negative prompts do nothing at guidance 1"),
         (("--num_steps", "0"), "num_steps is 0, expected 1 to 1000"),
+        (("--batch_size", "0"), "--batch_size is 0, expected at least 1"),
+        (("--height", "17"), "height is 17, expected a multiple of"),
         (("--sampler", "magic"), "sampler is 'magic', expected one of"),
         (("--lora", "nowhere.safetensors"), "nowhere.safetensors"),
     ],

@@ -1,5 +1,6 @@
 """One reader for all: what training, generation and evaluation see of a file."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -139,3 +140,24 @@ def test_every_suffix_is_read_and_reading_ways_agree(tmp_path):
         for source in (str(path), path.read_bytes(), Image.open(path)):
             np.testing.assert_array_equal(pictures.reference_pixels(source, Encoder), found)
         assert pictures.load_image(path).shape == (gray.height, gray.width, 3)
+
+
+def test_drawn_pictures_become_files_and_pillow_pictures(tmp_path):
+    drawn = jnp.linspace(-0.01, 1.01, 2 * 8 * 9 * 3).reshape(2, 8, 9, 3)
+    wanted = np.uint8(np.clip(np.asarray(drawn), 0, 1) * 255 + 0.5)
+    for one, pixels in zip(pictures.to_pil(drawn), wanted, strict=True):
+        np.testing.assert_array_equal(np.asarray(one), pixels)
+    np.testing.assert_array_equal(np.asarray(pictures.to_pil(drawn[1])), wanted[1])
+    np.testing.assert_array_equal(np.asarray(pictures.to_pil(wanted[0])), wanted[0])
+    many = pictures.save_images(tmp_path / "many", drawn)
+    assert [path.name for path in many] == ["00.png", "01.png"]
+    np.testing.assert_array_equal(pictures.load_image(many[1]), wanted[1])
+    assert pictures.save_images(tmp_path / "one.png", drawn[0]) == [tmp_path / "one.png"]
+    for paths, match in (
+        (["a.png"], "1 paths for 2 pictures"),
+        ([tmp_path / "a.what", tmp_path / "b.png"], "a.what: cannot be written"),
+    ):
+        with pytest.raises(UserError, match=match):
+            pictures.save_images(paths, drawn)
+    with pytest.raises(UserError, match=r"found shape \[9, 3\]"):
+        pictures.to_pil(drawn[0, 0])

@@ -107,7 +107,7 @@ def test_from_pictures_to_loras_and_another_base(tiny_xl, people, tmp_path):
     assert main([*generate, "--format", "diffusers"]) == 0
     lora, _ = load_lora(out)
     sd = StableDiffusion.from_pretrained(base)
-    drawn = sd.sample(jax.random.key(0), PROMPTS, lora=lora, num_steps=2)
+    drawn = sd.sample(jax.random.key(0), PROMPTS, lora=lora, num_steps=2, guidance=1.0)
     assert drawn.shape == (2, 32, 32, 3) and bool(jnp.isfinite(drawn).all())
     refined = tmp_path / "refined.safetensors"
     assert main([
