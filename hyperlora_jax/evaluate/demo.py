@@ -98,7 +98,8 @@ def write_loras(evaluation: Evaluation, folder: Path) -> list[Path]:
         reference.write_bytes(encode_png(evaluation.test.views[k, 0]))
         for form, suffix in (("kohya", ""), ("diffusers", ".diffusers")):
             path = folder / f"{k:02d}{suffix}.safetensors"
-            files += generate_one(evaluation.hyper, [reference], path, format=form)
+            written = generate_one(evaluation.hyper, [reference], path, format=form)
+            files += [file.path for file in written]
     return files
 
 
