@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hyperlora_jax.array_types import AnyArray, Float, UInt8
+from hyperlora_jax.array_types import AnyArray, UInt8
 from hyperlora_jax.data.size_buckets import Size
 from hyperlora_jax.errors import UserError
 
@@ -59,11 +59,9 @@ def to_pil(images: AnyArray) -> "list[Image.Image] | Image.Image":
     return [*map(Image.fromarray, pixels)] if pixels.ndim == 4 else Image.fromarray(pixels)
 
 
-def save_images(
-    paths: Sequence[str | Path] | str | Path, images: Float[AnyArray, "b h w 3"]
-) -> list[Path]:
-    """Writes pictures in [0, 1] to a path each (PNG, JPEG, …), or to 00.png, 01.png, … of a folder;
-    returns the paths. A single path with the suffix of a picture is a file.
+def save_images(paths: Sequence[str | Path] | str | Path, images: AnyArray) -> list[Path]:
+    """Writes pictures, as `to_pil` takes them, to a path each (PNG, JPEG, …), or to 00.png, 01.png,
+    … of a folder; returns the paths. A single path with the suffix of a picture is a file.
 
     Raises UserError for other numbers of paths, an unknown suffix, a path that cannot be written.
     """

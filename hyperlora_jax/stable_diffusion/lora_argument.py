@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
+import jax.numpy as jnp
 
 from hyperlora_jax.array_types import AnyArray, Params
 from hyperlora_jax.errors import UserError
@@ -55,14 +55,14 @@ def count_loras(lora: Params | None) -> int:
 
 def scaled(lora: Params, strength: float | Sequence[float] | AnyArray) -> Params:
     """A LoRA times its strength: a number, or one for each of a batch; UserError for others."""
-    numbers = np.shape(strength)
-    if numbers not in ((), (count_loras(lora),)):
+    numbers = jnp.asarray(strength, jnp.float32)
+    if numbers.shape not in ((), (count_loras(lora),)):
         raise UserError(
-            f"strength: found numbers of shape {list(numbers)} for {count_loras(lora)} LoRAs, "
-            "expected one, or one for each"
+            f"strength: found numbers of shape {list(numbers.shape)} for {count_loras(lora)} "
+            "LoRAs, expected one, or one for each"
         )
-    single = numbers and factors.num_loras(lora) is None
-    return factors.scale(lora, strength[0] if single else strength)  # type: ignore[index]
+    single = factors.num_loras(lora) is None
+    return factors.scale(lora, numbers.reshape(()) if single else numbers)
 
 
 def check_lora(lora: Params, params: Params, batch: int, prefix: str = "") -> None:

@@ -56,7 +56,7 @@ def test_loras_in_every_form_are_one_tree(sd, files):
     same(scaled(both, [2.0, 2.0]), scaled(both, 2.0))
     same(scaled(read[0][0], [2.0]), scaled(read[0][0], 2.0))
     with pytest.raises(UserError, match=r"numbers of shape \[3\] for 2 LoRAs"):
-        scaled(both, [1, 2, 3])
+        scaled(both, [1.0, 2.0, 3.0])
 
 
 def test_one_prompt_is_one_picture_and_one_for_every_lora(sd, files):
