@@ -156,7 +156,8 @@ def test_the_command_says_strength_and_familiarity(hyper, tmp_path, capsys):
     people = write_subjects(tmp_path / "in", {"anna": 1, "bert": 2})
     folders = [[people / name / "0.png"] for name in ("anna", "bert")]
     pooled, _ = hyper.embed(folders)
-    known = familiarity.fit(np.repeat(np.asarray(pooled[:1]), 3, axis=0))
+    rows = np.repeat(np.asarray(pooled[0]), 3, axis=0)
+    known = familiarity.fit(rows, rows)
     constants = {**hyper.constants, "familiarity": {**known, "typical": np.float32([0.99, 1, 2])}}
     knowing = dataclasses.replace(hyper, constants=constants).with_facts(default_strength=1.5)
     knowing.save(tmp_path / "run")
