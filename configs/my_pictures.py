@@ -7,7 +7,7 @@
 
 PICTURES has a sub-folder of pictures per subject. Batch and steps follow from what is there, and a
 fifth of the subjects is held out for `evaluate`. For photographs the encoder should be a CLIP
-folder or a face network (docs/evaluation.md); the shipped one has seen drawings only.
+folder or a face network (docs/hypernetworks.md); the shipped one has seen drawings only.
 
 Rank 4 on q, k, v and out of all attention; a GPU of 24 GB holds it on Stable Diffusion 1.5.
 """

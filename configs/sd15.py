@@ -10,7 +10,7 @@ through the frozen UNet (q, k, v and out of all attention at rank 8: 128 layers,
 
 `compile` needs no weights: configs/bases/sd15 holds nothing but the base's config.json files.
 FACES is a folder of pictures per subject, ENCODER and JUDGE are condition encoders
-(docs/evaluation.md). `distill` may be left out: training needs no LoRAs, the controls of the
+(docs/hypernetworks.md). `distill` may be left out: training needs no LoRAs, the controls of the
 evaluation do. Compiled for pods (docs/scaling.md), never trained.
 """
 

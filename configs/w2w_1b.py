@@ -11,7 +11,7 @@ rank 1: 128 tokens, 99,648 numbers), learned in weight space from LoRAs.
 `distill` fits the LoRAs by the weights2weights recipe (configs/distill_w2w.py tells more); instead,
 `--config.data.targets=LORAS` names what `hyperlora import` made of published ones. `compile` needs
 no weights: configs/bases/sd15 holds nothing but the base's config.json files. FACES is a folder of
-pictures per subject, ENCODER and JUDGE are condition encoders (docs/evaluation.md).
+pictures per subject, ENCODER and JUDGE are condition encoders (docs/hypernetworks.md).
 """
 
 import pathlib

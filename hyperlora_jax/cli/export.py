@@ -74,17 +74,25 @@ def _hypernetwork(
     from hyperlora_jax.hypernet.building import architecture, build_generator
     from hyperlora_jax.hypernet.conditioning import configured_encoder
     from hyperlora_jax.hypernet.model import FOLDER, Hypernetwork, read_stored
-    from hyperlora_jax.stable_diffusion.embedded import load_base
+    from hyperlora_jax.shipped import base_path
+    from hyperlora_jax.stable_diffusion.model import StableDiffusion
 
-    spec = load_base(config.base).lora_spec(config.model.preset, config.model.rank)
     model = architecture(config.model)
-    generator = build_generator(spec, model)
     facts, constants = {**meta["facts"], "num_steps": meta["step"]}, {}
-    if generator.needs_targets or (workdir / FOLDER / "model.safetensors").exists():
+    if (workdir / FOLDER / "model.safetensors").exists():
         finished = read_stored(workdir)
+        generator = build_generator(finished.spec, model)
         encoder = stored_encoder.find(finished.folder, finished.config["encoder"], path)
         facts, constants = {**finished.config["facts"], **facts}, dict(finished.constants)
     else:
+        outline = StableDiffusion.outline(base_path(config.base))
+        spec = outline.lora_spec(config.model.preset, config.model.rank)
+        generator = build_generator(spec, model)
+        if generator.needs_targets:
+            raise UserError(
+                f"{workdir}: its training has not ended, and what {config.model.generator} needs "
+                "of its LoRA dataset is written then; let `hyperlora train` finish"
+            )
         encoder = configured_encoder(config.model, path)
         record = {**stored_encoder.describe(encoder), "hash": meta["facts"]["encoder"]}
         stored_encoder.checked(f"checkpoint of {workdir}", record, encoder, encoder.source)

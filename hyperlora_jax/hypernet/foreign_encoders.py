@@ -75,8 +75,9 @@ def load_onnx(path: epath.PathLike, **options: Any) -> ForeignImageEncoder:
 
     Args:
       path: the .onnx file.
-      **options: mean and std (0.5 where not given); image_size, needed when the model leaves its
-        input size open; as `preprocessing.checked_options` returns them.
+      **options: mean, std and, where the model leaves its input size open, image_size; what a
+        preprocessor_config.json beside the file says where not given, else 0.5; as
+        `preprocessing.checked_options` returns them.
 
     Raises:
       UserError: onnxruntime is not installed, the file is no ONNX model, its input is no image or
@@ -89,13 +90,14 @@ def load_onnx(path: epath.PathLike, **options: Any) -> ForeignImageEncoder:
             f"encoder {path}: needs onnxruntime, install the extra: pip install hyperlora-jax[onnx]"
         ) from error
     data = epath.Path(path).read_bytes()
+    beside = of_folder(epath.Path(path).parent)
     try:
         session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exceptions share no public base class
         raise UserError(f"encoder {path}: is no ONNX model that onnxruntime reads") from error
     first_input = session.get_inputs()[0]
     size, channels_first, is_open = _image_layout(
-        path, first_input.shape, options.get("image_size")
+        path, first_input.shape, options.get("image_size"), beside.get("image_size")
     )
 
     def run(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -110,7 +112,7 @@ def load_onnx(path: epath.PathLike, **options: Any) -> ForeignImageEncoder:
             outputs = session.run(None, {first_input.name: pixels})
         return _pooled_and_tokens(path, outputs)
 
-    preprocessing = Preprocessing(**{**options, "image_size": size})
+    preprocessing = Preprocessing(**{**beside, **options, "image_size": size})
     weights = hashlib.sha256(data).hexdigest()
     names = ("mean", "std", "image_size") if is_open else ("mean", "std")
     return _probed(
@@ -223,7 +225,7 @@ def _probed(encoder: ForeignImageEncoder, path: epath.PathLike) -> ForeignImageE
 
 
 def _image_layout(
-    path: epath.PathLike, shape: Sequence[Any], given: Size | None
+    path: epath.PathLike, shape: Sequence[Any], given: Size | None, default: Size | None
 ) -> tuple[Size, bool, bool]:
     """((height, width), whether channels come first, whether the model leaves its size open)."""
     if len(shape) != 4 or (shape[1] != 3 and shape[3] != 3):
@@ -237,12 +239,13 @@ def _image_layout(
         if given not in (None, size):
             raise UserError(f"encoder {path}: image_size is {given}, but the model takes {size}")
         return size, channels_first, False
-    if given is None:
+    size = given or default
+    if size is None:
         raise UserError(
             f"encoder {path}: leaves its image size open, give image_size "
-            "(--config.model.encoder_options.image_size)"
+            "(--config.model.encoder_options.image_size, or a preprocessor_config.json beside it)"
         )
-    return given, channels_first, True
+    return size, channels_first, True
 
 
 def _pooled_and_tokens(

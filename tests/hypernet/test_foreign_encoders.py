@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 
 from hyperlora_jax.errors import UserError
+from hyperlora_jax.hypernet.clip_encoder import ClipImageEncoder, save_clip_vision
 from hyperlora_jax.hypernet.conditioning import ImageEncoder, load_condition_encoder
+from tests import user_world
 
 IMAGES = np.random.default_rng(0).random((3, 12, 12, 3)).astype(np.float32)
 
@@ -59,6 +61,47 @@ def test_onnx_with_open_size(tmp_path):
         load_condition_encoder(path)
     encoder = load_condition_encoder(path, image_size=4)
     assert encoder.encode(IMAGES)[0].shape == (3, 3)
+    assert load_condition_encoder(path, image_size=(4, 6)).image_size == (4, 6)
+    values = {"size": {"shortest_edge": 6}, "image_mean": [0.1, 0.2, 0.3], "image_std": [0.5] * 3}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(values))
+    beside = load_condition_encoder(path)
+    assert beside.image_size == (6, 6) and beside.preprocessing.mean == (0.1, 0.2, 0.3)
+    assert load_condition_encoder(path, image_size=4, mean=0.5).image_size == (4, 4)
+
+
+def test_size_that_a_model_says_itself(tmp_path):
+    """An ONNX file of a fixed size and a ViT refuse another; a processor's size is a default."""
+    pytest.importorskip("onnxruntime")
+    fixed = save_onnx(tmp_path / "fixed.onnx")
+    assert load_condition_encoder(fixed, image_size=8).image_size == (8, 8)
+    with pytest.raises(UserError, match=r"image_size is \(9, 9\), but the model takes \(8, 8\)"):
+        load_condition_encoder(fixed, image_size=9)
+    pytest.importorskip("torch")
+    folder = user_world.write_vit(tmp_path / "vit")
+    with pytest.raises(UserError, match="does not take pictures of 24x24 pixels"):
+        load_condition_encoder(folder, image_size=24)
+    values = {"crop_size": 20, "do_center_crop": True, "size": {"shortest_edge": 24}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(values))
+    assert load_condition_encoder(folder).image_size == (20, 20)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mean": (0.1, 0.2)}, "mean is .*expected one finite number or three"),
+        ({"std": 0.0}, r"std is 0\.0, expected one finite number or three, above 0"),
+        ({"std": float("nan")}, "std is nan"),
+        ({"image_size": (1, 2, 3)}, "expected one or two numbers of pixels"),
+        ({"image_size": 0}, "image_size is 0"),
+        ({"colour": 1}, "unknown option 'colour'"),
+    ],
+)
+def test_options_are_checked(tmp_path, options, message):
+    (tmp_path / "x.onnx").write_bytes(b"")
+    with pytest.raises(UserError, match=message):
+        load_condition_encoder(tmp_path / "x.onnx", **options)
+    with pytest.raises(UserError, match="is one of ours, takes no mean"):
+        load_condition_encoder("avatar", mean=0.5)
 
 
 def test_onnx_refused(tmp_path, monkeypatch):
@@ -117,6 +160,9 @@ def test_clip_gives_its_projected_embedding(tmp_path):
     found, tokens = encoder.encode(IMAGES)
     np.testing.assert_allclose(found, pooled.numpy(), atol=1e-5)
     np.testing.assert_allclose(tokens[:, 0], found, atol=1e-5)
+    assert isinstance(encoder, ClipImageEncoder)  # the half that sees, without its texts
+    save_clip_vision(tmp_path / "copy", encoder)
+    assert load_condition_encoder(tmp_path / "copy").hash == encoder.hash
 
 
 def test_transformers_refused(tmp_path, monkeypatch):
