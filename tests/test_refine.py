@@ -111,6 +111,29 @@ def test_keep_rank_is_the_best_cut_of_the_sum(world, refined):
         refine_loras(sd, spec, generated, lambda k: concepts[k], rank=0)
 
 
+def test_every_lora_is_refined_on_its_own_number_of_pictures(world):
+    """Whoever is refined beside it."""
+    sd, spec, concepts, generated = world
+    latents, text = (np.concatenate(parts) for parts in zip(*concepts, strict=True))
+    own = [(latents[:5], text[:5]), (latents[5:], text[5:])]
+    recipe = Recipe(num_steps=5, images_per_step=2, learning_rate=2e-2)
+    singles = [factors.index(generated, k) for k in range(2)]
+
+    def refined(numbers):
+        most = max(len(own[k][0]) for k in numbers)
+        lora, _ = refine_loras(
+            sd, spec, [singles[k] for k in numbers], lambda k: own[numbers[k]], recipe=recipe,
+            rank=2, num_slots=1, max_images=most, progress=None,
+        )  # fmt: skip
+        return lora
+
+    both = refined([1, 0])
+    alone = refined([1])
+    for ours, theirs in zip(jax.tree.leaves(both), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_allclose(ours[:1], theirs, atol=1e-5)
+    assert max(float(jnp.abs(leaf[0] - leaf[1]).max()) for leaf in jax.tree.leaves(both)) > 1e-3
+
+
 @pytest.mark.slow
 def test_command_refines_one_file_and_a_folder(tmp_path, capsys):
     sd = load_base("tiny-sd")
@@ -124,7 +147,7 @@ def test_command_refines_one_file_and_a_folder(tmp_path, capsys):
         )
         folder = tmp_path / "images" / name
         folder.mkdir(parents=True)
-        for k in range(2):
+        for k in range({"anna": 2, "bert": 3}[name]):
             picture = random.integers(0, 256, (16, 16, 3)).astype(np.uint8)
             (folder / f"{k}.png").write_bytes(encode_png(picture))
     common = ["--num_steps", "2", "--rank", "2", "--dtype", "float32"]
@@ -140,6 +163,11 @@ def test_command_refines_one_file_and_a_folder(tmp_path, capsys):
     assert main([*many, "--out", str(tmp_path / "many"), *common]) == 0
     again, _ = load_lora(tmp_path / "many" / "anna.safetensors", sd)
     assert float(losses.relative_delta_error(again, refined)) < 1e-3
+    (tmp_path / "loras" / "carl.safetensors").write_bytes(
+        (tmp_path / "loras" / "anna.safetensors").read_bytes()
+    )
+    assert main([*many, "--out", str(tmp_path / "many"), *common]) == 2
+    assert "has no folder 'carl' with the pictures of" in capsys.readouterr().err
     wrong = ["refine", str(tmp_path / "loras" / "anna.safetensors")]
     wrong += ["--images", str(tmp_path / "images"), "--out", str(tmp_path / "x"), *common]
     assert main(wrong) == 2
