@@ -1,14 +1,12 @@
 """Whatever people have for pictures is one and the same to an encoder, or refused in one line."""
 
-import io
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
-from hyperlora_jax.data.pictures import load_image, reference_pixels
+from hyperlora_jax.data.pictures import load_image
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.hypernet import conditioning
 from hyperlora_jax.hypernet.building import build_generator
@@ -18,7 +16,6 @@ from hyperlora_jax.hypernet.references import by_number, read_references
 from hyperlora_jax.lora import factors
 from hyperlora_jax.lora.sites import LoraSite, LoraSpec
 from hyperlora_jax.lora_files import load_lora, read_metadata
-from tests import user_world
 
 SPEC = LoraSpec(
     (
@@ -192,35 +189,3 @@ def test_reprs_are_short(hyper):
     assert repr(hyper).startswith("Hypernetwork(ridge of ")
     assert "base 'x'" in repr(hyper) and "2 sites, rank 2" in repr(hyper)
     assert len(repr(hyper)) < 300 and len(repr(hyper.spec)) < 80
-
-
-@pytest.fixture(name="encoders", scope="module")
-def _encoders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("encoders")
-    load = conditioning.load_condition_encoder
-    return {
-        "ours": encoder_of(16),
-        "clip": load(user_world.write_clip(root / "clip")),
-        "vit": load(user_world.write_vit(root / "vit")),
-        "onnx": load(user_world.write_onnx(root / "encoder.onnx")),
-    }
-
-
-@pytest.mark.parametrize("kind", ["ours", "clip", "vit", "onnx"])
-@pytest.mark.parametrize("height, width", [(12, 9), (20, 20), (28, 40), (100, 67), (224, 448)])
-def test_an_encoder_sees_the_file_at_its_own_size(encoders, kind, height, width, tmp_path):
-    """The pixels that the one reader gives, whatever way they came, and nothing resamples again."""
-    encoder = encoders[kind]
-    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    (tmp_path / "a.png").write_bytes(buffer.getvalue())
-    seen = reference_pixels(tmp_path / "a.png", encoder)
-    assert seen.shape == (*encoder.image_size, 3)
-    np.testing.assert_array_equal(seen, load_image(tmp_path / "a.png", encoder.image_size))
-    (given,) = read_references(tmp_path / "a.png", encoder)
-    np.testing.assert_array_equal(given[0], np.float32(seen) / np.float32(255))
-    pooled, tokens = hypernetwork(encoder).embed([tmp_path / "a.png"])
-    wanted = encoder.encode(np.float32(seen[None]) / np.float32(255))
-    np.testing.assert_array_equal(pooled[:, 0], wanted[0])
-    np.testing.assert_array_equal(tokens[:, 0], wanted[1])
