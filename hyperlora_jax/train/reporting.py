@@ -15,7 +15,8 @@ from hyperlora_jax.array_types import Array, ArrayTree
 from hyperlora_jax.errors import TrainingDiverged
 from hyperlora_jax.parallel import multihost
 from hyperlora_jax.train.events import EventLog
-from hyperlora_jax.train.metrics import Progress, Throughput, open_metrics, open_tensorboard
+from hyperlora_jax.train.metrics import Progress, Throughput, open_metrics
+from hyperlora_jax.train.tensorboard import Board
 
 
 @dataclass
@@ -68,7 +69,7 @@ class Report:
         self._finished = start_step
         self._losses: list[float] = []
         self._rows = open_metrics(workdir / "metrics.jsonl", start_step) if primary else None
-        self._board = open_tensorboard(workdir / "tensorboard") if tensorboard and primary else None
+        self._board = Board(workdir) if tensorboard and primary else None
         self.throughput = Throughput(units)
         self.progress = Progress(name, start_step, num_steps, shown=primary and progress)
 
@@ -121,8 +122,7 @@ class Report:
             self._rows.write(row)
             self.events.alive(step)
         if self._board is not None:
-            for name, value in row.items():
-                self._board.add_scalar(name, value, step)
+            self._board.write(row, step)
         self.progress.show(row)
 
     def close(self) -> None:

@@ -1,12 +1,10 @@
-import sys
 
 import jax
 import pytest
 from toy_task import fit_toy, toy_task
 
-from hyperlora_jax.errors import UserError
 from hyperlora_jax.train.json_lines import read_rows
-from hyperlora_jax.train.metrics import Throughput, open_tensorboard
+from hyperlora_jax.train.metrics import Throughput
 
 
 def test_units_and_mfu(monkeypatch):
@@ -34,15 +32,3 @@ def test_profile_and_units_of_a_run(tmp_path):
     fit_toy(tmp_path, task, num_steps=4, profile_steps=(2, 3))
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
     assert "loras_per_second" in read_rows(tmp_path / "metrics.jsonl")[0]
-
-
-def test_tensorboard(tmp_path):
-    pytest.importorskip("tensorboardX")
-    fit_toy(tmp_path, num_steps=2, tensorboard=True)
-    assert list((tmp_path / "tensorboard").glob("events.out.tfevents.*"))
-
-
-def test_tensorboard_that_is_not_installed(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    with pytest.raises(UserError, match="tensorboardX is not installed"):
-        open_tensorboard(tmp_path)
