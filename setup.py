@@ -65,6 +65,8 @@ setup(
         "onnx": ["onnxruntime>=1.18"],
         "gcs": ["gcsfs>=2025.3"],
         "tensorboard": TENSORBOARD,
+        "s3": ["s3fs>=2025.3"],
+        "azure": ["adlfs>=2024.7"],
         "heads": HEADS,
         "dev": DEV,
     },

@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 from hyperlora_jax import storage
-from hyperlora_jax.cli import config, help_texts
+from hyperlora_jax.cli import buckets, config, help_texts
 from hyperlora_jax.errors import UserError
 
 
@@ -52,6 +52,7 @@ def parse(name: str, summary: str, module: ModuleType, given: Sequence[str]) -> 
             config.load_config(known.config, known.overrides)
     if rest:
         raise UserError(_unknown(rest[0], known, name, parser))
+    buckets.check(known)
     for output in ("out", "workdir", "target", "json", "sheet"):
         if values.get(output) and not (name == "export" and output == "workdir"):
             storage.outside_package(values[output], f"--{output}")

@@ -39,8 +39,9 @@ def kind_of(path: epath.Path) -> str:
 
 def run(args: argparse.Namespace) -> int:
     """Hands over to the command for that kind."""
-    path = epath.Path(base_path(args.path))
-    kind = kind_of(path)
+    path = epath.Path(storage.place(base_path(args.path)))
+    with storage.asking(path):
+        kind = kind_of(path)
     if kind == "base":
         return _base(storage.fetched(path), args.options)
     if kind == "lora":

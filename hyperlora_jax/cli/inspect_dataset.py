@@ -4,6 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
+from hyperlora_jax import storage
 from hyperlora_jax.errors import UserError
 
 
@@ -34,13 +35,14 @@ def run(args: argparse.Namespace) -> int:
     print("\n".join(dataset_inspection.report_lines(report)))
     try:
         if args.json:
-            Path(args.json).write_text(json.dumps(report, indent=2), encoding="utf-8")
+            storage.replaced(storage.place(args.json), json.dumps(report, indent=2).encode())
             print(f"wrote {args.json}")
         if args.sheet:
             sheet = dataset_inspection.contact_sheet(targets)
             if sheet is None:
                 raise UserError(f"--sheet: {args.path} has no pictures")
-            Image.fromarray(sheet).save(args.sheet)
+            with storage.output(args.sheet) as file:
+                Image.fromarray(sheet).save(file)
             print(f"wrote {args.sheet}")
     except (OSError, ValueError) as error:
         raise UserError(f"{args.json or args.sheet}: cannot be written ({error})") from None

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,5 +39,5 @@ def run(args: argparse.Namespace) -> int:
     print("\n".join(compatibility.lines(rows, len(found["sites"]))))
     if args.json:
         text = json.dumps(found, indent=1, sort_keys=True) + "\n"
-        safetensors_io.atomic_write(Path(args.json), text.encode())
+        safetensors_io.atomic_write(args.json, text.encode())
     return 0

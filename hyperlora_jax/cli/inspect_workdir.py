@@ -2,11 +2,11 @@
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 from etils import epath
 
+from hyperlora_jax import storage
 from hyperlora_jax.errors import UserError
 
 
@@ -90,7 +90,8 @@ def run(args: argparse.Namespace) -> int:
     print(as_text(found))
     if args.json:
         try:
-            Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
+            text = json.dumps(found, indent=1) + "\n"
+            storage.replaced(storage.place(args.json), text.encode())
         except OSError as error:
             raise UserError(f"--json {args.json}: {error.strerror}") from error
     return 0

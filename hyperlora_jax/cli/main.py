@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from hyperlora_jax.cli import config_text
+from hyperlora_jax.cli import buckets, config_text
 from hyperlora_jax.cli.arguments import parse
 from hyperlora_jax.cli.process import PREEMPTED, Process, said
 from hyperlora_jax.errors import Interrupted, Preempted, TrainingDiverged, UserError
@@ -84,7 +84,10 @@ def _outcome(name: str, arguments: Sequence[str], start: Callable[[], bool]) -> 
             return 0, ""
         quiet = start()
         # What a run wrote is said by one process; errors, on stderr, are everybody's.
-        with contextlib.redirect_stdout(io.StringIO() if quiet else sys.stdout):
+        with (
+            contextlib.redirect_stdout(io.StringIO() if quiet else sys.stdout),
+            buckets.local_arguments(name, known),
+        ):
             return module.run(known), ""
     except SystemExit as stop:  # --help
         return int(stop.code or 0), ""

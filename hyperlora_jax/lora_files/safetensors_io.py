@@ -12,12 +12,12 @@ import hashlib
 import math
 import mmap
 import os
-import secrets
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
+from hyperlora_jax import storage
 from hyperlora_jax.array_types import AnyArray
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora_files import layout as layouts
@@ -156,7 +156,7 @@ def written_in_rows(
             raise ValueError(f"{name}: rows {rows.dtype}{rows.shape} for {dtype}{shape}")
         with _named(target):
             file.seek(starts[name] + first * math.prod(shape[1:]) * dtype.itemsize)
-            _write_all(file.fileno(), np.ascontiguousarray(rows).reshape(-1).view(np.uint8))
+            storage.write_all(file.fileno(), np.ascontiguousarray(rows).reshape(-1).view(np.uint8))
 
     with file:
         yield put
@@ -181,30 +181,16 @@ def _header_bytes(entries: str, metadata: Mapping[str, str]) -> bytes:
 
 
 def atomic_write(path: str | os.PathLike[str], *parts: Buffer) -> None:
-    """Puts the joined parts at the path in one step: temporary file, fsync, rename."""
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+    """Puts the joined parts at a path, on the disk or in a bucket, in one step; makes its folder.
+
+    Raises UserError where it cannot be written.
+    """
+    target = storage.place(path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        # Mode "x" never follows or takes over what is there.
-        with temporary.open("xb", buffering=0) as file:
-            try:
-                for part in parts:
-                    _write_all(file.fileno(), part)
-                os.fsync(file.fileno())
-                temporary.replace(target)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
-    except OSError as error:
-        raise UserError(f"{target}: cannot write here ({error.strerror})") from error
-
-
-def _write_all(descriptor: int, part: Buffer) -> None:
-    """One call may write less than it is given, 2 GiB at most."""
-    rest = memoryview(part).cast("B")
-    while rest:
-        rest = rest[os.write(descriptor, rest) :]
+        storage.replaced(target, *parts)
+    except Exception as error:  # a bucket's file system has errors of its own
+        raise UserError(f"{target}: cannot write here ({storage.reason(error)})") from error
 
 
 def _bytes(path: str | os.PathLike[str]) -> bytes | mmap.mmap:

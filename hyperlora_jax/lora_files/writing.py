@@ -15,7 +15,9 @@ from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
+from etils import epath
 
+from hyperlora_jax import storage
 from hyperlora_jax.array_types import Params
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora import factors
@@ -53,6 +55,12 @@ def save_lora(
     both sizes of a layer, and sites that the common tools cannot load (conv_in, conv_out, time and
     add embeddings).
     """
+    if storage.is_remote(path):
+        with storage.output(path) as local:
+            written = save_lora(
+                local, lora, spec, format, dtype, family, metadata, layers_per_block
+            )
+            return epath.Path(str(path)).parent / written.relative_to(local.parent)
     if format not in FORMATS:
         raise UserError(f"LoRA format {format!r} is unknown; expected one of {list(FORMATS)}")
     # A weights2weights vector comes back bit for bit: nothing is balanced there.
