@@ -9,7 +9,7 @@ import contextlib
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from typing import Any, TextIO
+from typing import Any
 
 from etils import epath
 
@@ -59,9 +59,11 @@ def _checked(text: str) -> str:
     found = _ADDRESS.match(text)
     if not found:
         return text
-    for part in found[2].split(","):
-        if "://" in part:
-            storage.check_bucket(part.strip())
+    for part in found[2].split(","):  # several sources, or LORA=WEIGHT
+        address, weight, number = part.strip().rpartition("=")
+        address = address if weight and not storage.is_remote(number) else part.strip()
+        if storage.is_remote(address):
+            storage.check_bucket(address)
     return text.replace("abfs://", "az://")
 
 
@@ -94,7 +96,7 @@ def local_arguments(command: str, known: argparse.Namespace) -> Iterator[None]:
     with storage.output(out) as local:
         values[name] = str(local)
         shown = {str(local.parent): str(out).rstrip("/").rpartition("/")[0]}
-        with contextlib.redirect_stdout(_Renaming(sys.stdout, shown)):  # type: ignore[type-var]
+        with contextlib.redirect_stdout(_Renaming(sys.stdout, shown)):
             yield
 
 
@@ -120,7 +122,7 @@ def _each(value: Any, change: Any) -> Any:
 class _Renaming:
     """A stream that writes other names for some paths."""
 
-    def __init__(self, stream: TextIO, names: Mapping[str, str]):
+    def __init__(self, stream: Any, names: Mapping[str, str]):
         self._stream, self._names = stream, names
 
     def __getattr__(self, name: str) -> Any:

@@ -18,6 +18,7 @@ from hyperlora_jax.data.subjects import Subject, split_by_hash
 from hyperlora_jax.data.vector_statistics import RunningWhitening, factor_slices
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora.sites import LoraSpec
+from hyperlora_jax.lora_files import safetensors_io
 
 NAME = "lora_targets"
 FORMAT = "hyperlora-lora-targets/1"
@@ -157,11 +158,9 @@ class _Writer:
         (self.folder / "README.md").write_text(data_card.text(metadata), encoding="utf-8")
 
     def _write_statistics(self) -> dict[str, float]:
-        from safetensors.numpy import save_file
-
         result = self.statistics.result()
         tensors = {"raw.mean": result.mean, "raw.std": result.std}
-        save_file(tensors, self.folder / "whitening.safetensors")
+        safetensors_io.write(self.folder / "whitening.safetensors", tensors, {})
         slices = factor_slices(self.spec)
         return {f"{s.path}.{s.side}": float(v) for s, v in zip(slices, result.std, strict=True)}
 

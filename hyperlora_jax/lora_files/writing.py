@@ -43,8 +43,9 @@ def save_lora(
     family: str | None = None,
     metadata: Mapping[str, Any] | None = None,
     layers_per_block: int = 2,
-) -> Path:
-    """Writes one LoRA (no leading axis) and returns the path of the file.
+) -> Path | epath.Path:
+    """Writes one LoRA (no leading axis), on the disk or in a bucket, and returns the path of the
+    file.
 
     `family` ("sd1", "sd2", "sdxl") decides names and header; None recognises it from the sites.
     `metadata` is stored under "hyperlora.*". A file gets `.safetensors` where its name does not end
@@ -99,7 +100,7 @@ def save_loras(
     metadata: Sequence[Mapping[str, Any] | None] | None = None,
     layers_per_block: int = 2,
     num_workers: int | None = None,
-) -> list[Path]:
+) -> list[Path | epath.Path]:
     """Writes a batch (leading axis l) to l paths, several at a time; returns the files' paths.
 
     `metadata` has an entry for each file; `num_workers` None means `default_workers()`. The rest
@@ -117,7 +118,7 @@ def save_loras(
         raise UserError("save_loras: a path is given twice, expected another one for each LoRA")
     host = jax.device_get(loras)
 
-    def write(i: int) -> Path:
+    def write(i: int) -> Path | epath.Path:
         lora = factors.index(host, i)
         return save_lora(paths[i], lora, spec, format, dtype, family, texts[i], layers_per_block)
 
