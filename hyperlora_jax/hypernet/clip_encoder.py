@@ -20,6 +20,7 @@ from hyperlora_jax.array_types import AnyArray, Array, Float, Params
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.hypernet.conditioning import read_config, tree_hash
 from hyperlora_jax.hypernet.preprocessing import FILE, Preprocessing, of_folder
+from hyperlora_jax.lora_files import safetensors_io
 from hyperlora_jax.stable_diffusion import directory
 from hyperlora_jax.stable_diffusion.checkpoint import flax_to_torch, param_shapes, torch_to_flax
 from hyperlora_jax.stable_diffusion.clip_vision import (
@@ -147,17 +148,13 @@ def save_clip_vision(path: epath.PathLike, encoder: ClipImageEncoder) -> None:
     Raises:
       UserError: it cannot be written.
     """
-    from safetensors.numpy import save_file
-
     dtype = jnp.dtype(encoder.dtype)
     tensors = {name: leaf.astype(dtype) for name, leaf in flax_to_torch(encoder.params).items()}
     config = json.dumps(json.loads(encoder.module.source), indent=2, sort_keys=True)
     try:
         with storage.writing(path, storage.scratch(path)) as folder:
             folder.mkdir(parents=True, exist_ok=True)
-            temporary = folder / ".model.safetensors.partial"
-            save_file(tensors, temporary, {"format": "pt"})
-            temporary.replace(folder / "model.safetensors")
+            safetensors_io.write(folder / "model.safetensors", tensors, {"format": "pt"})
             storage.replaced(epath.Path(folder / FILE), encoder.preprocessing.to_file().encode())
             storage.replaced(epath.Path(folder / "config.json"), f"{config}\n".encode())
     except OSError as error:

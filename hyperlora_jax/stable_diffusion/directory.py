@@ -12,6 +12,7 @@ import numpy as np
 
 from hyperlora_jax.array_types import Params
 from hyperlora_jax.errors import UserError
+from hyperlora_jax.lora_files import safetensors_io
 from hyperlora_jax.stable_diffusion.checkpoint import flax_to_torch
 from hyperlora_jax.stable_diffusion.tensor_stream import Loader, read_tensors
 
@@ -93,13 +94,12 @@ def write_component(
     folder: Path, component: str, config: Mapping[str, Any], params: Params, dtype: str
 ) -> None:
     """Writes config.json and one safetensors file."""
-    from safetensors.numpy import save_file
-
     write_json(folder / "config.json", config)
     tensors = {
         name: array.astype(jnp.dtype(dtype)) for name, array in flax_to_torch(params).items()
     }
-    save_file(tensors, folder / f"{WEIGHT_STEMS[component]}.safetensors", {"format": "pt"})
+    file = folder / f"{WEIGHT_STEMS[component]}.safetensors"
+    safetensors_io.write_streamed(file, tensors, tensors.__getitem__, {"format": "pt"})
 
 
 def hash_of_params(params: Params) -> str:
