@@ -10,11 +10,13 @@ With `zero` a head writes zeros at first: the up side always does, so that an un
 hypernetwork writes the base model.
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hyperlora_jax.array_types import Array, Float
 from hyperlora_jax.hypernet.token_layout import TokenGroup
@@ -60,12 +62,16 @@ class Head(nn.Module):
         return out.reshape(shape).astype(jnp.float32)
 
 
-def frozen_basis(count: int, width: int) -> Float[Array, "k w"]:
+@functools.cache
+def frozen_basis(count: int, width: int) -> Float[np.ndarray, "k w"]:
     """`count` orthonormal directions of a `width`-dimensional space, the same in every run.
 
-    The seed is a constant: the basis is part of the architecture and is never stored.
+    The seed is a constant: the basis is part of the architecture and is never stored. It is
+    computed once, while a program is traced, which then holds it as a constant.
     """
-    return jax.nn.initializers.orthogonal()(jax.random.key(2307_06949), (count, width))
+    with jax.ensure_compile_time_eval():
+        key = jax.random.key(2307_06949)
+        return np.asarray(jax.nn.initializers.orthogonal()(key, (count, width)))
 
 
 def _fan_in_normal(key, shape, dtype=jnp.float32):

@@ -122,14 +122,21 @@ def splash_attention(
 ) -> Heads:
     """Splash attention per example, sharded over batch ("data", "fsdp") and heads ("tensor").
 
-    An axis that does not divide its dimension is left out: that dimension is then replicated.
+    Where "tensor" does not divide the heads, every chip of that axis computes all of them.
+
+    Raises:
+        UserError: the mesh does not divide the batch: every chip would compute the whole of it.
     """
     run = functools.partial(_splash, interpret=interpret)
     if mesh is None or mesh.size == 1:
         return run(query, key, value)
     batch_axes = tuple(axis for axis in ("data", "fsdp") if axis in mesh.shape)
     if query.shape[0] % math.prod(mesh.shape[axis] for axis in batch_axes):
-        batch_axes = ()
+        parts = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in batch_axes)
+        raise UserError(
+            f"splash attention: a batch of {query.shape[0]} cannot be split over {parts}; choose "
+            "a batch size that they divide, or attention xla"
+        )
     tensor = mesh.shape.get("tensor", 1)
     spec = PartitionSpec(
         batch_axes or None, None, "tensor" if tensor > 1 and query.shape[2] % tensor == 0 else None

@@ -39,6 +39,14 @@ def test_splash_equals_softmax_attention():
     np.testing.assert_allclose(ours, plain(query, key, value), atol=2e-3)
 
 
+def test_splash_refuses_a_batch_that_the_mesh_does_not_divide():
+    query = heads(3, 128, 2, 40)
+    devices = np.asarray(jax.devices()[:1] * 4).reshape(2, 2, 1)
+    mesh = jax.sharding.Mesh(devices, ("data", "fsdp", "tensor"))
+    with pytest.raises(UserError, match="a batch of 3 cannot be split over data=2 x fsdp=2"):
+        splash_attention(query, query, query, mesh)
+
+
 @pytest.mark.parametrize(
     "platform, tokens, dtype, head_dim, expected",
     [
