@@ -48,11 +48,11 @@ def parse(name: str, summary: str, module: ModuleType, given: Sequence[str]) -> 
     if takes_config:
         known.overrides = [item for item in rest if item.startswith("--config.")]
         rest = [item for item in rest if not item.startswith("--config.")]
-        if known.config:  # a typo in a key is named before JAX is there
-            config.load_config(known.config, known.overrides)
     if rest:
         raise UserError(_unknown(rest[0], known, name, parser))
     buckets.check(known)
+    if takes_config and known.config:  # a typo in a key is named before JAX is there
+        config.load_config(known.config, known.overrides)
     for output in ("out", "workdir", "target", "json", "sheet"):
         if values.get(output) and not (name == "export" and output == "workdir"):
             storage.outside_package(values[output], f"--{output}")

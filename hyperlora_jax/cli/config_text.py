@@ -45,6 +45,7 @@ def comments_of(source: str) -> dict[str, str]:
     """Comments behind the keys of all dictionaries of a program, by the dotted path of the key
     within the outermost one, the name of the function around it in front."""
     lines, found = source.splitlines(), {}
+    told: set[int] = set()
 
     def visit(node: ast.AST, path: str) -> None:
         for child in ast.iter_child_nodes(node):
@@ -59,8 +60,9 @@ def comments_of(source: str) -> dict[str, str]:
                 continue
             name = f"{path}.{key.value}".removeprefix(".")
             comment = lines[key.lineno - 1][key.end_col_offset or 0 :].partition("  # ")[2]
-            if comment:
+            if comment and key.lineno not in told:  # of the first key of its line
                 found[name] = comment.strip()
+                told.add(key.lineno)
             if isinstance(value, ast.Dict):
                 read(value, name)
             else:

@@ -2,6 +2,8 @@
 
 import argparse
 
+from etils import epath
+
 from hyperlora_jax.cli.workdir_config import add_config_arguments, command_config, remembered
 
 
@@ -13,10 +15,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Trains, or goes on where an earlier run of the same workdir stopped."""
     from hyperlora_jax.hypernet.model import FOLDER
+    from hyperlora_jax.train.checkpoints import complete_steps
     from hyperlora_jax.train.hypernet_training import train_hypernetwork
 
     config = command_config(args, "train")
+    before = max(complete_steps(epath.Path(args.workdir) / "checkpoints"), default=0)
     with remembered(args.workdir, config):
         train_hypernetwork(config, args.workdir)
-    print(f"wrote {args.workdir}/{FOLDER}")
+    out = f"{args.workdir}/{FOLDER}"
+    if before >= config.train.num_steps:
+        print(f"already at step {before}: {out}; train.num_steps={config.train.num_steps}")
+    else:
+        print(f"wrote {out} (step {config.train.num_steps})")
     return 0

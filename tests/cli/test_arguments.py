@@ -1,0 +1,89 @@
+"""Arguments: one line and code 2 for wrong ones, before JAX is imported; help that helps."""
+
+import subprocess
+import sys
+
+import pytest
+
+from hyperlora_jax.cli.main import COMMANDS, main
+
+AVATARS = ["--config", "avatars", "--workdir", "nowhere"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["trian"], "did you mean train?"),
+        (["train", *AVATARS, "--config.train.num_steps", "3"], "use --config.train.num_steps=3"),
+        (["train", *AVATARS, "--train.num_steps=3"], "use --config.train.num_steps=3"),
+        (["train", *AVATARS, "--num_steps=3"], "use --config.train.num_steps=3"),
+        (["distill", *AVATARS, "--num_steps=3"], "use --config.distill.num_steps=3"),
+        (["train", "--train.num_steps=3"], "values of the config are --config.train.num_steps=3"),
+        (["train", *AVATARS, "--wrokdir=x"], "did you mean --workdir?"),
+        (["train", *AVATARS, "--config.train.num_step=3"], "mean --config.train.num_steps?"),
+        (["train", *AVATARS, "--config.learning_rate=1"], "--config.train.optimizer.learning_rate"),
+        (["train", *AVATARS, "--config.train=3"], "is a section, expected a key of it"),
+        (["train", "--config", "avatar", "--workdir", "x"], "did you mean avatars?"),
+        (["train", "--config", "avatars"], "--workdir: expected a folder"),
+        (["train", "--workdir", "nowhere"], "--config: expected a config file"),
+        (["generate", "--checkpoint", "x", "--reference"], "expected at least one argument"),
+        (["sample", "tiny-sd", "--prompt", "a", "--num_steps", "x"], "invalid int value: 'x'"),
+        (["convert", "a", "b", "--to", "zip"], "invalid choice: 'zip'"),
+        (["inspect", "configs", "--frob"], "unrecognized arguments: --frob"),
+        (["merge", "a=1", "--uot", "x"], "the following arguments are required: --out"),
+        (["train", *AVATARS, "--workdir=hyperlora_jax/assets"], "lies in the installed package"),
+        (["convert", "a", "hyperlora_jax/x", "--to", "kohya"], "lies in the installed package"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_one_line(arguments, reason, capsys):
+    assert main(arguments) == 2
+    said = capsys.readouterr().err.strip()
+    assert reason in said
+    assert "\n" not in said
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_help_has_an_example_and_the_commonest_keys(name, capsys):
+    assert main([name, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert f"example:\n  hyperlora {name}" in shown
+    if name in ("train", "distill", "evaluate", "pretrain"):
+        assert "commonest keys:\n  --config." in shown
+        assert "--print_config" in shown
+
+
+def test_keys_of_the_help_are_keys(capsys):
+    for name, config in (
+        ("train", "my_pictures"), ("distill", "my_pictures"), ("evaluate", "my_pictures"),
+        ("pretrain", "finetune_unet"),
+    ):  # fmt: skip
+        main([name, "--help"])
+        text = capsys.readouterr().out.split("commonest keys:")[1].split("Any value")[0]
+        keys = [word.split("=")[0] for word in text.split() if word.startswith("--config.")]
+        main([name, "--config", config, "--print_config"])
+        known = capsys.readouterr().out
+        assert len(keys) > 3
+        for key in keys:
+            assert f"\n{key.removeprefix('--config.')} = " in f"\n{known}"
+
+
+def test_arguments_are_parsed_without_jax():
+    code = (
+        "import sys; from hyperlora_jax.cli.main import main\n"
+        "for name in ('train', 'generate', 'sample', 'inspect'): main([name, '--help'])\n"
+        "main(['train', '--config', 'avatars', '--print_config'])\n"
+        "assert main(['train', '--config', 'avatars', '--config.train.num_step=3']) == 2\n"
+        "sys.exit('jax' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def test_homes_are_expanded(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run = ["train", "--config", "avatars", "--workdir=~/run", "--config.data.source=~/a,~/b"]
+    assert main([*run, "--print_config", "--config.distill.prompt=no ~/path"]) == 0
+    shown = capsys.readouterr().out
+    assert f"data.source = '{tmp_path}/a,{tmp_path}/b'" in shown
+    assert "distill.prompt = 'no ~/path'" in shown
+    assert main(["generate", "--checkpoint", "~/none", "--reference", "~/a.png", "--out=x"]) == 2
+    assert f"{tmp_path}/none" in capsys.readouterr().err
