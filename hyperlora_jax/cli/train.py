@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
         train_hypernetwork(config, args.workdir)
     out = f"{args.workdir}/{FOLDER}"
     if before >= config.train.num_steps:
-        print(f"already at step {before}: {out}; train.num_steps={config.train.num_steps}")
+        print(f"already at step {before}: {out}; more by --config.train.num_steps")
     else:
         print(f"wrote {out} (step {config.train.num_steps})")
     return 0

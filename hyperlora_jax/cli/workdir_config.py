@@ -28,6 +28,7 @@ FILE = "config.json"
 PICTURES = ("base", "data.source", "data.style", "data.size", "data.split_seed")
 TRAINED = ("base", "data", "model")  # once there are checkpoints
 OWN_PICTURES = "my_pictures"  # the config for a folder of pictures and nothing else
+SAID = 6  # remembered values in the line about them
 MADE = ("checkpoints", "autoencoder", "hypernetwork", "spool", "targets")  # by a run's work
 
 
@@ -86,7 +87,8 @@ def run_config(
     _refuse_contradictions(found, own, now, config, workdir)
     said = [f"{key}={remembered[key]}" for key in sorted(set(remembered) - now)]
     if said:
-        print(f"remembered by {workdir}: {' '.join(said)}")
+        more = f" and {len(said) - SAID} more" if len(said) > SAID else ""
+        print(f"remembered by {workdir}/{FILE}: {' '.join(said[:SAID])}{more}")
     return found
 
 

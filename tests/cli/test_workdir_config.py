@@ -38,7 +38,7 @@ def test_overrides_hold_until_they_are_given_anew(tmp_path, capsys):
     begin(tmp_path, SOURCE, STEPS)
     config = begin(tmp_path, "--config.train.num_steps=9")
     assert (config.data.source, config.train.num_steps) == ("pics", 9)
-    assert f"remembered by {tmp_path}: data.source=pics\n" in capsys.readouterr().out
+    assert f"remembered by {tmp_path}/config.json: data.source=pics\n" in capsys.readouterr().out
     assert run_config(AVATARS, tmp_path).train.num_steps == 9
     assert run_config(None, tmp_path).given == ("data.source", "train.num_steps")
 

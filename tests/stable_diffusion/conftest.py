@@ -187,11 +187,10 @@ XL_UNET = tiny_unet_config(
 )
 
 
-@pytest.fixture(scope="session")
-def tiny_xl(tmp_path_factory):
+def write_xl(root):
+    """A tiny SDXL of random weights (32 pixels), saved by PyTorch diffusers; its pipeline."""
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 
-    root = tmp_path_factory.mktemp("tiny-xl")
     second = tiny_text_config(hidden_size=32, num_attention_heads=4, hidden_act="gelu")
     pipeline = StableDiffusionXLPipeline(
         unet=torch_unet(XL_UNET),
@@ -205,4 +204,10 @@ def tiny_xl(tmp_path_factory):
     )
     pipeline.set_progress_bar_config(disable=True)
     pipeline.save_pretrained(root)
-    return root, pipeline
+    return pipeline
+
+
+@pytest.fixture(scope="session")
+def tiny_xl(tmp_path_factory):
+    root = tmp_path_factory.mktemp("tiny-xl")
+    return root, write_xl(root)
