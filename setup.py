@@ -33,8 +33,12 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["hyperlora_jax", "hyperlora_jax.*"]),
-    package_data={"hyperlora_jax": ["assets/**/*"]},
+    packages=[
+        *find_packages(include=["hyperlora_jax", "hyperlora_jax.*"]),
+        "hyperlora_jax.configs",
+    ],
+    package_dir={"hyperlora_jax.configs": "configs"},
+    package_data={"hyperlora_jax": ["assets/**/*"], "hyperlora_jax.configs": ["**/*.json"]},
     install_requires=[
         "jax>=0.10,<0.12",
         "flax>=0.12",

@@ -6,7 +6,7 @@ from PIL import Image
 
 from hyperlora_jax.cli.config import load_config
 from hyperlora_jax.cli.main import COMMANDS, main
-from hyperlora_jax.errors import UserError
+from hyperlora_jax.errors import Interrupted, Preempted, UserError
 
 AVATARS = "configs/avatars.py"
 
@@ -49,6 +49,20 @@ def test_overrides_change_values_of_the_same_type():
 def test_bad_overrides_are_named(override, reason):
     with pytest.raises(UserError, match=reason):
         load_config(AVATARS, [override])
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(Interrupted(7, "runs/x"), 130), (KeyboardInterrupt(), 130), (Preempted(7, "runs/x"), 75)],
+)
+def test_interrupted_commands_have_codes_of_their_own(error, code, monkeypatch, capsys):
+    def stopped(args):
+        raise error
+
+    monkeypatch.setattr("hyperlora_jax.cli.directions.run", stopped)
+    done, said = run(capsys, "directions", "x", "--labels", "y", "--out", "z")
+    assert done == code
+    assert str(error) in said
 
 
 def test_wrong_use_is_one_line_and_code_2(capsys, tmp_path):

@@ -2,11 +2,13 @@
 shrunk by overrides, which only the first command is given."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from hyperlora_jax.cli.config import flatten, load_config
 from hyperlora_jax.cli.main import main
+from hyperlora_jax.train.checkpoints import read_meta
 from tests.stable_diffusion.conftest import write_xl
 from tests.user_world import SHRUNK, write_base, write_clip, write_onnx, write_people
 
@@ -30,7 +32,7 @@ def test_a_config_for_a_real_base_stands_alone(name):
     assert not {"data.style", "data.num_views"} & set(values)
     assert values["model.encoder"] != "avatar" or name == "my_pictures"
     assert (values["distill.preset"], values["distill.rank"]) == (None, None)  # as the model's
-    source = open(f"configs/{name}.py").read()
+    source = Path(f"configs/{name}.py").read_text()
     assert "parent_config" not in source
     assert source.count("\n") <= 120
 
@@ -64,11 +66,11 @@ def test_distil_train_evaluate_generate_on_a_tiny_base(name, tmp_path, capsys):
 
     metrics = json.loads((workdir / "report" / "metrics.json").read_text())
     config = load_config(name)
-    assert metrics["num_targets"] == 2
-    assert metrics["training_steps"] == 2
-    facts = json.loads((workdir / "checkpoints" / "2" / "meta" / "metadata").read_text())["facts"]
+    assert metrics["facts"]["num_targets"] == 2
+    assert metrics["facts"]["training_steps"] == 2
+    facts = read_meta(workdir / "checkpoints", 2)["facts"]
     dataset = json.loads((workdir / "targets" / "metadata.json").read_text())
-    assert dataset["spec_fingerprint"] == facts["spec"]  # preset and rank followed the model
+    assert dataset["fingerprint"] == facts["spec"]  # preset and rank followed the model
     assert (dataset["facts"]["preset"], dataset["facts"]["rank"]) == (
         config.model.preset,
         config.model.rank,

@@ -10,11 +10,9 @@ import numpy as np
 import pytest
 from toy_task import ToyBatches, fit_toy, loss, toy_task
 
-from hyperlora_jax.errors import UserError
+from hyperlora_jax.errors import Interrupted, Preempted, TrainingDiverged, UserError
 from hyperlora_jax.train.checkpoints import best_step, restore_params
 from hyperlora_jax.train.json_lines import read_rows
-from hyperlora_jax.train.loop import TrainingDiverged
-from hyperlora_jax.train.preemption import Preempted
 
 
 def assert_same(a, b):
@@ -63,10 +61,31 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path):
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
 
 
-def test_sigterm_handler_is_put_back(tmp_path):
-    before = signal.getsignal(signal.SIGTERM)
+def test_the_first_ctrl_c_saves_and_the_second_leaves(tmp_path, capsys):
+    whole = fit_toy(tmp_path / "whole")
+
+    def once(n):
+        if n == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted, match="the same command goes on from step 8"):
+        fit_toy(tmp_path / "cut", toy_task(once))
+    assert "Ctrl-C again leaves at once" in capsys.readouterr().err
+    assert_same(fit_toy(tmp_path / "cut"), whole)
+
+    def twice(n):
+        once(n)
+        once(n)
+
+    with pytest.raises(KeyboardInterrupt):
+        fit_toy(tmp_path / "left", toy_task(twice))
+    assert restore_params(tmp_path / "left")[1]["step"] == 5  # the last interval
+
+
+def test_handlers_are_put_back(tmp_path):
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     fit_toy(tmp_path, num_steps=1)
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
 def test_sigkill_loses_at_most_the_interval(tmp_path, run_toy):
