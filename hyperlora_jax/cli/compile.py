@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
 def _compiled(config: Any, topology: Any, args: argparse.Namespace) -> dict[str, Any]:
     from hyperlora_jax.train import ahead_of_time, workloads
 
-    batch, remat = args.batch_per_device or _config_batch(config), None
+    batch, remat = args.batch_per_device or _config_batch(config, topology), None
     if args.search:
         found = _search(config, topology)
         if found is None:
@@ -134,9 +134,26 @@ def _search(config: Any, topology: Any) -> dict[str, Any] | None:
     )
 
 
-def _config_batch(config: Any) -> int:
-    """Examples per device that the config asks for; a global batch is taken as per device."""
-    return int(config.train.batch_size)
+def _config_batch(config: Any, topology: Any) -> int:
+    """Examples per device that the config asks for.
+
+    Raises:
+        UserError: it leaves the batch open, or the slice cannot share it out.
+    """
+    from hyperlora_jax.parallel.mesh import resolve_axes
+
+    size, per_device = config.train.batch_size, config.train.get("batch_per_device", False)
+    if size is None:
+        raise UserError("--config.train.batch_size: is left open, expected a number")
+    if per_device:
+        return int(size)
+    data, fsdp, _ = resolve_axes(topology.num_devices, **config.mesh)
+    if size % (data * fsdp):
+        raise UserError(
+            f"--config.train.batch_size={size}: cannot be shared out by the {data * fsdp} devices "
+            f"of {topology.name} that share a batch; expected a multiple, or --batch_per_device N"
+        )
+    return size // (data * fsdp)
 
 
 def _trial(record: Mapping[str, Any]) -> str:

@@ -2,7 +2,10 @@
 
 import argparse
 
+from etils import epath
+
 from hyperlora_jax.cli.workdir_config import add_config_arguments, command_config
+from hyperlora_jax.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,6 +22,8 @@ def run(args: argparse.Namespace) -> int:
     from hyperlora_jax.evaluate.run import evaluate
 
     config = command_config(args, "evaluate")
+    if not epath.Path(args.workdir).exists():
+        raise UserError(f"--workdir {args.workdir}: does not exist, expected that of a `train`")
     file = ["--config", args.config] if args.config else []
     command = " ".join(["hyperlora evaluate", *file, "--workdir WORKDIR", *args.overrides])
     files = evaluate(config, args.workdir, args.json or "", command, args.encoder)

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from hyperlora_jax.cli.compile import _config_batch
 from hyperlora_jax.cli.config import flatten, load_config
 from hyperlora_jax.cli.config_checks import NEEDS, check, check_batches
 from hyperlora_jax.cli.config_rules import rule_of
 from hyperlora_jax.cli.main import main
 from hyperlora_jax.errors import UserError
+from hyperlora_jax.parallel.topology import parse
 
 CONFIGS = sorted(Path("configs").glob("*.py"))
 AVATARS = "configs/avatars.py"
@@ -140,6 +142,21 @@ def test_one_value_stands_for_a_tuple_of_one(override, value):
 def test_a_config_of_another_command_is_named(command, path, reason):
     with pytest.raises(UserError, match=reason):
         check(load_config(path), command, path)
+
+
+def test_compile_takes_a_batch_as_training_does():
+    topology = parse("v5e-4")
+
+    def per_device(*overrides):
+        return _config_batch(load_config(AVATARS, [f"--config.{v}" for v in overrides]), topology)
+
+    assert per_device() == 16 // 4
+    assert per_device("train.batch_per_device=True") == 16
+    assert per_device("mesh.tensor=2") == 16 // 2
+    with pytest.raises(UserError, match=r"batch_size=6: cannot be shared out by the 4 devices"):
+        per_device("train.batch_size=6")
+    with pytest.raises(UserError, match=r"batch_size: is left open"):
+        per_device("train.batch_size=None")
 
 
 def test_some_objective_is_wanted():

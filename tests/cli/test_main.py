@@ -75,6 +75,7 @@ def test_wrong_use_is_one_line_and_code_2(capsys, tmp_path):
     cases = {
         ("fly",): "unknown command 'fly'",
         ("train", "--config", "nowhere.py", "--workdir", str(tmp_path)): "nowhere.py: no such file",
+        ("evaluate", "--config", AVATARS, "--workdir", str(tmp_path / "none")): "does not exist",
         ("train", *work, "--config.train.nothing=1"): "unknown key 'nothing'",
         ("train", *work, "--faster"): "unknown argument '--faster'",
         ("train", *work, "--config.base=" + str(tmp_path / "no")): "not a directory",
