@@ -2,6 +2,7 @@
 
     python tools/bench.py unet --json docs/measurements/unet_cpu.json
     python tools/bench.py unet --device gpu --json docs/measurements/unet_gpu.json
+    python tools/bench.py data --against ../older_checkout
     python tools/bench.py all
 
 Every benchmark runs ours and a peer in turns on the same machine and reports medians. A row is
@@ -28,7 +29,7 @@ BENCHMARKS = {
     "hypernet": "bench_hypernet",
     "restart": "bench_restart",
 }
-COMPARING = ("restart",)  # two builds of this project
+COMPARING = ("data", "restart")  # two builds of this project
 COLUMNS = ("workload", "ours", "peer", "unit", "ratio", "runs")
 
 

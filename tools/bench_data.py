@@ -27,9 +27,19 @@ RUNS = 5
 GAUGE_BATCH = 16
 
 
-def run(device: str = "cpu", num_loras: int = NUM_LORAS, runs: int = RUNS) -> list[dict]:
-    """All rows. Data work happens on the host whatever the device is."""
+def run(
+    device: str = "cpu",
+    num_loras: int = NUM_LORAS,
+    runs: int = RUNS,
+    against: str | None = None,
+) -> list[dict]:
+    """All rows. Data work happens on the host whatever the device is.
+
+    Args:
+        against: another checkout, whose training input is measured beside ours.
+    """
     del device
+    import bench_training_input
     import torch
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
@@ -42,7 +52,7 @@ def run(device: str = "cpu", num_loras: int = NUM_LORAS, runs: int = RUNS) -> li
         rows.append(_writing(place, spec, vectors, runs))
         rows += _reading(place, spec, vectors, runs)
         rows += _gauge(spec, vectors, runs)
-    return rows
+    return rows + bench_training_input.run(against)
 
 
 def w2w_spec() -> LoraSpec:
@@ -276,8 +286,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--num_loras", type=int, default=NUM_LORAS)
     parser.add_argument("--runs", type=int, default=RUNS)
+    parser.add_argument("--against", metavar="CHECKOUT")
     args = parser.parse_args(arguments)
-    rows = run("cpu", args.num_loras, args.runs)
+    rows = run("cpu", args.num_loras, args.runs, args.against)
     for row in rows:
         print(f"{row['workload']:<55} {row['ours']:>9} {row['peer']:>9} {row['unit']} "
               f"× {row['ratio']}")  # fmt: skip

@@ -177,22 +177,33 @@ def subject_batches(
         batch: Batch = {name: np.asarray(array[records]) for name, array in per_subject.items()}
         generators = [np.random.default_rng((seed, step, int(record))) for record in records]
         if references is not None:
-            drawn = [g.permutation(available[r]) for g, r in zip(generators, records, strict=True)]
+            counts = available[records].tolist()
+            columns = _drawn(generators, counts, most)
             given = np.array(
                 [
-                    g.integers(min(least, len(own)), min(most, len(own)) + 1)
-                    for g, own in zip(generators, drawn, strict=True)
+                    g.integers(min(least, own), min(most, own) + 1)
+                    for g, own in zip(generators, counts, strict=True)
                 ]
             )
             batch["reference_mask"] = np.arange(most) < given[:, None]
-            batch |= references.at(records, np.stack([np.resize(own, most) for own in drawn]))
+            batch |= references.at(records, columns)
         if targets is not None:
-            drawn = [g.permutation(shown[r]) for g, r in zip(generators, records, strict=True)]
-            batch |= targets.at(records, np.stack([np.resize(own, num_targets) for own in drawn]))
+            columns = _drawn(generators, shown[records].tolist(), num_targets)
+            batch |= targets.at(records, columns)
         batch["step"] = np.full(len(records), step, np.int32)
         return {**batch, "record_id": records}
 
     return step_batches(make_batch)
+
+
+def _drawn(
+    generators: Sequence[np.random.Generator], counts: Sequence[int], most: int
+) -> Int[np.ndarray, "b k"]:
+    """`most` numbers below each of `counts`, none twice before each was there once."""
+    drawn = [g.permutation(own)[:most] for g, own in zip(generators, counts, strict=True)]
+    if min(counts) < most:
+        drawn = [np.resize(own, most) for own in drawn]
+    return np.stack(drawn)
 
 
 def common_length(arrays: Mapping[str, Any]) -> int:

@@ -27,8 +27,10 @@ def write(folder, name, start, count, dtype=F32):
     return file
 
 
+@pytest.mark.parametrize("whole", [0, 2**20])
 @pytest.mark.parametrize("dtype", [F32, BF16])
-def test_files_in_turn_are_one_table(tmp_path, dtype):
+def test_files_in_turn_are_one_table(tmp_path, monkeypatch, dtype, whole):
+    monkeypatch.setattr(row_files, "WHOLE_BYTES", whole)
     files = [write(tmp_path, "x", 0, 4, dtype), write(tmp_path, "y", 4, 1, dtype)]
     files.append(write(tmp_path, "z", 5, 3, dtype))
     for table, length in (
@@ -95,6 +97,7 @@ def test_a_table_larger_than_its_memory(tmp_path, monkeypatch):
     """128 MiB are read in shuffled order; what stays is a sixteenth."""
     if not Path("/proc/self/status").exists():
         pytest.skip("needs /proc")
+    monkeypatch.setattr(row_files, "WHOLE_BYTES", 2**26)
     monkeypatch.setattr(row_files, "LET_GO_BYTES", 2**22)
     row, files = np.zeros((1, 2**17), np.float32), []
     for k in range(4):
