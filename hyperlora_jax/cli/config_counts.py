@@ -1,11 +1,10 @@
 """Counts that a config leaves open, or that its folder of pictures cannot have, settled by what is
-there: how many subjects are trained on and held out, batch, steps, pictures of a step.
+there: how many subjects are trained on and held out, batch, steps.
 
 A count that was given on the command line is never changed: one that cannot be is an error.
 """
 
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 from hyperlora_jax.cli.config import GIVEN, flatten
@@ -35,19 +34,19 @@ def settle(config: Any, command: str, num_devices: int) -> list[str]:
         )
     given = set(config.get(GIVEN, ()))
     values = flatten(config)
-    wanted = {"data.num_identities", "train.images_per_subject", "train.num_references"}
+    wanted = {"data.num_identities"}
     if command == "distill":
         wanted = {"data.num_identities", "distill.num_concepts"}
     if not (wanted & set(values)) - given and None not in values.values():
         return []
-    pictures = _pictures_by_subject(config)
+    available = _num_subjects(config)
     lines: list[str] = []
-    settled = _identities(config, given, len(pictures), command, lines)
+    settled = _identities(config, given, available, command, lines)
     count = int(settled.get("data.num_identities") or config.data.num_identities)
     if "distill" in config:
-        settled |= _concepts(config.distill, given, count, len(pictures))
+        settled |= _concepts(config.distill, given, count, available)
     if command == "train":
-        settled |= _batches(config, given, count, pictures[:count], num_devices)
+        settled |= _batches(config, count, num_devices)
     for key, value in settled.items():
         section, name = key.split(".")
         with config[section].ignore_type():
@@ -57,15 +56,14 @@ def settle(config: Any, command: str, num_devices: int) -> list[str]:
     return lines
 
 
-def _pictures_by_subject(config: Any) -> list[int]:
-    """How many pictures every subject has, in the order in which subjects are taken."""
+def _num_subjects(config: Any) -> int:
+    """How many subjects there are."""
     from hyperlora_jax.data.concept_sources import list_concepts
     from hyperlora_jax.data.size_buckets import square
 
     skip = config.data.get("skip_damaged", False)
     size = config.data.get("size") or 512  # any: no picture is read
-    listed = list_concepts(config.data.source, square(size), skip_damaged=skip)
-    return [len(concept.captions) for concept in listed]
+    return len(list_concepts(config.data.source, square(size), skip_damaged=skip))
 
 
 def _identities(
@@ -100,9 +98,7 @@ def _concepts(section: Any, given: set[str], count: int, available: int) -> dict
     return {}
 
 
-def _batches(
-    config: Any, given: set[str], count: int, pictures: Sequence[int], num_devices: int
-) -> dict[str, Any]:
+def _batches(config: Any, count: int, num_devices: int) -> dict[str, Any]:
     from hyperlora_jax.parallel.mesh import resolve_axes
 
     section, settled = config.train, {}
@@ -114,10 +110,4 @@ def _batches(
     if not section.num_steps:
         steps = EPOCHS * count // (batch * (data * fsdp if section.batch_per_device else 1))
         settled["train.num_steps"] = min(max(steps, LEAST_STEPS), MOST_STEPS)
-    fewest = min(pictures)
-    if "train.images_per_subject" not in given and section.images_per_subject > fewest:
-        settled["train.images_per_subject"] = fewest
-    first, last = section.num_references
-    if "train.num_references" not in given and last > fewest:
-        settled["train.num_references"] = (min(first, fewest), fewest)
     return settled

@@ -158,8 +158,8 @@ def table() -> Mapping[str, Rule]:
         "model.encoder.widths": several(COUNT, 1), "model.*": COUNT,
         # ---- train
         "train.batch_size": optional(COUNT), "train.num_steps": optional(COUNT),
-        "train.batch_per_device": FLAG, "train.images_per_subject": optional(COUNT),
-        "train.num_references": optional(PAIR), "train.from_scratch": FLAG,
+        "train.batch_per_device": FLAG, "train.images_per_subject": COUNT,
+        "train.num_references": PAIR, "train.from_scratch": FLAG,
         "train.caption_dropout": SHARE, "train.prior_caption": TEXT,
         "train.objectives.*": NUMBER, "train.warm_up.objectives.*": NUMBER,
         "train.warm_up.num_steps": whole(0), "train.keep": COUNT, "train.keep_best": whole(0),
