@@ -4,7 +4,7 @@
 
 A set of made-up encoded pictures is written as the checkout keeps it, a process of its own opens it
 and takes batches. Memory is what that process has grown by at most since before it opened the set:
-its own (RssAnon), and with pages of mapped files (RssAnon + RssFile).
+its own (RssAnon), and with pages of files that it maps (RssAnon + RssFile).
 """
 
 import json
@@ -52,13 +52,13 @@ def _row(name: str, key: str, pairs: list[tuple[dict, dict | None]]) -> dict:
     ours = statistics.median(mine[key] for mine, _ in pairs)
     others = [other[key] for _, other in pairs if other]
     ratios = [mine[key] / other[key] for mine, other in pairs if other]
-    if key != "rate":
+    if key not in UNITS:
         ratios = [1 / ratio for ratio in ratios]
     return {
         "workload": f"data/training input/{name}/{WHAT[key]}",
         "ours": round(ours, 1),
         "peer": round(statistics.median(others), 1) if others else None,
-        "unit": "batches/s" if key == "rate" else "MiB",
+        "unit": UNITS.get(key, "MiB"),
         "ratio": round(statistics.median(ratios), 2) if ratios else None,
         "runs": len(pairs),
         "machine": f"{len(os.sched_getaffinity(0))} cores {platform.machine()}, cpu",
@@ -70,11 +70,13 @@ WHAT = {
     "all": "memory with mapped pages",
     "disk": "disk",
     "rate": "batches",
+    "core": "batches of one core",
 }
+UNITS = {"rate": "batches/s", "core": "batches/s of CPU time"}
 
 
 def _measured(name: str, checkout: Path) -> dict[str, float]:
-    """{"own", "all", "disk" in MiB, "rate"} of a set as a checkout keeps it."""
+    """{"own", "all", "disk" in MiB, "rate", "core"} of a set as a checkout keeps it."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__, name, folder]
         environment = {**os.environ, "PYTHONPATH": str(checkout), "JAX_PLATFORMS": "cpu"}
@@ -114,14 +116,15 @@ def _child(name: str, folder: Path) -> dict[str, float]:
     batches = batches_of(folder, subjects, batch_size, num_targets)
     for _ in range(200):  # reads files into the page cache
         next(batches)
-    count, start = 0, time.perf_counter()
+    count, start, cpu_start = 0, time.perf_counter(), time.process_time()
     while time.perf_counter() - start < SECONDS:
         next(batches)
         count += 1
-    rate = count / (time.perf_counter() - start)
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     done.set()
     watcher.join()
-    return {"own": most[0] / 2**20, "all": most[1] / 2**20, "disk": disk / 2**20, "rate": rate}
+    sizes = {"own": most[0] / 2**20, "all": most[1] / 2**20, "disk": disk / 2**20}
+    return {**sizes, "rate": count / seconds, "core": count / cpu_seconds}
 
 
 def _resident() -> tuple[int, int]:

@@ -6,9 +6,9 @@
 
 A file holds the rows of some subjects, of each its own number, and is named after the first; it
 appears whole or not at all. What is asked for (pictures, captions, models) is in the digest, so
-files never have to be made anew, and runs can share them. They are mapped, not read: how much
-memory a run needs does not depend on how many subjects there are. A FOLDER in a bucket is copied to
-this host's scratch folder.
+files never have to be made anew, and runs can share them. A batch reads its rows: how much memory a
+run needs does not depend on how many subjects there are. A FOLDER in a bucket is copied to this
+host's scratch folder.
 """
 
 import dataclasses
