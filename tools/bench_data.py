@@ -31,7 +31,7 @@ def run(
     device: str = "cpu",
     num_loras: int = NUM_LORAS,
     runs: int = RUNS,
-    against: str | None = None,
+    against: str | Path | None = None,
 ) -> list[dict]:
     """All rows. Data work happens on the host whatever the device is.
 

@@ -35,7 +35,7 @@ TOO_LARGE = ("clip-l/4000",)  # for a checkout that reads all of it: 34 GB
 SECONDS, RUNS = 8.0, 3
 
 
-def run(against: str | None = None, names: Sequence[str] = tuple(SETS)) -> list[dict]:
+def run(against: str | Path | None = None, names: Sequence[str] = tuple(SETS)) -> list[dict]:
     """Rows of every set; peer and ratio are the other checkout's, null without one."""
     rows = []
     for name in names:
