@@ -12,7 +12,7 @@ all rows of a folder), when several folders show one identity. What is left out 
 
 import dataclasses
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from pathlib import Path
 
 from hyperlora_jax import storage
@@ -82,7 +82,8 @@ def open_image_folder(path: str | Path) -> list[SubjectFolder]:
     full = {name: listing for name, listing in below.items() if listing.pictures}
     if top.pictures and full:
         raise UserError(
-            f"{path}: holds {len(top.pictures)} pictures beside {len(full)} folders of pictures "
+            f"{path}: holds {_some(top.pictures, 'picture')} beside "
+            f"{_some(full, 'folder')} of pictures "
             f"(first {next(iter(full))!r}); expected the pictures of one subject, or a folder each"
         )
     if not top.pictures and not full:
@@ -239,14 +240,18 @@ def _not_read(
     parts = []
     files = [*files, *(name for subject in subjects for name in subject.left_out)]
     if files:
-        parts.append(f"{len(files)} files ({folder_listing.counted(files)})")
+        parts.append(f"{_some(files, 'file')} ({folder_listing.counted(files)})")
     if inside:
-        parts.append(f"{len(inside)} folders of pictures further below (first {inside[0]!r})")
+        parts.append(f"{_some(inside, 'folder')} of pictures further below (first {inside[0]!r})")
     if empty:
-        parts.append(f"{len(empty)} folders without a picture (first {empty[0]!r})")
+        parts.append(f"{_some(empty, 'folder')} without a picture (first {empty[0]!r})")
     if keys := sorted(set().union(*(subject.unread for subject in subjects))):
         parts.append(f"keys of the metadata: {', '.join(keys)}")
     return parts
+
+
+def _some(things: Sized, name: str) -> str:
+    return f"{len(things)} {name}{'' if len(things) == 1 else 's'}"
 
 
 def _metadata_above(subject: SubjectFolder) -> list[str]:

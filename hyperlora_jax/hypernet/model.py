@@ -93,7 +93,7 @@ class Hypernetwork:
 
     def generate(
         self,
-        key: Array,
+        key: Array | int,
         references: Any,
         *,
         strength: float | None = None,
@@ -103,7 +103,7 @@ class Hypernetwork:
         """LoRAs from reference pictures.
 
         Args:
-            key: randomness of generators that sample; a regression ignores it.
+            key: randomness, or a seed, of generators that sample; a regression ignores it.
             references: a picture, a list with one per subject, or a list of lists with several per
                 subject: paths, Pillow pictures, uint8 arrays or floats in [0, 1]; or one array
                 [l, h, w, 3] or [l, k, h, w, 3]. See `hypernet/references.py`.
@@ -119,6 +119,7 @@ class Hypernetwork:
             UserError: something that is no picture; several samples of a generator that always
                 answers the same, or guidance of one that was trained without condition dropout.
         """
+        key = jax.random.key(key) if isinstance(key, int) else key
         settings = self._draw(num_samples, draw)
         groups = by_number(references, self.encoder)
         parts, places = [], []

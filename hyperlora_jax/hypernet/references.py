@@ -21,6 +21,7 @@ from hyperlora_jax.array_types import AnyArray, Float
 from hyperlora_jax.data import pictures
 from hyperlora_jax.errors import UserError
 
+SMALL = 2**22  # numbers
 ROUNDING = 1e-3  # how far resampled floats may lie outside of [0, 1]
 EXPECTED = "expected paths, Pillow pictures, uint8 arrays or floats in [0, 1], [..., h, w, 3]"
 
@@ -108,11 +109,15 @@ def _checked(
             raise UserError(f"{where}: found a traced array of shape {list(shape)}, {EXPECTED}")
         return jnp.asarray(array, jnp.float32) / (255.0 if whole else 1.0)
     if not whole:
-        low, high = float(array.min()), float(array.max())  # NaN, if there is one
+        # Two small reductions on a device take longer than a look at a few pictures here.
+        looked_at = np.asarray(array) if array.size <= SMALL else array
+        low, high = float(looked_at.min()), float(looked_at.max())  # NaN, if there is one
         if not -ROUNDING <= low <= high <= 1 + ROUNDING:
             raise UserError(f"{where}: found floats from {low:g} to {high:g}, {EXPECTED}")
     if shape[-3:] == (*encoder.image_size, 3):
-        return array.astype(np.float32) / np.float32(255 if whole else 1)
+        if whole:
+            return array.astype(np.float32) / np.float32(255)
+        return array if array.dtype == np.float32 else array.astype(np.float32)
     return _resampled(np.asarray(array), encoder, where)
 
 

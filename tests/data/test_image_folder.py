@@ -151,7 +151,7 @@ def test_what_is_not_read_is_counted_in_one_line(tmp_path, capsys):
 def test_pictures_beside_folders_of_pictures_are_refused(tmp_path):
     for name in ("1.png", "2.png", "class/3.png"):
         save(tmp_path / name)
-    message = "holds 2 pictures beside 1 folders of pictures .first 'class'.; expected the pictures"
+    message = "holds 2 pictures beside 1 folder of pictures .first 'class'.; expected the pictures"
     with pytest.raises(UserError, match=message):
         image_folder.open_image_folder(tmp_path)
     save(tmp_path / "deep" / "people" / "anna" / "1.png")
