@@ -125,7 +125,7 @@ def test_a_bucket_that_is_gone_stops_the_run_in_one_line(server, tmp_path):
     assert "--workdir gs://test/run: cannot write there (" in said.splitlines()[-1]
 
 
-def test_a_dataset_in_a_bucket_is_copied_once(server, tmp_path):
+def test_a_dataset_in_a_bucket_is_copied_once_and_again_when_it_changes(server, tmp_path):
     _, environment = server
     environment["HYPERLORA_CACHE"] = str(tmp_path / "cache")
     folder = tmp_path / "targets"
@@ -140,6 +140,9 @@ with storage.writing("gs://test/data/targets", Path({str(tmp_path)!r})):
 for _ in range(2):
     found = storage.fetched("gs://test/data/targets")
     print(found.name, (found / "a.json").read_text(), (found / "sub" / "b.bin").read_bytes())
+from etils import epath
+epath.Path("gs://test/data/targets/sub/b.bin").write_bytes(b"4567")
+print((storage.fetched("gs://test/data/targets") / "sub" / "b.bin").read_bytes())
 try:
     storage.fetched("gs://test/data/nothing")
 except storage.UserError as error:
@@ -151,7 +154,8 @@ except storage.UserError as error:
     assert done.returncode == 0, done.stderr[-2000:]
     lines = done.stdout.splitlines()
     assert lines[:2] == ["targets {} b'0123'"] * 2
-    assert lines[2].startswith("gs://test/data/nothing: no such folder or file")
+    assert lines[2] == "b'4567'", "a file of the same size, but of another generation"
+    assert lines[3].startswith("gs://test/data/nothing: no such folder or file")
 
 
 def test_every_stage_works_in_a_bucket_and_goes_on_on_another_host(server, tmp_path):

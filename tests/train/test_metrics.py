@@ -1,4 +1,3 @@
-
 import jax
 import pytest
 from toy_task import fit_toy, toy_task
