@@ -35,6 +35,7 @@ COMMANDS = {
     "evaluate": ("evaluate", "scores on held-out identities, figures, report"),
     "compile": ("compile", "does the training step fit this TPU pod? needs no TPU"),
 }
+TRAINING = ("train", "pretrain", "demo")  # save at SIGTERM
 INTERRUPTED = 130
 
 
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    with Process() as process:
+    with Process(saves=name in TRAINING) as process:
         code, line = _outcome(name, arguments[1:], process.start)
     return process.end(code, line)
 

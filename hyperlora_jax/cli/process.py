@@ -14,9 +14,15 @@ PREEMPTED = 75
 
 
 class Process:
-    """Context manager: of an unexpected error inside all processes hear before this one ends."""
+    """Context manager: of an unexpected error inside all processes hear before this one ends.
 
-    def __init__(self) -> None:
+    Args:
+        saves: SIGTERM means "save and leave", on all processes at the same step. Otherwise it ends
+            the process as ever: what such a command has finished is on the disk.
+    """
+
+    def __init__(self, saves: bool) -> None:
+        self._saves = saves
         self._joint: Any = None  # a JointEnd, once this process has joined others
 
     def __enter__(self) -> "Process":
@@ -46,7 +52,7 @@ class Process:
         from hyperlora_jax.parallel import compilation_cache, cpu_devices, joint_end, multihost
 
         cpu_devices.prepare()
-        if multihost.start():
+        if multihost.start(hears_sigterm=self._saves):
             _keep_stdout()
             self._joint = joint_end.JointEnd()
             self._joint.listen()

@@ -21,18 +21,24 @@ T = TypeVar("T")
 PATIENCE = 7 * 86400  # seconds for the slowest host; one that is gone is noticed by its heartbeat
 
 
-def start(timeout_seconds: int = 300, heartbeat_seconds: int = 100) -> bool:
+def start(
+    timeout_seconds: int = 300, heartbeat_seconds: int = 100, hears_sigterm: bool = True
+) -> bool:
     """Joins the other processes if the environment names any; True if it did. Call it first.
 
     A process that does not arrive within `timeout_seconds` ends all the others by SIGABRT, with
     this process's view of the matter on stderr; one that dies later does so after
     `heartbeat_seconds`. Launchers restart on both.
+
+    `hears_sigterm`: the coordination service takes SIGTERM over, which then ends nothing by itself
+    (`train/preemption.py`).
     """
     arguments = environment.settings(os.environ)
     if arguments is None:
         return False
     if (jax.config.jax_platforms or os.environ.get("JAX_PLATFORMS", "")).startswith("cpu"):
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_enable_preemption_service", hears_sigterm)
     who = (
         f"process {arguments['process_id']} of {arguments['num_processes']}"
         f" (coordinator {arguments['coordinator_address']})"

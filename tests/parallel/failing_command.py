@@ -34,7 +34,17 @@ def full_disk():  # as writes see it: no file may grow beyond this
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
 
 
-HARM = {"bad_input": bad_input, "bug": bug, "lost": lost, "full_disk": full_disk}
+def terminated():  # as by a launcher that is told to stop
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+HARM = {
+    "terminated": terminated,
+    "bad_input": bad_input,
+    "bug": bug,
+    "lost": lost,
+    "full_disk": full_disk,
+}
 
 
 def add_arguments(parser):

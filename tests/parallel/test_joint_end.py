@@ -92,6 +92,14 @@ def test_a_process_that_is_killed_ends_the_other_by_a_signal_too(run_both, tmp_p
     assert "Gloo" in results[0][2]
 
 
+def test_sigterm_ends_a_command_that_has_no_steps_to_save(run_both, tmp_path):
+    fail = (PROGRAM, "--workdir", tmp_path, "--at", "make", "--harm", "terminated")
+    results = run_both(*fail, "--on", 0, 1)
+    # The second may see the first one's end before its own signal.
+    assert results[0][0] == -signal.SIGTERM, results
+    assert results[1][0] in (-signal.SIGTERM, -signal.SIGABRT), results
+
+
 @pytest.mark.slow
 def test_a_full_disk_on_the_first_process_ends_both_with_2(run_both, tmp_path):
     """A save is under way, of which the other process waits to write its part."""
