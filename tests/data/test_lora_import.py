@@ -153,8 +153,8 @@ def test_missing_and_further_sites_by_option(tmp_path):
 def test_pictures_beside_the_files_become_references(tmp_path):
     for name in ("a", "b", "c"):
         good(tmp_path / f"in/{name}.safetensors", 1)
-    Image.new("RGB", (5, 4), (200, 0, 0)).save(tmp_path / "in/a.png")
-    Image.new("RGB", (5, 4)).save(tmp_path / "in/b.preview.png")
+    Image.new("RGB", (10, 8), (200, 0, 0)).save(tmp_path / "in/a.png")
+    Image.new("RGB", (10, 8)).save(tmp_path / "in/b.preview.png")
     (tmp_path / "in/c.png").write_bytes(b"broken")
     run([tmp_path / "in"], tmp_path / "out")
     targets = open_lora_targets(tmp_path / "out")
