@@ -25,6 +25,16 @@ def load_base(
     return StableDiffusion.from_pretrained(base_path(source), dtype, mesh=mesh, rules=rules)
 
 
+def outline_base(source: str) -> StableDiffusion:
+    """The base model called `source` where nothing runs it: UNet and autoencoder by their configs
+    alone, `params` are shapes.
+
+    Raises:
+        UserError: see `StableDiffusion.outline`.
+    """
+    return StableDiffusion.outline(base_path(source), ("unet", "vae"))
+
+
 def image_size(sd: Any) -> int:
     """Pixels per side of a base model's pictures."""
     return int(sd.unet.settings.sample_size[0] * sd.vae.downsampling)

@@ -88,17 +88,18 @@ class StableDiffusion:
         )
 
     @staticmethod
-    def outline(path: str | Path) -> "StableDiffusion":
-        """The UNet and text encoders of a diffusers directory without their numbers: `params` are
-        shapes. Enough for specs, for the base's hash and for checking LoRA files, in milliseconds
-        and without memory. A single file is read whole.
+    def outline(
+        path: str | Path, names: Sequence[str] = ("unet", "text_encoder", "text_encoder_2")
+    ) -> "StableDiffusion":
+        """Some components of a diffusers directory without their numbers: `params` are shapes.
+        Enough for specs, for the base's hash and for checking LoRA files, in milliseconds and
+        without memory. A single file is read whole.
 
         Raises UserError as `from_pretrained` does.
         """
         if str(path).endswith((".safetensors", ".ckpt")) and Path(path).is_file():
             return StableDiffusion.from_single_file(path)
         root = loading.local_directory(path)
-        names = ("unet", "text_encoder", "text_encoder_2")
         found = loading.load_modules(root, jnp.float32, names)
         modules = {name: module for name, (module, _) in found.items()}
         params = {name: param_shapes(module) for name, module in modules.items()}

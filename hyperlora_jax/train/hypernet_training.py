@@ -3,9 +3,9 @@
     pictures ─► latents, text states, condition embeddings ─┐
     LoRA targets ─► vectors in a gauge (─► VAE latents) ─────┴► training loop ─► hypernetwork/
 
-The frozen models run once over all pictures; the result is kept in the workdir. The autoencoder
-and the text encoder run only where a loss needs the base. Baselines (mean, nearest, knn, ridge,
-pca_gaussian) are fitted in closed form instead of trained.
+The frozen models run once over all pictures; the result is kept in the workdir. The base is read,
+and its autoencoder and text encoder run, only where a loss needs it. Baselines (mean, nearest, knn,
+ridge, pca_gaussian) are fitted in closed form instead of trained.
 """
 
 from collections.abc import Sequence
@@ -15,12 +15,13 @@ import numpy as np
 from etils import epath
 
 from hyperlora_jax import storage
-from hyperlora_jax.array_types import Float, Params
+from hyperlora_jax.array_types import Params
 from hyperlora_jax.data.encoded_subjects import EncodedSubjects
 from hyperlora_jax.data.pipelines import check_numbers, subject_batches
+from hyperlora_jax.data.ragged import Ragged
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.hypernet import familiarity
-from hyperlora_jax.hypernet.baselines import Fitted
+from hyperlora_jax.hypernet.baselines import BASELINES, Fitted
 from hyperlora_jax.hypernet.building import architecture, build_generator, with_remat
 from hyperlora_jax.hypernet.conditioning import configured_encoder
 from hyperlora_jax.hypernet.generators import Generator
@@ -31,7 +32,7 @@ from hyperlora_jax.hypernet.weight_vae import Latents
 from hyperlora_jax.parallel import multihost, sharding
 from hyperlora_jax.parallel.mesh import make_mesh
 from hyperlora_jax.stable_diffusion import packed_text
-from hyperlora_jax.stable_diffusion.embedded import image_size, load_base
+from hyperlora_jax.stable_diffusion.embedded import image_size, load_base, outline_base
 from hyperlora_jax.train.configured import arithmetic_dtype, fit_section
 from hyperlora_jax.train.hypernet_data import TrainingTargets, read_encoded, read_targets
 from hyperlora_jax.train.hypernet_task import Base, Phase, hypernet_task
@@ -49,14 +50,18 @@ def train_hypernetwork(config: Any, workdir: epath.PathLike) -> Hypernetwork:
     workdir = open_workdir(workdir)
     scratch = storage.scratch(workdir)
     mesh = make_mesh(**config.mesh)
-    sd = load_base(config.base, arithmetic_dtype(config.train))
-    encoder = configured_encoder(config.model)
     section, model = config.train, architecture(config.model)
+    phases = make_phases(section)
+    fitted = config.model.generator in BASELINES
+    needs_base = not fitted and any(phase.weights.need_base for phase in phases)
+    if needs_base:
+        sd = load_base(config.base, arithmetic_dtype(section))
+    else:
+        sd = outline_base(config.base)
+    encoder = configured_encoder(config.model)
     check_numbers(section.num_references, section.images_per_subject)
     spec = sd.lora_spec(config.model.preset, config.model.rank)
     generator = build_generator(spec, with_remat(model, section.remat))
-    phases = make_phases(section)
-    needs_base = not isinstance(generator, Fitted) and any(p.weights.need_base for p in phases)
     needs_texts = needs_base and any(phase.weights.end_to_end for phase in phases)
     encoded, pictures_facts = read_encoded(
         config, workdir, scratch, sd, encoder, latents=needs_base, texts=needs_texts
@@ -83,10 +88,8 @@ def train_hypernetwork(config: Any, workdir: epath.PathLike) -> Hypernetwork:
         "trained_on": list(encoded.ids),
         "generate": generate_defaults(config.generate),
     }
-    means = conditions.means("pooled")
-    known = {"familiarity": familiarity.fit(means, conditions.first("pooled"))}
     if isinstance(generator, Fitted):
-        hyper = _fitted(generator, encoder, means, targets, stored, model, known)
+        hyper = _fitted(generator, encoder, conditions, targets, stored, model)
         return _saved(hyper, workdir)
     if isinstance(generator, Diffusion) and isinstance(generator.codec, Latents):
         constants = train_vae(
@@ -131,7 +134,7 @@ def train_hypernetwork(config: Any, workdir: epath.PathLike) -> Hypernetwork:
         task, section, workdir=workdir, mesh=mesh, seed=section.seed, config=config
     )
     params = sharding.gather(trained, mesh)
-    kept = {**(constants if generator.needs_targets else {}), **known}
+    kept = {**(constants if generator.needs_targets else {}), **_known(conditions)}
     return _saved(Hypernetwork(generator, params, encoder, stored, model, kept), workdir)
 
 
@@ -179,16 +182,22 @@ def _batches(
 def _fitted(
     generator: Fitted,
     encoder: Any,
-    means: Float[np.ndarray, "n e"],
+    conditions: Ragged,
     targets: TrainingTargets | None,
     facts: dict[str, Any],
     model: dict[str, Any],
-    known: Params,
 ) -> Hypernetwork:
     """A baseline, fitted on the mean embedding of every subject's references."""
     assert targets is not None
-    constants = generator.fit(means[targets.subjects], targets.rows.of(targets.subjects)) | known
+    means, rows = conditions.means("pooled")[targets.subjects], targets.rows.of(targets.subjects)
+    constants = generator.fit(means, rows) | _known(conditions)
     return Hypernetwork(generator, {}, encoder, facts, model, constants)
+
+
+def _known(conditions: Ragged) -> Params:
+    """Who the training subjects were. Compares them all: at the end, not before the first step."""
+    found = familiarity.fit(conditions.means("pooled"), conditions.first("pooled"))
+    return {"familiarity": found}
 
 
 def make_phases(section: Any) -> tuple[Phase, ...]:
