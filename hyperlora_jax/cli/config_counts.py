@@ -14,6 +14,7 @@ HELD_OUT = 5  # one in so many subjects is kept for `evaluate`
 FEWEST_FOR_HOLDING_OUT = 3
 EPOCHS, LEAST_STEPS, MOST_STEPS = 200, 1000, 100_000
 LARGEST_BATCH = 16
+COUNTS = ("data.num_identities", "distill.num_concepts", "train.batch_size", "train.num_steps")
 MOST_CONCEPTS = 256  # LoRAs that `distill` fits unasked
 
 
@@ -37,8 +38,9 @@ def settle(config: Any, command: str, num_devices: int) -> list[str]:
     wanted = {"data.num_identities"}
     if command == "distill":
         wanted = {"data.num_identities", "distill.num_concepts"}
-    if not (wanted & set(values)) - given and None not in values.values():
-        return []
+    left = [key for key in COUNTS if key in values and not values[key]]
+    if not (wanted & set(values)) - given and not left:
+        return []  # as where a run goes on: no look at its pictures
     available = _num_subjects(config)
     lines: list[str] = []
     settled = _identities(config, given, available, command, lines)

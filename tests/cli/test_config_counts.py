@@ -77,3 +77,10 @@ def test_photographs_with_the_shipped_encoder_are_warned_about(people, capsys):
     assert "encoder knows drawings only" in capsys.readouterr().err
     settled(people, "model.encoder=clip")
     assert capsys.readouterr().err == ""
+
+
+def test_a_run_whose_counts_are_known_does_not_look_at_its_pictures(tmp_path):
+    counts = ("data.num_identities=3", "distill.num_concepts=3", "train.batch_size=2")
+    counts += ("train.num_steps=9",)
+    config, lines = settled(tmp_path / "not mounted yet", *counts)
+    assert lines == [] and config.data.num_identities == 3
