@@ -88,7 +88,7 @@ def all_sections(evaluation: Any, results: Mapping[str, MethodResult]) -> list[S
 
 
 def _confidence(evaluation: Any, generated: MethodResult) -> list[Section]:
-    hyper, references = evaluation.hyper, evaluation.test.references
+    hyper, references = evaluation.hyper, evaluation.test.conditions
     if hyper.familiarity(references[:1]) is None:
         return []
     others = confidence.strangers(references, evaluation.exam.avatars)
@@ -108,7 +108,7 @@ def standard_sections(
     test: AnySet,
     generated: Params,
     conventional: Params | None,
-    training: Float[np.ndarray, "m d"],
+    training: Float[np.ndarray, "m d"] | None,
     training_ids: frozenset[str],
     pictures: Float[np.ndarray, "i c h w 3"],
     strength: float,
@@ -121,13 +121,13 @@ def standard_sections(
         avatars: the world of the exact pictures, None where there are none.
         generated: one LoRA per test identity.
         conventional: fitted LoRAs of the first test identities.
-        training: LoRA vectors the hypernetwork could have copied.
+        training: LoRA vectors the hypernetwork could have copied, None where there are none.
         training_ids: identities it was trained on; their exact renders are the audit's suspects.
         pictures: what the generated LoRAs drew, at `strength`.
         num_steps: sampling steps of the strip between two people.
         renders: folder that keeps exact pictures.
     """
-    if len(training) >= 4:
+    if training is not None and len(training) >= 4:
         known = vectorize.unflatten(jnp.asarray(training), spec)
         images = None
         if avatars is not None and isinstance(test, EvaluationSet):

@@ -183,13 +183,19 @@ def _beyond(best: float, tried: Sequence[float]) -> float | None:
 
 def run_method(
     method: Method,
-    validation: AnySet,
+    validation: AnySet | None,
     test: AnySet,
     judge: Scorer,
     cache: SampleCache | None = None,
 ) -> MethodResult:
-    """Chooses the method's guidance and strength on `validation`, then scores it on `test`."""
+    """Chooses the method's guidance and strength on `validation`, then scores it on `test`.
+
+    Raises:
+      ValueError: something to choose, and nobody to choose it on.
+    """
     cache = cache or SampleCache()
+    if validation is None and len(method.guidances) + len(method.strengths) > 2:
+        raise ValueError(f"no validation set to choose on. Got: {method.strengths=}")
 
     def images(questions: AnySet, strength: float, guidance: float) -> np.ndarray:
         given = () if guidance == 1.0 else (guidance,)
@@ -201,12 +207,12 @@ def run_method(
         )
 
     guided, guidance = {}, method.guidances[0]
-    if len(method.guidances) > 1:
+    if validation is not None and len(method.guidances) > 1:
         for candidate in method.guidances:
             guided[candidate] = judge(validation, images(validation, 1.0, candidate))
         guidance = choose_strength(guided)
     curve, strength = {}, method.strengths[0]
-    if len(method.strengths) > 1:
+    if validation is not None and len(method.strengths) > 1:
         candidates = list(method.strengths)
         for candidate in candidates:  # grows below
             curve[candidate] = judge(validation, images(validation, candidate, guidance))
@@ -234,7 +240,7 @@ def known_methods(test: AnySet) -> tuple[Method, ...]:
 
 def compare(
     methods: Sequence[Method],
-    validation: AnySet,
+    validation: AnySet | None,
     test: AnySet,
     judge: Scorer,
     cache: SampleCache | None = None,
@@ -244,7 +250,8 @@ def compare(
 
     Args:
       methods: at most one per name.
-      validation, test: see `protocol.make_evaluation_set` and `picture_sets`.
+      validation, test: see `protocol.make_evaluation_set` and `picture_sets`; without the first,
+        no method may have anything to choose.
       judge: scores pictures.
       cache: keeps pictures between runs.
       say: told what is being done, one line at a time.
@@ -254,6 +261,7 @@ def compare(
         raise ValueError(f"two methods of one name. Got: {[method.name for method in every]}")
     results = {}
     for method in every:
-        say(f"evaluating {method.name} at {len(method.strengths)} strength(s)")
+        count = len(method.strengths)
+        say(f"evaluating {method.name}" + (f" at {count} strengths" if count > 1 else ""))
         results[method.name] = run_method(method, validation, test, judge, cache)
     return results

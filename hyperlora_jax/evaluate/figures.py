@@ -146,7 +146,7 @@ def _candidate(test: AnySet, case: WorstCase) -> Float[np.ndarray, "h w 3"]:
         return unit_pixels(
             test.pool[case.mistaken_for, test.caption_index[case.identity, case.caption]]
         )
-    return unit_pixels(test.gallery[case.mistaken_for, 0])
+    return unit_pixels(test.gallery[case.mistaken_for][0])
 
 
 def to_png(image: "Image.Image") -> bytes:

@@ -3,6 +3,7 @@ ones, refined ones, and coefficients of training LoRAs."""
 
 import dataclasses
 import io
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,18 +15,15 @@ from jax.sharding import Mesh
 
 from hyperlora_jax import storage
 from hyperlora_jax.array_types import AnyArray, Float, Params
-from hyperlora_jax.data.encoded_subjects import EncodedSubjects
 from hyperlora_jax.distill.fit import ConceptArrays, fit_loras
 from hyperlora_jax.distill.parametrisations import Added, Mixture, Parametrisation
 from hyperlora_jax.distill.slots import Recipe
-from hyperlora_jax.evaluate.conventional import encode_views
+from hyperlora_jax.evaluate.conventional import EncodedViews, encode_views
 from hyperlora_jax.evaluate.methods import fingerprint
 from hyperlora_jax.evaluate.questions import Questions
 from hyperlora_jax.lora import factors, vectorize
 from hyperlora_jax.lora.sites import LoraSpec
 from hyperlora_jax.parallel import multihost, shared_work
-
-SPLITS = ("test", "validation")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -34,7 +32,7 @@ class FittedSets:
 
     Attributes:
         folder: where finished fits are kept.
-        sets: the test and the validation set, cut to the identities to fit.
+        sets: the test set and, if there is one, the validation set, cut to the identities to fit.
         recipe: of a conventional fit; `refine_recipe`, `mixture_recipe` of the others.
         refine_rank: of what refinement adds.
         mixture: `per` of `parametrisations.Mixture`.
@@ -95,11 +93,12 @@ class FittedSets:
             self.sd.base_hash,
             self.spec.fingerprint,
             repr((recipe, type(trained).__name__, num_views)),
-            *(questions.views for questions in self.sets),
+            *(tuple(questions.views) for questions in self.sets),
             depends_on,
         )
         kept = self.folder / f"{name}-{mark[:24]}.npz"
-        found = {s: shared_work.of_first(lambda split=s: _read(kept, split)) for s in SPLITS}
+        splits = [questions.split for questions in self.sets]
+        found = {s: shared_work.of_first(lambda split=s: _read(kept, split)) for s in splits}
         if all(vectors is not None for vectors in found.values()):
             return {s: vectorize.unflatten(jnp.asarray(v), trained.spec) for s, v in found.items()}
         start = None
@@ -121,11 +120,12 @@ class FittedSets:
         name: str,
         recipe: Recipe,
         trained: Parametrisation,
-        encoded: Sequence[EncodedSubjects],
+        encoded: Sequence[EncodedViews],
         start: Callable[[int], Params] | None,
         shared: Params | None,
     ) -> dict[str, Params]:
-        owners = [(k, i) for k, e in enumerate(encoded) for i in range(len(e.ids))]
+        owners = [(k, i) for k, e in enumerate(encoded) for i in range(e.num_identities)]
+        most = max(e.most_views for e in encoded)
 
         def fit(rows: np.ndarray) -> Params:
             found = self._fit_here(
@@ -136,6 +136,7 @@ class FittedSets:
                 lambda number: encoded[owners[number][0]].concept(owners[number][1]),
                 start,
                 shared,
+                most,
             )
             return factors.stack([found[row] for row in rows])
 
@@ -156,6 +157,7 @@ class FittedSets:
         load: Callable[[int], ConceptArrays],
         start: Callable[[int], Params] | None,
         shared: Params | None,
+        most_views: int,
     ) -> dict[int, Params]:
         """The fits of some of the identities, by number."""
         fitted: dict[int, Params] = {}
@@ -168,12 +170,13 @@ class FittedSets:
             numbers,
             load,
             num_slots=self.num_slots,
-            steps_per_call=min(self.steps_per_call, recipe.num_steps),
+            steps_per_call=math.gcd(self.steps_per_call, recipe.num_steps),
             mesh=self.mesh,
             progress=f"{name} LoRAs" if multihost.is_first() else None,
             parametrisation=trained,
             start=start,
             shared=shared,
+            max_images=most_views,
         ):
             fitted[result.index] = result.lora
         return fitted

@@ -11,7 +11,7 @@ finite, scores 0 and stays in the mean.
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,20 +25,31 @@ from hyperlora_jax.hypernet.conditioning import ImageEncoder, load_condition_enc
 
 # Picture [h, w, 3] in [0, 1] -> whether it shows exactly one subject.
 Detects = Callable[[np.ndarray], bool]
+# Real pictures of every subject, in [0, 1]; subjects may have different numbers of them.
+RealPictures = Float[AnyArray, "i r h w 3"] | Sequence[Float[np.ndarray, "_ h w 3"]]
 
 
 def encoder_similarity(
     encoder: ImageEncoder,
     generated: Float[AnyArray, "i c h w 3"],
-    references: Float[AnyArray, "i r h w 3"],
+    references: RealPictures,
     detects: Detects | None = None,
     folder: epath.PathLike | None = None,
 ) -> Float[np.ndarray, "i c"]:
-    """Equation 1, mean over r real pictures; failures and undetected subjects score 0."""
+    """Equation 1, mean over a subject's real pictures; failures and undetected subjects score 0."""
     usable = detected(generated, detects)
     ours = embeddings(encoder, generated, folder)
-    theirs = embeddings(encoder, references, folder).mean(axis=1)
+    theirs = mean_embeddings(encoder, references, folder)
     return np.where(usable, np.einsum("ice,ie->ic", ours, theirs), 0.0)
+
+
+def mean_embeddings(
+    encoder: ImageEncoder, pictures: RealPictures, folder: epath.PathLike | None = None
+) -> Float[np.ndarray, "i e"]:
+    """Mean over every subject's pictures of their unit embeddings; see `embeddings`."""
+    found = embeddings(encoder, np.concatenate(list(pictures))[None], folder)[0]
+    ends = np.cumsum([len(own) for own in pictures])
+    return np.stack([own.mean(axis=0) for own in np.split(found, ends[:-1])])
 
 
 def embeddings(
@@ -55,7 +66,7 @@ def embeddings(
     """
     pictures = np.clip(np.nan_to_num(np.asarray(images, np.float32)), 0.0, 1.0)
     flat = pictures.reshape(-1, *pictures.shape[2:])
-    found = _unit(pooled_embeddings(encoder, flat, folder, "judging"))
+    found = unit(pooled_embeddings(encoder, flat, folder, "judging"))
     return found.reshape(*pictures.shape[:2], -1)
 
 
@@ -106,7 +117,7 @@ def load_clip(clip: epath.PathLike) -> ClipJudge:
         )
         with torch.no_grad():
             pooled = model.text_model(**tokens).pooler_output
-            return _unit(model.text_projection(pooled).numpy())
+            return unit(model.text_projection(pooled).numpy())
 
     return ClipJudge(vision, embed_texts)
 
@@ -155,10 +166,10 @@ def load_detector(name: str) -> Detects | None:
 
 def similarity_numbers(
     images: Mapping[str, Float[AnyArray, "_ c h w 3"]],
-    references: Float[AnyArray, "i r h w 3"],
+    references: RealPictures,
     judges: Mapping[str, ImageEncoder],
     *,
-    condition_hash: str | None = None,
+    leaky: Collection[str] = (),
     detects: Detects | None = None,
     folder: epath.PathLike | None = None,
 ) -> dict[str, Any]:
@@ -166,16 +177,16 @@ def similarity_numbers(
 
     Args:
       images: pictures of the first identities, by method.
-      references: r real pictures of every identity.
+      references: real pictures of every identity.
       judges: encoders by name.
-      condition_hash: hash of the encoder that conditioned the hypernetwork; marks it as leaky.
+      leaky: names of those that are the encoder that conditioned the hypernetwork.
       detects: see `detected`.
       folder: see `embeddings`.
     """
     return {
         name: {
             "hash": encoder.hash,
-            "is_condition_encoder": encoder.hash == condition_hash,
+            "is_condition_encoder": name in leaky,
             "similarity": {
                 method: clustered_mean(
                     encoder_similarity(encoder, drawn, references[: len(drawn)], detects, folder)
@@ -187,6 +198,7 @@ def similarity_numbers(
     }
 
 
-def _unit(vectors: np.ndarray) -> np.ndarray:
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """Vectors along the last axis, of length 1."""
     values = np.asarray(vectors, np.float64)
     return values / np.maximum(np.linalg.norm(values, axis=-1, keepdims=True), 1e-12)

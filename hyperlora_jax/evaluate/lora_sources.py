@@ -16,23 +16,18 @@ Other trained generators join by `evaluate.others.NAME = WORKDIR`.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 
 from hyperlora_jax.array_types import Float, Params
-from hyperlora_jax.data import pictures
-from hyperlora_jax.data.lora_targets import LoraTargets
-from hyperlora_jax.evaluate.encoded_pictures import pooled_embeddings
 from hyperlora_jax.evaluate.fitted_sets import FittedSets
 from hyperlora_jax.evaluate.methods import LorasOf
 from hyperlora_jax.evaluate.questions import Questions
 from hyperlora_jax.hypernet.baselines import make_baseline
-from hyperlora_jax.hypernet.conditioning import ImageEncoder
 from hyperlora_jax.hypernet.model import Hypernetwork
 from hyperlora_jax.lora import factors, vectorize
 from hyperlora_jax.lora.sites import LoraSpec
@@ -45,8 +40,10 @@ BASELINE_NAMES = {
     "pca_gaussian": "pca_gaussian",
 }
 GUIDED = ("knn", "ridge")  # averages shrink to the mean
+# What methods need beside the hypernetwork: training LoRAs, and of some the reference pictures.
+NEED_PICTURES = ("nearest", "knn", "ridge", "noisy_copy")
+NEED_LORAS = ("mean_lora", "pca_gaussian", "linear_combination", *NEED_PICTURES)
 COPY_NOISE = 0.5
-READ_AT_ONCE = 256  # subjects whose references are in memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +72,8 @@ class Context:
     """What sources are made of.
 
     Attributes:
-        vectors: training LoRAs [t, d] in the config's gauge; embeddings [t, e] of their references.
+        vectors: training LoRAs [t, d] in the config's gauge; embeddings [t, e] of their references;
+            None where there are none, or no method needs them (`method_needs.py`).
         fitted: fits to the evaluated identities, None where no method needs them.
         others: more hypernetworks by name.
         baseline: keyword arguments of `make_baseline`.
@@ -83,8 +81,8 @@ class Context:
 
     spec: LoraSpec
     hyper: Hypernetwork
-    vectors: Float[np.ndarray, "t d"]
-    embeddings: Float[np.ndarray, "t e"]
+    vectors: Float[np.ndarray, "t d"] | None
+    embeddings: Float[np.ndarray, "t e"] | None
     fitted: FittedSets | None
     others: Mapping[str, Hypernetwork]
     baseline: Mapping[str, Any]
@@ -100,17 +98,27 @@ def make_source(name: str, context: Context) -> Source:
     Raises:
         ValueError: an unknown name.
     """
-    for known, maker in MAKERS.items():
-        if name == known:
-            return maker(context)
+    check_name(name, context.others)
+    if name in MAKERS:
+        return MAKERS[name](context)
     if name in BASELINE_NAMES:
         return _baseline(name, context)
     if name in context.others:
         return _hypernetwork(context.others[name])
-    if name.startswith("refined_") and name.removeprefix("refined_").isdigit():
-        return _refined(int(name.removeprefix("refined_")), context)
-    known = [*MAKERS, *BASELINE_NAMES, *context.others, "refined_N"]
-    raise ValueError(f"method {name!r} is unknown, expected one of {', '.join(known)}")
+    return _refined(int(name.removeprefix("refined_")), context)
+
+
+def check_name(name: str, others: Collection[str] = ()) -> None:
+    """Raises ValueError for a name that is no method's.
+
+    Args:
+        others: names of more generators.
+    """
+    known = [*MAKERS, *BASELINE_NAMES, *others]
+    refined = name.startswith("refined_") and name.removeprefix("refined_").isdigit()
+    if name not in known and not refined:
+        expected = ", ".join([*known, "refined_N"])
+        raise ValueError(f"method {name!r} is unknown, expected one of {expected}")
 
 
 def one_per_identity(hyper: Hypernetwork, references: np.ndarray, guidance: float) -> Params:
@@ -122,7 +130,7 @@ def one_per_identity(hyper: Hypernetwork, references: np.ndarray, guidance: floa
 
 def _hypernetwork(hyper: Hypernetwork) -> Source:
     return Source(
-        lambda q, guidance: one_per_identity(hyper, q.references, guidance),
+        lambda q, guidance: one_per_identity(hyper, q.conditions, guidance),
         [hyper.params, hyper.constants, hyper.model, hyper.facts.get("generate")],
         guided=bool(hyper.model.get("condition_dropout")),
         hyper=hyper,
@@ -135,7 +143,7 @@ def _generated(context: Context) -> Source:
 
 def _shuffled(context: Context) -> Source:
     def loras_of(questions: Questions, guidance: float) -> Params:
-        others = np.roll(questions.references, 1, 0)
+        others = np.roll(questions.conditions, 1, 0)
         return one_per_identity(context.hyper, others, guidance)
 
     return Source(loras_of, context.weights())
@@ -148,12 +156,12 @@ def _base(context: Context) -> Source:
 
 def fitted_baseline(name: str, context: Context) -> Hypernetwork:
     """A closed-form generator, fitted on the training LoRAs."""
-    kind = BASELINE_NAMES[name]
+    kind, vectors = BASELINE_NAMES[name], _vectors(context)
     settings = dict(context.baseline)
     if kind == "knn":  # small datasets have fewer
-        settings["num_neighbours"] = min(settings["num_neighbours"], len(context.vectors))
+        settings["num_neighbours"] = min(settings["num_neighbours"], len(vectors))
     generator = make_baseline(kind, context.spec, **settings)
-    constants = generator.fit(context.embeddings, context.vectors)
+    constants = generator.fit(_embeddings(name, context), vectors)
     model = {"generator": kind, "baseline": settings}
     return Hypernetwork(generator, {}, context.hyper.encoder, {}, model, constants)
 
@@ -161,23 +169,23 @@ def fitted_baseline(name: str, context: Context) -> Hypernetwork:
 def _baseline(name: str, context: Context) -> Source:
     hyper = fitted_baseline(name, context)
     source = _hypernetwork(hyper)
-    depends_on = [name, context.vectors, context.embeddings, hyper.model]
+    depends_on = [name, context.vectors, _embeddings(name, context), hyper.model]
     return dataclasses.replace(source, depends_on=depends_on, guided=name in GUIDED)
 
 
 def _noisy_copy(context: Context) -> Source:
-    nearest = fitted_baseline("nearest", context)
+    nearest, known = fitted_baseline("nearest", context), _vectors(context)
 
     def loras_of(questions: Questions, guidance: float) -> Params:
-        copies = one_per_identity(nearest, questions.references, guidance)
+        copies = one_per_identity(nearest, questions.conditions, guidance)
         vectors = np.asarray(vectorize.flatten(jax.tree.map(jnp.asarray, copies), context.spec))
         noise = np.random.default_rng(0).standard_normal(vectors.shape).astype(np.float32)
-        spread = context.vectors.std(axis=0)
+        spread = known.std(axis=0)
         noise *= spread / max(float(np.linalg.norm(spread)), 1e-12)
-        length = COPY_NOISE * median_nearest_distance(context.vectors)
+        length = COPY_NOISE * median_nearest_distance(known)
         return vectorize.unflatten(jnp.asarray(vectors + length * noise), context.spec)
 
-    return Source(loras_of, ["noisy_copy", context.vectors, context.embeddings])
+    return Source(loras_of, ["noisy_copy", known, context.embeddings])
 
 
 def median_nearest_distance(vectors: Float[np.ndarray, "t d"]) -> float:
@@ -203,14 +211,28 @@ def _fits(context: Context) -> FittedSets:
     return context.fitted
 
 
+def _vectors(context: Context) -> Float[np.ndarray, "t d"]:
+    if context.vectors is None:
+        raise ValueError("this comparison has no training LoRAs")
+    return context.vectors
+
+
+def _embeddings(name: str, context: Context) -> Float[np.ndarray, "t e"]:
+    if context.embeddings is not None:
+        return context.embeddings
+    if name in NEED_PICTURES:
+        raise ValueError("this comparison has no references of training LoRAs")
+    return np.zeros((len(_vectors(context)), 0), np.float32)  # never looked at
+
+
 def _linear_combination(context: Context) -> Source:
-    loras, steps = _fits(context).linear_combination(context.vectors)
+    loras, steps = _fits(context).linear_combination(_vectors(context))
     return Source(lambda q, _: loras[q.split], ["linear_combination", loras], steps=steps)
 
 
 def _refined(num_steps: int, context: Context) -> Source:
     def start(questions: Questions) -> Params:
-        plain = one_per_identity(context.hyper, questions.references, 1.0)
+        plain = one_per_identity(context.hyper, questions.conditions, 1.0)
         return jax.device_get(factors.scale(plain, context.hyper.default_strength))
 
     @functools.cache
@@ -220,29 +242,6 @@ def _refined(num_steps: int, context: Context) -> Source:
 
     depends_on = ["refined", num_steps, context.weights(), context.hyper.default_strength]
     return Source(lambda q, _: loras()[q.split], depends_on, steps=num_steps)
-
-
-def reference_embeddings(
-    encoder: ImageEncoder,
-    targets: LoraTargets,
-    rows: np.ndarray,
-    folder: epath.PathLike | None = None,
-) -> Float[np.ndarray, "t e"]:
-    """Mean pooled embedding of the reference pictures of some training subjects.
-
-    Args:
-        folder: see `pooled_embeddings`.
-    """
-    found = []
-    for start in range(0, len(rows), READ_AT_ONCE):
-        subjects = [targets[int(i)] for i in rows[start : start + READ_AT_ONCE]]
-        shown = [[pictures.decode(png) for png in subject.references] for subject in subjects]
-        flat = np.stack([picture for views in shown for picture in views]).astype(np.float32)
-        title = f"encoding references of targets {start + len(shown)}/{len(rows)}"
-        pooled = pooled_embeddings(encoder, flat / 255.0, folder, title)
-        ends = np.cumsum([len(views) for views in shown])
-        found += [of_one.mean(axis=0) for of_one in np.split(pooled, ends[:-1])]
-    return np.stack(found)
 
 
 MAKERS: dict[str, Callable[[Context], Source]] = {

@@ -4,21 +4,23 @@ With e(x) the judge's unit embedding and G_s the gallery of subject s,
 
   1. similarity of a picture x to s: mean over y in G_s of <e(x), e(y)>
   2. identity top-1: whether the true subject's similarity is the largest among n candidates
-  3. diversity: variance over captions, relative to the variance over the gallery
+  3. diversity: variance over captions, relative to the variance over the gallery; undefined (NaN)
+     for a subject with one gallery picture
 
 Copying the reference is a control in every table: it tells how alike two real pictures of one
 subject are, so a generated picture can hardly score more, and its diversity is 0.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 from etils import epath
 
-from hyperlora_jax.array_types import AnyArray, Float, Int
+from hyperlora_jax.array_types import AnyArray, Float, Int, UInt8
 from hyperlora_jax.evaluate import metrics
-from hyperlora_jax.evaluate.judges import Detects, detected, embeddings
+from hyperlora_jax.evaluate.judges import Detects, detected, embeddings, mean_embeddings
 from hyperlora_jax.evaluate.picture_sets import PictureSet
 from hyperlora_jax.evaluate.questions import unit_pixels
 
@@ -58,7 +60,7 @@ class PictureScorer:
         self, judge: Any, detects: Detects | None = None, folder: epath.PathLike | None = None
     ):
         self.judge, self.detects, self.folder = judge, detects, folder
-        self._galleries: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._galleries: dict[int, tuple[Any, np.ndarray]] = {}
 
     def __call__(
         self, questions: PictureSet, images: Float[AnyArray, "i c h w 3"]
@@ -78,7 +80,7 @@ class PictureScorer:
         return PictureScores(
             top1=usable * best[:, :, 0] / best.sum(axis=2),
             similarity=np.where(usable, alike[:, :, 0], 0.0),
-            diversity=_diversity(pictures, unit_pixels(questions.gallery[:count])),
+            diversity=_diversity(pictures, questions.gallery[:count]),
             num_failures=int((~usable).sum()),
             taken_for=np.take_along_axis(candidates, alike.argmax(axis=2), axis=1),
         )
@@ -87,14 +89,21 @@ class PictureScorer:
         # <e, mean of the gallery> is equation 1; a set and its `first` share one gallery.
         key = id(questions.gallery)
         if key not in self._galleries:
-            gallery = embeddings(self.judge, unit_pixels(questions.gallery), self.folder)
-            self._galleries[key] = questions.gallery, gallery.mean(axis=1)
+            gallery = [unit_pixels(own) for own in questions.gallery]
+            self._galleries[key] = (
+                questions.gallery, mean_embeddings(self.judge, gallery, self.folder)
+            )  # fmt: skip
         return self._galleries[key][1]
 
 
 def _diversity(
-    pictures: Float[np.ndarray, "i c h w 3"], gallery: Float[np.ndarray, "i g h w 3"]
+    pictures: Float[np.ndarray, "i c h w 3"], gallery: Sequence[UInt8[np.ndarray, "_ h w 3"]]
 ) -> Float[np.ndarray, " i"]:
     # Variances with n - 1, as there may be fewer pictures in the gallery than captions.
-    shares = [images.shape[1] / max(images.shape[1] - 1, 1) for images in (pictures, gallery)]
-    return metrics.diversity(pictures, gallery) * shares[0] / shares[1]
+    found = np.full(len(pictures), np.nan)
+    count = pictures.shape[1]
+    for i, own in enumerate(gallery):
+        if count > 1 and len(own) > 1:
+            (ratio,) = metrics.diversity(pictures[i : i + 1], unit_pixels(own)[None])
+            found[i] = ratio * count / (count - 1) * (len(own) - 1) / len(own)
+    return found

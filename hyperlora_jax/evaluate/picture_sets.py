@@ -1,31 +1,48 @@
 """Questions about real pictures, where no exact answer exists: other pictures of the same subject.
 
-A subject's pictures are parted in two. The first `num_views` (the references of its metadata, where
-it says which) are shown to the methods: the first is the hypernetwork's reference, all of them are
-what a conventional LoRA is fitted to. The others, its *gallery*, are never shown to any method;
-judges compare generated pictures with them (`picture_scores.py`).
+A subject's pictures are parted in two. The first `num_views` of its references are shown to the
+methods: the first one is what the hypernetwork is given, all of them are what a conventional LoRA
+is fitted to. Its other targets, the *gallery*, are never shown to any method; judges compare
+generated pictures with them (`picture_scores.py`). Every subject keeps its own number of both: one
+with fewer pictures shows fewer, so that at least one is left to judge by.
 """
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 
 from hyperlora_jax.array_types import Float, Int, UInt8
 from hyperlora_jax.data import pictures
 from hyperlora_jax.data.subjects import Subject
-from hyperlora_jax.errors import UserError
 from hyperlora_jax.evaluate.protocol import EvaluationSet
 from hyperlora_jax.evaluate.questions import Questions, check_disjoint, unit_pixels
+
+MOST_JUDGED_BY = 64  # gallery pictures of a subject; more tell a judge nothing new
+
+Seen = Callable[[str], UInt8[np.ndarray, "s s 3"]]  # subject's id -> what the encoder is shown
+
+
+class Named(Protocol):
+    """A subject, or one whose pictures are not read yet."""
+
+    @property
+    def id(self) -> str: ...  # noqa: D102
+
+    @property
+    def identity(self) -> str: ...  # noqa: D102
+
+
+AnyNamed = TypeVar("AnyNamed", bound=Named)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PictureSet(Questions):
     """Questions with other pictures of the same subject.
 
-    Dimensions: i identities, c captions each, v views, g gallery pictures, n candidates out of k.
+    Dimensions: i identities, c captions each, n candidates out of k.
 
     Attributes:
       gallery: held-out pictures of all k candidate subjects, the i identities first.
@@ -36,68 +53,95 @@ class PictureSet(Questions):
 
     POOL: ClassVar[str] = "gallery"
 
-    gallery: UInt8[np.ndarray, "k g h w 3"]
+    gallery: tuple[UInt8[np.ndarray, "_ h w 3"], ...]
     candidates: Int[np.ndarray, "i n"]
 
     @property
     def others(self) -> Float[np.ndarray, "i c h w 3"]:
         """One gallery picture of the same subject beside every question, in turn, in [0, 1]."""
-        turn = np.arange(self.num_captions) % self.gallery.shape[1]
-        return unit_pixels(self.gallery[: self.num_identities, turn])
+        turn = np.arange(self.num_captions)
+        own = self.gallery[: self.num_identities]
+        return unit_pixels(np.stack([shown[turn % len(shown)] for shown in own]))
 
 
 AnySet = EvaluationSet | PictureSet
 
 
-def held_out(subjects: Sequence[Subject], trained_on: frozenset[str]) -> list[Subject]:
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """How much is asked of whom: the keys of the same names in a config's `evaluate` section."""
+
+    num_identities: int
+    num_validation: int
+    num_captions: int
+    num_views: int
+    num_candidates: int
+
+
+def held_out(subjects: Iterable[AnyNamed], trained_on: frozenset[str]) -> list[AnyNamed]:
     """One subject of every identity that was not trained on, under whatever name."""
+    subjects = list(subjects)
     known = trained_on | {s.identity for s in subjects if s.id in trained_on}
-    found: dict[str, Subject] = {}
+    found: dict[str, AnyNamed] = {}
     for subject in subjects:
         if subject.id not in known and subject.identity not in known:
             found.setdefault(subject.identity, subject)
     return list(found.values())
 
 
+def in_order(subjects: Iterable[AnyNamed], split_seed: int) -> list[AnyNamed]:
+    """By a hash of their identity and the seed: who is asked about does not depend on names."""
+    return sorted(
+        subjects, key=lambda s: hashlib.sha256(f"{split_seed}/{s.identity}".encode()).hexdigest()
+    )
+
+
+def parted(person: Subject, num_views: int) -> tuple[tuple[bytes, ...], tuple[bytes, ...]]:
+    """(pictures to show, pictures to judge by); no picture is in both, not even as a duplicate.
+
+    At most `num_views` are shown, fewer where nothing else would be left to judge by; the second
+    is empty where one picture is all there is.
+    """
+    views, others = person.references[:1], ()
+    for count in range(min(num_views, len(person.references)), 0, -1):
+        views = person.references[:count]
+        others = tuple(png for png in person.targets if png not in views)
+        if others:
+            break
+    return views, others[:MOST_JUDGED_BY]
+
+
 def make_picture_sets(
-    subjects: Sequence[Subject],
+    people: Sequence[Subject],
     source: str,
+    sizes: Sizes,
     *,
     prompts: Sequence[str] = (),
     split_seed: int = 0,
     identity_seed: int = 0,
-    num_identities: int,
-    num_validation: int,
-    num_captions: int,
-    num_views: int,
-    num_candidates: int,
     training_ids: frozenset[str] = frozenset(),
-) -> tuple[PictureSet, PictureSet]:
-    """(validation, test) sets of subjects that were not trained on.
-
-    Held-out subjects are ordered by a hash of their identity and `split_seed`; the first
-    `num_validation` choose strengths, the next `num_identities` are tested.
+    strangers: Sequence[Subject] = (),
+    seen: Seen | None = None,
+) -> tuple[PictureSet | None, PictureSet]:
+    """(validation, test) sets; the first is None where `sizes` has nobody in it.
 
     Args:
-      subjects: everyone in the image set, trained on or not.
-      source: what the image set is called in messages and facts.
+      people: held-out subjects with at least two pictures each: the first `sizes.num_validation`
+        choose strengths, the next `sizes.num_identities` are tested. `exam_sizes.py` makes sizes
+        fit.
+      source: what the image set is called in facts.
       prompts: tried in turn; without any, every subject's own captions.
-      identity_seed: draws noise and candidates.
-      num_candidates: subjects to tell apart, the true one included.
+      split_seed: that `people` were put in order by; identity_seed: draws noise and candidates.
+      training_ids: who was trained on.
+      strangers: more subjects to tell a true one apart from, where `people` are too few.
+      seen: what the condition encoder is shown of a subject; None: its first view.
 
     Raises:
-      UserError: too few held-out subjects, or one with too few pictures.
+      UserError: somebody was trained on.
     """
-    needed = num_validation + num_identities
-    if not 2 <= num_candidates <= needed or not num_validation:
-        raise UserError(
-            f"evaluate.num_candidates: found {num_candidates}, expected 2 to the {needed} subjects "
-            f"of both splits (evaluate.num_validation {num_validation}, at least 1)"
-        )
-    people = _newcomers(subjects, source, needed, split_seed, training_ids)
     check_disjoint(people, training_ids)
-    num_gallery = _smallest_gallery(people, source, num_views)
-    validation, test = people[:num_validation], people[num_validation:]
+    validation = people[: sizes.num_validation]
+    test = people[sizes.num_validation : sizes.num_validation + sizes.num_identities]
     made = []
     for number, (chosen, rest) in enumerate(((validation, test), (test, validation))):
         split = ("validation", "test")[number]
@@ -106,45 +150,14 @@ def make_picture_sets(
             "split": split,
             "split_seed": split_seed,
             "identity_seed": identity_seed,
-            "num_identities": len(chosen),
-            "num_captions": num_captions,
-            "num_views": num_views,
-            "num_gallery": num_gallery,
-            "num_candidates": num_candidates,
+            **dataclasses.asdict(dataclasses.replace(sizes, num_identities=len(chosen))),
             "checked_against": len(training_ids),
         }
-        sizes = num_captions, num_views, num_gallery, num_candidates
         random = np.random.default_rng((identity_seed, number))
-        made.append(_make(split, chosen, rest, prompts, sizes, random, facts))
+        rest = [*rest, *strangers]
+        asked = _make(split, chosen, rest, prompts, sizes, random, facts, seen) if chosen else None
+        made.append(asked)
     return made[0], made[1]
-
-
-def _newcomers(
-    subjects: Sequence[Subject],
-    source: str,
-    needed: int,
-    split_seed: int,
-    training_ids: frozenset[str],
-) -> list[Subject]:
-    """As many subjects that were not trained on as are needed, in the split's order."""
-    free = held_out(subjects, training_ids)
-    if len(free) < needed:
-        raise UserError(
-            f"{source}: found {len(free)} identities that were not trained on (of {len(subjects)} "
-            f"subjects), expected {needed}: evaluate.num_validation + evaluate.num_identities"
-        )
-    return sorted(free, key=lambda s: _order(s.identity, split_seed))[:needed]
-
-
-def _smallest_gallery(people: Sequence[Subject], source: str, num_views: int) -> int:
-    """How many pictures everybody has beside those to show."""
-    counts = [len(_parted(person, num_views)[1]) for person in people]
-    if not min(counts):
-        raise UserError(
-            f"{source}/{people[counts.index(0)].id}: has too few pictures, expected "
-            f"evaluate.num_views ({num_views}) to show and at least one more to judge by"
-        )
-    return min(counts)
 
 
 def _make(
@@ -152,44 +165,40 @@ def _make(
     people: Sequence[Subject],
     rest: Sequence[Subject],
     prompts: Sequence[str],
-    sizes: tuple[int, int, int, int],
+    sizes: Sizes,
     random: np.random.Generator,
     facts: dict[str, Any],
+    seen: Seen | None,
 ) -> PictureSet:
-    num_captions, num_views, num_gallery, num_candidates = sizes
-    shown, captions, view_captions = [], [], []
+    shown, captions, view_captions, gallery = [], [], [], []
     for person in people:
-        views, others = _parted(person, num_views)
+        views, others = parted(person, sizes.num_views)
         caption_of = dict(zip(person.targets, person.captions, strict=True))
         asked = list(prompts) or [caption_of[png] for png in others]
-        shown.append(np.stack([pictures.decode(views[k % len(views)]) for k in range(num_views)]))
-        captions.append(tuple(asked[c % len(asked)] for c in range(num_captions)))
-        words = [caption_of.get(png, asked[0]) for png in views]
-        view_captions.append(tuple(words[k % len(words)] for k in range(num_views)))
-    gallery = [
-        np.stack([pictures.decode(png) for png in _parted(person, num_views)[1][:num_gallery]])
-        for person in (*people, *rest)
-    ]
+        shown.append(np.stack([pictures.decode(png) for png in views]))
+        captions.append(tuple(asked[c % len(asked)] for c in range(sizes.num_captions)))
+        view_captions.append(tuple(caption_of.get(png, asked[0]) for png in views))
+        gallery.append(np.stack([pictures.decode(png) for png in others]))
+    for person in rest:
+        others = parted(person, sizes.num_views)[1] or person.targets
+        gallery.append(np.stack([pictures.decode(png) for png in others]))
     rows = np.arange(len(gallery))
     strangers = [random.permutation(np.delete(rows, i)) for i in range(len(people))]
     return PictureSet(
         split=split,
         identities=tuple(people),
         captions=tuple(captions),
-        views=np.stack(shown),
+        views=tuple(shown),
         view_captions=tuple(view_captions),
-        noise_seeds=random.integers(2**62, size=(len(people), num_captions)),
-        facts=facts,
-        gallery=np.stack(gallery),
-        candidates=np.array([[i, *row[: num_candidates - 1]] for i, row in enumerate(strangers)]),
+        noise_seeds=random.integers(2**62, size=(len(people), sizes.num_captions)),
+        facts={
+            **facts,
+            "pictures_shown": [len(own) for own in shown],
+            "pictures_judged_by": [len(own) for own in gallery[: len(people)]],
+        },
+        seen=None if seen is None else np.stack([seen(person.id) for person in people]),
+        gallery=tuple(gallery),
+        candidates=np.array(
+            [[i, *row[: sizes.num_candidates - 1]] for i, row in enumerate(strangers)]
+        ),
     )
-
-
-def _parted(person: Subject, num_views: int) -> tuple[tuple[bytes, ...], tuple[bytes, ...]]:
-    """(pictures to show, pictures to judge by); no picture is in both, not even as a duplicate."""
-    views = person.references[:num_views]
-    return views, tuple(png for png in person.targets if png not in views)
-
-
-def _order(identity: str, split_seed: int) -> str:
-    return hashlib.sha256(f"{split_seed}/{identity}".encode()).hexdigest()

@@ -15,13 +15,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from hyperlora_jax.array_types import Int, Params
-from hyperlora_jax.data.encoded_subjects import encode_subjects
 from hyperlora_jax.distill import slots as slot_state
 from hyperlora_jax.distill.fit import place
 from hyperlora_jax.distill.parametrisations import Factors
 from hyperlora_jax.distill.slots import Recipe, Slots
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.evaluate.compare import Scorer
+from hyperlora_jax.evaluate.conventional import encode_views
 from hyperlora_jax.evaluate.methods import sample_images
 from hyperlora_jax.evaluate.questions import Questions
 from hyperlora_jax.evaluate.steps_to_quality import Curve, run_curve
@@ -125,15 +125,13 @@ def _loaded(
     wanted: Int[np.ndarray, " m"],
 ) -> Slots:
     """One slot per wanted identity with its views, at step 0."""
-    encoded = encode_subjects(
-        sd,
-        None,
-        [person.id for person in questions.identities],
-        questions.views,
-        questions.view_captions,
-        progress=False,
-    )
-    latents, text = encoded.concept(0)
+    encoded = encode_views(sd, questions)
+
+    def padded(states: np.ndarray) -> np.ndarray:
+        missing = encoded.most_views - len(states)
+        return np.pad(states, [(0, missing)] + [(0, 0)] * (states.ndim - 1))
+
+    latents, text = map(padded, encoded.concept(0))
     slots = slot_state.empty_slots(parametrisation, recipe, len(wanted), latents.shape, text.shape)
     for slot, number in enumerate(map(int, wanted)):
         latents, text = encoded.concept(number)
@@ -141,8 +139,8 @@ def _loaded(
             slots,
             jnp.asarray(slot),
             slot_state.concept_key(0, number),
-            jnp.asarray(latents, jnp.float32),
-            jnp.asarray(text, jnp.float32),
+            jnp.asarray(padded(latents), jnp.float32),
+            jnp.asarray(padded(text), jnp.float32),
             jnp.asarray(len(latents), jnp.int32),
             parametrisation=parametrisation,
             recipe=recipe,

@@ -24,15 +24,16 @@ class Questions:
       split: "validation" or "test".
       identities: the held-out identities.
       captions: c captions per identity.
-      views: v pictures per identity; the first is the reference, all of them together are what a
-        conventional LoRA is trained on.
+      views: pictures of every identity, each has its own number of them; the first is the reference,
+        all of them together are what a conventional LoRA is trained on.
       view_captions: their captions.
       noise_seeds: one per picture, see `noise`.
       facts: what it was made from, JSON-able.
+      seen: the references as the condition encoder is shown them, where its size is another.
     """
 
     PER_IDENTITY: ClassVar[tuple[str, ...]] = (
-        "identities", "captions", "views", "view_captions", "noise_seeds",
+        "identities", "captions", "views", "view_captions", "noise_seeds", "seen",
     )  # fmt: skip
 
     POOL: ClassVar[str] = ""  # the field whose rows `candidates` names, if there are any
@@ -40,10 +41,11 @@ class Questions:
     split: str
     identities: tuple[Any, ...]
     captions: tuple[tuple[str, ...], ...]
-    views: UInt8[np.ndarray, "i v h w 3"]
+    views: UInt8[np.ndarray, "i v h w 3"] | tuple[UInt8[np.ndarray, "_ h w 3"], ...]
     view_captions: tuple[tuple[str, ...], ...]
     noise_seeds: Int[np.ndarray, "i c"]
     facts: Mapping[str, Any]
+    seen: UInt8[np.ndarray, "i s s 3"] | None = dataclasses.field(default=None, kw_only=True)
 
     @property
     def num_identities(self) -> int:
@@ -58,7 +60,12 @@ class Questions:
     @property
     def references(self) -> Float[np.ndarray, "i h w 3"]:
         """The reference picture of every identity, in [0, 1]."""
-        return unit_pixels(self.views[:, 0])
+        return unit_pixels(np.stack([own[0] for own in self.views]))
+
+    @property
+    def conditions(self) -> Float[np.ndarray, "i s s2 3"]:
+        """The reference pictures as the condition encoder is shown them, in [0, 1]."""
+        return self.references if self.seen is None else unit_pixels(self.seen)
 
     def noise(self, shape: Sequence[int]) -> Float[np.ndarray, "i c *shape"]:
         """Standard normal start noise, the same on every machine and for every method."""
@@ -75,19 +82,24 @@ class Questions:
 
     def select(self: Asked, numbers: Sequence[int]) -> Asked:
         """The same questions for the identities of these numbers, in their order."""
-        chosen = np.asarray(numbers)
+        chosen = np.asarray(numbers, np.int64)
         cut: dict[str, Any] = {}
         for name in self.PER_IDENTITY:
             values = getattr(self, name)
-            is_array = isinstance(values, np.ndarray)
-            cut[name] = values[chosen] if is_array else tuple(values[i] for i in chosen)
+            cut[name] = None if values is None else _rows(values, chosen)
         if self.POOL:
             # It starts with the identities: they change places with the rows that stood there.
             pool = getattr(self, self.POOL)
             order = np.concatenate([chosen, np.setdiff1d(np.arange(len(pool)), chosen)])
-            cut[self.POOL] = pool[order]
+            cut[self.POOL] = _rows(pool, order)
             cut["candidates"] = np.argsort(order)[cut["candidates"]]
         return dataclasses.replace(self, **cut)
+
+
+def _rows(values: np.ndarray | tuple[Any, ...], chosen: Int[np.ndarray, " n"]) -> Any:
+    if isinstance(values, np.ndarray):
+        return values[chosen]
+    return tuple(values[int(i)] for i in chosen)
 
 
 def check_disjoint(identities: Sequence[Any], trained: frozenset[str]) -> None:

@@ -12,32 +12,30 @@ import numpy as np
 from etils import epath
 
 from hyperlora_jax import storage
-from hyperlora_jax.data.gauged_targets import read_in_gauge
-from hyperlora_jax.data.lora_targets import open_lora_targets
 from hyperlora_jax.distill.run import make_recipe
-from hyperlora_jax.errors import UserError
 from hyperlora_jax.evaluate import comparison_file
 from hyperlora_jax.evaluate.analysis import all_sections
+from hyperlora_jax.evaluate.chosen_defaults import ChosenDefaults
 from hyperlora_jax.evaluate.compare import Method, MethodResult, compare, run_method
 from hyperlora_jax.evaluate.conventional import seconds_per_fit
-from hyperlora_jax.evaluate.exams import EMBEDDINGS, lead, open_exam, story
+from hyperlora_jax.evaluate.exams import EMBEDDINGS, open_exam
 from hyperlora_jax.evaluate.fitted_sets import FittedSets
 from hyperlora_jax.evaluate.further_scores import further_scorers, further_scores
-from hyperlora_jax.evaluate.lora_sources import (
-    Context,
-    Source,
-    make_source,
-    reference_embeddings,
-)
+from hyperlora_jax.evaluate.lora_sources import NEED_PICTURES, Context, Source, make_source
+from hyperlora_jax.evaluate.method_needs import runnable_methods
 from hyperlora_jax.evaluate.methods import check_base, fingerprint, lora_method
+from hyperlora_jax.evaluate.own_source import check_source, report_folder
 from hyperlora_jax.evaluate.questions import check_disjoint
 from hyperlora_jax.evaluate.report import ReportFiles, write_report
 from hyperlora_jax.evaluate.sample_cache import SampleCache
+from hyperlora_jax.evaluate.story import lead, story
 from hyperlora_jax.evaluate.summary import summarise
+from hyperlora_jax.evaluate.training_loras import open_training_loras
 from hyperlora_jax.hypernet.model import FOLDER, Hypernetwork
 from hyperlora_jax.parallel import multihost, shared_work
 from hyperlora_jax.parallel.sharding import on_mesh
 from hyperlora_jax.stable_diffusion.embedded import image_size, load_base
+from hyperlora_jax.train.events import goodput
 from hyperlora_jax.train.loop import open_workdir
 
 SPEED_BATCH = 64
@@ -49,8 +47,13 @@ class Evaluation:
     Of several processes all do the same, share out what takes long by identities
     (`parallel/shared_work.py`), and the first one writes; `config.mesh` plays no part.
 
+    Attributes:
+        names: the methods that can run.
+        notes: what a reader must know: what was left out or cut, who judges, a sentence each.
+
     Raises:
-        UserError: no hypernetwork or dataset in the workdir, or one of another base.
+        UserError: no hypernetwork in the workdir, or one of another base or other pictures, a
+            method that was asked for and cannot run; see also `open_exam`.
     """
 
     def __init__(self, config: Any, workdir: epath.PathLike, encoder: str | None = None):
@@ -62,17 +65,35 @@ class Evaluation:
         self.hyper = Hypernetwork.restore(self.workdir, encoder)
         self.spec = self.hyper.spec
         check_base(self.hyper, self.sd, config.base)
-        targets = config.data.targets or self.workdir / "targets"
-        self.targets = open_lora_targets(
-            targets, self.spec, self.sd.base_hash, config.data.skip_damaged
+        check_source(config, self.hyper.facts, self.workdir)
+        self.known = open_training_loras(
+            config.data, self.workdir / "targets", self.spec, self.sd.base_hash
         )
-        known = frozenset(self.hyper.facts.get("trained_on", ())) | frozenset(self.targets.ids)
+        trained_on = frozenset(self.hyper.facts.get("trained_on", ()))
         self.exam = multihost.first_then_others(
-            "exam", lambda: open_exam(config, image_size(self.sd), known, self.scratch)
+            "exam",
+            lambda: open_exam(
+                config,
+                image_size(self.sd),
+                trained_on,
+                trained_on | self.known.ids,
+                self.scratch,
+                self.hyper.encoder,
+            ),
         )
         self.validation, self.test = self.exam.validation, self.exam.test
+        given = "evaluate.methods" in config.get("given", ())
+        self.names, lines = runnable_methods(
+            config.evaluate.methods,
+            [name for name, path in config.evaluate.others.items() if path],
+            self.known,
+            self.test.num_identities,
+            given=given,
+        )
+        self.notes = [*self.exam.notes, *lines]
         self.further = further_scorers(config.evaluate, self.test)
         self.seconds: dict[str, float] = {}
+        self.defaults: ChosenDefaults | None = None
         self.sampling = {
             "num_steps": config.evaluate.num_sampling_steps,
             "guidance": config.evaluate.guidance,
@@ -83,27 +104,25 @@ class Evaluation:
     @functools.cached_property
     def context(self) -> Context:
         """What the methods' LoRAs are made of."""
-        section, targets = self.config.evaluate, self.targets
-        gauged = multihost.first_then_others(
-            "gauge",
-            lambda: read_in_gauge(targets, self.config.data.gauge, self.scratch / "cache"),
-        )
-        rows = targets.split_indices("train")
-        if self.config.data.num_targets:
-            rows = rows[: self.config.data.num_targets]
+        section, known = self.config.evaluate, self.known
+        vectors = embeddings = None
+        if not known.no_loras:
+            vectors = known.vectors(self.config.data.gauge, self.scratch / "cache")
+        if {*NEED_PICTURES} & {*self.names}:
+            embeddings = known.embeddings(self.hyper.encoder, self.scratch / EMBEDDINGS)
+        sets = [self.test.first(section.conventional.num_identities)]
+        if self.validation is not None:
+            sets.append(self.validation.first(section.conventional.num_validation))
         return Context(
             self.spec,
             self.hyper,
-            np.asarray(gauged.vectors[rows]),
-            reference_embeddings(self.hyper.encoder, targets, rows, self.scratch / EMBEDDINGS),
+            vectors,
+            embeddings,
             FittedSets(
                 self.scratch,
                 self.sd,
                 self.spec,
-                [
-                    self.test.first(section.conventional.num_identities),
-                    self.validation.first(section.conventional.num_validation),
-                ],
+                sets,
                 make_recipe(self.config.distill, **dict(section.conventional.recipe)),
                 make_recipe(self.config.distill, **dict(section.refine.recipe)),
                 make_recipe(self.config.distill, **dict(section.linear_combination.recipe)),
@@ -129,19 +148,12 @@ class Evaluation:
         return found
 
     def sources(self, names: Sequence[str]) -> dict[str, Source]:
-        """Where the LoRAs of some methods come from.
-
-        Raises:
-            UserError: an unknown method.
-        """
-        try:
-            return {name: make_source(name, self.context) for name in names}
-        except ValueError as error:
-            raise UserError(f"config.evaluate.methods: {error}") from error
+        """Where the LoRAs of some methods come from."""
+        return {name: make_source(name, self.context) for name in names}
 
     def methods(self, names: Sequence[str]) -> list[Method]:
         """Methods of the comparison that draw with a LoRA."""
-        section = self.config.evaluate
+        section, choosing = self.config.evaluate, self.validation is not None
         settings = [
             self.sd.base_hash,
             sorted((k, v) for k, v in self.sampling.items() if k != "mesh"),
@@ -152,8 +164,8 @@ class Evaluation:
                 self.sampler,
                 source.loras_of,
                 sampling=self.sampling,
-                strengths=section.strengths if source.tuned else (1.0,),
-                guidances=section.guidances if source.guided else (1.0,),
+                strengths=section.strengths if source.tuned and choosing else (1.0,),
+                guidances=section.guidances if source.guided and choosing else (1.0,),
                 fingerprint=fingerprint(name, *settings, source.depends_on),
             )
             for name, source in self.sources(names).items()
@@ -168,7 +180,7 @@ class Evaluation:
     def seconds_per_lora(self, hyper: Hypernetwork) -> float:
         """Of a generator in one pass, amortised over a batch."""
         repeats = -(-SPEED_BATCH // self.test.num_identities)
-        references = np.tile(self.test.references, (repeats, 1, 1, 1))[:SPEED_BATCH]
+        references = np.tile(self.test.conditions, (repeats, 1, 1, 1))[:SPEED_BATCH]
         took = []
         for _ in range(6):
             start = time.perf_counter()
@@ -177,30 +189,42 @@ class Evaluation:
         return float(np.median(took[1:])) / SPEED_BATCH
 
     def run(self, say: Any = print) -> dict[str, MethodResult]:
-        """Scores all methods; stores the generated LoRAs' best strength with the hypernetwork."""
-        others = [name for name, path in self.config.evaluate.others.items() if path]
-        asked = dict.fromkeys([*self.config.evaluate.methods, *others])
-        names = [name for name in asked if name not in ("exact", "copy_reference")]
+        """Scores all methods; keeps the generated LoRAs' best strength with the hypernetwork if
+        these are the pictures that it was trained on.
+
+        Args:
+            say: told what a reader must know and what is being done, one line at a time.
+        """
+        for note in self.notes:
+            say(note)
         cache = SampleCache(self.scratch / "samples")
         start = time.perf_counter()
-        if "generated" in names:
+        if "generated" in self.names:
             # First of all: refinement starts from the generated LoRA at its best strength.
             method = self.methods(["generated"])[0]
             chosen = run_method(method, self.validation, self.test, self.exam.score, cache)
-            self._keep_defaults(chosen)
-        methods, score = self.methods(names), self.exam.score
+            if chosen.curve or chosen.guidance_curve:
+                self._keep_defaults(chosen, say)
+        methods, score = self.methods(self.names), self.exam.score
         results = compare(methods, self.validation, self.test, score, cache, say)
         self.seconds["sampling"] = time.perf_counter() - start
         return results
 
-    def _keep_defaults(self, chosen: MethodResult) -> None:
-        generate = dict(self.hyper.facts.get("generate", {}))
-        if chosen.guidance_curve:
-            generate["guidance"] = chosen.guidance
-        self.hyper = self.hyper.with_facts(default_strength=chosen.strength, generate=generate)
-        if multihost.is_first():
-            self.hyper.save(self.workdir / FOLDER)
+    def _keep_defaults(self, chosen: MethodResult, say: Any) -> None:
+        assert self.validation is not None
+        kept, where = self.exam.knows_all, self.workdir / FOLDER
+        self.defaults = ChosenDefaults.of(self.hyper, chosen, self.validation, kept=kept)
+        # Kept or not: refinement in this evaluation starts from the best strength.
+        self.hyper = self.defaults.applied(self.hyper)
+        if kept and multihost.is_first():
+            self.hyper.save(where)
         self.context = dataclasses.replace(self.context, hyper=self.hyper)
+        say(self.defaults.line(str(where)))
+
+    @property
+    def training_seconds(self) -> float | None:
+        """How long the hypernetwork was trained, None where nobody wrote it down."""
+        return goodput(self.workdir / "events.jsonl").get("wall")
 
     def summary(
         self,
@@ -219,15 +243,20 @@ class Evaluation:
             seconds={**self.seconds, **(seconds or {})},
             sections=sections,
             further=further_scores(self.further, {n: r.images for n, r in results.items()}),
-            judges=self.exam.judged(results, self.hyper.encoder),
+            judges=self.exam.judged(results),
             facts={
                 "base": self.config.base,
                 "base_hash": self.sd.base_hash,
                 "spec": self.spec.fingerprint,
                 "generator": self.hyper.model.get("generator", "regression"),
-                "num_targets": len(self.targets),
+                "num_targets": len(self.known),
                 "num_training_identities": len(self.hyper.facts.get("trained_on", ())),
                 "training_steps": self.hyper.facts.get("num_steps"),
+                "training_seconds": self.training_seconds,
+                "data": self.hyper.facts.get("data", {}),
+                "targets": self.known.facts(),
+                "defaults": self.defaults and self.defaults.to_json(),
+                "notes": list(self.notes),
                 "config": self.config.to_dict(),
             },
         )
@@ -256,8 +285,8 @@ class Evaluation:
             results,
             self.test,
             title=title,
-            lead=lead(self.config, self.test),
-            done=story(self.config, self.test, len(self.targets)),
+            lead=lead(self.test),
+            done=story(summary),
             page_name=page_name,
             extra_figures=[figure for section in shown for figure in section.figures],
         )
@@ -280,7 +309,9 @@ def evaluate(
     evaluation = Evaluation(config, workdir, encoder)
     results = evaluation.run()
     evaluation.measure_speed()
-    summary, files = evaluation.report(results, evaluation.workdir / "report")
+    own = evaluation.exam.knows_all
+    folder = report_folder(evaluation.workdir, evaluation.test.facts, own=own)
+    summary, files = evaluation.report(results, folder)
     if comparison:
         content = comparison_file.measured(evaluation, summary, command)
         if multihost.is_first():

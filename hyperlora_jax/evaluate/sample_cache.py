@@ -71,7 +71,8 @@ def cache_key(fingerprint: str, evaluation: Questions, strength: float) -> str:
         "identities": [person.id for person in evaluation.identities],
     }
     digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode())
-    for array in (evaluation.views, evaluation.noise_seeds):
+    seen = () if evaluation.seen is None else (evaluation.seen,)
+    for array in (*evaluation.views, evaluation.noise_seeds, *seen):
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
 

@@ -21,7 +21,7 @@ LIBRARIES = ("jax", "jaxlib", "flax", "optax", "numpy", "diffusers", "torch", "p
 def summarise(
     results: Mapping[str, MethodResult],
     test: AnySet,
-    validation: AnySet,
+    validation: AnySet | None,
     *,
     torch_parity: Mapping[str, Any] | None = None,
     seconds: Mapping[str, float] | None = None,
@@ -34,7 +34,7 @@ def summarise(
 
     Args:
       results: of `compare.compare`.
-      test, validation: the sets they were made on.
+      test, validation: the sets they were made on; nobody to choose on is None.
       torch_parity: {"max_abs_diff", "unexpected_keys", "missing_keys"} of the exported files.
       seconds: per stage, and generate_one_lora and fit_one_lora.
       facts: more to record (base hash, checkpoint, seeds).
@@ -50,11 +50,15 @@ def summarise(
         "paired": paired(scores),
         "torch_parity": dict(torch_parity or {}),
         "seconds": dict(seconds or {}),
-        "diversity": {n: _mean(scores[n].diversity) for n in names},
+        "diversity": {n: _mean_of_defined(scores[n].diversity) for n in names},
         "failures": {n: scores[n].num_failures for n in names},
         "strength": {n: _strength(results[n]) for n in names},
         "differences": differences(columns),
-        "evaluation": {"test": dict(test.facts), "validation": dict(validation.facts)},
+        "evaluation": {
+            name: dict(asked.facts)
+            for name, asked in (("test", test), ("validation", validation))
+            if asked is not None
+        },
         "facts": dict(facts or {}),
         "versions": versions(),
     }
@@ -120,6 +124,12 @@ def _columns(scores: Mapping[str, AnyScores]) -> dict[str, dict[str, np.ndarray]
 
 def _mean(values: np.ndarray) -> dict[str, Any]:
     return metrics.clustered_mean(values).to_json()
+
+
+def _mean_of_defined(values: np.ndarray) -> dict[str, Any]:
+    """Mean over the identities that have such a value at all."""
+    defined = values[~np.isnan(values)]
+    return _mean(defined) if len(defined) else {"mean": None, "stderr": None, "n": 0}
 
 
 def _per_part(caption: np.ndarray, test: EvaluationSet) -> dict[str, float]:
