@@ -6,6 +6,7 @@ AUC is the probability that a held-out subject is more familiar than a stranger 
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -63,26 +64,32 @@ def confidence_section(
     """
     known = familiarity_of(references)
     found = {kind: familiarity_of(pictures) for kind, pictures in others.items()}
-    rank = stats.spearmanr(known, losses)
-    numbers = {
+    differ = len({*known}) > 1 and len({*losses}) > 1
+    rank = stats.spearmanr(known, losses) if differ and len(known) > 2 else None
+    numbers: dict[str, Any] = {
         "held_out": {"familiarity": float(known.mean()), "n": len(known)},
         "strangers": {
             kind: {"familiarity": float(scores.mean()), "auc": auc(known, scores)}
             for kind, scores in found.items()
         },
-        "rank_correlation_with_error": {
+    }
+    if rank is not None:
+        numbers["rank_correlation_with_error"] = {
             "rho": float(rank.statistic), "p": float(rank.pvalue), "n": len(known),
-        },
-    }  # fmt: skip
+        }  # fmt: skip
     bars = {"held-out subjects": float(known.mean())}
     bars |= {kind: float(scores.mean()) for kind, scores in found.items()}
     worst = min(numbers["strangers"].values(), key=lambda kind: kind["auc"])["auc"]
     note = (
         "Mean familiarity, the share of training subjects that are less like their own nearest "
         f"neighbour. A held-out subject is told from a stranger of any kind with AUC {worst:.2f} "
-        f"or more. Rank correlation with the error of the pictures: {rank.statistic:.2f} "
-        f"(p = {rank.pvalue:.2f}; below 0 = less familiar subjects are drawn worse)."
+        "or more."
     )
+    if rank is not None:
+        note += (
+            f" Rank correlation with the error of the pictures: {rank.statistic:.2f} "
+            f"(p = {rank.pvalue:.2f}; below 0 = less familiar subjects are drawn worse)."
+        )
     figure = Figure("confidence", charts.bar_chart(bars, "familiarity"), note, "What it knows")
     return Section("confidence", numbers, (figure,))
 

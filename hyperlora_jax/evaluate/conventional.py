@@ -1,14 +1,13 @@
 """The conventional way, as the comparison's yardstick: pictures of one identity, and how long it
 takes to fit a LoRA to them."""
 
-import dataclasses
 import time
 from typing import Any
 
 import jax
 import numpy as np
 
-from hyperlora_jax.array_types import Int, Params
+from hyperlora_jax.array_types import Params
 from hyperlora_jax.data.encoded_subjects import EncodedSubjects, encode_subjects
 from hyperlora_jax.distill import slots as slot_state
 from hyperlora_jax.distill.parametrisations import Parametrisation
@@ -62,40 +61,19 @@ def seconds_per_fit(
     return seconds * recipe.num_steps / timed
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class EncodedViews:
-    """Views of identities as a fit needs them; every identity has its own number of them.
-
-    Attributes:
-        every: all views in a row, as if they were one subject's.
-        ends: where an identity's views end among them.
-    """
-
-    every: EncodedSubjects
-    ends: Int[np.ndarray, " i"]
-
-    @property
-    def num_identities(self) -> int:
-        """Number of identities i."""
-        return len(self.ends)
-
-    @property
-    def most_views(self) -> int:
-        """Views of the identity with the most."""
-        return int(np.diff(self.ends, prepend=0).max())
-
-    def concept(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """(latents [v, h, w, c], text states [v, t, e]) of one identity."""
-        own = slice(self.ends[index - 1] if index else 0, self.ends[index])
-        every = self.every
-        return every.latents[0, own], every.text_states[every.text_index[0, own]]
-
-
-def encode_views(sd: Any, questions: Questions, num_views: int | None = None) -> EncodedViews:
+def encode_views(sd: Any, questions: Questions, num_views: int | None = None) -> EncodedSubjects:
     """Latents and text states of the first views (None: all) of every identity."""
-    shown = [own[:num_views] for own in questions.views]
-    captions = [text for own in questions.view_captions for text in own[:num_views]]
-    every = encode_subjects(
-        sd, None, ["all"], np.concatenate(shown)[None], [captions], progress=False
+    return encode_subjects(
+        sd,
+        None,
+        [person.id for person in questions.identities],
+        [own[:num_views] for own in questions.views],
+        [captions[:num_views] for captions in questions.view_captions],
+        progress=False,
     )
-    return EncodedViews(every, np.cumsum([len(own) for own in shown]))
+
+
+def most_views(encoded: EncodedSubjects) -> int:
+    """Views of the identity with the most."""
+    assert encoded.targets is not None
+    return int(encoded.targets.counts.max())

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from hyperlora_jax.data import pictures
 from hyperlora_jax.data.concept_sources import list_concepts
 from hyperlora_jax.data.concepts import Concept
 from hyperlora_jax.data.size_buckets import square
@@ -96,15 +95,14 @@ def open_exam(
         condition: the encoder that conditions the hypernetwork.
 
     Raises:
-        UserError: too few identities or pictures, one that was trained on, no judge.
+        UserError: too few identities or pictures, or one that was trained on.
     """
     section = config.evaluate
     source = section.source or config.data.source
     given = frozenset(config.get("given", ()))
     asked = asked_sizes(section)
     detects = judges.load_detector(section.detector)
-    needed = "" if source == "avatars" else str(source)
-    chosen = choose_judges(section, condition, size, needed)
+    chosen = choose_judges(section, condition, size, real=source != "avatars")
     if source == "avatars":
         return _avatar_exam(config, asked, given, trained_on, known, workdir, chosen, detects)
     listed = list_concepts(str(source), square(size), skip_damaged=config.data.skip_damaged)
@@ -118,7 +116,7 @@ def open_exam(
         identity_seed=section.identity_seed,
         training_ids=known,
         strangers=strangers,
-        seen=_seen(config, str(source), size, condition),
+        seen=_seen(listed, condition),
     )
     facts = {
         "judge": chosen.main,
@@ -197,9 +195,7 @@ def _alone_note(alone: Sequence[Subject]) -> str:
         return ""
     names = ", ".join(person.id for person in alone[:NAMED])
     more = f" and {len(alone) - NAMED} more" if len(alone) > NAMED else ""
-    return (
-        f"left out, as a subject with one picture has none to judge by: {names}{more}"
-    )
+    return f"left out, as a subject with one picture has none to judge by: {names}{more}"
 
 
 def _nobody_note(sizes: Sizes) -> str:
@@ -217,15 +213,11 @@ def _with_prompt(subject: Subject, prompt: str) -> Subject:
     return dataclasses.replace(subject, captions=(prompt,) * len(subject.captions))
 
 
-def _seen(config: Any, source: str, size: int, condition: ImageEncoder) -> Seen | None:
-    """What the condition encoder is shown of a subject, read from its file at the encoder's size;
-    None where that is the base model's."""
-    wanted = getattr(condition, "image_size", None) or size
-    if wanted == size:
-        return None
-    listed = list_concepts(source, square(wanted), skip_damaged=config.data.skip_damaged)
+def _seen(listed: Sequence[Concept], condition: ImageEncoder) -> Seen:
+    """What the condition encoder is shown of a subject: its first reference at the encoder's size,
+    as training and `hyperlora generate` read it."""
     by_id = {concept.id: concept for concept in listed}
-    return lambda name: pictures.decode(by_id[name].load().references[0])
+    return lambda name: np.asarray(by_id[name].references_at(condition.image_size)[0])
 
 
 def _avatar_exam(

@@ -15,10 +15,11 @@ from jax.sharding import Mesh
 
 from hyperlora_jax import storage
 from hyperlora_jax.array_types import AnyArray, Float, Params
+from hyperlora_jax.data.encoded_subjects import EncodedSubjects
 from hyperlora_jax.distill.fit import ConceptArrays, fit_loras
 from hyperlora_jax.distill.parametrisations import Added, Mixture, Parametrisation
 from hyperlora_jax.distill.slots import Recipe
-from hyperlora_jax.evaluate.conventional import EncodedViews, encode_views
+from hyperlora_jax.evaluate.conventional import encode_views, most_views
 from hyperlora_jax.evaluate.methods import fingerprint
 from hyperlora_jax.evaluate.questions import Questions
 from hyperlora_jax.lora import factors, vectorize
@@ -120,12 +121,12 @@ class FittedSets:
         name: str,
         recipe: Recipe,
         trained: Parametrisation,
-        encoded: Sequence[EncodedViews],
+        encoded: Sequence[EncodedSubjects],
         start: Callable[[int], Params] | None,
         shared: Params | None,
     ) -> dict[str, Params]:
-        owners = [(k, i) for k, e in enumerate(encoded) for i in range(e.num_identities)]
-        most = max(e.most_views for e in encoded)
+        owners = [(k, i) for k, e in enumerate(encoded) for i in range(len(e.ids))]
+        most = max(map(most_views, encoded))
 
         def fit(rows: np.ndarray) -> Params:
             found = self._fit_here(
@@ -157,7 +158,7 @@ class FittedSets:
         load: Callable[[int], ConceptArrays],
         start: Callable[[int], Params] | None,
         shared: Params | None,
-        most_views: int,
+        room: int,
     ) -> dict[int, Params]:
         """The fits of some of the identities, by number."""
         fitted: dict[int, Params] = {}
@@ -176,7 +177,7 @@ class FittedSets:
             parametrisation=trained,
             start=start,
             shared=shared,
-            max_images=most_views,
+            max_images=room,
         ):
             fitted[result.index] = result.lora
         return fitted

@@ -11,10 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from hyperlora_jax.errors import UserError
 from hyperlora_jax.evaluate.judges import load_clip, load_judges, unit
 from hyperlora_jax.hypernet.conditioning import ImageEncoder
-from hyperlora_jax.hypernet.embedding_table import EmbeddingTable
 
 OWN = "own"  # what the table of judges calls the condition encoder
 SAME = 1e-3  # most that two numbers of unit embeddings by the same weights differ
@@ -38,7 +36,7 @@ class Judges:
     note: str
 
 
-def choose_judges(section: Any, condition: ImageEncoder, size: int, needed: str = "") -> Judges:
+def choose_judges(section: Any, condition: ImageEncoder, size: int, *, real: bool) -> Judges:
     """The judges of a config's `evaluate` section; the first independent one is the main one.
 
     Without any, the CLIP of `evaluate.clip` judges, and without that the condition encoder.
@@ -46,30 +44,21 @@ def choose_judges(section: Any, condition: ImageEncoder, size: int, needed: str 
     Args:
         condition: the encoder that conditions the hypernetwork.
         size: pixels of the base model's pictures.
-        needed: the pictures that cannot be judged otherwise; "" = exact pictures judge.
+        real: whether there are no exact pictures, so that somebody has to judge.
 
     Raises:
-        UserError: a judge that cannot be loaded, or none where one is needed.
+        UserError: a judge that cannot be loaded.
     """
     found = load_judges(dict(section.judges))
-    sees = not isinstance(condition, EmbeddingTable)
-    if not found and not needed:
+    if not found and not real:
         return Judges({}, frozenset(), "", "")
     if not found and section.clip:
         found = {"clip": load_clip(section.clip).vision}
-    if not found and not sees:
-        raise UserError(
-            f"evaluate.judges: found none, expected an encoder to compare the pictures of {needed} "
-            f"by, as a table of embeddings cannot: {HINT}"
-        )
-    leaky = {name for name, judge in found.items() if sees and same_encoder(judge, condition, size)}
-    every = dict(found)
-    if sees and not leaky:
-        every = {OWN: condition, **found}
-        leaky = {OWN}
+    leaky = {name for name, judge in found.items() if same_encoder(judge, condition, size)}
+    every = found if leaky else {OWN: condition, **found}
     independent = [name for name in found if name not in leaky]
     main = [*independent, *found, *every][0]
-    return Judges(every, frozenset(leaky), main, _note(main, found, leaky, bool(needed)))
+    return Judges(every, frozenset(leaky or {OWN}), main, _note(main, found, leaky, real))
 
 
 def same_encoder(one: ImageEncoder, other: ImageEncoder, size: int) -> bool:
@@ -84,8 +73,8 @@ def same_encoder(one: ImageEncoder, other: ImageEncoder, size: int) -> bool:
     return bool(np.abs(answers[0] - answers[1]).max() < SAME)
 
 
-def _note(main: str, found: Mapping[str, Any], leaky: set[str], judged_by: bool) -> str:
-    if judged_by and not found:
+def _note(main: str, found: Mapping[str, Any], leaky: set[str], real: bool) -> str:
+    if real and not found:
         return (
             "no judge was given, so the encoder that conditions the hypernetwork judges: it is not "
             f"independent, and what it says of generated LoRAs is optimistic; {HINT}"
@@ -93,7 +82,7 @@ def _note(main: str, found: Mapping[str, Any], leaky: set[str], judged_by: bool)
     renamed = sorted(leaky - {OWN})
     if not renamed:
         return ""
-    flattering = main in leaky and judged_by
+    flattering = main in leaky and real
     return (
         f"judge {renamed[0]} is the encoder that conditions the hypernetwork (the same weights): "
         "it is not independent"

@@ -73,6 +73,11 @@ class Audit:
     share_below_first_percentile: float
     passed: bool
 
+    @property
+    def noisy_copy_ratio(self) -> float:
+        """What `median_ratio` would be for noisy copies."""
+        return self.noisy_copy / max(float(np.median(self.leave_one_out)), 1e-300)
+
     def to_json(self) -> dict[str, Any]:
         """All numbers but the two lists of distances, and their medians."""
         skipped = ("nearest", "leave_one_out")

@@ -44,3 +44,23 @@ CONTROLS = (
     "base", "mean_lora", "shuffled", "nearest", "knn", "ridge", "pca_gaussian", "noisy_copy",
     "conventional_1",
 )  # fmt: skip
+
+# What a reader must know of a method to read the pictures.
+MEANINGS = {
+    "exact": "what a perfect model would draw",
+    "generated": "written by the hypernetwork in one pass, from the reference alone",
+    "conventional": "fitted step by step to several pictures of the subject, as LoRAs usually are",
+    "conventional_1": "fitted in the same way to the reference alone",
+    "base": "the base model as it is",
+    "shuffled": "written by the hypernetwork from somebody else’s reference",
+    "mean_lora": "the average of all training LoRAs, the same for everybody",
+    "nearest": "the training LoRA of the subject who looks most alike",
+    "copy_reference": "the reference itself instead of a drawing",
+}
+
+
+def meaning(name: str) -> str:
+    """MEANINGS, of refined LoRAs too; "" where there is nothing to say."""
+    if name.startswith("refined"):
+        return "the generated LoRA after a few steps on the pictures that were shown of the subject"
+    return MEANINGS.get(name, "")

@@ -10,12 +10,13 @@ with fewer pictures shows fewer, so that at least one is left to judge by.
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
 from hyperlora_jax.array_types import Float, Int, UInt8
 from hyperlora_jax.data import pictures
+from hyperlora_jax.data.concepts import Concept
 from hyperlora_jax.data.subjects import Subject
 from hyperlora_jax.evaluate.protocol import EvaluationSet
 from hyperlora_jax.evaluate.questions import Questions, check_disjoint, unit_pixels
@@ -25,17 +26,7 @@ MOST_JUDGED_BY = 64  # gallery pictures of a subject; more tell a judge nothing 
 Seen = Callable[[str], UInt8[np.ndarray, "s s 3"]]  # subject's id -> what the encoder is shown
 
 
-class Named(Protocol):
-    """A subject, or one whose pictures are not read yet."""
-
-    @property
-    def id(self) -> str: ...  # noqa: D102
-
-    @property
-    def identity(self) -> str: ...  # noqa: D102
-
-
-AnyNamed = TypeVar("AnyNamed", bound=Named)
+AnyNamed = TypeVar("AnyNamed", Subject, Concept)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

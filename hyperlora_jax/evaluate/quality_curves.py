@@ -21,7 +21,7 @@ from hyperlora_jax.distill.parametrisations import Factors
 from hyperlora_jax.distill.slots import Recipe, Slots
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.evaluate.compare import Scorer
-from hyperlora_jax.evaluate.conventional import encode_views
+from hyperlora_jax.evaluate.conventional import encode_views, most_views
 from hyperlora_jax.evaluate.methods import sample_images
 from hyperlora_jax.evaluate.questions import Questions
 from hyperlora_jax.evaluate.steps_to_quality import Curve, run_curve
@@ -126,9 +126,10 @@ def _loaded(
 ) -> Slots:
     """One slot per wanted identity with its views, at step 0."""
     encoded = encode_views(sd, questions)
+    room = most_views(encoded)
 
     def padded(states: np.ndarray) -> np.ndarray:
-        missing = encoded.most_views - len(states)
+        missing = room - len(states)
         return np.pad(states, [(0, missing)] + [(0, 0)] * (states.ndim - 1))
 
     latents, text = map(padded, encoded.concept(0))

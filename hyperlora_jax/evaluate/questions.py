@@ -24,8 +24,8 @@ class Questions:
       split: "validation" or "test".
       identities: the held-out identities.
       captions: c captions per identity.
-      views: pictures of every identity, each has its own number of them; the first is the reference,
-        all of them together are what a conventional LoRA is trained on.
+      views: pictures of every identity, of each its own number; the first is the reference, all of
+        them together are what a conventional LoRA is trained on.
       view_captions: their captions.
       noise_seeds: one per picture, see `noise`.
       facts: what it was made from, JSON-able.

@@ -19,7 +19,7 @@ from hyperlora_jax.evaluate.protocol import EvaluationSet
 from hyperlora_jax.parallel import multihost
 
 TEMPLATE = "report.html.j2"
-PLACES = ("top", "body", "worst")
+PLACES = ("top", "body", "folded", "worst")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Figure:
       png: the file's bytes.
       caption: one or two sentences under it.
       title: heading above it; none when empty.
-      place: "top", "body" or "worst".
+      place: "top", "body", "folded" (behind a line that opens) or "worst".
     """
 
     name: str
@@ -141,6 +141,9 @@ def render_page(
         title=title,
         lead=lead,
         done=list(done),
+        notes=list(summary["facts"].get("notes", ())),
+        command=summary["facts"].get("command", ""),
+        glossary=wording.glossary(summary),
         tiles=wording.tiles(summary),
         table=wording.score_table(summary),
         differences=wording.difference_table(summary),

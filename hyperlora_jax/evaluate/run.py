@@ -47,6 +47,10 @@ class Evaluation:
     Of several processes all do the same, share out what takes long by identities
     (`parallel/shared_work.py`), and the first one writes; `config.mesh` plays no part.
 
+    Args:
+        encoder: path of the condition encoder, see `Hypernetwork.restore`.
+        command: what the page says to run it again.
+
     Attributes:
         names: the methods that can run.
         notes: what a reader must know: what was left out or cut, who judges, a sentence each.
@@ -56,8 +60,15 @@ class Evaluation:
             method that was asked for and cannot run; see also `open_exam`.
     """
 
-    def __init__(self, config: Any, workdir: epath.PathLike, encoder: str | None = None):
+    def __init__(
+        self,
+        config: Any,
+        workdir: epath.PathLike,
+        encoder: str | None = None,
+        command: str = "",
+    ):
         self.config, self.workdir = config, open_workdir(workdir)
+        self.command = command
         self.scratch = storage.scratch(self.workdir)
         self.sd = load_base(config.base)
         self.mesh = shared_work.local_mesh()
@@ -235,6 +246,7 @@ class Evaluation:
         sections: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         """The content of metrics.json."""
+        defaults = [self.defaults.line("the checkpoint")] if self.defaults else []
         return summarise(
             results,
             self.test,
@@ -253,10 +265,12 @@ class Evaluation:
                 "num_training_identities": len(self.hyper.facts.get("trained_on", ())),
                 "training_steps": self.hyper.facts.get("num_steps"),
                 "training_seconds": self.training_seconds,
+                "trained_on_targets": "targets" in self.hyper.facts,
                 "data": self.hyper.facts.get("data", {}),
                 "targets": self.known.facts(),
                 "defaults": self.defaults and self.defaults.to_json(),
-                "notes": list(self.notes),
+                "notes": [*self.notes, *defaults],
+                "command": self.command,
                 "config": self.config.to_dict(),
             },
         )
@@ -306,7 +320,7 @@ def evaluate(
         comparison: file for `comparison_file.measured`, "" for none; command: what made it.
         encoder: path of the condition encoder, see `Hypernetwork.restore`.
     """
-    evaluation = Evaluation(config, workdir, encoder)
+    evaluation = Evaluation(config, workdir, encoder, command)
     results = evaluation.run()
     evaluation.measure_speed()
     own = evaluation.exam.knows_all

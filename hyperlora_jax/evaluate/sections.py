@@ -65,8 +65,14 @@ def weight_section(predicted: Params, target: Params) -> Section:
             "Cosine between generated and conventionally fitted LoRA, site by site. Fits carry "
             "noise of their own, so even a perfect generator stays far below 1.",
             "Where the weights agree",
+            "folded",
         ),
-        Figure("spectrum", rank_chart, "Singular values of the deltas, mean over sites."),
+        Figure(
+            "spectrum",
+            rank_chart,
+            "Singular values of the deltas, mean over sites.",
+            place="folded",
+        ),
     )
     numbers = {**errors.to_json(), "spectrum": {"generated": ours, "fitted": theirs}}
     return Section("weights", numbers, shown)
@@ -156,13 +162,13 @@ def _memorisation_figure(audit: Audit) -> Figure:
         f"distance to the nearest training LoRA ({audit.space})",
     )
     note = (
-        f"Median ratio {audit.median_ratio:.2f}; copies with noise would lie near "
-        f"{audit.noisy_copy:.2f}. KS {audit.ks_statistic:.2f}, "
+        f"Median ratio {audit.median_ratio:.2f}; copies with noise would have "
+        f"{audit.noisy_copy_ratio:.2f}. KS {audit.ks_statistic:.2f}, "
         f"{100 * audit.share_below_first_percentile:.0f} % below the first percentile. "
         "A prediction carries no noise of a fit, so a ratio somewhat below 1 is no copying."
     )
     title = "New LoRAs or copies?" if audit.space == "delta" else ""
-    return Figure(f"memorisation_{audit.space}", chart, note, title)
+    return Figure(f"memorisation_{audit.space}", chart, note, title, "folded")
 
 
 def _mean_spectrum(lora: Params) -> list[float]:

@@ -119,7 +119,6 @@ def _embeddings(
     rows: Int[np.ndarray, " t"],
     folder: epath.PathLike | None,
 ) -> Float[np.ndarray, "t e"]:
-    size = getattr(encoder, "image_size", None)
     found = [np.zeros((0, encoder.embedding_dim), np.float32)]
     for start in range(0, len(rows), READ_AT_ONCE):
         subjects = [dataset[int(i)] for i in rows[start : start + READ_AT_ONCE]]
@@ -129,7 +128,9 @@ def _embeddings(
                     f"{dataset.path}: subject {subject.id} has no reference pictures, expected "
                     "some, as others have"
                 )
-        shown = [[pictures.decode(png, size) for png in own.references] for own in subjects]
+        shown = [
+            [pictures.reference_pixels(png, encoder) for png in own.references] for own in subjects
+        ]
         flat = np.stack([picture for views in shown for picture in views]).astype(np.float32)
         title = f"encoding references of targets {start + len(shown)}/{len(rows)}"
         pooled = pooled_embeddings(encoder, flat / 255.0, folder, title)

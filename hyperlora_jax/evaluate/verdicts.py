@@ -9,6 +9,7 @@ from hyperlora_jax.evaluate.wording import (
     STANDARD_ERRORS,
     Summary,
     beats,
+    counted,
     duration,
     title,
 )
@@ -16,6 +17,7 @@ from hyperlora_jax.evaluate.wording import (
 LOSSES = ("image_error", "similarity")  # what tells beside identity how good a picture is
 MAX_PARITY = 1e-3
 GOOD_AUC = 0.9
+FEWEST = 3  # identities from which on a standard error says something
 
 
 def verdicts(summary: Summary) -> list[dict[str, str]]:
@@ -23,8 +25,13 @@ def verdicts(summary: Summary) -> list[dict[str, str]]:
     found = []
     loss = next(name for name in LOSSES if name in summary)
     word = {"image_error": "error"}.get(loss, loss)
+    found += _judge_verdict(summary)
+    tested = summary["identity_top1"].get("generated", {"n": 0})["n"]
+    if tested < FEWEST and summary["differences"]:
+        text = f"{counted(tested, 'subject was', 'subjects were')} tested: too few to tell a "
+        found.append(_verdict(False, text + "difference between methods from chance."))
     for name in CONTROLS:
-        if name not in summary["differences"]:
+        if name not in summary["differences"] or tested < FEWEST:
             continue
         difference = summary["differences"][name]
         better = [
@@ -59,6 +66,16 @@ def _verdict(good: bool, text: str) -> dict[str, str]:
     return {"tone": "good" if good else "bad", "text": text}
 
 
+def _judge_verdict(summary: Summary) -> list[dict[str, str]]:
+    if not summary["evaluation"]["test"].get("judge_is_condition_encoder"):
+        return []
+    text = (
+        "The judge is not independent: it is the encoder that the hypernetwork was trained to "
+        "listen to, so identity and similarity of generated LoRAs are optimistic."
+    )
+    return [_verdict(False, text)]
+
+
 def _copy_verdict(summary: Summary) -> list[dict[str, str]]:
     if "copy_reference" not in summary["differences"] or "image_error" not in summary:
         return []
@@ -72,10 +89,12 @@ def _paired_verdict(summary: Summary) -> list[dict[str, str]]:
     pair = summary["paired"]
     if pair.get("ratio") is None:
         return []
+    stderr = "" if pair["ratio_stderr"] is None else f" ± {pair['ratio_stderr']:.2f}"
     text = (
-        f"Without a single training step they reach {pair['ratio']:.2f} ± "
-        f"{pair['ratio_stderr']:.2f} of the conventional LoRA’s identity score, on the same "
-        f"{pair['n']} identities ({pair['generated']:.3f} against {pair['conventional']:.3f})."
+        f"Without a single training step they reach {pair['ratio']:.2f}{stderr} of the "
+        "conventional LoRA’s identity score, on the same "
+        f"{counted(pair['n'], 'identity', 'identities')} "
+        f"({pair['generated']:.3f} against {pair['conventional']:.3f})."
     )
     return [_verdict(pair["ratio"] >= 0.7, text)]
 

@@ -1,9 +1,9 @@
 """Turns the numbers of metrics.json into tables and sentences. Pure functions of the summary."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hyperlora_jax.evaluate.method_names import ORDER, TITLES
+from hyperlora_jax.evaluate.method_names import ORDER, TITLES, meaning
 
 Summary = Mapping[str, Any]
 
@@ -16,7 +16,15 @@ COLUMNS = {  # name in metrics.json: (title, digits, whether more is better)
     "clip_text": ("prompt (CLIP-T)", 3, True),
 }
 STANDARD_ERRORS = 3.0  # what counts as a difference
-TIMING_NAMES = {
+TIMING_NAMES = {  # in the order of the page
+    "distill": "conventional LoRAs of training identities",
+    "train": "training of the hypernetwork",
+    "evaluate": "evaluation",
+    "sampling": "drawing all pictures, and fitting LoRAs to compare with",
+    "export": "LoRA files",
+    "torch": "PyTorch’s pictures of them",
+    "speed": "measuring speed",
+    "total": "all of it",
     "generate_one_lora": "one generated LoRA (amortised, without compilation)",
     "fit_one_lora": "one conventional LoRA, fitted alone (without compilation)",
 }
@@ -39,7 +47,8 @@ def tiles(summary: Summary) -> list[dict[str, str]]:
         found.append({"value": percent(top1["mean"]), "label": label})
     pair = summary["paired"]
     if pair.get("ratio") is not None:
-        label = f"of a conventional LoRA’s identity score (± {pair['ratio_stderr']:.2f})"
+        error = "" if pair["ratio_stderr"] is None else f" (± {pair['ratio_stderr']:.2f})"
+        label = f"of a conventional LoRA’s identity score{error}"
         found.append({"value": f"{pair['ratio']:.2f}×", "label": label})
     caption = summary.get("caption_accuracy", {}).get("generated")
     if caption:
@@ -80,11 +89,11 @@ def _score_note(summary: Summary) -> str:
         )
     else:
         told = (
-            f"Similarity: mean cosine, by the judge {test.get('judge', '?')}, to "
-            f"{test.get('num_gallery', '?')} pictures of the subject that no method was shown. "
+            f"Similarity: mean cosine, by {_judge(test)}, to the pictures of the subject that no "
+            f"method was shown ({span(test['pictures_judged_by'])}). "
             f"Identity top-1: the most similar of {among} subjects. A copied reference tells how "
             "alike two real pictures are. Diversity: variance over captions, 1 = that of the "
-            "subject’s pictures."
+            "subject’s pictures; – where a subject has too few."
         )
     if "lpips" in summary:
         told += " LPIPS: perceptual distance to the exact picture."
@@ -92,9 +101,15 @@ def _score_note(summary: Summary) -> str:
         told += " CLIP-T: cosine of CLIP’s picture and prompt embeddings."
     return (
         f"Mean ± standard error over identities. {told} A picture that could not be made counts "
-        "as wrong. Strength was chosen on other, validation identities; – means that there was "
-        "nothing to choose."
+        "as wrong. Strength multiplies a LoRA when it is used; it was chosen on other, validation "
+        "identities, – means that there was nothing to choose. n: identities."
     )
+
+
+def _judge(test: Mapping[str, Any]) -> str:
+    if test.get("judge_is_condition_encoder"):
+        return "the encoder that conditions the hypernetwork (not independent)"
+    return f"the judge {test['judge']}"
 
 
 def difference_table(summary: Summary) -> dict[str, Any]:
@@ -142,15 +157,25 @@ def judge_table(summary: Summary) -> dict[str, Any]:
 
 
 def timings(summary: Summary) -> list[dict[str, str]]:
-    """Stage -> time, in the order recorded; the speed-up last."""
-    rows = [
-        {"name": TIMING_NAMES.get(name, name), "value": duration(seconds)}
-        for name, seconds in summary["seconds"].items()
-    ]
+    """Stage -> time, in the order of the stages; the speed-up last."""
+    seconds = summary["seconds"]
+    known = [name for name in TIMING_NAMES if name in seconds]
+    rows = []
+    for name in [*known, *(name for name in seconds if name not in TIMING_NAMES)]:
+        # Drawing is most of the evaluation: a part of the row above it, where that is there.
+        part = "of which " if name == "sampling" and "evaluate" in seconds else ""
+        told = part + TIMING_NAMES.get(name, name)
+        rows.append({"name": told, "value": duration(seconds[name])})
     speed = speed_up(summary)
     if speed:
         rows.append({"name": "fitted alone ÷ generated", "value": f"{speed:,.0f}×"})
     return rows
+
+
+def glossary(summary: Summary) -> list[dict[str, str]]:
+    """What the methods of the table are."""
+    known = {name: meaning(name) for name in method_order(summary["identity_top1"])}
+    return [{"name": title(name), "text": text} for name, text in known.items() if text]
 
 
 def provenance(summary: Summary) -> list[dict[str, str]]:
@@ -162,7 +187,9 @@ def provenance(summary: Summary) -> list[dict[str, str]]:
     licence = summary["evaluation"]["test"].get("licence")
     if licence:
         rows.append({"name": "pictures", "value": licence})
-    rows += [{"name": key, "value": str(value)} for key, value in summary["facts"].items()]
+    hidden = ("notes", "command")  # stand elsewhere on the page
+    facts = {key: value for key, value in summary["facts"].items() if key not in hidden}
+    rows += [{"name": key.replace("_", " "), "value": str(value)} for key, value in facts.items()]
     text = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
     return [*rows, {"name": "versions", "value": text}]
 
@@ -185,6 +212,22 @@ def percent(value: float) -> str:
     return f"{100 * value:.0f} %"
 
 
+def counted(number: int, one: str, many: str = "") -> str:
+    """ "1 subject", "2 subjects"."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
+def span(numbers: Sequence[int]) -> str:
+    """ "3", or "1 to 3" where they differ."""
+    least, most = min(numbers), max(numbers)
+    return str(least) if least == most else f"{least} to {most}"
+
+
+def joined(words: Sequence[str]) -> str:
+    """ "a, b and c"."""
+    return " and ".join([*([", ".join(words[:-1])] if words[1:] else []), words[-1]])
+
+
 def duration(seconds: float) -> str:
     """Seconds in the unit that suits them."""
     if seconds < 1:
@@ -197,6 +240,8 @@ def duration(seconds: float) -> str:
 def estimate(found: Mapping[str, Any], digits: int) -> dict[str, str]:
     """{"value", "pm"} of an Estimate's JSON; pm is empty when there is no standard error."""
     stderr = found["stderr"]
+    if found["mean"] is None:
+        return {"value": "–", "pm": ""}
     pm = "" if stderr is None else f"{stderr:.{digits}f}"
     return {"value": f"{found['mean']:.{digits}f}", "pm": pm}
 

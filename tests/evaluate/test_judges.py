@@ -54,7 +54,7 @@ def test_numbers_say_which_judge_leaks(test_set):
         "copy_reference": np.repeat(references[:, None], 3, axis=1),
     }
     judged = {"colour": MeanColour()}
-    found = judges.similarity_numbers(images, references[:, None], judged, condition_hash="h")
+    found = judges.similarity_numbers(images, references[:, None], judged, leaky={"colour"})
     found = found["colour"]
     assert found["is_condition_encoder"] and found["similarity"]["generated"]["n"] == 2
     assert found["similarity"]["copy_reference"]["mean"] == pytest.approx(1.0)

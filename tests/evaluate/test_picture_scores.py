@@ -7,10 +7,10 @@ import pytest
 
 from hyperlora_jax.data import pictures
 from hyperlora_jax.data.subjects import Subject
-from hyperlora_jax.evaluate import charts, compare, figures, report, verdicts, wording
+from hyperlora_jax.evaluate import charts, compare, figures, judges, report, verdicts, wording
 from hyperlora_jax.evaluate.compare import Method
 from hyperlora_jax.evaluate.picture_scores import PictureScorer
-from hyperlora_jax.evaluate.picture_sets import make_picture_sets
+from hyperlora_jax.evaluate.picture_sets import Sizes, in_order, make_picture_sets
 from hyperlora_jax.evaluate.summary import summarise
 
 
@@ -38,13 +38,9 @@ def subject(number):
 @pytest.fixture(name="sets", scope="module")
 def _sets():
     return make_picture_sets(
-        [subject(k) for k in range(8)],
+        in_order(map(subject, range(8)), 0),
         "colours",
-        num_identities=5,
-        num_validation=3,
-        num_captions=4,
-        num_views=2,
-        num_candidates=8,
+        Sizes(num_identities=5, num_validation=3, num_captions=4, num_views=2, num_candidates=8),
     )
 
 
@@ -98,7 +94,7 @@ def test_failures_and_undetected_subjects_score_nothing(sets, results):
 
 def test_duplicate_candidates_share_the_point(sets):
     test = sets[1]
-    twins = dataclasses.replace(test, gallery=np.repeat(test.gallery[:1], 8, axis=0))
+    twins = dataclasses.replace(test, gallery=test.gallery[:1] * 8)
     found = PictureScorer(MeanColour())(twins, test.others)
     np.testing.assert_allclose(found.top1, 1 / 8)
 
@@ -115,7 +111,8 @@ def test_the_report_says_what_was_measured(sets, results, tmp_path):
     summary = summarise(results, test, sets[0], further=further)
     table = wording.score_table(summary)
     assert table["columns"][:3] == ["identity top-1", "similarity", "prompt (CLIP-T)"]
-    assert "by the judge colour, to 4 pictures" in table["note"] and "CLIP-T" in table["note"]
+    assert "by the judge colour, to the pictures" in table["note"]
+    assert "no method was shown (4)" in table["note"] and "CLIP-T" in table["note"]
     texts = [line["text"] for line in verdicts.verdicts(summary)]
     assert any("“shuffled reference” in identity and in similarity" in text for text in texts)
     assert "clip_text" in summary["differences"]["base"]
@@ -126,3 +123,34 @@ def test_the_report_says_what_was_measured(sets, results, tmp_path):
     )
     page = files.page.read_text()
     assert "pictures the judge finds most similar" in page and "error (MSE)" not in page
+
+
+def test_means_are_over_what_a_subject_has():
+    counts = (6, 2, 3, 4)
+    people = [
+        dataclasses.replace(
+            own, references=own.references[:n], targets=own.targets[:n], captions=own.captions[:n]
+        )
+        for own, n in zip(map(subject, range(4)), counts, strict=True)
+    ]
+    sizes = Sizes(num_identities=4, num_validation=0, num_captions=3, num_views=3, num_candidates=4)
+    _, test = make_picture_sets(people, "colours", sizes)
+    assert [len(own) for own in test.gallery] == [3, 1, 1, 1]
+    scores = PictureScorer(MeanColour())(test, test.others)
+    own = np.stack([judges.unit(MeanColour().encode(g / 255.0)[0]).mean(0) for g in test.gallery])
+    drawn = judges.unit(MeanColour().encode(test.others.reshape(-1, 8, 8, 3))[0])
+    expected = (drawn.reshape(4, 3, -1) * own[:, None]).sum(-1)
+    np.testing.assert_allclose(scores.similarity, expected, rtol=1e-5)
+    # With one picture to judge by, nothing can be said of how much they differ.
+    assert np.isfinite(scores.diversity).tolist() == [True, False, False, False]
+    results = compare.compare([], None, test, PictureScorer(MeanColour()))
+    summary = summarise(results, test, None)
+    assert summary["diversity"]["copy_reference"]["n"] == 1
+    assert set(summary["evaluation"]) == {"test"}
+    none = dataclasses.replace(scores, diversity=np.full(4, np.nan))
+    result = dataclasses.replace(results["copy_reference"], scores=none)
+    test = dataclasses.replace(test, facts={**test.facts, "judge": "colour"})
+    summary = summarise({"copy_reference": result}, test, None)
+    assert summary["diversity"]["copy_reference"] == {"mean": None, "stderr": None, "n": 0}
+    cell = wording.score_table(summary)["rows"][0]["cells"][2]
+    assert cell == {"value": "–", "pm": ""}
