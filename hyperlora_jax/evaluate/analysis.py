@@ -80,7 +80,7 @@ def all_sections(evaluation: Any, results: Mapping[str, MethodResult]) -> list[S
         evaluation.exam.score,
         strength=conventional.strength,
         sampling=evaluation.sampling,
-        checkpoints=tuple(wanted.checkpoints),
+        checkpoints=evaluation.checkpoints,
         start_seconds={"generated": took},
         mesh=evaluation.mesh if evaluation.mesh.size > 1 else None,
     )

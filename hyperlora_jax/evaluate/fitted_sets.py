@@ -162,6 +162,7 @@ class FittedSets:
     ) -> dict[int, Params]:
         """The fits of some of the identities, by number."""
         fitted: dict[int, Params] = {}
+        devices = 1 if self.mesh is None else self.mesh.size
         for result in fit_loras(
             self.sd.unet,
             self.sd.params["unet"],
@@ -170,7 +171,7 @@ class FittedSets:
             recipe,
             numbers,
             load,
-            num_slots=self.num_slots,
+            num_slots=-(-self.num_slots // devices) * devices,
             steps_per_call=math.gcd(self.steps_per_call, recipe.num_steps),
             mesh=self.mesh,
             progress=f"{name} LoRAs" if multihost.is_first() else None,

@@ -102,7 +102,7 @@ def caption_accuracy(
 
 
 def diversity(
-    generated: Float[AnyArray, "i c h w 3"], exact: Float[AnyArray, "i c h w 3"]
+    generated: Float[AnyArray, "i c h w 3"], exact: Float[AnyArray, "i g h w 3"]
 ) -> Float[np.ndarray, " i"]:
     """Variance over captions, relative to the exact renders' (1 = as diverse, 0 = frozen).
 

@@ -6,7 +6,7 @@ start is all that differs between curves.
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -58,18 +58,10 @@ def quality_curves(
         judge: scores pictures.
         strength: of every LoRA when it is scored, the best one of the conventional fit.
         sampling: keyword arguments of `sample_images`.
-        checkpoints: steps at which to score, from 0, at most the recipe's.
+        checkpoints: steps at which to score, from 0; see `fitting_checkpoints`.
         start_seconds: what it took to make a start.
         mesh: devices of this process to share identities out over; processes share them too.
-
-    Raises:
-        UserError: checkpoints beyond the recipe's steps.
     """
-    if max(checkpoints) > recipe.num_steps:
-        raise UserError(
-            f"evaluate.steps_to_quality.checkpoints: found {max(checkpoints)}, expected at most "
-            f"the {recipe.num_steps} steps of the conventional recipe"
-        )
     parametrisation = Factors(spec, recipe.alpha, recipe.init_seed)
     unit = math.gcd(*checkpoints)
     count = questions.num_identities
@@ -115,6 +107,30 @@ def quality_curves(
         seconds = (start_seconds or {}).get(method, 0.0)
         curves[name] = run_curve(slots, advance, scores, checkpoints, seconds)
     return curves
+
+
+def fitting_checkpoints(
+    checkpoints: Sequence[int], num_steps: int, given: Collection[str]
+) -> tuple[tuple[int, ...], str]:
+    """(those within the recipe's steps, a line that says which are not; "" = none).
+
+    Args:
+        given: dotted names of the keys that somebody gave a value of their own.
+
+    Raises:
+        UserError: they were given, and one lies beyond, or none is within.
+    """
+    key = "evaluate.steps_to_quality.checkpoints"
+    within = tuple(step for step in checkpoints if step <= num_steps)
+    if len(within) == len(checkpoints):
+        return within, ""
+    if key in given or len(within) < 2:
+        raise UserError(
+            f"--config.{key}: got {max(checkpoints)}, expected at most the {num_steps} steps of "
+            "the conventional recipe"
+        )
+    beyond = [str(step) for step in checkpoints if step > num_steps]
+    return within, f"{key} beyond the {num_steps} steps of a fit left out: {', '.join(beyond)}"
 
 
 def _loaded(

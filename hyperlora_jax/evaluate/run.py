@@ -13,6 +13,7 @@ from etils import epath
 
 from hyperlora_jax import storage
 from hyperlora_jax.distill.run import make_recipe
+from hyperlora_jax.distill.slots import Recipe
 from hyperlora_jax.evaluate import comparison_file
 from hyperlora_jax.evaluate.analysis import all_sections
 from hyperlora_jax.evaluate.chosen_defaults import ChosenDefaults
@@ -25,6 +26,7 @@ from hyperlora_jax.evaluate.lora_sources import NEED_PICTURES, Context, Source, 
 from hyperlora_jax.evaluate.method_needs import runnable_methods
 from hyperlora_jax.evaluate.methods import check_base, fingerprint, lora_method
 from hyperlora_jax.evaluate.own_source import check_source, report_folder
+from hyperlora_jax.evaluate.quality_curves import fitting_checkpoints
 from hyperlora_jax.evaluate.questions import check_disjoint
 from hyperlora_jax.evaluate.report import ReportFiles, write_report
 from hyperlora_jax.evaluate.sample_cache import SampleCache
@@ -101,7 +103,13 @@ class Evaluation:
             self.test.num_identities,
             given=given,
         )
-        self.notes = [*self.exam.notes, *lines]
+        wanted, line = config.evaluate.steps_to_quality, ""
+        self.checkpoints: tuple[int, ...] = ()
+        if wanted.num_identities and "conventional" in self.names:
+            self.checkpoints, line = fitting_checkpoints(
+                wanted.checkpoints, self.conventional_recipe.num_steps, config.get("given", ())
+            )
+        self.notes = [*self.exam.notes, *lines, *([line] if line else [])]
         self.further = further_scorers(config.evaluate, self.test)
         self.seconds: dict[str, float] = {}
         self.defaults: ChosenDefaults | None = None
@@ -111,6 +119,12 @@ class Evaluation:
             "identities_per_batch": config.evaluate.identities_per_batch,
             "mesh": self.mesh,
         }
+
+    @property
+    def conventional_recipe(self) -> Recipe:
+        """Of the LoRAs to compare with."""
+        section = self.config.evaluate.conventional.recipe
+        return make_recipe(self.config.distill, **dict(section))
 
     @functools.cached_property
     def context(self) -> Context:
@@ -134,7 +148,7 @@ class Evaluation:
                 self.sd,
                 self.spec,
                 sets,
-                make_recipe(self.config.distill, **dict(section.conventional.recipe)),
+                self.conventional_recipe,
                 make_recipe(self.config.distill, **dict(section.refine.recipe)),
                 make_recipe(self.config.distill, **dict(section.linear_combination.recipe)),
                 section.refine.rank,

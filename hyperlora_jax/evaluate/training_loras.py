@@ -35,7 +35,7 @@ class TrainingLoras:
     """
 
     datasets: tuple[LoraTargets, ...]
-    rows: tuple[Int[np.ndarray, " t"], ...]
+    rows: tuple[Int[np.ndarray, " _"], ...]
     no_loras: str
     no_pictures: str
 
