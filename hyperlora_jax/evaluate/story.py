@@ -37,12 +37,15 @@ def _dataset(facts: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
     if not facts["targets"]:
         return ""
     steps = {dataset.get("recipe", {}).get("num_steps") for dataset in facts["targets"]}
-    made = "were fitted at once" if None not in steps else "were collected"
+    verb = "was" if facts["num_targets"] == 1 else "were"
+    made = f"{verb} fitted at once" if None not in steps else f"{verb} collected"
     each = f" ({span(sorted(steps))} steps each)" if None not in steps else ""
     controls = [title(name) for name in ("mean_lora", "nearest") if name in summary["strength"]]
-    of_them = f"; of them come the controls {joined(controls)}" if controls else ""
+    come = "comes the" if len(controls) == 1 else "come the controls"
+    of_them = f"; of them {come} {joined(controls)}" if controls else ""
     loras = counted(facts["num_targets"], "conventional LoRA")
-    return f"{loras} of training identities {made}{each}{of_them}."
+    identities = "training identities" if facts["num_targets"] != 1 else "a training identity"
+    return f"{loras} of {identities} {made}{each}{of_them}."
 
 
 def _training(facts: Mapping[str, Any]) -> str:
