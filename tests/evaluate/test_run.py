@@ -106,7 +106,10 @@ def _folder(people, tmp_path_factory):
 def test_avatars(workdir, tmp_path):
     files = evaluate(config_of(), workdir, tmp_path / "comparison.json", "the command")
     metrics = json.loads(files.metrics.read_text())
-    assert set(metrics["judges"]) == {"own", "independent"}
+    # The judge is the condition encoder under another name: one column, and it says so.
+    assert set(metrics["judges"]) == {"independent"}
+    assert metrics["judges"]["independent"]["is_condition_encoder"]
+    assert files.page.parent.name == "report-pixel-art"  # it was trained on other pictures
     assert metrics["judges"]["independent"]["similarity"]["copy_reference"]["mean"] > 0.99
     assert metrics["identity_top1"]["exact"]["mean"] == 1.0
     written = json.loads((tmp_path / "comparison.json").read_text())
@@ -121,7 +124,8 @@ def test_a_folder_of_pictures(workdir, folder):
     assert "image_error" not in metrics and "exact" not in metrics["similarity"]
     assert metrics["similarity"]["copy_reference"]["mean"] > metrics["similarity"]["base"]["mean"]
     test = metrics["evaluation"]["test"]
-    assert test["judge"] == "independent" and test["num_gallery"] == 2
+    assert test["judge"] == "independent" and test["judge_is_condition_encoder"]
+    assert test["pictures_shown"] == [2, 2, 2] and test["pictures_judged_by"] == [2, 2, 2]
     assert test["checked_against"] == 4
     assert "memorisation" in metrics and "Other judges" in files.page.read_text()
 
@@ -133,10 +137,11 @@ def test_without_the_generated_method(workdir):
     assert metrics["differences"] == {} and "memorisation" not in metrics
 
 
-def test_a_folder_needs_a_judge_and_newcomers(workdir, folder):
-    with pytest.raises(UserError, match=r"evaluate\.judges: found none"):
-        Evaluation(config_of(source=folder, **{"judges.independent": ""}), workdir)
-    with pytest.raises(UserError, match="found 5 identities that were not trained on"):
+def test_a_folder_is_judged_by_somebody_and_needs_newcomers(workdir, folder):
+    without = Evaluation(config_of(source=folder, **{"judges.independent": ""}), workdir)
+    assert without.test.facts["judge"] == "own"
+    assert any("no judge was given" in note for note in without.notes)
+    with pytest.raises(UserError, match="num_identities: got 4, but .* has 3 subjects"):
         Evaluation(config_of(source=folder, num_identities=4), workdir)
 
 
@@ -188,10 +193,10 @@ def test_two_hosts_evaluate_as_one(workdir, tmp_path, as_hosts):
 
     finished([started(tmp_path / "alone", {**asked, **curves}, {})])
     (first, _), (second, bars) = together({**asked, **curves})
-    assert "report/index.html" in first
+    assert "report-pixel-art/index.html" in first
     assert "wrote" not in second and "LoRAs" not in bars
     alone, pod = (
-        json.loads((tmp_path / name / "report" / "metrics.json").read_text())
+        json.loads((tmp_path / name / "report-pixel-art" / "metrics.json").read_text())
         for name in ("alone", "pod")
     )
     scores = ("identity_top1", "image_error", "caption_accuracy", "judges", "memorisation")
