@@ -141,7 +141,7 @@ def test_a_folder_is_judged_by_somebody_and_needs_newcomers(workdir, folder):
     without = Evaluation(config_of(source=folder, **{"judges.independent": ""}), workdir)
     assert without.test.facts["judge"] == "own"
     assert any("no judge was given" in note for note in without.notes)
-    with pytest.raises(UserError, match="num_identities: got 4, but .* has 3 subjects"):
+    with pytest.raises(UserError, match=r"num_identities: got 4, but .* has 3 subjects"):
         Evaluation(config_of(source=folder, num_identities=4), workdir)
 
 
