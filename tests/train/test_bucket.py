@@ -169,7 +169,8 @@ def test_every_stage_works_in_a_bucket_and_goes_on_on_another_host(server, tmp_p
     config = ["--config", "configs/demo.py", *(f"--config.{k}={v}" for k, v in more.items())]
     environment["HYPERLORA_CACHE"] = str(tmp_path / "one")
     process = hyperlora(environment, "distill", "--workdir", run, *config)
-    while process.poll() is None and not exists(environment, f"{run}/spool"):
+    listed = f"p = epath.Path('{run}/spool'); print([*p.iterdir()] if p.exists() else [])"
+    while process.poll() is None and ".safetensors" not in python(environment, listed):
         time.sleep(0.1)
     process.kill()
     assert not exists(environment, f"{run}/targets")
