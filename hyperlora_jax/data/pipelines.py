@@ -179,12 +179,8 @@ def subject_batches(
         if references is not None:
             counts = available[records].tolist()
             columns = _drawn(generators, counts, most)
-            given = np.array(
-                [
-                    g.integers(min(least, own), min(most, own) + 1)
-                    for g, own in zip(generators, counts, strict=True)
-                ]
-            )
+            ranges = [(min(least, own), min(most, own) + 1) for own in counts]
+            given = np.array([g.integers(*r) for g, r in zip(generators, ranges, strict=True)])
             batch["reference_mask"] = np.arange(most) < given[:, None]
             batch |= references.at(records, columns)
         if targets is not None:

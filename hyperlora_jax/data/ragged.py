@@ -50,7 +50,10 @@ class Ragged:
     ) -> dict[str, np.ndarray]:
         """[b, k, ...] by name: of every subject its rows with these numbers, from 0 on."""
         rows = self.offsets[subjects][:, None] + columns
-        return {name: np.asarray(array[rows]) for name, array in self.arrays.items()}
+        return {  # `take` copies long rows twice as fast as an index does
+            name: array.take(rows, axis=0) if isinstance(array, np.ndarray) else array[rows]
+            for name, array in self.arrays.items()
+        }
 
     def first(self, name: str) -> Float[np.ndarray, "n *any"]:
         """The first row of every subject, float32."""
