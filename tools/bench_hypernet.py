@@ -148,7 +148,6 @@ def _training_rate(
     spec = hyper.spec
     frozen = {
         "unet": sd.params["unet"],
-        "text_states": text,
         "constants": {
             "mean": np.zeros(spec.num_parameters, np.float32),
             "std": np.ones(2 * len(spec), np.float32),
@@ -164,7 +163,7 @@ def _training_rate(
         "pooled": np.zeros((size, 1, *shapes[0]), np.float32),
         "tokens": np.zeros((size, 1, *shapes[1]), np.float32),
         "latents": np.zeros((size, images, *latent), np.float32),
-        "text_index": np.zeros((size, images), np.int32),
+        "text_states": np.broadcast_to(text, (size, images, *text.shape[1:])),
         "target": np.zeros((size, spec.num_parameters), np.float32),
         "step": np.zeros(size, np.int32),
     }

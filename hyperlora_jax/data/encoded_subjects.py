@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from hyperlora_jax.array_types import AnyArray, Float, Int, UInt8
 from hyperlora_jax.data import ragged
-from hyperlora_jax.data.ragged import Ragged
+from hyperlora_jax.data.ragged import Ragged, Shared
 from hyperlora_jax.parallel.sharding import split_rows
 from hyperlora_jax.stable_diffusion import packed_text
 
@@ -31,25 +31,21 @@ class EncodedSubjects:
     Attributes:
         ids: their names.
         references: "pooled" [p] and "tokens" [m, p] of every picture to tell a subject by.
-        targets: "latents" [h, w, c] and "text_index" (a caption's number) of every picture to
-            reproduce.
-        text_states: [u, t, e], every different caption once, packed
-            (`stable_diffusion/packed_text.py`).
+        targets: "latents" [h, w, c] and "text_states" [t, e], packed
+            (`stable_diffusion/packed_text.py`), of every picture to reproduce.
 
-    What nobody asked for is None.
+    What nobody asked for is None, or not among the arrays.
     """
 
     ids: tuple[str, ...]
     references: Ragged | None = None
     targets: Ragged | None = None
-    text_states: Any = None
 
     def concept(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """(latents [v, h, w, c], text states [v, t, e]) of one subject, float32."""
-        assert self.targets is not None and self.text_states is not None
+        assert self.targets is not None
         own = self.targets.of(index)
-        text = np.asarray(self.text_states[own["text_index"]], np.float32)
-        return np.asarray(own["latents"], np.float32), text
+        return tuple(np.asarray(own[name], np.float32) for name in ("latents", "text_states"))
 
 
 def in_batches(
@@ -115,8 +111,8 @@ def encode_subjects(
     references = None
     if encoder is not None:
         references = Ragged(offsets, run(conditions_by(encoder), every, "conditions"))
-    targets = Ragged(offsets, {**latents, "text_index": index})
-    return EncodedSubjects(tuple(ids), references, targets, text_states)
+    targets = Ragged(offsets, {**latents, "text_states": Shared(index, text_states)})
+    return EncodedSubjects(tuple(ids), references, targets)
 
 
 def number_captions(

@@ -27,7 +27,7 @@ from hyperlora_jax import storage
 from hyperlora_jax.data import encoded_subjects, ragged
 from hyperlora_jax.data.encoded_subjects import Encode, EncodedSubjects
 from hyperlora_jax.data.lazy_pictures import LazyPictures
-from hyperlora_jax.data.ragged import Ragged
+from hyperlora_jax.data.ragged import Ragged, Shared
 from hyperlora_jax.data.row_files import RowFiles
 from hyperlora_jax.data.size_buckets import Size
 from hyperlora_jax.data.subject_pictures import SubjectPictures
@@ -144,12 +144,15 @@ def encode_once(
         )
     batch_size = -(-batch_size // models.mesh.size) * models.mesh.size
     found = _made(folder, parts, batch_size, f"encoded/{len(ids)} of {size}")
-    return EncodedSubjects(
-        tuple(ids),
-        _rows_of(parts, found, "conditions", {}),
-        _rows_of(parts, found, "latents", {"text_index": index}),
-        found["texts"]["text_states"] if texts else None,
-    )
+    references = None
+    if encoder is not None:
+        told = ragged.offsets_of(parts["conditions"].counts)
+        references = Ragged(told, found["conditions"])
+    shown = dict(found.get("latents", {}))
+    if texts:
+        shown["text_states"] = Shared(index, found["texts"]["text_states"])
+    targets = Ragged(ragged.offsets_of(pictures.counts), shown) if shown else None
+    return EncodedSubjects(tuple(ids), references, targets)
 
 
 class _Models:
@@ -222,14 +225,3 @@ def _made(
         place = scratch / "encoded" / names[kind]
         tables[kind] = RowFiles([place / file for file in part.files()]).tables()
     return tables
-
-
-def _rows_of(
-    parts: Mapping[str, _Part],
-    tables: Mapping[str, Mapping[str, Any]],
-    kind: str,
-    more: Mapping[str, Any],
-) -> Ragged | None:
-    if kind not in parts:
-        return None
-    return Ragged(ragged.offsets_of(parts[kind].counts), {**tables[kind], **more})

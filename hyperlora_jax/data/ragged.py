@@ -69,6 +69,20 @@ class Ragged:
         return np.stack(parts)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Shared:
+    """Rows of which many are the same (the text states of captions): row k is `table[index[k]]`."""
+
+    index: Int[np.ndarray, " rows"]
+    table: Any
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, rows: Any) -> np.ndarray:
+        return np.asarray(self.table[self.index[rows]])
+
+
 def offsets_of(counts: Sequence[int]) -> Int[np.ndarray, " m"]:
     """Offsets of subjects with so many rows each."""
     return np.concatenate([[0], np.cumsum(np.asarray(counts, np.int64))]).astype(np.int64)

@@ -108,8 +108,6 @@ def train_hypernetwork(config: Any, workdir: epath.PathLike) -> Hypernetwork:
     frozen: Params = {"constants": constants} if constants else {}
     if needs_base:
         frozen["unet"] = sd.params["unet"]
-    if needs_texts:
-        frozen["text_states"] = encoded.text_states[:]
     if any(phase.weights.prior for phase in phases):
         picture = (image_size(sd),) * 2
         frozen["prior_text"] = np.asarray(

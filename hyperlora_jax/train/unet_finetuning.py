@@ -43,12 +43,12 @@ def finetune_unet(config: Any, workdir: epath.PathLike) -> epath.Path:
     mesh = make_mesh(**config.mesh)
     sd = load_base(config.base)
     unet = training_unet(sd.unet, config.train, mesh)
-    arrays, text_states, facts = _encoded(config, workdir, scratch, sd)
+    arrays, empty_text, facts = _encoded(config, workdir, scratch, sd)
     section = config.train
     task = finetuning_task(
         unet,
         sd.schedule,
-        {"text_states": text_states, "empty_text": np.int32(len(text_states) - 1)},
+        {"empty_text": empty_text},
         arrays,
         section,
         mesh,
@@ -87,8 +87,9 @@ def finetuning_task(
     """The task of the training loop.
 
     Args:
-        frozen: {"text_states": [u, n, e] of all captions, "empty_text": number of the empty one}.
-        arrays: {"latents": [n, h, w, c], "text": [n] numbers of captions}; None for shapes alone.
+        frozen: {"empty_text": text states [n, e] of the empty caption}.
+        arrays: {"latents": [m, h, w, c], "text": text states [m, n, e] of the captions}; None for
+            shapes alone.
         start: {"unet": parameters} to go on from; None draws new ones.
     """
     batch_size = section.batch_size
@@ -97,7 +98,7 @@ def finetuning_task(
     shard, num_shards = (0, 1) if mesh is None else sharding.host_shard(mesh)
     return base_task.unet_task(
         unet,
-        _cached_text,
+        _as_it_is,
         schedule,
         lambda key: {"unet": init_params(unet, key)},
         frozen,
@@ -113,15 +114,15 @@ def finetuning_task(
     )
 
 
-def _cached_text(params: Params, frozen: Params, text: Array) -> Array:
-    del params
-    return frozen["text_states"][text]
+def _as_it_is(params: Params, frozen: Params, text: Array) -> Array:
+    del params, frozen
+    return text
 
 
 def _encoded(
     config: Any, workdir: epath.Path, scratch: Path, sd: StableDiffusion
 ) -> tuple[dict[str, Any], np.ndarray, dict[str, Any]]:
-    """({"latents", "text"} of every picture, text states with the empty prompt last, facts)."""
+    """({"latents", "text"} of every picture, text states of the empty prompt, facts)."""
     size, count = image_size(sd), config.data.num_identities
     pictures = multihost.first_then_others(
         "pictures", lambda: load_pictures(config.data, count, size, scratch / "renders")
@@ -129,7 +130,6 @@ def _encoded(
     encoded = encode_once(workdir, sd, pictures, batch_size=config.train.encode_batch_size)
     assert encoded.targets is not None
     rows = encoded.targets.arrays
-    empty = np.asarray(packed_text.encode_nothing(sd, (size, size)), np.float32)
-    arrays = {"latents": rows["latents"], "text": rows["text_index"]}
-    text_states = np.concatenate([encoded.text_states[:], empty])
-    return arrays, text_states, {"data": dict(pictures.facts)}
+    empty = np.asarray(packed_text.encode_nothing(sd, (size, size)), np.float32)[0]
+    arrays = {"latents": rows["latents"], "text": rows["text_states"]}
+    return arrays, empty, {"data": dict(pictures.facts)}

@@ -32,7 +32,6 @@ from hyperlora_jax.train.loop import Task
 from hyperlora_jax.train.unet_finetuning import finetuning_task, training_unet
 
 REMAT = ("none", "save_attention", "full")  # from cheap to frugal
-NUM_TEXTS = 1024  # text states kept on the device; the caption table of a dataset is of this order
 
 
 def config_workload(config: Any, remat: str | None = None) -> Workload:
@@ -64,11 +63,8 @@ def unet_workload(config: Any, remat: str | None = None) -> Workload:
     remat = remat or section.remat
     plain = unet_from_config(unet_config).clone(attention="splash")
     unet = training_unet(plain, section, None).clone(remat=remat)
-    text = (NUM_TEXTS, _num_text_rows(root, unet.settings), unet.settings.context_width)
-    frozen = {
-        "text_states": jax.ShapeDtypeStruct(text, jnp.float32),
-        "empty_text": jax.ShapeDtypeStruct((), jnp.int32),
-    }
+    text = (_num_text_rows(root, unet.settings), unet.settings.context_width)
+    frozen = {"empty_text": jax.ShapeDtypeStruct(text, jnp.float32)}
 
     def on_mesh(mesh: Mesh | None) -> Task:
         noise = read_scheduler_config(schedule)
@@ -77,7 +73,8 @@ def unet_workload(config: Any, remat: str | None = None) -> Workload:
     side = _latent_side(config, unet_config, root)
     arrays = {
         "latents": ((side, side, int(unet_config["in_channels"])), jnp.float32),
-        "text": ((), jnp.int32),
+        "text": (text, jnp.float32),
+        "record_id": ((), jnp.int32),
     }
     task = on_mesh(None)
     return Workload(
@@ -126,15 +123,16 @@ def hypernetwork_workload(config: Any, remat: str | None = None) -> Workload:
     section = config.train
     phases = make_phases(section)
     needs_base = any(phase.weights.need_base for phase in phases)
+    needs_texts = any(phase.weights.end_to_end for phase in phases)
     needs_targets = generator.needs_targets or any(p.weights.need_targets for p in phases)
-    text = (NUM_TEXTS, _num_text_rows(root, unet.settings), unet.settings.context_width)
-    frozen = {}
+    text = (_num_text_rows(root, unet.settings), unet.settings.context_width)
+    # Packed with pictures' sizes they are kept exact (`data/encoding_cache.py`).
+    text_dtype = jnp.float32 if extra_rows(unet.settings) else dtype
+    frozen: dict[str, Any] = {}
     if needs_base:
-        frozen = {
-            "unet": jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), weights),
-            "text_states": jax.ShapeDtypeStruct(text, jnp.float32),
-            "prior_text": jax.ShapeDtypeStruct(text[1:], jnp.float32),
-        }
+        frozen["unet"] = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), weights)
+    if any(phase.weights.prior for phase in phases):
+        frozen["prior_text"] = jax.ShapeDtypeStruct(text, jnp.float32)
     if needs_targets:
         frozen["constants"] = _constant_shapes(generator)
 
@@ -156,13 +154,16 @@ def hypernetwork_workload(config: Any, remat: str | None = None) -> Workload:
 
     def batch(size: int) -> dict[str, jax.ShapeDtypeStruct]:
         shapes = {
-            "pooled": ((size, refs, *pooled), jnp.float32),
-            "tokens": ((size, refs, *tokens), jnp.float32),
+            "pooled": ((size, refs, *pooled), dtype),
+            "tokens": ((size, refs, *tokens), dtype),
             "reference_mask": ((size, refs), jnp.bool_),
             "step": ((size,), jnp.int32),
-            "latents": ((size, *latent), jnp.float32),
-            "text_index": ((size, latent[0]), jnp.int32),
+            "record_id": ((size,), jnp.int32),
         }
+        if needs_base:
+            shapes["latents"] = ((size, *latent), dtype)
+        if needs_texts:
+            shapes["text_states"] = ((size, latent[0], *text), text_dtype)
         if needs_targets:
             shapes["target"] = ((size, spec.num_parameters), jnp.float32)
         return {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}

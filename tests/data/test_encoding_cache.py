@@ -75,7 +75,7 @@ TEXTS = [("texts", [0, 1, 2])]
 
 
 def rows(found: EncodedSubjects) -> dict[str, np.ndarray]:
-    arrays = {"text_states": found.text_states[:]}
+    arrays = {}
     for part in (found.references, found.targets):
         arrays |= {name: np.asarray(array[:]) for name, array in part.arrays.items()}
     return arrays
@@ -116,7 +116,7 @@ def test_only_what_is_wanted_is_made(sd, encoder, made, tmp_path):
     unusable = dataclasses.replace(sd, params={"unet": sd.params["unet"]})
     found = encode_once(tmp_path, unusable, pictures, encoder=encoder, latents=False, texts=False)
     assert {kind for kind, _ in made} == {"conditions"}
-    assert found.targets is None and found.text_states is None
+    assert found.targets is None
     made.clear()
     encode_once(tmp_path, sd, pictures, encoder=encoder)
     assert {kind for kind, _ in made} == {"latents", "texts"}, "conditions are there"

@@ -105,9 +105,9 @@ def test_model_flops_count_the_frozen_base_twice_and_the_generator_three_times()
     given = {
         **batch(),
         "latents": like((COUNT, images, 4, 4, 4), jnp.float32),
-        "text_index": like((COUNT, images), jnp.int32),
+        "text_states": like((COUNT, images, 5, 12), jnp.float32),
     }
-    frozen = {"unet": weights, "text_states": like((7, 5, 12), jnp.float32)}
+    frozen = {"unet": weights}
     task = hypernet_task(
         generator, frozen, None, phases=(Phase(ObjectiveWeights()),), num_images=images,
         condition_shapes=((5,), (4, 5)), base=Base(unet, NoiseSchedule()),

@@ -11,6 +11,7 @@ import pytest
 
 from hyperlora_jax.cli.config import load_config
 from hyperlora_jax.lora.sites import spec_from_shapes
+from hyperlora_jax.train import hypernet_training
 from hyperlora_jax.train.workloads import hypernetwork_workload
 
 CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "w2w_1b.py"
@@ -34,6 +35,32 @@ def test_three_hundred_million_parameters_through_stable_diffusion():
     assert workload.batch(16)["latents"].shape == (16, 1, 64, 64, 4)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_batch_is_that_of_a_run(tmp_path, monkeypatch, dtype):
+    settings = ("data.num_identities=4", "data.num_views=4", f"train.dtype={dtype}")
+    overrides = [f"--config.{setting}" for setting in settings]
+    config = load_config(CONFIG.with_name("avatars.py"), overrides)
+
+    class Stop(Exception):
+        pass
+
+    def given(generator, frozen, batches, **_):
+        given.batch, given.frozen = next(batches), frozen
+        raise Stop
+
+    monkeypatch.setattr(hypernet_training, "hypernet_task", given)
+    with pytest.raises(Stop):
+        hypernet_training.train_hypernetwork(config, tmp_path)
+    workload = hypernetwork_workload(config)
+
+    def kinds(tree):
+        leaves = jax.tree.leaves_with_path(tree)
+        return {jax.tree_util.keystr(path): (leaf.shape, str(leaf.dtype)) for path, leaf in leaves}
+
+    assert kinds(jax.device_put(given.batch)) == kinds(workload.batch(config.train.batch_size))
+    assert kinds(given.frozen) == kinds(workload.frozen)
+
+
 @pytest.mark.slow
 def test_sdxl_is_traced_with_its_added_conditions():
     workload = hypernetwork_workload(load_config(CONFIG.with_name("sdxl.py")))
@@ -42,7 +69,7 @@ def test_sdxl_is_traced_with_its_added_conditions():
     assert sum(leaf.size for leaf in jax.tree.leaves(weights)) == 2_567_463_684
     spec = spec_from_shapes(weights, "attn-qkvo", 8)
     assert (len(spec), spec.num_parameters) == (560, 11_612_160)
-    assert workload.frozen["text_states"].shape[1:] == (77 + 1, 2048)
+    assert workload.batch(2)["text_states"].shape == (2, 1, 77 + 1, 2048)
     losses, _ = jax.eval_shape(
         workload.loss, params, workload.frozen, workload.batch(2), jax.random.key(0)
     )
