@@ -27,6 +27,7 @@ from hyperlora_jax.hypernet import stored_encoder
 from hyperlora_jax.lora import factors, gauge
 from hyperlora_jax.lora.sites import LoraSpec
 from hyperlora_jax.lora_files import load_lora, read_metadata, save_lora
+from hyperlora_jax.lora_files.header import carried
 from hyperlora_jax.stable_diffusion.embedded import image_size
 from hyperlora_jax.train.hypernet_training import family
 
@@ -163,11 +164,7 @@ def refine_files(
     )
     written = []
     for k, file in enumerate(files):
-        kept = {
-            name: text
-            for name, text in read_metadata(file).items()
-            if name.startswith("hyperlora.") and not name.endswith((".spec", ".sha256"))
-        }
+        kept = carried(read_metadata(file))
         facts = {"base": base, "base_hash": sd.base_hash, "refined_steps": recipe.num_steps}
         path = Path(out) / file.name if many else Path(out)
         path.parent.mkdir(parents=True, exist_ok=True)
