@@ -28,7 +28,8 @@ def check_source(config: Any, facts: Mapping[str, Any], workdir: epath.PathLike)
             f"{workdir} was trained on {trained['source']}, but the config says data.source = "
             f"{data.source}: name the one to evaluate on by --config.evaluate.source"
         )
-    style = trained.get("style", data.style)
+    # Configs for folders of pictures have no style.
+    style = trained.get("style", data.get("style"))
     if data.source == "avatars" and style != data.style and "data.style" not in given:
         raise UserError(
             f"{workdir} was trained on {style}, but the config says data.style = {data.style}: "
