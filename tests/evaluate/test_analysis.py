@@ -21,7 +21,7 @@ class Recorder:
     def __init__(self):
         self.calls = []
 
-    def sample(self, key, prompts, *, lora, strength, num_steps, latents):
+    def sample(self, key, prompts, *, lora, strength, num_steps, guidance, latents):
         self.calls.append((prompts, lora, latents))
         return np.full((len(prompts), 16, 16, 3), 0.5, np.float32)
 

@@ -85,4 +85,6 @@ if __name__ == "__main__":
     command.add_arguments, command.run = add_arguments, run
     sys.modules["hyperlora_jax.cli.fail"] = command
     main.COMMANDS["fail"] = ("fail", "comes to harm")
+    if any(word.isdigit() for word in sys.argv[sys.argv.index("--at") + 1 :][:1]):
+        main.TRAINING = (*main.TRAINING, "fail")  # SIGTERM means "save and leave"
     sys.exit(main.main(["fail", *sys.argv[1:]]))
