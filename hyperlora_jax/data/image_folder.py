@@ -165,7 +165,7 @@ def open_concept(
         own.identity,
         captions_of,
         size,
-        f"{own.name} {[(*_mark(file.path), file.role) for file in own.files]}",
+        f"{own.name} {_marks(own.files)}",
         load,
         lambda: [load_image(file.path, size) for file in targets],
         len(references),
@@ -175,11 +175,16 @@ def open_concept(
     )
 
 
-def _mark(file: Path) -> tuple[str, int, int]:
-    status = file.stat()
+def _marks(files: Sequence[PictureFile]) -> list[tuple[str, int, int, str]]:
+    """Name, size, time and role of a subject's files, which tell whether they were replaced."""
     # The copy of a file in a bucket is as old as the copy, on every host.
-    copied = file.is_relative_to(storage.cache_folder())
-    return file.name, status.st_size, 0 if copied else status.st_mtime_ns
+    copied = files[0].path.is_relative_to(storage.cache_folder())
+    marks = []
+    for file in files:
+        status = file.path.stat()
+        time = 0 if copied else status.st_mtime_ns
+        marks.append((file.path.name, status.st_size, time, file.role))
+    return marks
 
 
 def _rows(folder: Path, listing: Listing) -> list[Row]:
