@@ -11,8 +11,9 @@ import argparse
 import pathlib
 import sys
 
+import results_page
+
 from hyperlora_jax.errors import UserError
-from hyperlora_jax.evaluate import results_page
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RECORD = ("name", "title", "command", "machine", "metrics", "grid")

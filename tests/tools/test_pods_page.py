@@ -1,9 +1,10 @@
 import json
 
+import pods_page
 import pytest
+import results_page
 
 from hyperlora_jax.errors import UserError
-from hyperlora_jax.evaluate import pods_page, results_page
 
 RECORD = {
     "topology": "v5e-256", "chips": 256, "fits": True, "batch_per_chip": 16, "remat": "none",

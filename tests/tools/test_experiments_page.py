@@ -1,10 +1,11 @@
 import json
 
+import experiments_page
 import numpy as np
 import pytest
+import results_page
 
 from hyperlora_jax.errors import UserError
-from hyperlora_jax.evaluate import experiments_page, results_page
 
 
 def row(run="ridge", seed=0, mean=0.5):

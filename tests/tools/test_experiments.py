@@ -1,13 +1,13 @@
 """tools/experiments.py: its configs exist, equal runs are shared, finished ones are kept."""
 
-import importlib.util
 import json
 import pathlib
 
+import experiments as program
+import experiments_page
 import pytest
 
 from hyperlora_jax.cli.config import load_config
-from hyperlora_jax.evaluate import experiments_page
 from hyperlora_jax.hypernet.building import architecture, build_generator
 from hyperlora_jax.shipped import base_path
 from hyperlora_jax.stable_diffusion.model import StableDiffusion
@@ -16,12 +16,9 @@ from hyperlora_jax.train.hypernet_training import make_phases
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def experiments():
-    spec = importlib.util.spec_from_file_location("experiments", ROOT / "tools" / "experiments.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return program
 
 
 def test_every_run_is_a_config_that_can_be_built(experiments):

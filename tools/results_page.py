@@ -10,7 +10,7 @@ whatever stands between the two marker lines of a name is replaced:
     <!-- results: NAME -->
     <!-- /results -->
 
-`tools/make_results.py` calls `add_record` and `write_pages`; a test calls `stale_pages`.
+`make_results.py` calls `add_record`, `write_pages` and `stale_pages`.
 """
 
 import json
@@ -18,10 +18,12 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import experiments_page
+import pods_page
 from etils import epath
 
 from hyperlora_jax.errors import UserError
-from hyperlora_jax.evaluate import experiments_page, pods_page, verdicts, wording
+from hyperlora_jax.evaluate import verdicts, wording
 
 KEYS = ("name", "title", "command", "machine", "picture", "metrics")
 MARKED = re.compile(r"(<!-- results: ([\w-]+) -->\n)(.*?)(<!-- /results -->)", re.DOTALL)
