@@ -28,18 +28,21 @@ NETWORK = ("width=16", "depth=1", "num_heads=2", "mlp_ratio=2")
 SHRUNK = tuple(f"--config.model.network.{value}" for value in NETWORK)
 
 
-def write_base(root: Path, unet: dict | None = None, text: dict | None = None) -> Path:
+def write_base(
+    root: Path, unet: dict | None = None, text: dict | None = None, vae: dict | None = None
+) -> Path:
     """A tiny Stable Diffusion 1.x of random weights (32 pixels), saved by PyTorch diffusers.
 
-    `unet` and `text` change the configs of the UNet and the text encoder.
+    `unet`, `text` and `vae` change the configs of its parts.
     """
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
+    texts = tiny.tiny_text_config(**(text or {}))
     StableDiffusionPipeline(
         unet=tiny.torch_unet(tiny.tiny_unet_config(**(unet or {}))),
-        vae=tiny.torch_vae(tiny.tiny_vae_config()),
-        text_encoder=tiny.torch_text(tiny.tiny_text_config(**(text or {}))),
-        tokenizer=tiny.write_tokenizer(root / "tokenizer"),
+        vae=tiny.torch_vae(tiny.tiny_vae_config(**(vae or {}))),
+        text_encoder=tiny.torch_text(texts),
+        tokenizer=tiny.write_tokenizer(root / "tokenizer", texts["max_position_embeddings"]),
         scheduler=DDIMScheduler.from_config(tiny.SD1_SCHEDULER),
         safety_checker=None,
         feature_extractor=None,
@@ -48,16 +51,19 @@ def write_base(root: Path, unet: dict | None = None, text: dict | None = None) -
     return root
 
 
-def write_clip(root: Path, seed: int = 0) -> Path:
-    """A tiny CLIP vision encoder (24 pixels, 16 patches) saved by transformers."""
+def write_clip(root: Path, seed: int = 0, **changes: int) -> Path:
+    """A tiny CLIP vision encoder (24 pixels, 16 patches) saved by transformers; `changes` of its
+    config."""
     from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-    config = CLIPVisionConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        image_size=24, patch_size=6, projection_dim=12,
-    )  # fmt: skip
+    sizes = {
+        "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "image_size": 24, "patch_size": 6, "projection_dim": 12,
+    }  # fmt: skip
+    config = CLIPVisionConfig(**sizes | changes)
     tiny.randomise(CLIPVisionModelWithProjection(config), seed).save_pretrained(root)
-    CLIPImageProcessor(size={"shortest_edge": 24}, crop_size=24).save_pretrained(root)
+    side = config.image_size
+    CLIPImageProcessor(size={"shortest_edge": side}, crop_size=side).save_pretrained(root)
     return root
 
 
