@@ -121,7 +121,7 @@ def _leg(
     try:
         while any(process.poll() is None for process in running):
             _say(name, begin, reports)
-            time.sleep(1.0)
+            time.sleep(1.0 if sys.stdout.isatty() else 10.0)
     finally:
         for process in running:
             if process.poll() is None:
@@ -189,9 +189,8 @@ def _say(name: str, begin: float, reports: Sequence[Path]) -> None:
             facts = json.loads(report.read_text())
             most = max(facts["peaks"].values()) / MIB
             parts.append(f"{facts['phase']}, step {facts['step']}, {most:.0f} MiB")
-    end = "\r" if sys.stdout.isatty() else "\n"
-    if sys.stdout.isatty() or int(time.time() - begin) % 30 == 0:
-        print(f"{name} {time.time() - begin:.0f} s: {' | '.join(parts)}", end=end, flush=True)
+    line = f"{name} {time.time() - begin:.0f} s: {' | '.join(parts)}"
+    print(line, end="\033[K\r" if sys.stdout.isatty() else "\n", flush=True)
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:
@@ -293,6 +292,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--growth_mib", type=float, default=128.0, help="of encoding")
     parser.add_argument("--json", metavar="FILE")
     given = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the hosts are told too
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(given.workdir or temporary).resolve()
         folder.mkdir(parents=True, exist_ok=True)

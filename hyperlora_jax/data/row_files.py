@@ -8,6 +8,7 @@ Small files are read whole: many short rows are faster from one array.
 
 import dataclasses
 import os
+import resource
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,6 +19,7 @@ from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora_files import safetensors_io
 
 WHOLE_BYTES = 2**29  # of files that are read whole
+MOST_OPEN = 2**16  # files, where the system lets a process have as many
 ASKED_AHEAD = 2**16  # bytes of a row from which on a batch's rows are asked of the disk at once
 
 
@@ -31,6 +33,7 @@ class RowFiles:
     def __init__(self, files: Sequence[Path]):
         self._parts: dict[str, list[Part]] = {}
         self._kinds: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
+        _allow_open_files()
         for file in files:
             self._add(file)
 
@@ -53,6 +56,15 @@ class RowFiles:
         if sum(rows.num_bytes for rows in found.values()) > WHOLE_BYTES:
             return dict(found)
         return {name: rows.whole() for name, rows in found.items()}
+
+
+def _allow_open_files() -> None:
+    """Systems let a process open 1,024 files unasked; latents of 60,000 subjects at 1024 pixels
+    are more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_OPEN if hard == resource.RLIM_INFINITY else min(MOST_OPEN, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

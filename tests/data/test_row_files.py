@@ -1,6 +1,7 @@
 """Tables in files: rows, writing piece by piece, and how little memory they take."""
 
 import re
+import resource
 from pathlib import Path
 
 import ml_dtypes
@@ -72,6 +73,19 @@ def test_rows_are_written_whole_or_not_at_all(tmp_path):
         safetensors_io.written_in_rows(tmp_path / "file" / "x", (("a", BF16, (3, 2)),)),
     ):
         pass
+
+
+def test_more_files_than_a_process_may_open_unasked(tmp_path, monkeypatch):
+    monkeypatch.setattr(row_files, "WHOLE_BYTES", 0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    few = len(list(Path("/proc/self/fd").iterdir())) + 8
+    files = [write(tmp_path, f"{k:02d}", k, 1) for k in range(20)]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (few, hard))
+    try:
+        table = RowFiles(files).tables()["a"]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert table[[0, 19]][:, 0, 0].tolist() == [0, 19]
 
 
 def test_damaged_and_unlike_files_are_named(tmp_path):
