@@ -10,10 +10,10 @@
     undisturbed  1 process × 8 devices, all 20 steps, on the same encoded pictures
     encoding     all pictures of few and of four times as many subjects, nothing else
 
-Rows of encoded pictures, their files and the batch are those of the config with CLIP ViT-L; the base,
-the encoder and the hypernetwork are narrow, and pictures are drawn when asked for, at 64 pixels. Of
-the files of `--subjects` only the first ones are encoded: the others are further names of them
-(`tools/rehearse_host.py`). So disks are not measured, memory is. Ends with 1 where a limit is passed.
+Rows of encoded pictures, their files and the batch are the config's with CLIP ViT-L; the base, the
+encoder and the hypernetwork are narrow, and pictures are drawn when asked for, at 64 pixels. Of the
+files of `--subjects` only the first ones are encoded, the others are further names of them
+(`tools/rehearse_host.py`): memory is measured, disks are not. Ends with 1 where a limit is passed.
 """
 
 import argparse
@@ -53,7 +53,7 @@ CLIP = {"image_size": 224, "patch_size": 14, "projection_dim": 1024, "num_hidden
 # Rows [tokens, width], latents and text states as wide as the config's, or the tests' own.
 SIZES: dict[str, dict[str, Any]] = {
     "full": {
-        "base": {"unet": UNET, "text": TEXT, "vae": VAE}, "clip": CLIP, "encoding": (500, 2000),
+        "base": {"unet": UNET, "text": TEXT, "vae": VAE}, "clip": CLIP, "encoding": (250, 1000),
         "settings": {},
     },
     "tiny": {
@@ -292,7 +292,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--growth_mib", type=float, default=128.0, help="of encoding")
     parser.add_argument("--json", metavar="FILE")
     given = parser.parse_args(arguments)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the hosts are told too
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(given.workdir or temporary).resolve()
         folder.mkdir(parents=True, exist_ok=True)
@@ -314,4 +313,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that hosts are told too
     sys.exit(main())
