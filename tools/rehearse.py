@@ -38,12 +38,12 @@ KILL_AT, NUM_STEPS = 10, 20
 HYPERNETWORK = {"width": 64, "depth": 1, "num_heads": 2}
 UNET = {
     "sample_size": 64, "block_out_channels": [8, 16, 16], "cross_attention_dim": 768,
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "down_block_types": ["DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"],
 }  # fmt: skip
 TEXT = {
     "hidden_size": 768, "intermediate_size": 64, "num_attention_heads": 12,
-    "num_hidden_layers": 1, "max_position_embeddings": 77,
+    "num_hidden_layers": 0, "max_position_embeddings": 77,
 }  # fmt: skip
 VAE = {
     "block_out_channels": [8], "down_block_types": ["DownEncoderBlock2D"],
