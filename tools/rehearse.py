@@ -35,6 +35,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 GIB, MIB = 2**30, 2**20
 KILL_AT, NUM_STEPS = 10, 20
+BEFORE = ("start", "encoding", "start of the loop")  # phases before the first step
 HYPERNETWORK = {"width": 64, "depth": 1, "num_heads": 2}
 UNET = {
     "sample_size": 64, "block_out_channels": [8, 16, 16], "cross_attention_dim": 768,
@@ -75,11 +76,12 @@ def rehearse(folder: Path, subjects: int, size: str) -> dict[str, Any]:
         if name == "undisturbed" and not workdir.exists():
             workdir.mkdir()
             (workdir / "encoded").symlink_to(folder / "run" / "encoded")
-        plan = {"kill_at": kill_at, "link": True, "only_encode": False}
+        only = "train" if name == "undisturbed" else ""
+        plan = {"kill_at": kill_at, "link": True, "only": only}
         own = {**settings, "data.num_identities": subjects}
         legs[name] = _leg(folder, name, workdir, (hosts, devices), plan, own)
     for count in SIZES[size]["encoding"]:
-        name, plan = f"encoding {count}", {"kill_at": 0, "link": False, "only_encode": True}
+        name, plan = f"encoding {count}", {"kill_at": 0, "link": False, "only": "encode"}
         own = {**settings, "data.num_identities": count}
         legs[name] = _leg(folder, name, folder / name.replace(" ", "-"), (1, 2), plan, own)
     return legs
@@ -202,17 +204,16 @@ def summary(legs: dict[str, Any]) -> list[dict[str, Any]]:
     rows = []
     for name, leg in legs.items():
         for number, host in enumerate(leg["hosts"]):
-            peaks = {phase: value / MIB for phase, value in host["peaks"].items()}
+            peaks = host["peaks"]
             waits = host["data_wait"]
-            base = host["base"] / MIB
             rows.append(
                 {
                     "leg": name,
                     "host": number,
-                    "base_mib": round(base, 1),
-                    "peak_mib": round(max(peaks.values()), 1),
-                    "beyond_base_mib": round(max(peaks.values()) - base, 1),
-                    "peaks_mib": {phase: round(value, 1) for phase, value in peaks.items()},
+                    "base_mib": _mib(host["base"]),
+                    "peak_mib": _mib(max(peaks.values())),
+                    "beyond_base_mib": _mib(beyond_base(host)),
+                    "peaks_mib": {phase: _mib(value) for phase, value in peaks.items()},
                     "device_bytes": host.get("bytes", {}),
                     "data_wait_seconds": [round(seconds, 4) for seconds in waits],
                     "first_step_seconds": _rounded(leg["first_step_seconds"]),
@@ -220,6 +221,23 @@ def summary(legs: dict[str, Any]) -> list[dict[str, Any]]:
                 }
             )
     return rows
+
+
+def beyond_base(host: dict[str, Any]) -> int:
+    """Bytes that a host holds beyond the base, without what its first step adds: that is the
+    compiler's and the simulated devices', which a pod has elsewhere."""
+    peaks, begins = host["peaks"], host["begins"]
+    before = max(peak for phase, peak in peaks.items() if phase in BEFORE) - host["base"]
+    more = [0]
+    if "steps" in peaks:
+        more.append(peaks["steps"] - peaks["first step"])
+    if "end" in peaks:  # some of the first step's memory has been given back by then
+        more.append(peaks["end"] - begins["end"])
+    return before + max(more)
+
+
+def _mib(value: float) -> float:
+    return round(value / MIB, 1)
 
 
 def _rounded(seconds: float | None) -> float | None:

@@ -45,7 +45,9 @@ class Watch:
 
     def __init__(self, report: Path, kill_at: int):
         self._report, self._kill_at = report, kill_at
-        self.facts: dict[str, Any] = {"phase": "start", "step": 0, "data_wait": [], "peaks": {}}
+        self.facts: dict[str, Any] = {
+            "phase": "start", "step": 0, "data_wait": [], "peaks": {}, "begins": {},
+        }  # fmt: skip
         self._lock = threading.Lock()
         threading.Thread(target=self._sample, daemon=True).start()
 
@@ -54,6 +56,7 @@ class Watch:
         with self._lock:
             self._note()
             self.facts["phase"] = name
+            self.facts["begins"][name] = anonymous()
 
     def base_is_there(self) -> None:
         """Memory beyond this moment's is what pictures and training take."""
@@ -207,8 +210,8 @@ def run(plan: dict[str, Any], command: list[str]) -> int:
     """The command, watched; its exit code.
 
     Args:
-        plan: "report", "kill_at"; "link": whether files are linked; "only_encode": whether to end
-            when everything is encoded.
+        plan: "report", "kill_at"; "link": whether files are linked; "only": "encode" or "train",
+            after which to end, or "".
     """
     watch = Watch(Path(plan["report"]), plan["kill_at"])
 
@@ -217,12 +220,14 @@ def run(plan: dict[str, Any], command: list[str]) -> int:
 
     def encoded(result: Any) -> Any:
         watch.phase("start of the loop")
-        if plan["only_encode"]:
+        if plan["only"] == "encode":
             raise SystemExit(0)
         return result
 
     def trained(result: Any) -> Any:
         watch.phase("end")
+        if plan["only"] == "train":
+            raise SystemExit(0)
         return result
 
     subject_pictures.list_concepts = listed

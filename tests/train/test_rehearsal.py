@@ -10,7 +10,17 @@ import numpy as np
 import pytest
 
 TOOLS = pathlib.Path(__file__).parents[2] / "tools"
-HOST = {"base": 2**20, "peaks": {"encoding": 3 * 2**20, "steps": 5 * 2**20}, "data_wait": [0.1]}
+HOST = {
+    "base": 2**20,
+    "peaks": {
+        "encoding": 3 * 2**20,
+        "first step": 9 * 2**20,
+        "steps": 10 * 2**20,
+        "end": 5 * 2**20,
+    },
+    "begins": {"end": 4 * 2**20},
+    "data_wait": [0.1],
+}
 
 
 def tool(name):
@@ -51,6 +61,13 @@ def test_files_of_as_many_rows_are_names_of_the_first(host, tmp_path):
     assert files[1].samefile(files[0]) and not files[2].samefile(files[0])
 
 
+def test_what_the_first_step_adds_is_no_host_s(rehearse):
+    host = copy.deepcopy(HOST)
+    assert rehearse.beyond_base(host) == 3 * 2**20  # 2 before the loop, 1 in it or at the end
+    host["peaks"]["first step"] = host["peaks"]["steps"] = 2**40
+    assert rehearse.beyond_base(host) == 3 * 2**20
+
+
 def legs():
     leg = {"hosts": [HOST], "losses": [1.0] * 20, "first_step_seconds": 3.0, "seconds": 9.0}
     found = {
@@ -65,7 +82,8 @@ def legs():
     ("change", "passed"),
     [
         (lambda legs: None, []),
-        (lambda legs: legs["gone on"]["hosts"][0]["peaks"].update(steps=12 * 2**20), ["beyond"]),
+        (lambda legs: legs["gone on"]["hosts"][0]["peaks"].update(steps=18 * 2**20), ["beyond"]),
+        (lambda legs: legs["gone on"]["hosts"][0]["peaks"].update(end=13 * 2**20), ["beyond"]),
         (lambda legs: legs["encoding 4"]["hosts"][0]["peaks"].update(encoding=2**23), ["more"]),
         (lambda legs: legs["preempted"].update(losses=[1.0] * 20), ["step of"]),
         (lambda legs: legs["gone on"].update(losses=[1.0] * 19 + [1.01]), ["losses"]),
