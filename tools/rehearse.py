@@ -168,11 +168,15 @@ def _start(
 
 
 def _environments(hosts: int, devices: int, folder: Path) -> list[dict[str, str]]:
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+    flags = (
+        f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"  # compiles 8x faster
+        f" --xla_force_host_platform_device_count={devices}"
+        " --xla_cpu_collective_call_terminate_timeout_seconds=900"
+    )
     shared = {
         **os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT),
         "HYPERLORA_CACHE": str(folder / "cache"),
-        "XLA_FLAGS": f"{flags} --xla_cpu_collective_call_terminate_timeout_seconds=900",
+        "XLA_FLAGS": flags,
     }  # fmt: skip
     if hosts == 1:
         return [shared]
