@@ -12,7 +12,7 @@ import numpy as np
 
 from hyperlora_jax.array_types import Float, Int
 
-SUBJECTS_AT_ONCE = 4096
+SUBJECTS_AT_ONCE = 1024
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -55,18 +55,19 @@ class Ragged:
             for name, array in self.arrays.items()
         }
 
-    def first(self, name: str) -> Float[np.ndarray, "n *any"]:
-        """The first row of every subject, float32."""
-        return np.asarray(self.arrays[name][self.offsets[:-1]], np.float32)
+    def first(self, name: str) -> "Shared":
+        """The first row of every subject, read when asked for."""
+        return Shared(self.offsets[:-1], self.arrays[name])
 
     def means(self, name: str) -> Float[np.ndarray, "n *any"]:
         """The mean of every subject's rows, float32."""
-        parts = []
+        found = np.empty((len(self), *self.arrays[name].shape[1:]), np.float32)
         for start in range(0, len(self), SUBJECTS_AT_ONCE):
             own = self.offsets[start : start + SUBJECTS_AT_ONCE + 1]
             rows = np.asarray(self.arrays[name][int(own[0]) : int(own[-1])], np.float32)
-            parts += [one.mean(axis=0) for one in np.split(rows, own[1:-1] - own[0])]
-        return np.stack(parts)
+            for k, one in enumerate(np.split(rows, own[1:-1] - own[0]), start):
+                found[k] = one.mean(axis=0)
+        return found
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

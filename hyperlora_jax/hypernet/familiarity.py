@@ -7,30 +7,34 @@ A subject like those of training scores anywhere in (0, 1), uniformly on average
 another domain (a landscape for a model of faces) scores near 0: no training subject is as far off.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 
 from hyperlora_jax.array_types import AnyArray, Float, Params
 
-BLOCK = 1024
+BLOCK = 256  # subjects that are compared with all at once
 
 
-def fit(means: Float[np.ndarray, "n e"], singles: Float[np.ndarray, "n e"]) -> Params:
+def fit(means: Float[np.ndarray, "n e"], singles: Any) -> Params:
     """What is kept with a checkpoint: {"known": [n, e] unit embeddings, "typical": [n] ascending
     similarities of one picture of a subject to the nearest other subject}.
 
     Args:
         means: mean embeddings of the pictures of n training subjects, of each its own number.
-        singles: the embedding of one picture of each.
+        singles: [n, e], the embedding of one picture of each; read in blocks, as there may be
+            many subjects.
     """
-    known, asked = _unit(means), _unit(singles)
+    known = _unit(np.asarray(means, np.float32))
+    del means
     typical = np.empty(len(known), np.float32)
     for start in range(0, len(known), BLOCK):
-        rows = slice(start, start + BLOCK)
-        similarity = asked[rows] @ known.T
+        asked = _unit(np.asarray(singles[start : start + BLOCK], np.float32))
+        similarity = asked @ known.T
         similarity[np.arange(len(similarity)), np.arange(start, start + len(similarity))] = -1.0
-        typical[rows] = similarity.max(axis=1)
-    return {"known": known.astype(np.float32), "typical": np.sort(typical)}
+        typical[start : start + BLOCK] = similarity.max(axis=1)
+    return {"known": known, "typical": np.sort(typical)}
 
 
 def score(kept: Params, pooled: Float[AnyArray, "l k e"]) -> Float[np.ndarray, " l"]:
