@@ -32,7 +32,7 @@ from hyperlora_jax.lora.sites import LoraSpec, tree_from_sites
 from hyperlora_jax.lora_files import safetensors_io, save_lora
 from hyperlora_jax.lora_files.algebra import merge_into_checkpoint
 from hyperlora_jax.lora_files.base_model import read_base_model
-from hyperlora_jax.lora_files.normal_form import CARRIED
+from hyperlora_jax.lora_files.compatibility import EDGE
 
 CLIENT = "cyllama==0.2.18"
 RENDER = Path(__file__).with_name("sdcpp_render.py")
@@ -114,7 +114,7 @@ def single_file(folder: Path, out: Path) -> None:
 def strong_lora(base: Path) -> tuple[Params, LoraSpec]:
     """Changes of about a third of the weights' own size on every layer that a file carries."""
     layers = read_base_model(base).layers.values()
-    carried = LoraSpec(tuple(site for site in layers if CARRIED.search(site.path)))
+    carried = LoraSpec(tuple(site for site in layers if not EDGE.match(site.path)))
     spec, random = carried.with_rank(RANK), np.random.default_rng(1)
     pairs = {}
     for site in spec.sites:

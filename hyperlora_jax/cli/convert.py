@@ -2,8 +2,17 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hyperlora_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from hyperlora_jax.lora.sites import LoraSpec
+
+DROP_HELP = (
+    "leave out layers by parts of their paths (conv_in, time_embedding, text_encoder), or "
+    "differences (of biases and norms, which no LoRA carries)"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base", help="diffusers directory, or sd1, sd2, sdxl; default: told from the layers"
     )
+    parser.add_argument("--drop", nargs="+", default=[], metavar="WHAT", help=DROP_HELP)
     parser.add_argument("--verify", action="store_true", help="load the result with PyTorch too")
     parser.add_argument("--workers", type=int, help="files at a time (default: two per core)")
 
@@ -35,14 +45,14 @@ def run(args: argparse.Namespace) -> int:
     if source.is_dir() and not _is_one_lora(source):
         done = _folder(args, base)
     else:
-        done = [convert.convert_file(source, args.target, args.to, args.dtype, base)]
+        done = [convert.convert_file(source, args.target, args.to, args.dtype, base, args.drop)]
     good = [result for result in done if not result.error]
     if args.verify:
         _verify(args.base, good)
     if good:
         first = good[0]
         print(f"wrote {len(good)} LoRA(s), e.g. {first.target}")
-        print(f"{len(first.spec)} sites, rank {first.spec.max_rank}, {first.family}"
+        print(f"{len(first.spec)} sites, {ranks(first.spec)}, {first.family}"
               f" ({first.evidence})")  # fmt: skip
         form = compatibility.written_form(args.to, first.family)
         rows = compatibility.report(first.spec, first.family, form)
@@ -53,6 +63,12 @@ def run(args: argparse.Namespace) -> int:
     if bad:
         raise UserError(f"{len(bad)} of {len(done)} LoRAs could not be converted, see above")
     return 0
+
+
+def ranks(spec: "LoraSpec") -> str:
+    """ "rank 4", or "ranks 2 to 16" where sites differ."""
+    lowest = min(site.rank for site in spec.sites)
+    return f"rank {lowest}" if lowest == spec.max_rank else f"ranks {lowest} to {spec.max_rank}"
 
 
 def _is_one_lora(path: Path) -> bool:
@@ -71,7 +87,7 @@ def _folder(args: argparse.Namespace, base) -> list:
     with tqdm(total=total, unit="LoRA", desc="convert") as bar:
         return convert.convert_folder(
             args.source, args.target, args.to, args.dtype, base, args.workers,
-            lambda result: bar.update(),
+            lambda result: bar.update(), drop=args.drop,
         )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 
+from hyperlora_jax.cli.convert import ranks
 from hyperlora_jax.errors import UserError
 
 
@@ -31,5 +32,5 @@ def run(args: argparse.Namespace) -> int:
     written = save_lora(
         args.out, lora, spec, args.to, args.dtype, model.family, None, model.layers_per_block
     )
-    print(f"wrote {written}: {len(spec)} sites, rank {spec.max_rank}")
+    print(f"wrote {written}: {len(spec)} sites, {ranks(spec)}")
     return 0

@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Mapping, Sequence
 
+from hyperlora_jax.cli.convert import DROP_HELP, ranks
 from hyperlora_jax.errors import UserError
 
 
@@ -19,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", choices=FORMATS, default="kohya", help="form of the LoRA")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="float16")
     parser.add_argument("--base", help="diffusers directory, or sd1, sd2, sdxl: whose layers")
+    parser.add_argument("--drop", nargs="+", default=[], metavar="WHAT", help=DROP_HELP)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -32,7 +34,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--rank is {args.rank}, expected at least 1")
     named = [_weighted(text) for text in args.loras]
     paths, weights = [path for path, _ in named], [weight for _, weight in named]
-    merged = algebra.merge([load_lora(path, model) for path in paths], weights, args.rank)
+    loras = [load_lora(path, model, args.drop) for path in paths]
+    merged = algebra.merge(loras, weights, args.rank)
     spec = merged[1]
     if args.into:
         written = algebra.merge_into_checkpoint(args.into, merged, args.out)
@@ -42,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
         texts = _shared(headers)
         family = model.family if model else base or _family(paths, headers, spec)
         written = save_lora(args.out, *merged, args.to, args.dtype, family, texts, layers)
-    print(f"wrote {written}: {len(spec)} sites, rank {spec.max_rank}")
+    print(f"wrote {written}: {len(spec)} sites, {ranks(spec)}")
     return 0
 
 

@@ -11,6 +11,7 @@ Never builds an in×out matrix: O(r²(in+out)).
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Literal
 
 import jax
@@ -48,6 +49,36 @@ def truncate(lora: Params, spec: LoraSpec, rank: int) -> tuple[Params, LoraSpec]
     """
     cut = _map_sites(lora, spec, "svd", None, rank)
     return cut, spec.with_rank(rank)
+
+
+def lower_ranks(lora: Params, spec: LoraSpec, rank: int) -> tuple[Params, LoraSpec]:
+    """Best approximation of every delta at this rank; a site that has less, or a layer narrower
+    than that, keeps what it has."""
+    limits = {site.path: min(rank, site.fan_in, site.out_features) for site in spec.sites}
+    return _cut(lora, spec, limits)
+
+
+def cut_above_width(lora: Params, spec: LoraSpec) -> tuple[Params, LoraSpec]:
+    """The same deltas, without the components that a rank above both widths of a layer has too
+    many."""
+    wide = [site for site in spec.sites if site.rank > max(site.fan_in, site.out_features)]
+    return _cut(lora, spec, {site.path: min(site.fan_in, site.out_features) for site in wide})
+
+
+def _cut(lora: Params, spec: LoraSpec, limits: Mapping[str, int]) -> tuple[Params, LoraSpec]:
+    pairs = {site.path: site_factors(lora, site) for site in spec.sites}
+    new = {}
+    for site in spec.sites:
+        if site.rank > (limit := limits.get(site.path, site.rank)):
+            new.setdefault(limit, []).append(site)
+    if not new:
+        return lora, spec
+    sites = spec.by_path
+    for rank, those in new.items():
+        cut, part = truncate(lora, LoraSpec(tuple(those)), rank)
+        pairs |= {site.path: site_factors(cut, site) for site in part.sites}
+        sites = {**sites, **part.by_path}
+    return tree_from_sites(pairs), LoraSpec(tuple(sites.values()))
 
 
 def singular_values(lora: Params, spec: LoraSpec) -> dict[str, Float[Array, "*l r"]]:

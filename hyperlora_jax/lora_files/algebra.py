@@ -43,7 +43,7 @@ def merge(loras: Sequence[Lora], weights: Sequence[float], rank: int | None = No
             sites[site.path] = _joined(sites.get(site.path), site)
         total = factors.concatenate_ranks(total, factors.scale(lora, weight))
     spec = LoraSpec(tuple(sites.values()))
-    return (total, spec) if rank is None else gauge.truncate(total, spec, rank)
+    return (total, spec) if rank is None else gauge.lower_ranks(total, spec, rank)
 
 
 def _joined(first: LoraSite | None, second: LoraSite) -> LoraSite:
@@ -61,10 +61,10 @@ def subtract(a: Lora, b: Lora, rank: int | None = None) -> Lora:
 
 
 def resize(lora: Lora, rank: int) -> Lora:
-    """Best LoRA of another rank (SVD of every site's delta)."""
+    """Best LoRA of a smaller rank (SVD of every site's delta); smaller sites stay."""
     if rank < 1:
         raise UserError(f"resize: rank is {rank}, expected at least 1")
-    return gauge.truncate(*lora, rank)
+    return gauge.lower_ranks(*lora, rank)
 
 
 def extract(
@@ -97,22 +97,20 @@ def extract(
     pairs, sites = {}, []
     for path, old in _weights(Path(base_path(str(base))), component, wanted):
         change = np.asarray(new[path], np.float32) - np.asarray(old, np.float32)
-        site = dataclasses.replace(before[path], rank=rank)
+        layer = before[path]
+        site = dataclasses.replace(layer, rank=min(rank, layer.fan_in, layer.out_features))
         pairs[path] = _truncated(change, site)
         sites.append(site)
     return tree_from_sites(pairs), LoraSpec(tuple(sites))
 
 
 def _truncated(change: np.ndarray, site: LoraSite) -> dict[str, np.ndarray]:
-    """Balanced factors of one PyTorch weight difference, zero-padded to the rank."""
+    """Balanced factors of one PyTorch weight difference, at the site's rank."""
     order = (1, 0) if change.ndim == 2 else (2, 3, 1, 0)
     matrix = change.transpose(order).reshape(site.fan_in, site.out_features)
     left, sigma, right = np.linalg.svd(matrix, full_matrices=False)
-    keep = min(site.rank, sigma.size)
-    root = np.sqrt(sigma[:keep])
-    down = np.zeros((site.fan_in, site.rank), np.float32)
-    up = np.zeros(site.up_shape, np.float32)
-    down[:, :keep], up[:keep] = left[:, :keep] * root, root[:, None] * right[:keep]
+    root = np.sqrt(sigma[: site.rank])
+    down, up = left[:, : site.rank] * root, root[:, None] * right[: site.rank]
     return {"down": down.reshape(site.down_shape), "up": up}
 
 

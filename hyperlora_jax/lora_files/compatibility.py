@@ -27,7 +27,7 @@ TOOLS = (
     "A1111",
     "stable-diffusion.cpp",
 )
-_EDGE = re.compile(r"^(conv_in|conv_out|time_embedding|add_embedding)\b")
+EDGE = re.compile(r"^(conv_in|conv_out|time_embedding|add_embedding)\b")
 _LDM = re.compile(r"(input_blocks|middle_block|output_blocks|time_embed\.|label_emb)[._]")
 _OTHER_NAMES = "its key names are not those the tool looks for"
 
@@ -68,7 +68,7 @@ def written_form(format: str, family: Family) -> Form:
 
 
 def report(spec: LoraSpec, family: Family, form: Form) -> list[ToolReport]:
-    """One row for each tool, for a file in portable normal form (uniform rank, scale 1)."""
+    """One row for each tool, for a file in normal form."""
     return [_tool_report(tool, spec, family, form) for tool in TOOLS]
 
 
@@ -113,7 +113,7 @@ def _loss(tool: str, site: LoraSite, spec: LoraSpec, family: Family, form: Form)
     usable = form == "kohya" or (tool == "kohya sd-scripts" and family == "sdxl")
     if not usable or form not in ("kohya", "kohya-ldm"):
         return _OTHER_NAMES
-    if tool == "kohya sd-scripts" and _EDGE.match(site.path):
+    if tool == "kohya sd-scripts" and EDGE.match(site.path):
         return "layers outside attention, resnets and samplers are ignored"
     return ""
 
@@ -123,7 +123,7 @@ def _diffusers(tool: str, site: LoraSite, family: Family, form: Form) -> str:
         return _OTHER_NAMES
     if form == "kohya" and family == "sdxl" and site.path.startswith("add_embedding"):
         return "add_embedding is dropped from kohya files"
-    if tool != "diffusers" and form.startswith("kohya") and _EDGE.match(site.path):
+    if tool != "diffusers" and form.startswith("kohya") and EDGE.match(site.path):
         return "layers outside attention, resnets and samplers are dropped"
     return ""
 
@@ -152,7 +152,7 @@ def _sdcpp(site: LoraSite, form: Form) -> str:
         return "to_out of old diffusers keys is lost"
     if form in ("kohya-ldm", "comfy"):
         return "time_embedding is lost" if path.startswith("time_embedding") else ""
-    return "layers outside attention, resnets and samplers are ignored" if _EDGE.match(path) else ""
+    return "layers outside attention, resnets and samplers are ignored" if EDGE.match(path) else ""
 
 
 def scale_notes(tensors: Mapping[str, np.ndarray]) -> list[str]:

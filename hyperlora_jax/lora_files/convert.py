@@ -4,8 +4,10 @@ import concurrent.futures
 import dataclasses
 import os
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora.sites import PRESETS, LoraSpec
@@ -43,16 +45,17 @@ def convert_file(
     to: str,
     dtype: str = "float16",
     base: BaseModel | families.Family | None = None,
+    drop: Collection[str] = (),
 ) -> Converted:
     """Reads any form and writes another; the owner's header texts and our own are kept.
 
     `base` checks the layers and decides the family; without it the header does, or else the sites.
-    Raises UserError.
+    `drop` as in `load_lora`. Raises UserError.
     """
     source = Path(source)
     model = base if isinstance(base, BaseModel) else None
     lora, spec = load_lora(
-        source, _vector_spec(source, model) if source.suffix == ".npy" else model
+        source, _vector_spec(source, model) if source.suffix == ".npy" else model, drop
     )
     texts = {} if source.suffix == ".npy" else read_metadata(source)
     if model is not None:
@@ -68,7 +71,7 @@ def convert_file(
         own[f"{PREFIX}prediction_type"] = "v_prediction"
     layers = model.layers_per_block if model else 2
     written = save_lora(target, lora, spec, to, dtype, family, own, layers)
-    return Converted(source, written, spec.with_rank(spec.max_rank), family, evidence)
+    return Converted(source, written, spec, family, evidence)
 
 
 def _told(source: Path, spec: LoraSpec, texts: dict[str, str]) -> tuple[families.Family, str]:
@@ -108,29 +111,37 @@ def convert_folder(
     base: BaseModel | families.Family | None = None,
     num_workers: int | None = None,
     progress: Callable[[Converted], None] | None = None,
+    **reading: Any,
 ) -> list[Converted]:
     """Converts every LoRA below a folder; the results keep its structure and order.
 
-    A file that cannot be converted does not stop the others: its `error` says why.
+    A file that cannot be converted does not stop the others: its `error` says why. What is no
+    .safetensors is named on stderr. `reading` goes to `convert_file`.
     """
     root, out = Path(source), Path(target)
     jobs: list[tuple[Path, Path]] = []
     taken: dict[Path, Path] = {}
-    for path in find_loras(root):
+    found = find_loras(root)
+    for path in found:
         relative = path.relative_to(root)
         if relative.name == DIFFUSERS_NAME and relative.parent != Path():
             relative = relative.parent
-        name = relative.with_suffix("") if path.is_file() else relative
+        name = str(relative).removesuffix(".safetensors")
         place = out / (name if to in _FOLDERS else f"{name}.safetensors")
         if taken.setdefault(place, path) != path:
             raise UserError(
                 f"{path} and {taken[place]} would both become {place}; rename or move one"
             )
+        if place in found and place != path:
+            raise UserError(f"{path} would replace {place}; name another folder")
         jobs.append((path, place))
+    if pickles := [path for path in sorted(root.rglob("*")) if path.suffix in _PICKLES]:
+        names = ", ".join(str(path.relative_to(root)) for path in pickles)
+        print(f"note: {root}: not read, Python pickles: {names}", file=sys.stderr)
 
     def one(job: tuple[Path, Path]) -> Converted:
         try:
-            return convert_file(*job, to, dtype, base)
+            return convert_file(*job, to, dtype, base, **reading)
         except UserError as error:
             return Converted(*job, error=str(error))
 
@@ -144,3 +155,4 @@ def convert_folder(
 
 
 _FOLDERS = ("peft", "weights2weights")
+_PICKLES = (".pt", ".pth", ".bin", ".ckpt")

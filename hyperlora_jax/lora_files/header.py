@@ -60,7 +60,7 @@ def carried(metadata: Mapping[str, str]) -> dict[str, str]:
 def build(
     spec: LoraSpec, family: Family, metadata: Mapping[str, Any] | None, kohya: bool
 ) -> dict[str, str]:
-    """Complete header of a file with these (uniform rank) sites."""
+    """Complete header of a file with these sites."""
     own = own_metadata(metadata)
     v_prediction = own.get(PREFIX + "prediction_type") == "v_prediction"
     architecture, version = _ARCHITECTURES[family], _VERSIONS[family]

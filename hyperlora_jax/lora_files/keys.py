@@ -30,7 +30,8 @@ _ROLES = (
     (r"\.(?:dora_scale|lora_magnitude_vector(?:\.[\w-]+)?(?:\.weight)?)$", "DoRA"),
     (r"\.lora_mid\.weight$", "LoRA with a Tucker core (lora_mid)"),
     (r"\.(?:diff|diff_b)$", "full difference (diff)"),
-    (r"\.(?:oft_blocks|oft_diag|oft_r|boft_\w+)(?:\.[\w-]+)?(?:\.weight)?$", "OFT"),
+    (r"\.(?:set_weight|reshape_weight)$", "a replaced or reshaped weight (set_weight)"),
+    (r"\.(?:oft_blocks|oft_diag|oft_[rR]|boft_\w+)(?:\.[\w-]+)?(?:\.weight)?$", "OFT"),
     (r"\.(?:on_input|ia3_l(?:\.[\w-]+)?)$", "IA3"),
     (r"\.(?:w_norm|b_norm)$", "norm difference (w_norm)"),
     (r"\.lora_(?:A|B|down|up)(?:\.[\w-]+)?\.bias$", "LoRA with a bias"),
@@ -38,6 +39,7 @@ _ROLES = (
 )
 ROLES = tuple((re.compile(pattern), role) for pattern, role in _ROLES)
 PLAIN = ("down", "up", "alpha", "scale")
+DIFFERENCES = ("full difference (diff)", "norm difference (w_norm)", "LoRA with a bias")
 
 # Grammar of UNet module paths with every separator written "_" (F4); groups are re-joined by ".".
 _ATTENTION = (
@@ -139,6 +141,11 @@ def canonical_path(stem: str, layers_per_block: int = 2) -> str | None:
     flat = stem.replace(".", "_")
     path = _unflatten_unet(flat)
     return path if path is not None and path.replace(".", "_") == flat else None
+
+
+def is_layer(path: str) -> bool:
+    """Whether this is the path of a layer that LoRA files have a name for."""
+    return canonical_path(path) == path
 
 
 def _text_dotted(path: str, component: str) -> str | None:

@@ -1,4 +1,4 @@
-"""A LoRA's factors as files hold them: PyTorch layout, one rank, balanced, finite, in a dtype.
+"""A LoRA's factors as files hold them: PyTorch layout, balanced, finite, in a dtype.
 
 All numbers of a LoRA are laid out in one vector first, the down factors before the up factors, so
 that a check or a cast is one pass over memory and not one call for each layer.
@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import itertools
 import math
-import re
+from collections.abc import Sequence
 
 import jax
 import ml_dtypes
@@ -17,6 +17,7 @@ import numpy as np
 from hyperlora_jax.array_types import Bool, Float, Params
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora.sites import LoraSpec, ordered_factors
+from hyperlora_jax.lora_files import keys
 
 DTYPES: dict[str, np.dtype] = {
     "float16": np.dtype(np.float16),
@@ -24,19 +25,20 @@ DTYPES: dict[str, np.dtype] = {
     "float32": np.dtype(np.float32),
 }
 _LIMITS = {dtype: float(ml_dtypes.finfo(dtype).max) for dtype in DTYPES.values()}
-CARRIED = re.compile(
-    r"(^|\.)(attentions|resnets|downsamplers|upsamplers)\.\d+\.|\.(self_attn|mlp)\.[a-z0-9_]+$"
-)
 Matrices = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 def normal_form(
-    lora: Params, spec: LoraSpec, dtype: str = "float32", balance: bool = True, scale: int = 1
+    lora: Params,
+    spec: LoraSpec,
+    dtype: str = "float32",
+    balance: bool = True,
+    scales: Sequence[float] = (),
 ) -> Matrices:
-    """{path: (A [r, in, (kh, kw)], B [out, r, (1, 1)])} in PyTorch layout, padded and balanced.
+    """{path: (A [r, in, (kh, kw)], B [out, r, (1, 1)])} in PyTorch layout, balanced.
 
-    B is divided by `scale`, which the file then carries itself. The matrices are contiguous and
-    share their memory. Raises UserError naming the site for what no file can carry.
+    B of every site is divided by its scale, which the file then carries itself. The matrices are
+    contiguous and share their memory. Raises UserError naming the site for what no file can carry.
     """
     pairs = ordered_factors(lora, spec)
     if dtype not in DTYPES:
@@ -50,10 +52,12 @@ def normal_form(
         raise UserError(f"LoRA site {spec.sites[bad].path} has NaN or Inf; nothing was written")
     if balance:
         peaks = _balance(vector, peaks, packing)
-    if scale != 1:
-        ups = vector[packing.starts[len(spec)] :]
-        ups[...] = _divided(ups, np.float32(scale))
-        peaks[1] = _divided(peaks[1], np.float32(scale))
+    starts = packing.starts[len(spec) :]
+    for k, scale in enumerate(scales):
+        if scale != 1:
+            up = vector[starts[k] : starts[k + 1]]
+            up[...] = _divided(up, np.float32(scale))
+            peaks[1, k] = np.abs(up).max()
     if (bad := _first(peaks > _LIMITS[DTYPES[dtype]])) is not None:
         path = spec.sites[bad].path
         raise UserError(f"LoRA site {path} overflows {dtype}; write float32 instead")
@@ -74,22 +78,16 @@ class _Packing:
 def _packing(spec: LoraSpec) -> _Packing:
     if not spec.sites:
         raise UserError("LoRA has no sites; nothing to write")
-    if bad := [site.path for site in spec.sites if not CARRIED.search(site.path)]:
+    if bad := [site.path for site in spec.sites if not keys.is_layer(site.path)]:
         raise UserError(
-            f"LoRA site {bad[0]} cannot be carried by the common formats and tools ({len(bad)} "
-            "such sites): only attention, resnet and sampler layers and text encoder layers can"
+            f"LoRA site {bad[0]} is no layer of a Stable Diffusion UNet or text encoder that LoRA "
+            f"files name ({len(bad)} such sites)"
         )
-    rank, downs, ups = spec.max_rank, [], []
+    downs, ups = [], []
     for site in spec.sites:
-        if rank > max(site.fan_in, site.out_features):
-            raise UserError(
-                f"LoRA site {site.path}: rank {rank} is above both its sizes {site.fan_in}→"
-                f"{site.out_features}, which readers take for swapped factors; resize the LoRA to "
-                f"rank {min(site.fan_in, site.out_features)} or less, which loses nothing there"
-            )
         window = site.kernel_size if site.kind == "conv" else ()
-        downs.append((rank, site.in_features, *window))
-        ups.append((site.out_features, rank, *(1 for _ in window)))
+        downs.append((site.rank, site.in_features, *window))
+        ups.append((site.out_features, site.rank, *(1 for _ in window)))
     shapes = (*downs, *ups)
     return _Packing((0, *itertools.accumulate(map(math.prod, shapes))), shapes)
 
@@ -102,13 +100,12 @@ def _parts(vector: Float[np.ndarray, " d"], packing: _Packing) -> list[np.ndarra
 def _packed(
     pairs: list[tuple[np.ndarray, np.ndarray]], spec: LoraSpec, packing: _Packing
 ) -> Float[np.ndarray, " d"]:
-    """float32; rows of A and columns of B beyond a site's own rank are 0."""
-    vector = np.zeros(packing.starts[-1], np.float32)
+    vector = np.empty(packing.starts[-1], np.float32)
     parts = _parts(vector, packing)
     rows = zip(spec.sites, pairs, parts[: len(spec)], parts[len(spec) :], strict=True)
     for site, (down, up), a, b in rows:
-        a[: site.rank] = down.T if site.kind == "linear" else down.transpose(3, 2, 0, 1)
-        b.reshape(b.shape[:2])[:, : site.rank] = up.T
+        a[...] = down.T if site.kind == "linear" else down.transpose(3, 2, 0, 1)
+        b.reshape(b.shape[:2])[...] = up.T
     return vector
 
 

@@ -7,6 +7,7 @@ weights2weights: folder "unet" with keys that carry the adapter name "identity1"
 27 · rank, so 1/27 of the up factor is stored, beside the same numbers as one vector, weights.npy.
 """
 
+import collections
 import functools
 import io
 import json
@@ -154,16 +155,19 @@ def _write_folder(
 
 @functools.lru_cache(maxsize=64)
 def _config(spec: LoraSpec, scale: int) -> bytes:
-    """adapter_config.json of LoRAs of one spec."""
-    config = {
+    """adapter_config.json of LoRAs of one spec; sites of another rank than most are listed."""
+    rank = collections.Counter(site.rank for site in spec.sites).most_common(1)[0][0]
+    ranks = {_module(site.path): site.rank for site in spec.sites if site.rank != rank}
+    patterns = {"rank_pattern": ranks, "alpha_pattern": ranks} if ranks else {}
+    config = patterns | {
         "base_model_name_or_path": None,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
-        "lora_alpha": scale * spec.max_rank,
+        "lora_alpha": scale * rank,
         "lora_dropout": 0.0,
         "peft_type": "LORA",
-        "r": spec.max_rank,
+        "r": rank,
         "target_modules": sorted(_module(site.path) for site in spec.sites),
         "task_type": None,
     }

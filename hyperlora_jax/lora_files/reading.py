@@ -8,7 +8,9 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Mapping, Sequence
+import re
+import sys
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import numpy as np
 
 from hyperlora_jax.array_types import Params
 from hyperlora_jax.errors import UserError
-from hyperlora_jax.lora.sites import LoraSite, LoraSpec, tree_from_sites
+from hyperlora_jax.lora.sites import LoraSite, LoraSpec, site_factors, tree_from_sites
 from hyperlora_jax.lora_files import keys, safetensors_io
 from hyperlora_jax.lora_files.base_check import check_base, layers_per_block_of
 from hyperlora_jax.lora_files.layout import Signature, signature
@@ -31,25 +33,44 @@ from hyperlora_jax.lora_files.writing import DIFFUSERS_NAME
 
 SWAPPED, NARROWEST = 4, 32
 BUNDLED = "bundle_emb."  # textual inversions that OneTrainer puts into the LoRA file
-_FLOATS = {safetensors_io.DTYPES[name] for name in ("F16", "BF16", "F32", "F64")}
+DROP_DIFFERENCES = "differences"
+_FLOATS = {
+    safetensors_io.DTYPES[name] for name in ("F16", "BF16", "F32", "F64", "F8_E4M3", "F8_E5M2")
+}
+_BY_NUMBER = re.compile(r"^(unet|text_encoder):\d+:(up|down)$")
 
 
-def load_lora(path: str | os.PathLike[str], base: Any = None) -> tuple[Params, LoraSpec]:
+class _Differences(UserError):
+    """What a file holds beside its factors, that no LoRA carries: `keys`."""
+
+    def __init__(self, keys: Sequence[str]):
+        super().__init__(f"differences: {keys}")
+        self.keys = keys
+
+
+def load_lora(
+    path: str | os.PathLike[str], base: Any = None, drop: Collection[str] = ()
+) -> tuple[Params, LoraSpec]:
     """(LoRA tree of float32 numpy arrays, its spec). Folded: alpha is multiplied into up.
 
     `path` is a .safetensors file, a PEFT or diffusers folder, or a weights2weights vector (.npy,
     which needs a LoraSpec). `base` None reads by names alone; a StableDiffusion, a LoraSpec or a
     `BaseModel` is checked against the file: another base raises UserError that names both sides.
+    `drop` leaves out "differences" (of biases and norms, beside the factors) and layers, named by
+    any whole parts of their paths ("conv_in", "text_encoder"). What is left out is said on stderr.
     """
     tensors, metadata = read_tensors(Path(path), base if isinstance(base, LoraSpec) else None)
-    lora, spec = fold(path, tensors, layers_per_block_of(base))
+    lora, spec = fold(path, tensors, layers_per_block_of(base), DROP_DIFFERENCES in drop)
     written = metadata.get(safetensors_io.OWN_MARK)
     # One folder of an adapter directory carries the fingerprint of the whole.
     single = not (Path(path).is_dir() and adapter_folders(Path(path)))
-    if single and written is not None and written != spec.fingerprint:
+    whole = spec
+    if layers := [name for name in drop if name != DROP_DIFFERENCES]:
+        lora, spec = _without(path, lora, spec, layers)
+    if single and written is not None and written != whole.fingerprint:
         raise UserError(
             f"{path}: damaged or of another block layout: its names give spec "
-            f"{spec.fingerprint[:12]}…, its header says {written[:12]}…"
+            f"{whole.fingerprint[:12]}…, its header says {written[:12]}…"
         )
     return check_base(path, lora, spec, metadata, base)
 
@@ -99,14 +120,68 @@ def _file(path: Path) -> Path:
 
 
 def fold(
-    path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray], layers_per_block: int = 2
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, np.ndarray],
+    layers_per_block: int = 2,
+    drop_differences: bool = False,
 ) -> tuple[Params, LoraSpec]:
     """Folded LoRA tree and its spec. Raises UserError for what is no sound plain LoRA."""
     try:
         plan = _plan(signature(tensors), layers_per_block)
-        return _folded(tensors, plan), plan.spec
+        lora = _folded(tensors, plan)
+    except _Differences as found:
+        plain = {name: array for name, array in tensors.items() if name not in found.keys}
+        lora, spec = fold(path, plain, layers_per_block)
+        what = _differences(tensors, found.keys, lora, spec)
+        if not drop_differences:
+            raise UserError(
+                f"{path}: holds {what}, which no LoRA carries; convert or merge with --drop "
+                f"{DROP_DIFFERENCES} leaves them out"
+            ) from None
+        _say(path, f"left out {what}")
+        return lora, spec
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+    if plan.bundled:
+        names = sorted({key.removeprefix(BUNDLED).partition(".")[0] for key in plan.bundled})
+        _say(path, f"its {len(names)} bundled embeddings are not read ({', '.join(names)})")
+    return lora, plan.spec
+
+
+def _say(path: str | os.PathLike[str], text: str) -> None:
+    print(f"note: {path}: {text}", file=sys.stderr)
+
+
+def _differences(
+    tensors: Mapping[str, np.ndarray], names: Sequence[str], lora: Params, spec: LoraSpec
+) -> str:
+    """How many differences there are beside the factors, and how much of the change."""
+    beside = sum(float(np.square(tensors[name].astype(np.float64)).sum()) for name in names)
+    factors = 0.0
+    for site in spec.sites:
+        pair = site_factors(lora, site)
+        down = pair["down"].reshape(-1, site.rank).astype(np.float64)
+        factors += float(((down.T @ down) * (pair["up"] @ pair["up"].T.astype(np.float64))).sum())
+    share = math.sqrt(beside / max(beside + factors, 1e-300))
+    return (
+        f"{len(names)} differences of biases, norms or weights beside its factors (first "
+        f"{names[0]!r}; {share:.2%} of the norm of the whole change)"
+    )
+
+
+def _without(
+    path: str | os.PathLike[str], lora: Params, spec: LoraSpec, drop: Sequence[str]
+) -> tuple[Params, LoraSpec]:
+    lost = {
+        name: {site.path for site in spec.sites if f".{name}." in f".{site.path}."} for name in drop
+    }
+    gone = set().union(*lost.values())
+    kept = LoraSpec(tuple(site for site in spec.sites if site.path not in gone))
+    counts = ", ".join(f"{name}: {len(paths)}" for name, paths in lost.items())
+    if not kept.sites:
+        raise UserError(f"{path}: --drop leaves no layer ({counts})")
+    _say(path, f"left out {len(gone)} of {len(spec)} layers ({counts})")
+    return tree_from_sites({site.path: site_factors(lora, site) for site in kept.sites}), kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +190,7 @@ class _Plan:
 
     spec: LoraSpec
     names: tuple[Mapping[str, str], ...]  # for each site {role: key}
+    bundled: tuple[str, ...]
 
 
 @functools.lru_cache(maxsize=64)
@@ -124,7 +200,8 @@ def _plan(tensors: Signature, layers_per_block: int) -> _Plan:
     groups = _groups([name for name, _, _ in tensors], layers_per_block)
     kinds = {name: (dtype, shape) for name, dtype, shape in tensors}
     sites = [_site(name, groups[name], kinds) for name in sorted(groups)]
-    return _Plan(LoraSpec(tuple(sites)), tuple(groups[site.path] for site in sites))
+    bundled = tuple(name for name in kinds if name.startswith(BUNDLED))
+    return _Plan(LoraSpec(tuple(sites)), tuple(groups[site.path] for site in sites), bundled)
 
 
 def _groups(names: Sequence[str], layers_per_block: int) -> dict[str, dict[str, str]]:
@@ -132,6 +209,7 @@ def _groups(names: Sequence[str], layers_per_block: int) -> dict[str, dict[str, 
     groups: dict[str, dict[str, str]] = {}
     stems: dict[str, str] = {}
     unknown: list[str] = []
+    differences: list[str] = []
     for key in names:
         if key.startswith(BUNDLED):
             continue
@@ -140,6 +218,9 @@ def _groups(names: Sequence[str], layers_per_block: int) -> dict[str, dict[str, 
             unknown.append(key)
             continue
         stem, role = found
+        if role in keys.DIFFERENCES:
+            differences.append(key)
+            continue
         if role not in keys.PLAIN:
             raise UserError(f"{role} is not supported, only plain LoRA is (key {key!r})")
         site = keys.canonical_path(stem, layers_per_block)
@@ -153,6 +234,10 @@ def _groups(names: Sequence[str], layers_per_block: int) -> dict[str, dict[str, 
         groups[site][role] = key
     if unknown:
         raise UserError(_unknown_message(unknown, len(names)))
+    if differences and any("down" in group for group in groups.values()):
+        raise _Differences(differences)
+    if not groups:
+        raise UserError(f"holds no factors of a LoRA (first key {names[0]!r})")
     for site, group in groups.items():
         if missing := {"down", "up"} - set(group):
             raise UserError(f"layer {site} lacks its {min(missing)} factor")
@@ -164,6 +249,8 @@ def _unknown_message(unknown: list[str], total: int) -> str:
     if any(keys.TRANSFORMER_ONLY.search(key) for key in unknown):
         kind = "a LoRA of a diffusion transformer (Flux, SD3, …), expected Stable Diffusion 1/2/XL"
         return f"{kind} (key {shown})"
+    if all(_BY_NUMBER.search(key) for key in unknown):
+        return f"layers by number ({shown}), as lora_diffusion writes them; their names are needed"
     if len(unknown) == total:
         return f"no key belongs to a Stable Diffusion LoRA (first {shown})"
     return f"{len(unknown)} of {total} keys are not understood, first {shown}"
@@ -175,8 +262,8 @@ def _site(
     for role in ("down", "up"):
         if (dtype := kinds[group[role]][0]) not in _FLOATS:
             raise UserError(
-                f"{role} of layer {name} has dtype {dtype}, expected float16, bfloat16, float32 "
-                "or float64"
+                f"{role} of layer {name} has dtype {dtype}, expected float8, float16, bfloat16, "
+                "float32 or float64"
             )
     down, up = kinds[group["down"]][1], kinds[group["up"]][1]
     shapes = f"down {list(down)}, up {list(up)}"

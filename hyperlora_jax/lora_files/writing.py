@@ -1,9 +1,10 @@
 """`save_lora`: a LoRA tree as a file that other programs load unchanged.
 
-Normal form of every format: one rank for the whole file (smaller sites are zero-padded), the
-scale folded into the up factor, convolution factors 4-D, both factors balanced by a power of two
-(exact), arrays contiguous, all numbers finite. kohya files carry alpha = rank on every module,
-the others no alpha: the effective scale is 1 for every reader.
+Normal form of every format: the scale folded into the up factor, convolution factors 4-D, both
+factors balanced by a power of two (exact), arrays contiguous, all numbers finite, every site at its
+own rank, cut where that is above both widths of the layer (which changes nothing). kohya files
+carry one alpha, the largest rank, on every module (diffusers misreads alphas that differ), and up
+factors divided by what that makes of a smaller rank; the others no alpha.
 """
 
 import functools
@@ -20,7 +21,7 @@ from etils import epath
 from hyperlora_jax import storage
 from hyperlora_jax.array_types import Params
 from hyperlora_jax.errors import UserError
-from hyperlora_jax.lora import factors
+from hyperlora_jax.lora import factors, gauge
 from hyperlora_jax.lora.sites import LoraSpec, validate
 from hyperlora_jax.lora_files import family as families
 from hyperlora_jax.lora_files import header, keys, peft_directory, safetensors_io
@@ -52,9 +53,7 @@ def save_lora(
     so. For "diffusers" a path without suffix is a folder
     that gets `pytorch_lora_weights.safetensors`; "peft" and "weights2weights" always write a
     folder. `layers_per_block` matters only for SDXL names.
-    Raises UserError naming the site for NaN, Inf, values that overflow the dtype, a rank above
-    both sizes of a layer, and sites that the common tools cannot load (conv_in, conv_out, time and
-    add embeddings).
+    Raises UserError naming the site for NaN, Inf and values that overflow the dtype.
     """
     if storage.is_remote(path):
         with storage.output(path) as local:
@@ -64,10 +63,15 @@ def save_lora(
             return epath.Path(str(path)).parent / written.relative_to(local.parent)
     if format not in FORMATS:
         raise UserError(f"LoRA format {format!r} is unknown; expected one of {list(FORMATS)}")
+    lora, spec = gauge.cut_above_width(lora, spec)
+    scales: list[float] = []
+    if format == "kohya":
+        scales = [spec.max_rank / site.rank for site in spec.sites]
+    elif format == "weights2weights":
+        lora, spec = gauge.pad_rank(lora, spec.max_rank), spec.with_rank(spec.max_rank)
+        scales = [float(W2W_SCALE)] * len(spec)
     # A weights2weights vector comes back bit for bit: nothing is balanced there.
-    scale = W2W_SCALE if format == "weights2weights" else 1
-    sites = normal_form(lora, spec, dtype, balance=scale == 1, scale=scale)
-    spec = spec.with_rank(spec.max_rank)
+    sites = normal_form(lora, spec, dtype, balance=format != "weights2weights", scales=scales)
     kind = families.check(family, spec)
     target = Path(path)
     texts = header.build(spec, kind, metadata, format == "kohya")
@@ -143,7 +147,7 @@ def diffusers_tensors(sites: Matrices) -> dict[str, np.ndarray]:
 def kohya_tensors(
     sites: Matrices, spec: LoraSpec, family: families.Family, layers_per_block: int = 2
 ) -> dict[str, np.ndarray]:
-    """kohya keys with alpha = rank on every module; diffusers names for SD, sgm names for SDXL."""
+    """kohya keys with one alpha on every module; diffusers names for SD, sgm names for SDXL."""
     alpha = np.array(spec.max_rank, np.float32)
     names = kohya_names(spec, family, layers_per_block)
     tensors = {}

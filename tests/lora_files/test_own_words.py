@@ -124,14 +124,85 @@ def test_names_of_other_programs(stem, site, tmp_path):
     np.testing.assert_allclose(site_factors(lora, spec.sites[0])["up"], 2.0)
 
 
-def test_up_factors_of_dylora_and_bundled_embeddings(tmp_path):
+def test_up_factors_of_dylora_and_bundled_embeddings(tmp_path, capsys):
     stem = "lora_unet_down_blocks_0_resnets_0_conv1"
     source = lora_file(tmp_path / "in.safetensors", {stem: ((4, 32, 3, 3), (32, 4))}, alpha=4.0)
-    tensors = load_file(source) | {"bundle_emb.anna.clip_l": torch.ones(2, 768)}
-    save_file(tensors, source)
+    bundled = {f"bundle_emb.{name}.clip_l": torch.ones(2, 768) for name in ("bob", "anna")}
+    save_file(load_file(source) | bundled, source)
     lora, spec = load_lora(source)
+    said = "in.safetensors: its 2 bundled embeddings are not read (anna, bob)"
+    assert said in capsys.readouterr().err
+    save_file(bundled, tmp_path / "none.safetensors")
+    with pytest.raises(UserError, match="holds no factors of a LoRA"):
+        load_lora(tmp_path / "none.safetensors")
     (site,) = spec.sites
+    assert capsys.readouterr().err == ""
     assert site.kernel_size == (3, 3) and site_factors(lora, site)["up"].shape == (4, 32)
+
+
+def test_differences_beside_the_factors_are_left_out_on_request(tmp_path, capsys):
+    source = lora_file(tmp_path / "in.safetensors", {FIRST: ((4, 32), (32, 4))})  # norm 128
+    norm = FIRST.replace("attn1_to_q", "norm1")
+    beside = {f"{FIRST}.diff_b": torch.full((64,), 8.0), f"{norm}.w_norm": torch.full((32,), 8.0)}
+    save_file(load_file(source) | beside, source)
+    share = np.sqrt(64 * 96 / (64 * 96 + 128**2))
+    with pytest.raises(UserError, match=f"holds 2 differences.*{share:.2%}.*--drop differences"):
+        load_lora(source)
+    out = tmp_path / "out.safetensors"
+    for command in (
+        ["convert", str(source), str(out), "--to", "kohya"],
+        ["merge", str(source), "--out", str(out)],
+    ):
+        assert main([*command, "--drop", "differences"]) == 0
+        assert "left out 2 differences of biases" in capsys.readouterr().err
+        lora, spec = load_lora(out)
+        np.testing.assert_array_equal(site_factors(lora, spec.sites[0])["up"], 1)
+
+
+def test_layers_are_left_out_by_name(tmp_path, capsys):
+    layers = {
+        FIRST: ((4, 320), (320, 4)),
+        "lora_unet_conv_in": ((4, 4, 3, 3), (320, 4, 1, 1)),
+        "lora_te2_text_projection": ((4, 1280), (1280, 4)),
+    }
+    source = lora_file(tmp_path / "in.safetensors", layers, HEADERS["sdxl"])
+    out = str(tmp_path / "out.safetensors")
+    command = ["convert", str(source), out, "--to", "diffusers"]
+    assert main(command) == 0
+    written = load_file(out)
+    assert written["unet.conv_in.lora_A.weight"].shape == (4, 4, 3, 3)
+    assert written["text_encoder_2.text_projection.lora_B.weight"].shape == (1280, 4)
+    capsys.readouterr()
+    assert main([*command, "--drop", "conv_in", "text_projection", "conv_out"]) == 0
+    assert "left out 2 of 3 layers (conv_in: 1, text_projection: 1, conv_out: 0)" in (
+        capsys.readouterr().err
+    )
+    assert {key.split(".")[1] for key in load_file(out)} == {"down_blocks"}
+    assert main([*command, "--drop", "unet", "down_blocks", "conv_in", "text_encoder_2"]) == 2
+    assert "--drop leaves no layer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_factors_in_float8(dtype, tmp_path):
+    source = lora_file(tmp_path / "in.safetensors", {FIRST: ((4, 320), (320, 4))}, alpha=8.0)
+    stored = {key: (array * 1.5).to(dtype) for key, array in load_file(source).items()}
+    save_file(stored, source)
+    lora, spec = load_lora(source)
+    pair = site_factors(lora, spec.sites[0])
+    assert (pair["down"] == 1.5).all() and (pair["up"] == 1.5 * 12 / 4).all()
+
+
+def test_layers_by_number_and_pickles_are_named(tmp_path, capsys):
+    save_file({"unet:0:up": torch.ones(4, 2)}, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match="layers by number"):
+        load_lora(tmp_path / "a.safetensors")
+    folder = tmp_path / "in"
+    (folder / "bob.v1").mkdir(parents=True)
+    lora_file(folder / "bob.v1" / "pytorch_lora_weights.safetensors", {FIRST: ((4, 320), (320, 4))})
+    torch.save({}, folder / "bob.v1" / "old.pt")
+    assert main(["convert", str(folder), str(tmp_path / "out"), "--to", "kohya"]) == 0
+    assert "not read, Python pickles: bob.v1/old.pt" in capsys.readouterr().err
+    assert (tmp_path / "out" / "bob.v1.safetensors").exists()
 
 
 def test_a_rank_above_both_widths(tmp_path):

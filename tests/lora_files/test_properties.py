@@ -61,8 +61,8 @@ def test_written_files_mean_the_same(tmp_path, format, data):
     lora = random_lora(spec, data.draw(st.integers(0, 99)), size)
     first = save_lora(tmp_path / "a", lora, spec, format, dtype)
     back, found = load_lora(first)
-    assert found == spec.with_rank(spec.max_rank)
-    exact = dtype == "float32" and format != "weights2weights"
+    assert found == (spec.with_rank(spec.max_rank) if format == "weights2weights" else spec)
+    exact = dtype == "float32" and format in ("diffusers", "peft")
     relative = 0 if exact else {"float32": 5e-7, "float16": 4e-3, "bfloat16": 3e-2}[dtype]
     for path, wanted in deltas(lora, spec).items():
         error = np.abs(deltas(back, found)[path] - wanted).max()

@@ -1,3 +1,4 @@
+import dataclasses
 import sys
 
 import numpy as np
@@ -5,11 +6,12 @@ import pytest
 
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora.factors import zeros
+from hyperlora_jax.lora.sites import LoraSpec, spec_from_shapes, union
 from hyperlora_jax.lora_files import save_lora
 from hyperlora_jax.lora_files.safetensors_io import read, write
 from hyperlora_jax.lora_files.verify import load_modules, verify
 from hyperlora_jax.lora_files.writing import FORMATS
-from tests.lora_files.conftest import random_lora, spec_of
+from tests.lora_files.conftest import random_lora, shapes_of, spec_of
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -24,6 +26,21 @@ def test_pytorch_loads_what_we_write(tmp_path, family, modules, format):
     assert result.max_delta_error <= 1e-6
     assert result.max_abs_diff <= 1e-5
     assert result.output_change > 1e-2
+    assert result.ok
+
+
+@pytest.mark.parametrize("format", ["kohya", "diffusers", "peft"])
+def test_pytorch_loads_mixed_ranks_and_edge_layers(tmp_path, family, modules, format):
+    every = union(*(spec_from_shapes(shapes_of(modules[name], name != "unet"), [""], 1,
+                                     prefix="" if name == "unet" else f"{name}.")
+                    for name in modules))  # fmt: skip
+    sites = [dataclasses.replace(s, rank=1 + i % 5) for i, s in enumerate(every)]
+    spec = LoraSpec(tuple(site for site in sites if site.path != "text_encoder_2.text_projection"))
+    lora = random_lora(spec)
+    path = save_lora(tmp_path / "a", lora, spec, format, "float32", family)
+    result = verify(path, modules, lora, spec)
+    assert (result.missing_keys, result.unexpected_keys, result.warnings) == ((), (), ())
+    assert result.num_sites == len(spec)
     assert result.ok
 
 
