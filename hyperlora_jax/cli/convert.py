@@ -27,7 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--base", help="diffusers directory, or sd1, sd2, sdxl; default: told from the layers"
     )
     parser.add_argument("--drop", nargs="+", default=[], metavar="WHAT", help=DROP_HELP)
-    parser.add_argument("--verify", action="store_true", help="load the result with PyTorch too")
+    parser.add_argument(
+        "--verify", action="store_true", help="load source and result with PyTorch too"
+    )
     parser.add_argument("--workers", type=int, help="files at a time (default: two per core)")
 
 
@@ -48,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         done = [convert.convert_file(source, args.target, args.to, args.dtype, base, args.drop)]
     good = [result for result in done if not result.error]
     if args.verify:
-        _verify(args.base, good)
+        _verify(args.base, good, args.drop)
     if good:
         first = good[0]
         print(f"wrote {len(good)} LoRA(s), e.g. {first.target}")
@@ -91,15 +93,18 @@ def _folder(args: argparse.Namespace, base) -> list:
         )  # fmt: skip
 
 
-def _verify(base: str, done: list) -> None:
+def _verify(base: str, done: list, drop: list[str]) -> None:
     from tqdm import tqdm
 
     from hyperlora_jax.lora_files.reading import load_lora
-    from hyperlora_jax.lora_files.verify import load_modules, verify
+    from hyperlora_jax.lora_files.verify import load_modules, verify, verify_source
 
     modules = load_modules(base)
     worst_output = worst_delta = 0.0
     for result in tqdm(done, unit="LoRA", desc="verify"):
+        if result.source.suffix != ".npy":
+            meant = load_lora(result.source, None, drop)
+            tqdm.write(f"source {verify_source(result.source, modules, *meant)}")
         found = verify(result.target, modules, *load_lora(result.target))
         problems = [*found.missing_keys, *found.unexpected_keys, *found.warnings]
         if problems:

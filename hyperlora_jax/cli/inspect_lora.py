@@ -3,18 +3,22 @@
 import argparse
 import json
 
+from hyperlora_jax.errors import UserError
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The file and how much to show."""
     parser.add_argument("path", help="LoRA file or adapter folder")
     parser.add_argument("--base", help="diffusers directory, or sd1, sd2, sdxl")
     parser.add_argument("--sites", action="store_true", help="one line for each site")
+    parser.add_argument("--verify", action="store_true", help="load it with PyTorch (--base DIR)")
     parser.add_argument("--json", metavar="FILE", help="write the whole report")
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints the report."""
     from hyperlora_jax.lora_files import compatibility, safetensors_io
+    from hyperlora_jax.lora_files.family import FAMILIES
     from hyperlora_jax.lora_files.inspection import inspect_lora
 
     found = inspect_lora(args.path, args.base)
@@ -37,6 +41,13 @@ def run(args: argparse.Namespace) -> int:
     print("loads in")
     rows = [compatibility.ToolReport(**row) for row in found["tools"]]
     print("\n".join(compatibility.lines(rows, len(found["sites"]))))
+    if args.verify:
+        from hyperlora_jax.lora_files.reading import load_lora
+        from hyperlora_jax.lora_files.verify import load_modules, verify_source
+
+        if args.base is None or args.base in FAMILIES:
+            raise UserError("--verify needs --base DIR, a diffusers directory to load it into")
+        print(verify_source(args.path, load_modules(args.base), *load_lora(args.path)))
     if args.json:
         text = json.dumps(found, indent=1, sort_keys=True) + "\n"
         safetensors_io.atomic_write(args.json, text.encode())

@@ -25,7 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Reads, adds, writes."""
+    from hyperlora_jax.lora.sites import LoraSpec
     from hyperlora_jax.lora_files import algebra, convert, load_lora, read_metadata, save_lora
+    from hyperlora_jax.lora_files.base_check import of_family
     from hyperlora_jax.lora_files.base_model import BaseModel
 
     base = convert.open_base(args.into or args.base)
@@ -35,15 +37,20 @@ def run(args: argparse.Namespace) -> int:
     named = [_weighted(text) for text in args.loras]
     paths, weights = [path for path, _ in named], [weight for _, weight in named]
     loras = [load_lora(path, model, args.drop) for path in paths]
+    headers = [read_metadata(path) for path in paths]
+    if model is not None:
+        family = model.family
+    else:
+        sites = {site.path: site for _, spec in loras for site in spec.sites}
+        family = base or _family(paths, headers, LoraSpec(tuple(sites.values())))
+        loras = [of_family(path, *lora, family) for path, lora in zip(paths, loras, strict=True)]
     merged = algebra.merge(loras, weights, args.rank)
     spec = merged[1]
     if args.into:
         written = algebra.merge_into_checkpoint(args.into, merged, args.out)
     else:
         layers = model.layers_per_block if model else 2
-        headers = [read_metadata(path) for path in paths]
         texts = _shared(headers)
-        family = model.family if model else base or _family(paths, headers, spec)
         written = save_lora(args.out, *merged, args.to, args.dtype, family, texts, layers)
     print(f"wrote {written}: {len(spec)} sites, {ranks(spec)}")
     return 0

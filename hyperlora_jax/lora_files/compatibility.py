@@ -4,6 +4,7 @@ The rules are what was measured with diffusers 0.42 and 0.33, PEFT, kohya sd-scr
 ComfyUI and stable-diffusion.cpp, and read in A1111's source, for each form of keys.
 """
 
+import collections
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping
@@ -12,6 +13,7 @@ from typing import Literal
 import numpy as np
 
 from hyperlora_jax.lora.sites import LoraSite, LoraSpec
+from hyperlora_jax.lora_files import keys
 from hyperlora_jax.lora_files.family import Family
 
 Form = Literal[
@@ -29,6 +31,7 @@ TOOLS = (
 )
 EDGE = re.compile(r"^(conv_in|conv_out|time_embedding|add_embedding)\b")
 _LDM = re.compile(r"(input_blocks|middle_block|output_blocks|time_embed\.|label_emb)[._]")
+_OTHER_DIMENSIONS = "its factors have other dimensions than the layers"
 _OTHER_NAMES = "its key names are not those the tool looks for"
 
 
@@ -75,7 +78,10 @@ def report(spec: LoraSpec, family: Family, form: Form) -> list[ToolReport]:
 def _tool_report(tool: str, spec: LoraSpec, family: Family, form: Form) -> ToolReport:
     if family == "sdxl" and (tool, form) in _UNTESTED_XL:
         return ToolReport(tool, "untested", 0, (), "never tried with SDXL files of this form")
-    reasons = {site.path: _loss(tool, site, spec, family, form) for site in spec.sites}
+    return _row(tool, spec, {s.path: _loss(tool, s, spec, family, form) for s in spec.sites})
+
+
+def _row(tool: str, spec: LoraSpec, reasons: Mapping[str, str]) -> ToolReport:
     lost = tuple(path for path, reason in reasons.items() if reason)
     kept = len(spec) - len(lost)
     status = "full" if not lost else "part" if kept else "none"
@@ -98,7 +104,7 @@ def _loss(tool: str, site: LoraSite, spec: LoraSpec, family: Family, form: Form)
     if form in ("peft", "weights2weights"):
         return "an adapter folder is for PEFT only"
     if tool.startswith("diffusers"):
-        return _diffusers(tool, site, family, form)
+        return _diffusers(tool, site, family, form, len({s.rank for s in spec.sites}) > 1)
     text = site.component != "unet"
     if tool == "ComfyUI":
         if form == "diffusers" and ".attn" in site.path:
@@ -118,11 +124,13 @@ def _loss(tool: str, site: LoraSite, spec: LoraSpec, family: Family, form: Form)
     return ""
 
 
-def _diffusers(tool: str, site: LoraSite, family: Family, form: Form) -> str:
+def _diffusers(tool: str, site: LoraSite, family: Family, form: Form, mixed: bool) -> str:
     if form == "comfy" or (form == "kohya-ldm" and family != "sdxl"):
         return _OTHER_NAMES
     if form == "kohya" and family == "sdxl" and site.path.startswith("add_embedding"):
         return "add_embedding is dropped from kohya files"
+    if tool != "diffusers" and form == "diffusers" and mixed:
+        return "mixed ranks without alpha are scaled wrongly"
     if tool != "diffusers" and form.startswith("kohya") and EDGE.match(site.path):
         return "layers outside attention, resnets and samplers are dropped"
     return ""
@@ -153,6 +161,114 @@ def _sdcpp(site: LoraSite, form: Form) -> str:
     if form in ("kohya-ldm", "comfy"):
         return "time_embedding is lost" if path.startswith("time_embedding") else ""
     return "layers outside attention, resnets and samplers are ignored" if EDGE.match(path) else ""
+
+
+# Keys of a file that is wholly of one form: what the rules above were measured with.
+_TEXT = r"lora_te[12]?_text_\w+"
+_UNET = r"unet\.(?!_orig_mod|module|base_model)[\w.]+"
+_CLIP = r"(?:text_encoder\.|text_encoder_2\.text_)[\w.]+"
+_NEW, _OLD = r"\.lora_[AB]\.weight", r"(?:_lora|\.lora|\.lora_linear_layer)\.(?:down|up)\.weight"
+_REGULAR = {
+    "kohya": rf"(?:lora_unet_\w+|{_TEXT})\.(?:lora_(?:down|up)\.weight|alpha)",
+    "diffusers": rf"{_UNET}{_NEW}|{_CLIP}(?:{_NEW}|{_OLD})",
+    "old-diffusers": rf"{_UNET}{_OLD}|{_CLIP}(?:{_NEW}|{_OLD})",
+    "comfy": rf"(?:diffusion_model\.[\w.]+|{_TEXT})\.(?:lora_(?:[AB]|down|up)\.weight|alpha)",
+    "peft": r"base_model\.model\..*",
+    "weights2weights": r"base_model\.model\..*",
+}
+_COMPONENTS = ("unet.", "text_encoder.", "text_encoder_2.")
+_REGULAR["kohya-ldm"] = _REGULAR["kohya"]
+_SGM = re.compile(r"input_blocks|middle_block|output_blocks")
+_NOT_SGM = re.compile(r"down_blocks|mid_block|up_blocks")
+
+
+def source_report(
+    tensors: Mapping[str, np.ndarray],
+    metadata: Mapping[str, str],
+    spec: LoraSpec,
+    family: Family,
+    fits: bool,
+) -> list[ToolReport]:
+    """One row for each tool, for a file as another program left it: what deviates from its form
+    decides. `fits` is False where factors have not the dimensions that layers of the family have.
+    """
+    form = form_of(tensors)
+    regular = all(re.fullmatch(_REGULAR[form], key) for key in tensors if key[-6:] != ".scale")
+    rows = []
+    for row in report(spec, family, form):
+        if row.tool == "PEFT" or row.tool.startswith("diffusers"):
+            reasons = {} if fits else dict.fromkeys(spec.by_path, _OTHER_DIMENSIONS)
+            if row.tool != "PEFT" and row.status != "none":
+                reasons = reasons or _diffusers_losses(tensors, metadata, spec, form, regular)
+            if row.status != "none":
+                row = _row(row.tool, spec, dict.fromkeys(row.lost, row.reason) | reasons)
+        elif not regular:
+            row = ToolReport(row.tool, "untested", 0, (), "never tried with names like these")
+        rows.append(row)
+    return rows
+
+
+def _diffusers_losses(
+    tensors: Mapping[str, np.ndarray],
+    metadata: Mapping[str, str],
+    spec: LoraSpec,
+    form: Form,
+    regular: bool,
+) -> dict[str, str]:
+    """{layer: why diffusers does not read it, or not at its strength}."""
+    everything = ""
+    text = metadata.get("lora_adapter_metadata", "")
+    scaled = any(key.endswith(".scale") for key in tensors) and not text
+    if form in ("kohya", "kohya-ldm"):
+        if scaled:
+            everything = "it refuses .scale"
+        elif text and any(key.endswith(".alpha") for key in tensors):
+            everything = "it refuses alpha beside lora_adapter_metadata"
+        elif not regular:
+            everything = _OTHER_NAMES
+        elif any(map(_SGM.search, tensors)) and any(map(_NOT_SGM.search, tensors)):
+            gone = {path for key, path in _paths(tensors) if _SGM.search(key)}
+            return dict.fromkeys(gone, "it skips sgm names where diffusers names stand beside them")
+        return dict.fromkeys(spec.by_path, everything) if everything else _misread(tensors, spec)
+    if any("lora" not in key for key in tensors if key[-6:] != ".scale") or scaled:
+        everything = "it refuses alpha or scale beside such keys"
+    elif not regular or any(_SGM.search(key) for key in tensors):
+        named = [key for key in tensors if key.startswith(_COMPONENTS)]
+        sound = re.compile(rf"(?!.*(?:{_SGM.pattern}))(?:{_REGULAR[form]})")
+        if named and all(map(sound.fullmatch, named)):
+            gone = {path for key, path in _paths(tensors) if key not in named}
+            return dict.fromkeys(gone, "it skips keys without the model's name (unet.)")
+        everything = _OTHER_NAMES
+    elif text and any(f'"{site.component}.r"' not in text for site in spec.sites):
+        everything = "its lora_adapter_metadata lacks a model that the file has layers of"
+    return dict.fromkeys(spec.by_path, everything) if everything else {}
+
+
+def _paths(tensors: Mapping[str, np.ndarray]) -> list[tuple[str, str]]:
+    """(key of the down factor, layer) of every layer."""
+    found = [(key, keys.split_role(key)) for key in tensors]
+    return [(key, keys.canonical_path(role[0]) or "") for key, role in found
+            if role is not None and role[1] == "down"]  # fmt: skip
+
+
+def _misread(tensors: Mapping[str, np.ndarray], spec: LoraSpec) -> dict[str, str]:
+    """Layers whose alpha is not that of most layers of their model, which attention gets."""
+    alphas: dict[str, dict[str, float | None]] = {}
+    for key, path in ((key, path) for key, path in _paths(tensors) if path in spec.by_path):
+        alpha = tensors.get(key.replace(".lora_down.weight", ".alpha"))
+        own = None if alpha is None else float(alpha.reshape(-1)[0])
+        alphas.setdefault(spec.by_path[path].component, {})[path] = own
+    lost = {}
+    for found in alphas.values():
+        given = collections.Counter(value for value in found.values() if value is not None)
+        if not given:
+            continue
+        most = given.most_common(1)[0][0]
+        for path, value in found.items():
+            value = spec.by_path[path].rank if value is None else value
+            if value != most and re.search(r"\.attn\d\.|\.mlp\.", path):
+                lost[path] = "alphas differ or are partly missing, it takes that of most layers"
+    return lost
 
 
 def scale_notes(tensors: Mapping[str, np.ndarray]) -> list[str]:

@@ -2,14 +2,16 @@
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hyperlora_jax.lora.sites import LoraSpec, site_factors
-from hyperlora_jax.lora_files import compatibility, convert
+from hyperlora_jax.lora_files import compatibility, convert, keys
 from hyperlora_jax.lora_files import family as families
+from hyperlora_jax.lora_files.base_check import of_family
 from hyperlora_jax.lora_files.base_model import BaseModel
 from hyperlora_jax.lora_files.reading import load_lora, read_tensors
 
@@ -21,17 +23,19 @@ def inspect_lora(path: str | os.PathLike[str], base: str | None = None) -> dict[
     """
     given = convert.open_base(base)
     model = given if isinstance(given, BaseModel) else None
-    lora, spec = load_lora(path, model)
+    lora, spec = as_it_is = load_lora(path)
     tensors, metadata = read_tensors(Path(path))
     family, evidence = families.tell(spec, metadata)
     if given is not None:
         family = model.family if model else families.check(str(base), spec)
         evidence = "given"
-    form = compatibility.form_of(tensors)
+    lora, spec = load_lora(path, model) if model else of_family(path, lora, spec, family)
+    fits = spec == as_it_is[1] and _equal_dimensions(tensors)
+    rows = compatibility.source_report(tensors, metadata, spec, family, fits)
     sites, squares, effective = _sites(lora, spec)
     return {
         "path": str(path),
-        "form": form,
+        "form": compatibility.form_of(tensors),
         "family": family,
         "evidence": evidence,
         "fingerprint": spec.fingerprint,
@@ -42,8 +46,18 @@ def inspect_lora(path: str | os.PathLike[str], base: str | None = None) -> dict[
         "dtypes": sorted({array.dtype.name for key, array in tensors.items() if _is_factor(key)}),
         "metadata": metadata,
         "notes": compatibility.scale_notes(tensors),
-        "tools": [dataclasses.asdict(row) for row in compatibility.report(spec, family, form)],
+        "tools": [dataclasses.asdict(row) for row in rows],
     }
+
+
+def _equal_dimensions(tensors: Mapping[str, np.ndarray]) -> bool:
+    """Whether both factors of every layer have as many dimensions."""
+    found: dict[str, set[int]] = {}
+    for key, array in tensors.items():
+        role = keys.split_role(key)
+        if role is not None and role[1] in ("down", "up"):
+            found.setdefault(role[0], set()).add(array.ndim)
+    return all(len(dimensions) == 1 for dimensions in found.values())
 
 
 def _is_factor(key: str) -> bool:

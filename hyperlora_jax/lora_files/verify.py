@@ -20,8 +20,9 @@ import numpy as np
 from hyperlora_jax.array_types import Params
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora.sites import LoraSite, LoraSpec, site_factors
+from hyperlora_jax.lora_files.compatibility import scale_notes
 from hyperlora_jax.lora_files.peft_directory import VECTOR_NAME, W2W_ADAPTER, adapter_folders
-from hyperlora_jax.lora_files.reading import load_lora
+from hyperlora_jax.lora_files.reading import load_lora, read_tensors
 from hyperlora_jax.lora_files.writing import DIFFUSERS_NAME
 from hyperlora_jax.shipped import base_path
 
@@ -35,11 +36,14 @@ class VerifyResult:
     """What PyTorch made of a file. All differences are absolute maxima.
 
     `max_abs_diff`: outputs with the adapter against merged weights; `max_delta_error`: any site's
-    delta against ours; `output_change`: outputs with the adapter against the base's.
+    delta against ours, at `worst_site`; `delta_size`: the largest entry of ours; `output_change`:
+    outputs with the adapter against the base's.
     """
 
     max_abs_diff: float
     max_delta_error: float
+    worst_site: str
+    delta_size: float
     output_change: float
     num_sites: int
     missing_keys: tuple[str, ...]
@@ -102,21 +106,52 @@ def verify(
     remarks = [text for text in heard if not _NO_KEYS.search(text) or
                not any(prefix in text for prefix in bare)]  # fmt: skip
     missing = sorted((set(expected) - set(found)) | set(absent))
-    errors = [
-        float(np.abs(found[name] - expected[name].reshape(found[name].shape)).max())
+    errors = {
+        name: float(np.abs(found[name] - expected[name].reshape(found[name].shape)).max())
         if found[name].size == expected[name].size
         else float("inf")
-        for name in set(found) & set(expected)
-    ]
+        for name in sorted(set(found) & set(expected))
+    }
     return VerifyResult(
         max_abs_diff=_distance(adapted, merged),
-        max_delta_error=max(errors, default=float("inf")),
+        max_delta_error=max(errors.values(), default=float("inf")),
+        worst_site=max(errors, key=lambda name: errors[name], default=""),
+        delta_size=max(float(np.abs(delta).max()) for delta in expected.values()),
         output_change=_distance(adapted, plain),
         num_sites=len(found),
         missing_keys=tuple(missing),
         unexpected_keys=tuple(sorted(set(found) - set(expected))),
         warnings=tuple(remarks),
     )
+
+
+def verify_source(
+    path: str | os.PathLike[str], base: Mapping[str, Any], lora: Params, spec: LoraSpec
+) -> str:
+    """What the library that a file is for (PEFT for adapter folders, else diffusers) makes of it,
+    beside our reading, in one line.
+
+    `base` is `load_modules`' result. Raises UserError where both read it differently, unless the
+    file's alphas are such that diffusers is known to misread them.
+    """
+    library = "PEFT" if Path(path).is_dir() and adapter_folders(Path(path)) else "diffusers"
+    try:
+        found = verify(path, base, lora, spec)
+    except UserError as error:
+        reason = str(error).removeprefix(f"{path}: ")
+        return f"{path}: could not be compared with {library}: {reason}"
+    if found.num_sites == 0:
+        return f"{path}: could not be compared with {library}, which finds no layer in it"
+    if found.max_delta_error > 1e-4 * found.delta_size:
+        line = (
+            f"{path}: {library} reads it differently: layer {found.worst_site} differs by "
+            f"{found.max_delta_error:.1e}, its largest entry here is {found.delta_size:.1e}"
+        )
+        if notes := scale_notes(read_tensors(Path(path))[0]):
+            return f"{line} ({notes[0]})"
+        raise UserError(line)
+    count = f"{found.num_sites - len(found.unexpected_keys)} of {len(spec)} layers"
+    return f"{path}: {library} reads the same ({count})"
 
 
 def _torch() -> Any:
@@ -165,7 +200,7 @@ def _adapted(modules: Mapping[str, Any], path: Path) -> Iterator[None]:
                 str(path.parent.resolve()), weight_name=path.name, adapter_name=ADAPTER
             )
         yield
-    except (ValueError, RuntimeError, KeyError) as error:
+    except (ValueError, RuntimeError, LookupError, TypeError, AttributeError) as error:
         lines = str(error).strip().splitlines()
         raise UserError(f"{path}: PyTorch refuses it: {lines[0] if lines else error!r}") from error
     finally:

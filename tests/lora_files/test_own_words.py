@@ -275,3 +275,16 @@ def test_merging_two_files_of_the_embedded_base(tmp_path, capsys):
     checked = ["convert", str(merged), str(again), "--to", "diffusers", "--base", "tiny-sd"]
     assert main(checked) == 0
     assert header["hyperlora.base"] == "tiny-sd"
+
+
+def test_factors_of_one_layer_in_two_forms_are_added(tmp_path):
+    stem = "lora_unet_mid_block_attentions_0_proj_in"
+    flat = lora_file(tmp_path / "a.safetensors", {stem: ((4, 64), (64, 4))}, HEADERS["sd1"])
+    wide = lora_file(tmp_path / "b.safetensors", {stem: ((2, 64, 1, 1), (64, 2, 1, 1))})
+    out = tmp_path / "out.safetensors"
+    assert main(["merge", str(flat), str(wide), "--out", str(out)]) == 0
+    lora, spec = load_lora(out)
+    (site,) = spec.sites
+    pair = site_factors(lora, site)
+    assert (site.kind, site.rank) == ("conv", 6)
+    np.testing.assert_allclose(pair["down"].reshape(64, 6) @ pair["up"], 6.0)
