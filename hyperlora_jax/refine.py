@@ -56,7 +56,7 @@ def refine_loras(
         sd: the base model.
         spec: sites of the LoRAs.
         loras: single LoRAs, or a tree with leading axis l.
-        load: number of a LoRA → (latents [m, h, w, c], text states [m, n, e]) of its pictures.
+        load: number of a LoRA → (latents [m, h, w, c], text conditions) of its m pictures.
         rank: r₂, of what is added.
         keep_rank: cut the sum to this rank; None keeps it exactly.
         num_slots: how many are refined at once.
@@ -219,7 +219,7 @@ def _subjects(folder: Path, files: Sequence[Path]) -> list[SubjectFolder]:
 
 
 def _concept(sd: Any, subject: SubjectFolder, caption: str) -> ConceptArrays:
-    """(latents, text states) of a subject's target pictures."""
+    """(latents, text conditions) of a subject's target pictures."""
     read = read_concept(subject, size_buckets.square(image_size(sd)), caption)
     images = np.stack([pictures.decode(png) for png in read.targets])[None]
     encoded = encode_subjects(sd, None, [read.id], images, [read.captions], progress=False)

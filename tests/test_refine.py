@@ -47,7 +47,7 @@ def _world():
     concepts = [
         (
             random.standard_normal((2, 4, 4, 3)).astype(np.float32),
-            random.standard_normal((2, 5, 8)).astype(np.float32),
+            {"states": random.standard_normal((2, 5, 8)).astype(np.float32)},
         )
         for _ in range(3)
     ]
@@ -66,10 +66,13 @@ def _refined(world):
     )  # fmt: skip
 
 
+def joined(concepts):
+    return jax.tree.map(lambda *rows: np.concatenate(rows), *concepts)
+
+
 def denoising(world, lora):
     sd, _, concepts, _ = world
-    latents = np.concatenate([latents for latents, _ in concepts])
-    text = np.concatenate([text for _, text in concepts])
+    latents, text = joined(concepts)
     noise = jax.random.normal(jax.random.key(5), latents.shape)
     times = jnp.full(len(latents), 400)
     errors = denoising_error(
@@ -114,8 +117,9 @@ def test_keep_rank_is_the_best_cut_of_the_sum(world, refined):
 def test_every_lora_is_refined_on_its_own_number_of_pictures(world):
     """Whoever is refined beside it."""
     sd, spec, concepts, generated = world
-    latents, text = (np.concatenate(parts) for parts in zip(*concepts, strict=True))
-    own = [(latents[:5], text[:5]), (latents[5:], text[5:])]
+    every = joined(concepts)
+    parts = (slice(5), slice(5, None))
+    own = [jax.tree.map(lambda rows, part=part: rows[part], every) for part in parts]
     recipe = Recipe(num_steps=5, images_per_step=2, learning_rate=2e-2)
     singles = [factors.index(generated, k) for k in range(2)]
 

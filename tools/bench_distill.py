@@ -129,7 +129,7 @@ class Peer:
         self.unet.requires_grad_(False).train()
         self.noising = DDPMScheduler.from_pretrained(base / "scheduler")
 
-    def choose_threads(self, latents: np.ndarray, text: np.ndarray) -> int:
+    def choose_threads(self, latents: np.ndarray, text: Params) -> int:
         """Sets and returns the number of threads, one or all cores, that makes steps faster."""
         import torch
 
@@ -144,7 +144,7 @@ class Peer:
         torch.set_num_threads(best)
         return best
 
-    def fit(self, latents: np.ndarray, text: np.ndarray, num_steps: int | None = None) -> Params:
+    def fit(self, latents: np.ndarray, text: Params, num_steps: int | None = None) -> Params:
         """One LoRA, from scratch."""
         import torch
         from peft import LoraConfig
@@ -161,7 +161,7 @@ class Peer:
             trained, recipe.learning_rate, (recipe.b1, recipe.b2), weight_decay=recipe.weight_decay
         )
         images = torch.from_numpy(np.array(latents)).permute(0, 3, 1, 2).contiguous()
-        states = torch.from_numpy(np.array(text))
+        states = torch.from_numpy(np.array(text["states"]))
         for _ in range(num_steps or recipe.num_steps):
             chosen = torch.randperm(len(images))[: recipe.images_per_step]
             x, noise = images[chosen], torch.randn(images[chosen].shape)

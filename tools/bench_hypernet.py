@@ -119,8 +119,8 @@ def _seconds_per_fit(config: Any, sd: Any, spec: LoraSpec, runs: int) -> float:
     recipe = make_recipe(config.distill, images_per_step=8)
     trained = recipe.factors(spec)
     latents = np.zeros((8, *sd.unet.settings.sample_size, sd.unet.settings.in_channels), np.float32)
-    text = np.asarray(sd.encode_prompt(["a person"] * 8), np.float32)
-    slots = slot_state.empty_slots(trained, recipe, 1, latents.shape, text.shape)
+    text = {"states": np.asarray(sd.encode_prompt(["a person"] * 8), np.float32)}
+    slots = slot_state.empty_slots(trained, recipe, 1, (latents, text), 8)
     slots = slot_state.load_slot(
         slots, np.int32(0), slot_state.concept_key(0, 0), latents, text, np.int32(8),
         parametrisation=trained, recipe=recipe,
@@ -163,7 +163,7 @@ def _training_rate(
         "pooled": np.zeros((size, 1, *shapes[0]), np.float32),
         "tokens": np.zeros((size, 1, *shapes[1]), np.float32),
         "latents": np.zeros((size, images, *latent), np.float32),
-        "text_states": np.broadcast_to(text, (size, images, *text.shape[1:])),
+        "text": {"states": np.broadcast_to(text, (size, images, *text.shape[1:]))},
         "target": np.zeros((size, spec.num_parameters), np.float32),
         "step": np.zeros(size, np.int32),
     }

@@ -6,7 +6,7 @@ accelerator, and kept.
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,11 +17,11 @@ from tqdm import tqdm
 
 from hyperlora_jax.array_types import AnyArray, Float, Int, UInt8
 from hyperlora_jax.data import ragged
-from hyperlora_jax.data.ragged import Ragged, Shared
+from hyperlora_jax.data.ragged import Ragged
 from hyperlora_jax.parallel.sharding import split_rows
-from hyperlora_jax.stable_diffusion import packed_text
+from hyperlora_jax.stable_diffusion import text_conditions
 
-Encode = Callable[[Any], dict[str, AnyArray]]  # b pictures or texts -> arrays [b, ...] by name
+Encode = Callable[[Any], Mapping[str, AnyArray]]  # b pictures or texts -> arrays [b, ...] by name
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -31,8 +31,8 @@ class EncodedSubjects:
     Attributes:
         ids: their names.
         references: "pooled" [p] and "tokens" [m, p] of every picture to tell a subject by.
-        targets: "latents" [h, w, c] and "text_states" [t, e], packed
-            (`stable_diffusion/packed_text.py`), of every picture to reproduce.
+        targets: "latents" [h, w, c] and "text", the conditions of its caption
+            (`stable_diffusion/text_conditions.py`), of every picture to reproduce.
 
     What nobody asked for is None, or not among the arrays.
     """
@@ -41,11 +41,11 @@ class EncodedSubjects:
     references: Ragged | None = None
     targets: Ragged | None = None
 
-    def concept(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """(latents [v, h, w, c], text states [v, t, e]) of one subject, float32."""
+    def concept(self, index: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """(latents [v, h, w, c], conditions of the captions, v rows) of one subject, float32."""
         assert self.targets is not None
-        own = self.targets.of(index)
-        return tuple(np.asarray(own[name], np.float32) for name in ("latents", "text_states"))
+        own = jax.tree.map(lambda rows: np.asarray(rows, np.float32), self.targets.of(index))
+        return own["latents"], own["text"]
 
 
 def in_batches(
@@ -107,11 +107,11 @@ def encode_subjects(
         return {name: np.asarray(rows, np.float32) for name, rows in found.items()}
 
     latents = run(latents_by(sd), every, "latents")
-    text_states = run(text_states_by(sd, size), unique, "text states")["text_states"]
+    texts = run(texts_by(sd, size), unique, "texts")
     references = None
     if encoder is not None:
         references = Ragged(offsets, run(conditions_by(encoder), every, "conditions"))
-    targets = Ragged(offsets, {**latents, "text_states": Shared(index, text_states)})
+    targets = Ragged(offsets, {**latents, "text": ragged.shared(index, texts)})
     return EncodedSubjects(tuple(ids), references, targets)
 
 
@@ -125,9 +125,9 @@ def number_captions(
     return unique, np.asarray([number[text] for row in captions for text in row], np.int32)
 
 
-def text_states_by(sd: Any, picture: tuple[int, int]) -> Encode:
-    """Texts -> "text_states" [b, t, e], packed, of captions of pictures (height, width)."""
-    return lambda texts: {"text_states": packed_text.encode(sd, texts, picture)}
+def texts_by(sd: Any, picture: tuple[int, int]) -> Encode:
+    """Captions of pictures (height, width) -> their conditions."""
+    return lambda texts: text_conditions.encode(sd, texts, picture)
 
 
 def latents_by(sd: Any, mesh: Mesh | None = None) -> Encode:

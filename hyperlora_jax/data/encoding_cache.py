@@ -12,6 +12,7 @@ host's scratch folder.
 """
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -27,7 +28,7 @@ from hyperlora_jax import storage
 from hyperlora_jax.data import encoded_subjects, ragged
 from hyperlora_jax.data.encoded_subjects import Encode, EncodedSubjects
 from hyperlora_jax.data.lazy_pictures import LazyPictures
-from hyperlora_jax.data.ragged import Ragged, Shared
+from hyperlora_jax.data.ragged import Ragged
 from hyperlora_jax.data.row_files import RowFiles
 from hyperlora_jax.data.size_buckets import Size
 from hyperlora_jax.data.subject_pictures import SubjectPictures
@@ -36,7 +37,7 @@ from hyperlora_jax.parallel import multihost
 from hyperlora_jax.parallel.sharding import on_mesh
 from hyperlora_jax.parallel.shared_work import local_mesh
 
-LAYOUT = 4  # of the files
+LAYOUT = 5  # of the files
 CHUNK, CHUNK_BYTES = 4096, 2**30  # pictures or texts encoded for one file, and their bytes
 
 
@@ -46,7 +47,7 @@ class _Part:
 
     Attributes:
         name: of its folder, digest included.
-        dtype: that its rows are kept in.
+        dtype: see `kept_dtype`.
         counts: rows of every subject; of texts, every text is a subject.
         row_bytes: of one picture.
         items: pictures or texts of some subjects, in turn.
@@ -79,14 +80,15 @@ class _Part:
             self.encode(), self.items(subjects), count, batch_size, title
         )
         first = next(batches)
+        dtypes = {name: kept_dtype(name, self.dtype) for name in first}
         signature = tuple(
-            (name, self.dtype, (count, *rows.shape[1:])) for name, rows in first.items()
+            (name, dtypes[name], (count, *rows.shape[1:])) for name, rows in first.items()
         )
         with safetensors_io.written_in_rows(file, signature) as put:
             row = 0
             for batch in itertools.chain([first], batches):
                 for name, rows in batch.items():
-                    put(name, row, rows.astype(self.dtype))
+                    put(name, row, rows.astype(dtypes[name]))
                 row += len(next(iter(batch.values())))
 
 
@@ -110,8 +112,7 @@ def encode_once(
         encoder: condition encoder of the references, which it is given in its own size; None
             leaves them out.
         latents, texts: whether those of the targets are wanted.
-        dtype: what is kept in, float32 or bfloat16. Text states that hold sizes of pictures (SDXL)
-            are kept in float32: bfloat16 cannot tell 1023 from 1024.
+        dtype: what is kept in, float32 or bfloat16; sizes of pictures always in float32.
 
     Raises:
         UserError: a file cannot be written or read.
@@ -133,10 +134,9 @@ def encode_once(
     if latents:
         parts["latents"] = of_pictures("latents", pictures.images, models.base, models.latents)
     if texts:
-        exact = np.dtype(np.float32) if sd.is_xl else kept
         parts["texts"] = _Part(
-            _named("texts", models.base, exact, [unique, list(size)]),
-            exact,
+            _named("texts", models.base, kept, [unique, list(size)]),
+            kept,
             [1] * len(unique),
             1,
             lambda chosen: unique[chosen.start : chosen.stop],
@@ -150,13 +150,19 @@ def encode_once(
         references = Ragged(told, found["conditions"])
     shown = dict(found.get("latents", {}))
     if texts:
-        shown["text_states"] = Shared(index, found["texts"]["text_states"])
+        shown["text"] = ragged.shared(index, found["texts"])
     targets = Ragged(ragged.offsets_of(pictures.counts), shown) if shown else None
     return EncodedSubjects(tuple(ids), references, targets)
 
 
+def kept_dtype(name: str, dtype: Any) -> Any:
+    """What a table is kept in: `dtype`, but sizes of pictures exactly."""
+    return np.dtype(np.float32) if name == "time_ids" else np.dtype(dtype)
+
+
 class _Models:
-    """The frozen models on all devices of this host, placed there when they have work to do.
+    """The frozen models on all devices of this host, from when they have work to do until this
+    object is gone.
 
     Attributes:
         base: tells the base model and its arithmetic from others.
@@ -164,27 +170,31 @@ class _Models:
     """
 
     def __init__(self, sd: Any, encoder: Any):
-        self._sd, self._encoder, self._placed = sd, encoder, None
+        self._sd, self._encoder = sd, encoder
         self.base = f"{sd.base_hash} {jax.tree.leaves(sd.params['unet'])[0].dtype}"
         self.mesh = local_mesh()
 
     def conditions(self) -> Encode:
         """Pictures -> conditions."""
-        return encoded_subjects.conditions_by(self._encoder, self.mesh)
+        return encoded_subjects.conditions_by(self._told, self.mesh)
 
     def latents(self) -> Encode:
         """Pictures -> latents."""
-        return encoded_subjects.latents_by(self._on_devices(), self.mesh)
+        return encoded_subjects.latents_by(self._shown, self.mesh)
 
     def texts(self, size: Size) -> Encode:
-        """Texts -> text states."""
-        return encoded_subjects.text_states_by(self._on_devices(), size)
+        """Captions -> their conditions."""
+        return encoded_subjects.texts_by(self._shown, size)
 
-    def _on_devices(self) -> Any:
-        if self._placed is None:
-            params = {name: leaf for name, leaf in self._sd.params.items() if name != "unet"}
-            self._placed = on_mesh(dataclasses.replace(self._sd, params=params), self.mesh)
-        return self._placed
+    @functools.cached_property
+    def _shown(self) -> Any:
+        params = {name: leaf for name, leaf in self._sd.params.items() if name != "unet"}
+        return on_mesh(dataclasses.replace(self._sd, params=params), self.mesh)
+
+    @functools.cached_property
+    def _told(self) -> Any:
+        own = hasattr(self._encoder, "params")  # others keep theirs to themselves
+        return on_mesh(self._encoder, self.mesh) if own else self._encoder
 
 
 def _named(kind: str, model: str, dtype: np.dtype, shown: Any) -> str:

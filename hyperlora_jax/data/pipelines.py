@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import grain.python as grain
+import jax
 import numpy as np
 
 from hyperlora_jax.array_types import Int
@@ -19,7 +20,7 @@ from hyperlora_jax.data import stable_random
 from hyperlora_jax.data.ragged import Ragged
 from hyperlora_jax.errors import UserError
 
-Batch = dict[str, np.ndarray]
+Batch = dict[str, Any]  # arrays, or trees of them
 
 
 class Order:
@@ -78,7 +79,7 @@ def array_batches(
     shard_index: int = 0,
     num_shards: int = 1,
 ) -> grain.DatasetIterator:
-    """Batches of rows drawn from arrays, or from what is indexed like one, of one common length.
+    """Batches of rows drawn from trees of arrays, or of what is indexed like one, of one length.
 
     `batch_size` is that of all shards together; a batch holds batch_size / num_shards rows of
     every array and their numbers under "record_id".
@@ -90,7 +91,7 @@ def array_batches(
     def make_batch(step: int) -> Batch:
         start = step * batch_size + first
         records = order.records(start, start + count)
-        batch = {name: np.asarray(array[records]) for name, array in arrays.items()}
+        batch = jax.tree.map(lambda array: np.asarray(array[records]), dict(arrays))
         return {**batch, "record_id": records}
 
     return step_batches(make_batch)
@@ -202,9 +203,10 @@ def _drawn(
     return np.stack(drawn)
 
 
-def common_length(arrays: Mapping[str, Any]) -> int:
-    """Length of the first axis of all arrays; ValueError when they differ."""
-    lengths = {name: len(array) for name, array in arrays.items()}
+def common_length(arrays: Any) -> int:
+    """Length of the first axis of all arrays of a tree; ValueError when they differ."""
+    flat = jax.tree.leaves_with_path(arrays)
+    lengths = {jax.tree_util.keystr(path): len(array) for path, array in flat}
     if len(set(lengths.values())) != 1:
         raise ValueError(f"arrays of one length expected, got {lengths}")
     return next(iter(lengths.values()))

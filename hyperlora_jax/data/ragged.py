@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from hyperlora_jax.array_types import Float, Int
@@ -21,15 +22,16 @@ class Ragged:
 
     Attributes:
         offsets: [n + 1]; subject k has the rows `offsets[k]` to `offsets[k + 1]`.
-        arrays: [rows, ...] by name; what is read from files does as well (`row_files.Rows`).
+        arrays: [rows, ...] by name, or trees of them; what is read from files does as well
+            (`row_files.Rows`).
     """
 
     offsets: Int[np.ndarray, " m"]
     arrays: Mapping[str, Any]
 
     def __post_init__(self):
-        lengths = {name: len(array) for name, array in self.arrays.items()}
-        if any(length != self.offsets[-1] for length in lengths.values()):
+        lengths = jax.tree.map(len, dict(self.arrays))
+        if any(length != self.offsets[-1] for length in jax.tree.leaves(lengths)):
             raise ValueError(f"arrays of {self.offsets[-1]} rows expected, got {lengths}")
 
     def __len__(self) -> int:
@@ -40,20 +42,22 @@ class Ragged:
         """How many rows every subject has."""
         return np.diff(self.offsets)
 
-    def of(self, subject: int) -> dict[str, np.ndarray]:
+    def of(self, subject: int) -> dict[str, Any]:
         """All rows of a subject, by name."""
         rows = slice(int(self.offsets[subject]), int(self.offsets[subject + 1]))
-        return {name: np.asarray(array[rows]) for name, array in self.arrays.items()}
+        return jax.tree.map(lambda array: np.asarray(array[rows]), dict(self.arrays))
 
     def at(
         self, subjects: Int[np.ndarray, " b"], columns: Int[np.ndarray, "b k"]
-    ) -> dict[str, np.ndarray]:
+    ) -> dict[str, Any]:
         """[b, k, ...] by name: of every subject its rows with these numbers, from 0 on."""
         rows = self.offsets[subjects][:, None] + columns
-        return {  # `take` copies long rows twice as fast as an index does
-            name: array.take(rows, axis=0) if isinstance(array, np.ndarray) else array[rows]
-            for name, array in self.arrays.items()
-        }
+
+        def chosen(array: Any) -> np.ndarray:
+            # `take` copies long rows twice as fast as an index does
+            return array.take(rows, axis=0) if isinstance(array, np.ndarray) else array[rows]
+
+        return jax.tree.map(chosen, dict(self.arrays))
 
     def first(self, name: str) -> "Shared":
         """The first row of every subject, read when asked for."""
@@ -82,6 +86,11 @@ class Shared:
 
     def __getitem__(self, rows: Any) -> np.ndarray:
         return np.asarray(self.table[self.index[rows]])
+
+
+def shared(index: Int[np.ndarray, " rows"], tables: Mapping[str, Any]) -> dict[str, Shared]:
+    """The same rows of every table, by name."""
+    return {name: Shared(index, table) for name, table in tables.items()}
 
 
 def offsets_of(counts: Sequence[int]) -> Int[np.ndarray, " m"]:

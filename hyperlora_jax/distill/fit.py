@@ -19,8 +19,8 @@ from tqdm import tqdm
 from hyperlora_jax.array_types import Params
 from hyperlora_jax.distill import slots as slot_state
 from hyperlora_jax.distill.parametrisations import Parametrisation
-from hyperlora_jax.distill.slot_run import ConceptArrays, FittedLora, SlotRun
-from hyperlora_jax.distill.slots import Recipe, Slots
+from hyperlora_jax.distill.slot_run import FittedLora, SlotRun
+from hyperlora_jax.distill.slots import ConceptArrays, Recipe, Slots
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora.sites import LoraSpec
 
@@ -56,7 +56,7 @@ def fit_loras(
 
     Args:
         concepts: numbers of the concepts to fit; the number fixes a concept's randomness.
-        load: number → (latents [m, h, w, c], text states [m, n, e]), m images of the concept.
+        load: number → (latents [m, h, w, c], text conditions), m images of the concept.
         steps_per_call: optimiser steps between two looks at the slots; it must divide the recipe's
             num_steps, so that no slot rests inside a call.
         state_file: where unfinished slots are kept for a restart; removed at the end.
@@ -65,7 +65,7 @@ def fit_loras(
         parametrisation: what is trained; None is the LoRA's factors, as the recipe says.
         start: number → the concept's own start LoRA, where the parametrisation wants one.
         shared: what the parametrisation reads for all concepts alike.
-        prior: (latents, text states) of class pictures, for a recipe with a `prior_weight`.
+        prior: (latents, text conditions) of class pictures, for a recipe with a `prior_weight`.
         max_images: room for a concept's images in a slot; None is as many as the first has.
         name: number → what tells a concept and its pictures from others in the state file.
         reject: called with the number of a concept that cannot be fitted (a loss, a LoRA or an

@@ -12,17 +12,16 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from hyperlora_jax.array_types import Float
-from hyperlora_jax.data.encoded_subjects import encode_in_batches
+from hyperlora_jax.data.encoded_subjects import encode_in_batches, texts_by
+from hyperlora_jax.distill.slots import ConceptArrays
 from hyperlora_jax.errors import UserError
-from hyperlora_jax.stable_diffusion import packed_text
 from hyperlora_jax.stable_diffusion.embedded import image_size
 
+LAYOUT = 2  # of the file
 
-def class_pictures(
-    sd: Any, section: Any, seed: int, kept: Path
-) -> tuple[Float[np.ndarray, "p h w c"], Float[np.ndarray, "p n e"]]:
-    """(latents, text states) of pictures that the base draws; made once and kept in a file.
+
+def class_pictures(sd: Any, section: Any, seed: int, kept: Path) -> ConceptArrays:
+    """(latents, text conditions) of pictures that the base draws; made once and kept in a file.
 
     Args:
         section: `prompts` (drawn in turn), `num_images`, `batch_size`, `num_steps`, `guidance`.
@@ -38,24 +37,23 @@ def class_pictures(
             f"distill.prior: got prompts {prompts} and num_images {count}, expected at least one "
             "prompt and one image"
         )
-    facts = repr((sorted(section.to_dict().items()), seed, sd.base_hash))
+    facts = repr((LAYOUT, sorted(section.to_dict().items()), seed, sd.base_hash))
     if kept.exists():
         with np.load(kept, allow_pickle=False) as file:
             if str(file["facts"]) == facts:
-                return file["latents"], file["text_states"]
+                names = [name for name in file.files if name not in ("latents", "facts")]
+                return file["latents"], {name: file[name] for name in names}
     texts = [prompts[k % len(prompts)] for k in range(count)]
     latents = _latents(sd, section, texts, seed)
     size = image_size(sd)
-    states = encode_in_batches(
-        lambda some: packed_text.encode(sd, some, (size, size)), prompts, section.batch_size, None
-    )
+    found = encode_in_batches(texts_by(sd, (size, size)), prompts, section.batch_size, None)
     rows = np.arange(count) % len(prompts)
-    text_states = np.asarray(states, np.float32)[rows]
+    text = {name: np.asarray(array, np.float32)[rows] for name, array in found.items()}
     partial = kept.with_name(f".{kept.name}")
     with partial.open("wb") as file:
-        np.savez(file, latents=latents, text_states=text_states, facts=np.array(facts))
+        np.savez(file, latents=latents, **text, facts=np.array(facts))
     partial.replace(kept)
-    return latents, text_states
+    return latents, text
 
 
 def _latents(sd: Any, section: Any, texts: Sequence[str], seed: int) -> np.ndarray:

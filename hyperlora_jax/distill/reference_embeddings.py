@@ -1,5 +1,6 @@
 """Embeddings of a finished concept's references, by the name of the condition encoder."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -42,9 +43,9 @@ class ReferenceEmbeddings:
         images = np.stack([pictures.decode(png, self.size) for png in references])
         images = np.pad(images, [(0, -count % AT_ONCE), (0, 0), (0, 0), (0, 0)], "edge")
         batches = images.reshape(-1, AT_ONCE, *images.shape[1:]).astype(np.float32) / 255.0
-        return {
-            name: np.concatenate([np.asarray(encoder.encode(b)[0], np.float32) for b in batches])[
-                :count
-            ]
-            for name, encoder in self.encoders.items()
-        }
+        found = {}
+        for name, kept in self.encoders.items():
+            encoder = dataclasses.replace(kept)  # whose parameters leave the devices with it
+            rows = [np.asarray(encoder.encode(batch)[0], np.float32) for batch in batches]
+            found[name] = np.concatenate(rows)[:count]
+        return found

@@ -45,9 +45,9 @@ from hyperlora_jax.distill.slots import Recipe
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora import vectorize
 from hyperlora_jax.lora.sites import LoraSpec
-from hyperlora_jax.parallel import multihost
+from hyperlora_jax.parallel import multihost, sharding
 from hyperlora_jax.parallel.shared_work import local_mesh
-from hyperlora_jax.stable_diffusion.embedded import image_size, load_base
+from hyperlora_jax.stable_diffusion.embedded import image_size, load_frozen
 from hyperlora_jax.stable_diffusion.model import StableDiffusion
 from hyperlora_jax.train.loop import open_workdir
 
@@ -83,7 +83,7 @@ def distill(config: Any, workdir: epath.PathLike) -> Distilled:
     section = config.distill
     recipe = make_recipe(section)
     _check(section, recipe)
-    sd = load_base(config.base, jnp.dtype(section.dtype))
+    sd = load_frozen(config.base, jnp.dtype(section.dtype), local_mesh())
     preset, rank = section.preset or config.model.preset, section.rank or config.model.rank
     spec = sd.lora_spec(preset, rank)
     embeddings = ReferenceEmbeddings(section.encoders, image_size(sd))
@@ -210,11 +210,15 @@ def _fit(
     if multihost.agree(f"left/{_size_name(pictures)}", str(left)) == "0":
         state_file.unlink(missing_ok=True)
         return
+    mesh = local_mesh()
     encoded = encode_once(workdir, sd, pictures, batch_size=section.encode_batch_size)
     prior = None
     if recipe.prior_weight > 0:
         prior = multihost.first_then_others(
-            "prior", lambda: class_pictures(sd, section.prior, section.seed, scratch / "prior.npz")
+            "prior",
+            lambda: class_pictures(
+                sharding.on_mesh(sd, mesh), section.prior, section.seed, scratch / "prior.npz"
+            ),
         )
         if multihost.is_first():
             storage.push(workdir, "prior.npz")
@@ -234,7 +238,6 @@ def _fit(
         row = Rejected(pictures.ids[position[number]], str(pictures.facts["source"]), reason)
         storage.push(workdir, f"spool/{write_rejected(scratch / 'spool', row).name}")
 
-    mesh = local_mesh()
     few = -(-len(share) // mesh.size) * mesh.size
     yield from fit_loras(
         sd.unet.clone(remat=section.remat, mesh=mesh),

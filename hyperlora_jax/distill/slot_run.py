@@ -11,14 +11,13 @@ import numpy as np
 from flax import serialization, traverse_util
 
 from hyperlora_jax import facts
-from hyperlora_jax.array_types import Float, Params
+from hyperlora_jax.array_types import AnyArray, Float, Params
 from hyperlora_jax.distill import slots as slot_state
 from hyperlora_jax.distill.parametrisations import one_lora
-from hyperlora_jax.distill.slots import Recipe, Slots
+from hyperlora_jax.distill.slots import ConceptArrays, Recipe, Slots
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora_files import safetensors_io
-
-ConceptArrays = tuple[np.ndarray, np.ndarray]
+from hyperlora_jax.stable_diffusion.text_conditions import Text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,16 +67,11 @@ class SlotRun:
 
     def begin(self) -> Slots:
         """Restored slots, or new ones with the first concepts handed out."""
-        latents, text = self.load(self.waiting[0])
+        concept = self.load(self.waiting[0])
         start = None if self.start is None else self.start(self.waiting[0])
-        room = self.max_images or len(latents)
+        room = self.max_images or len(concept[0])
         slots = slot_state.empty_slots(
-            self.trained,
-            self.recipe,
-            self.num_slots,
-            (room, *latents.shape[1:]),
-            (room, *text.shape[1:]),
-            start,
+            self.trained, self.recipe, self.num_slots, concept, room, start
         )
         if self.state_file and self.state_file.exists():
             return self._restore(slots)
@@ -111,20 +105,15 @@ class SlotRun:
         self._reject(concept, reason)
 
     def _fill(self, slots: Slots, slot: int, concept: int, arrays: ConceptArrays) -> Slots:
-        latents, text = arrays
-        room = slots.latents.shape[1]
-        if not 1 <= len(latents) <= room:
-            raise UserError(
-                f"distill: concept {concept} has {len(latents)} images, expected 1 to {room}"
-            )
-        missing = [(0, room - len(latents))]
+        count, room = len(arrays[0]), slots.latents.shape[1]
+        if not 1 <= count <= room:
+            raise UserError(f"distill: concept {concept} has {count} images, expected 1 to {room}")
         return slot_state.load_slot(
             slots,
             jnp.asarray(slot),
             slot_state.concept_key(self.seed, concept),
-            jnp.asarray(np.pad(latents, missing + [(0, 0)] * 3), jnp.float32),
-            jnp.asarray(np.pad(text, missing + [(0, 0)] * 2), jnp.float32),
-            jnp.asarray(len(latents), jnp.int32),
+            *jax.tree.map(jnp.asarray, slot_state.in_room(arrays, room)),
+            jnp.asarray(count, jnp.int32),
             None if self.start is None else self.start(concept),
             parametrisation=self.trained,
             recipe=self.recipe,
@@ -209,7 +198,7 @@ class SlotRun:
         state = serialization.from_state_dict(empty, traverse_util.unflatten_dict(filled, sep="/"))
         slots = state.replace(
             latents=slots.latents,
-            text_states=slots.text_states,
+            text=slots.text,
             count=slots.count,
             start=slots.start,
         )
@@ -227,9 +216,9 @@ class SlotRun:
         }
 
 
-def _unusable(latents: np.ndarray, text_states: np.ndarray) -> str:
+def _unusable(latents: AnyArray, text: Text) -> str:
     """Why a concept cannot be fitted; "" where it can."""
-    if not np.isfinite(text_states).all():
+    if not all(np.isfinite(rows).all() for rows in text.values()):
         return "the text states of its captions are not finite"
     if not np.isfinite(latents).all():
         return "the latents of its pictures are not finite"
@@ -248,4 +237,4 @@ def on_plateau(curve: Sequence[np.ndarray], recipe: Recipe) -> bool:
 
 def _without_inputs(slots: Slots) -> Slots:
     """What a restart cannot load again."""
-    return slots.replace(latents=(), text_states=(), count=(), start=())
+    return slots.replace(latents=(), text=(), count=(), start=())

@@ -9,18 +9,21 @@ crosses from one to another.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from hyperlora_jax.array_types import Array, Float, Params
+from hyperlora_jax.array_types import AnyArray, Array, Float, Params
 from hyperlora_jax.distill.parametrisations import Factors, Parametrisation
 from hyperlora_jax.lora.sites import LoraSpec
 from hyperlora_jax.stable_diffusion.denoising_loss import denoising_error
+from hyperlora_jax.stable_diffusion.text_conditions import Text
+
+ConceptArrays = tuple[AnyArray, Text]  # latents [m, h, w, c], conditions of m captions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +90,7 @@ class Slots:
     """State of S slots; every leaf has the leading axis s.
 
     `params` is what is trained and `start` what stays (see `parametrisations.py`); `count` images
-    of `latents` [s, m, h, w, c] and `text_states` [s, m, n, e] are real; `key` [s, 2] uint32;
+    of `latents` [s, m, h, w, c] and `text` (conditions [s, m, …]) are real; `key` [s, 2] uint32;
     `step` [s] int32; a slot with `step >= num_steps` rests.
     """
 
@@ -96,9 +99,19 @@ class Slots:
     step: Any
     key: Any
     latents: Any
-    text_states: Any
+    text: Any
     count: Any
     start: Any = None
+
+
+def in_room(concept: ConceptArrays, room: int) -> ConceptArrays:
+    """A concept's arrays, float32, filled up with zeros to so many images."""
+
+    def padded(rows: AnyArray) -> AnyArray:
+        filling = [(0, room - len(rows)), *[(0, 0)] * (rows.ndim - 1)]
+        return np.pad(np.asarray(rows, np.float32), filling)
+
+    return jax.tree.map(padded, tuple(concept))
 
 
 def concept_key(seed: int, index: int) -> Array:
@@ -110,15 +123,20 @@ def empty_slots(
     parametrisation: Parametrisation,
     recipe: Recipe,
     num_slots: int,
-    latents_shape: Sequence[int],
-    text_shape: Sequence[int],
+    concept: ConceptArrays,
+    room: int,
     start: Params | None = None,
 ) -> Slots:
-    """S resting slots. Shapes are one concept's: latents [m, h, w, c], text states [m, n, e];
-    `start` is one concept's start LoRA, where the parametrisation wants one."""
+    """S resting slots with room for so many images, of shapes like one concept's; `start` is one
+    concept's start LoRA, where the parametrisation wants one."""
 
     def repeat(tree: Params) -> Params:
         return jax.tree.map(lambda leaf: jnp.repeat(jnp.asarray(leaf)[None], num_slots, 0), tree)
+
+    def empty(rows: np.ndarray) -> Array:
+        return jnp.zeros((num_slots, room, *rows.shape[1:]), jnp.float32)
+
+    latents, text = jax.tree.map(empty, tuple(concept))
 
     params = repeat(parametrisation.init(jax.random.key(0)))
     return Slots(
@@ -126,8 +144,8 @@ def empty_slots(
         opt_state=jax.vmap(recipe.optimizer().init)(params),
         step=jnp.full((num_slots,), recipe.num_steps, jnp.int32),
         key=jnp.zeros((num_slots, 2), jnp.uint32),
-        latents=jnp.zeros((num_slots, *latents_shape), jnp.float32),
-        text_states=jnp.zeros((num_slots, *text_shape), jnp.float32),
+        latents=latents,
+        text=text,
         count=jnp.ones((num_slots,), jnp.int32),
         start=None if start is None else repeat(start),
     )
@@ -139,7 +157,7 @@ def load_slot(
     index: Array,
     key: Array,
     latents: Float[Array, "m h w c"],
-    text_states: Float[Array, "m n e"],
+    text: Text,
     count: Array,
     start: Params | None = None,
     *,
@@ -154,7 +172,7 @@ def load_slot(
         step=jnp.zeros((), jnp.int32),
         key=key,
         latents=latents,
-        text_states=text_states,
+        text=text,
         count=count,
         start=start,
     )
@@ -170,7 +188,7 @@ def advance(
     slots: Slots,
     unet_params: Params,
     shared: Params | None = None,
-    prior: tuple[Float[Array, "p h w c"], Float[Array, "p n e"]] | None = None,
+    prior: ConceptArrays | None = None,
     *,
     unet: Any,
     schedule: Any,
@@ -182,7 +200,7 @@ def advance(
 
     Args:
         shared: arrays that the parametrisation reads for all slots alike.
-        prior: latents and text states of the class pictures, for a recipe with a `prior_weight`.
+        prior: of the class pictures, for a recipe with a `prior_weight`.
 
     Returns:
         The slots, and the loss of every step and slot [t, s] (0 where a slot rested).
@@ -190,16 +208,16 @@ def advance(
     optimizer = recipe.optimizer()
     num_slots = slots.step.shape[0]
 
-    def losses(params, latents, text_states, noise, timesteps):
-        flat = [x.reshape(-1, *x.shape[2:]) for x in (latents, text_states, noise, timesteps)]
+    def losses(params, *batch):
+        latents, text, noise, timesteps = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
         values = denoising_error(
             unet,
             unet_params,
             schedule,
-            flat[0],
-            flat[1],
-            noise=flat[2],
-            timesteps=flat[3],
+            latents,
+            text,
+            timesteps,
+            noise,
             lora=parametrisation.lora(params, slots.start, shared),
             min_snr_gamma=recipe.min_snr_gamma,
         ).reshape(num_slots, -1)
@@ -209,18 +227,18 @@ def advance(
             total = total + recipe.prior_weight * values[:, recipe.images_per_step :].mean(axis=1)
         return total.sum(), per_slot
 
-    def draw(slots: Slots, k: Array) -> tuple[Array, ...]:
+    def draw(slots: Slots, k: Array) -> tuple[Any, ...]:
         """Batch k of the current optimiser step, [s, g, ...] each."""
         keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(slots.key), slots.step)
         if recipe.accumulate > 1:
             keys = jax.vmap(lambda key: jax.random.fold_in(key, k))(keys)
         drawn = functools.partial(_draw, recipe=recipe, schedule=schedule)
-        batch = jax.vmap(drawn)(keys, slots.latents, slots.text_states, slots.count)
+        batch = jax.vmap(drawn)(keys, slots.latents, slots.text, slots.count)
         if prior is None:
             return batch
         more = functools.partial(_draw_prior, prior=prior, recipe=recipe, schedule=schedule)
-        joined = zip(batch, jax.vmap(more)(keys), strict=True)
-        return tuple(jnp.concatenate(pair, axis=1) for pair in joined)
+        own = jax.vmap(more)(keys)
+        return jax.tree.map(lambda *pair: jnp.concatenate(pair, axis=1), batch, own)
 
     def one_step(slots: Slots, _):
         gradient = jax.grad(losses, has_aux=True)
@@ -247,27 +265,26 @@ def advance(
     return jax.lax.scan(one_step, slots, None, length=num_steps)
 
 
-def _draw(key, latents, text_states, count, *, recipe: Recipe, schedule):
+def _draw(key, latents, text, count, *, recipe: Recipe, schedule):
     """One slot's batch: G different images (with repetition only if there are fewer), their noise
     and timesteps."""
     order_key, time_key, noise_key = jax.random.split(key, 3)
     uniform = jax.random.uniform(order_key, (latents.shape[0],))
     order = jnp.argsort(jnp.where(jnp.arange(latents.shape[0]) < count, uniform, 2.0))
     chosen = order[jnp.arange(recipe.images_per_step) % jnp.maximum(count, 1)]
-    latents, text_states = latents[chosen], text_states[chosen]
+    latents, text = jax.tree.map(lambda rows: rows[chosen], (latents, text))
     timesteps = jax.random.randint(time_key, latents.shape[:1], 0, schedule.num_train_timesteps)
     noise = jax.random.normal(noise_key, latents.shape)
-    return latents, text_states, noise, timesteps
+    return latents, text, noise, timesteps
 
 
 def _draw_prior(key, *, prior, recipe: Recipe, schedule):
     """G class pictures for one slot, with repetition, their noise and timesteps."""
     order_key, time_key, noise_key = jax.random.split(jax.random.fold_in(key, 1_000_003), 3)
-    latents, text_states = prior
-    chosen = jax.random.randint(order_key, (recipe.images_per_step,), 0, latents.shape[0])
-    latents, text_states = latents[chosen], text_states[chosen]
+    chosen = jax.random.randint(order_key, (recipe.images_per_step,), 0, len(prior[0]))
+    latents, text = jax.tree.map(lambda rows: rows[chosen], tuple(prior))
     timesteps = jax.random.randint(time_key, latents.shape[:1], 0, schedule.num_train_timesteps)
-    return latents, text_states, jax.random.normal(noise_key, latents.shape), timesteps
+    return latents, text, jax.random.normal(noise_key, latents.shape), timesteps
 
 
 def _where(active: Array, new: Any, old: Any) -> Any:

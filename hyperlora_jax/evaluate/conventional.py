@@ -29,17 +29,17 @@ def seconds_per_fit(
     A fifth of the steps (at least 5) is timed after a first, compiling call, and scaled to the
     whole recipe.
     """
-    latents, text = encode_views(sd, questions.first(1)).concept(0)
+    concept = encode_views(sd, questions.first(1)).concept(0)
+    count = len(concept[0])
     timed = min(recipe.num_steps, max(5, recipe.num_steps // 5))
     trained = recipe.factors(spec) if trained is None else trained
-    slots = slot_state.empty_slots(trained, recipe, 1, latents.shape, text.shape, start)
+    slots = slot_state.empty_slots(trained, recipe, 1, concept, count, start)
     slots = slot_state.load_slot(
         slots,
         np.int32(0),
         slot_state.concept_key(0, 0),
-        latents,
-        text,
-        np.int32(len(latents)),
+        *concept,
+        np.int32(count),
         start,
         parametrisation=trained,
         recipe=recipe,
@@ -62,7 +62,7 @@ def seconds_per_fit(
 
 
 def encode_views(sd: Any, questions: Questions, num_views: int | None = None) -> EncodedSubjects:
-    """Latents and text states of the first views (None: all) of every identity."""
+    """Latents and text conditions of the first views (None: all) of every identity."""
     return encode_subjects(
         sd,
         None,

@@ -143,22 +143,15 @@ def _loaded(
     """One slot per wanted identity with its views, at step 0."""
     encoded = encode_views(sd, questions)
     room = most_views(encoded)
-
-    def padded(states: np.ndarray) -> np.ndarray:
-        missing = room - len(states)
-        return np.pad(states, [(0, missing)] + [(0, 0)] * (states.ndim - 1))
-
-    latents, text = map(padded, encoded.concept(0))
-    slots = slot_state.empty_slots(parametrisation, recipe, len(wanted), latents.shape, text.shape)
+    slots = slot_state.empty_slots(parametrisation, recipe, len(wanted), encoded.concept(0), room)
     for slot, number in enumerate(map(int, wanted)):
-        latents, text = encoded.concept(number)
+        concept = encoded.concept(number)
         slots = slot_state.load_slot(
             slots,
             jnp.asarray(slot),
             slot_state.concept_key(0, number),
-            jnp.asarray(padded(latents), jnp.float32),
-            jnp.asarray(padded(text), jnp.float32),
-            jnp.asarray(len(latents), jnp.int32),
+            *jax.tree.map(jnp.asarray, slot_state.in_room(concept, room)),
+            jnp.asarray(len(concept[0]), jnp.int32),
             parametrisation=parametrisation,
             recipe=recipe,
         )

@@ -18,7 +18,7 @@ from etils import epath
 from hyperlora_jax import storage
 from hyperlora_jax.array_types import AnyArray, Array, Float, Params
 from hyperlora_jax.errors import UserError
-from hyperlora_jax.hypernet.conditioning import read_config, tree_hash
+from hyperlora_jax.hypernet.conditioning import placed, read_config, tree_hash
 from hyperlora_jax.hypernet.preprocessing import FILE, Preprocessing, of_folder
 from hyperlora_jax.lora_files import safetensors_io
 from hyperlora_jax.stable_diffusion import directory
@@ -28,7 +28,7 @@ from hyperlora_jax.stable_diffusion.clip_vision import (
     ClipVisionModel,
     vision_model_from_config,
 )
-from hyperlora_jax.stable_diffusion.tensor_stream import read_tensors, to_devices
+from hyperlora_jax.stable_diffusion.tensor_stream import read_tensors, to_host
 
 WHOLE = "CLIPModel"  # texts too
 VISION_PARTS = ("vision_model.", "visual_projection.")
@@ -42,7 +42,7 @@ class ClipImageEncoder:
     Attributes:
       name: for messages and metadata.
       module: the Linen module.
-      params: its float32 parameters.
+      params: its float32 parameters, in host memory where they were read.
       hash: hex sha256 of the weights and `preprocessing`.
       preprocessing: what pictures become first.
       dtype: of the weights in the file: `save_clip_vision` keeps it, nothing is lost.
@@ -78,7 +78,11 @@ class ClipImageEncoder:
         self, images: Float[AnyArray, "b h w 3"]
     ) -> tuple[Float[Array, "b e"], Float[Array, "b n e"]]:
         """Encodes pictures in [0, 1] into pooled [b, e] and tokens [b, n, e]."""
-        return _apply(self.module, self.preprocessing, self.params, jnp.asarray(images))
+        return _apply(self.module, self.preprocessing, self._placed, jnp.asarray(images))
+
+    @functools.cached_property
+    def _placed(self) -> Params:
+        return placed(self.params)
 
 
 @functools.partial(jax.jit, static_argnames=("module", "preprocessing"))
@@ -129,7 +133,7 @@ def load_clip_vision(path: epath.PathLike, **options: Any) -> ClipImageEncoder:
         shapes,
         "image_encoder",
         str(files[0]),
-        to_devices(shapes, jnp.float32),
+        to_host(shapes, jnp.float32),
     )
     return ClipImageEncoder(
         folder.name,

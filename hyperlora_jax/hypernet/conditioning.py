@@ -79,7 +79,7 @@ class FlaxImageEncoder:
     Attributes:
       name: for messages and metadata.
       module: the Linen module.
-      params: its float32 parameters.
+      params: its float32 parameters, in host memory where they were read.
       facts: what is known of its training (JSON-able).
       hash: hex sha256 of the weights, see `tree_hash`.
       dtype: in which they are saved, so that the hash stays.
@@ -113,7 +113,18 @@ class FlaxImageEncoder:
         self, images: Float[AnyArray, "b h w 3"]
     ) -> tuple[Float[AnyArray, "b e"], Float[AnyArray, "b n e"]]:
         """Encodes pictures in [0, 1] into pooled [b, e] and tokens [b, n, e]."""
-        return _apply(self.module, self.params, jnp.asarray(images))
+        return _apply(self.module, self._placed, jnp.asarray(images))
+
+    @functools.cached_property
+    def _placed(self) -> Params:
+        return placed(self.params)
+
+
+def placed(params: Params) -> Params:
+    """An encoder's parameters on the devices, where they are from its first picture on; not before,
+    as training holds encoders that have nothing to do any more."""
+    with jax.ensure_compile_time_eval():  # `encode` inside a jit
+        return jax.device_put(params)
 
 
 @functools.partial(jax.jit, static_argnames="module")
@@ -161,9 +172,8 @@ def load_encoder(path: epath.PathLike) -> FlaxImageEncoder:
         kwargs = {**config["module"], "widths": tuple(config["module"]["widths"])}
         module = ConvEncoder(**kwargs)
         check_params(path, module, params)
-        placed = jax.device_put(params)  # once, and not with every call
         return FlaxImageEncoder(
-            config["name"], module, placed, weights_hash, config["facts"], config["dtype"]
+            config["name"], module, params, weights_hash, config["facts"], config["dtype"]
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"encoder {path}: config.json does not describe one ({error})") from error

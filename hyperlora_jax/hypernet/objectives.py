@@ -19,7 +19,7 @@ from hyperlora_jax.diffusion.schedule import add_noise
 from hyperlora_jax.lora import factors, losses
 from hyperlora_jax.lora.vectorize import Whitening
 from hyperlora_jax.stable_diffusion.denoising_loss import denoising_loss
-from hyperlora_jax.stable_diffusion.packed_text import apply_unet
+from hyperlora_jax.stable_diffusion.text_conditions import Text, apply_unet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,18 +55,19 @@ def end_to_end_loss(
     schedule: Any,
     lora: Params,
     latents: Float[Array, "l g h w c"],
-    text_states: Float[Array, "l g n e"],
+    text: Text,
     key: Array,
     min_snr_gamma: float | None = None,
 ) -> Float[Array, " l"]:
-    """Mean denoising loss of the g pictures of every subject, each with its subject's LoRA."""
+    """Mean denoising loss of the g pictures of every subject, each with its subject's LoRA; `text`
+    has rows [l, g]."""
     num_loras, num_images = latents.shape[:2]
     values = denoising_loss(
         unet,
         unet_params,
         schedule,
         latents.reshape(-1, *latents.shape[2:]).astype(jnp.float32),
-        text_states.reshape(-1, *text_states.shape[2:]),
+        jax.tree.map(lambda rows: rows.reshape(-1, *rows.shape[2:]), text),
         key,
         lora=lora,
         min_snr_gamma=min_snr_gamma,
@@ -80,17 +81,17 @@ def prior_loss(
     schedule: Any,
     lora: Params,
     latents: Float[Array, "l g h w c"],
-    text_states: Float[Array, "n e"],
+    text: Text,
     key: Array,
 ) -> Float[Array, " l"]:
     """Mean squared difference between the predictions with and without LoRA, on noisy pictures of
-    the batch's next subject under the prior caption."""
+    the batch's next subject under the prior caption, whose conditions are one row of `text`."""
     num_loras, num_images = latents.shape[:2]
     others = jnp.roll(latents.astype(jnp.float32), 1, axis=0).reshape(-1, *latents.shape[2:])
     time_key, noise_key = jax.random.split(key)
     timesteps = jax.random.randint(time_key, others.shape[:1], 0, schedule.num_train_timesteps)
     noisy = add_noise(schedule, others, jax.random.normal(noise_key, others.shape), timesteps)
-    text = jnp.broadcast_to(text_states, (len(others), *text_states.shape))
+    text = jax.tree.map(lambda row: jnp.broadcast_to(row, (len(others), *row.shape)), text)
     variables = {"params": unet_params}
     plain = apply_unet(unet, variables, noisy, timesteps, text)
     changed = apply_unet(unet, {**variables, "lora": lora}, noisy, timesteps, text)

@@ -195,13 +195,15 @@ def host_part(mesh: Mesh) -> dict[str, int]:
     return {"shard_index": index, "num_shards": count}
 
 
-def put_batch(host_batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Global arrays from this process's part of the batch; every leaf has a leading batch axis.
+def put_batch(host_batch: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
+    """Global arrays from this process's part of the batch, a tree of arrays; every leaf has a
+    leading batch axis.
 
     Raises:
       UserError: the global batch is not divisible by data × fsdp, or the leaves differ in length.
     """
-    sizes = {name: len(leaf) for name, leaf in host_batch.items()}
+    leaves = jax.tree.leaves_with_path(dict(host_batch))
+    sizes = {parameter_name(path): len(leaf) for path, leaf in leaves}
     if len(set(sizes.values())) > 1:
         raise UserError(f"batch: leading axes differ: {sizes}")
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -216,25 +218,27 @@ def put_batch(host_batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax
     sharding = batch_sharding(mesh)
     if jax.process_count() == 1:
         return jax.device_put(dict(host_batch), sharding)
-    return {
-        name: jax.make_array_from_process_local_data(
+    return jax.tree.map(
+        lambda leaf: jax.make_array_from_process_local_data(
             sharding, np.asarray(leaf), (global_size, *leaf.shape[1:])
-        )
-        for name, leaf in host_batch.items()
-    }
+        ),
+        dict(host_batch),
+    )
 
 
 def place(tree: ArrayTree, shardings: ArrayTree) -> ArrayTree:
-    """`tree`, whole on every host, as global arrays; no communication."""
+    """`tree`, whole on every host or placed like that, as global arrays; no communication."""
     if jax.process_count() == 1:
         return jax.device_put(tree, shardings)
-    return jax.tree.map(
-        lambda leaf, where: jax.make_array_from_callback(
+
+    def placed(leaf: Any, where: NamedSharding) -> jax.Array:
+        if isinstance(leaf, jax.Array) and leaf.sharding == where:
+            return leaf
+        return jax.make_array_from_callback(
             tuple(leaf.shape), where, lambda index: np.asarray(leaf)[index]
-        ),
-        tree,
-        shardings,
-    )
+        )
+
+    return jax.tree.map(placed, tree, shardings)
 
 
 def gather(tree: ArrayTree, mesh: Mesh) -> ArrayTree:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from hyperlora_jax.array_types import AnyArray, Array, Float, Int, Params, PRNGKey
 from hyperlora_jax.diffusion.schedule import NoiseSchedule, add_noise, target
-from hyperlora_jax.stable_diffusion.packed_text import apply_unet
+from hyperlora_jax.stable_diffusion.text_conditions import Text, apply_unet
 from hyperlora_jax.stable_diffusion.unet import UNet
 
 
@@ -19,15 +19,15 @@ def denoising_loss(
     params: Params,
     schedule: NoiseSchedule,
     latents: Float[AnyArray, "b h w z"],
-    text_states: Float[AnyArray, "b n e"],
+    text: Text,
     key: PRNGKey,
     lora: Params | None = None,
     min_snr_gamma: float | None = None,
 ) -> Float[Array, " b"]:
     """Loss of every example at a timestep and noise drawn from `key`.
 
-    `latents` are scaled, `text_states` packed where the UNet has added conditions
-    (`packed_text`); L LoRAs serve the b examples, example k uses LoRA k // (b / L).
+    `latents` are scaled, `text` has b rows (`text_conditions`); L LoRAs serve the b examples,
+    example k uses LoRA k // (b / L).
     """
     time_key, noise_key = jax.random.split(key)
     timesteps = jax.random.randint(time_key, latents.shape[:1], 0, schedule.num_train_timesteps)
@@ -37,7 +37,7 @@ def denoising_loss(
         params,
         schedule,
         latents,
-        text_states,
+        text,
         timesteps,
         noise,
         lora,
@@ -50,7 +50,7 @@ def denoising_error(
     params: Params,
     schedule: NoiseSchedule,
     latents: Float[AnyArray, "b h w z"],
-    text_states: Float[AnyArray, "b n e"],
+    text: Text,
     timesteps: Int[AnyArray, " b"],
     noise: Float[AnyArray, "b h w z"],
     lora: Params | None = None,
@@ -60,7 +60,7 @@ def denoising_error(
     variables = {"params": params} if lora is None else {"params": params, "lora": lora}
     latents = jnp.asarray(latents, jnp.float32)
     noisy = add_noise(schedule, latents, noise, timesteps)
-    prediction = apply_unet(unet, variables, noisy, timesteps, text_states)
+    prediction = apply_unet(unet, variables, noisy, timesteps, text)
     error = prediction.astype(jnp.float32) - target(schedule, latents, noise, timesteps)
     losses = jnp.square(error).mean((1, 2, 3))
     if min_snr_gamma is None:

@@ -1,14 +1,16 @@
 """Base models by name: "tiny-sd" is the one inside the package, anything else a path or hub id."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from hyperlora_jax.parallel.sharding import DEFAULT_RULES, Rule
+from hyperlora_jax.parallel.sharding import DEFAULT_RULES, REPLICATED_RULES, Rule
 from hyperlora_jax.shipped import base_path
 from hyperlora_jax.stable_diffusion.model import StableDiffusion
+
+ENCODERS = ("vae", "text_encoder", "text_encoder_2")
 
 
 def load_base(
@@ -16,13 +18,26 @@ def load_base(
     dtype: Any = jnp.float32,
     mesh: Mesh | None = None,
     rules: Sequence[Rule] = DEFAULT_RULES,
+    on_host: Collection[str] = (),
 ) -> StableDiffusion:
-    """The base model called `source`; with a mesh its parameters are spread over it by `rules`.
+    """The base model called `source`; with a mesh its parameters are spread over it by `rules`, but
+    for those of the components `on_host`, which stay numpy arrays.
 
     Raises:
         UserError: see `StableDiffusion.from_pretrained`; or the embedded model is not built yet.
     """
-    return StableDiffusion.from_pretrained(base_path(source), dtype, mesh=mesh, rules=rules)
+    where: dict[str, Any] = {"mesh": mesh, "rules": rules, "on_host": on_host}
+    return StableDiffusion.from_pretrained(base_path(source), dtype, **where)
+
+
+def load_frozen(source: str, dtype: Any, mesh: Mesh) -> StableDiffusion:
+    """The base model called `source` to train through: its UNet on every device of a mesh; what
+    runs over pictures and captions once, before the first step, in host memory.
+
+    Raises:
+        UserError: see `load_base`.
+    """
+    return load_base(source, dtype, mesh, REPLICATED_RULES, ENCODERS)
 
 
 def outline_base(source: str) -> StableDiffusion:

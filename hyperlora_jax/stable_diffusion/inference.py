@@ -5,7 +5,6 @@ are never baked into a program.
 """
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +14,8 @@ from hyperlora_jax.diffusion.samplers import SAMPLERS
 from hyperlora_jax.diffusion.schedule import NoiseSchedule
 from hyperlora_jax.stable_diffusion.autoencoder import AutoencoderKL
 from hyperlora_jax.stable_diffusion.clip_text import ClipTextModel
+from hyperlora_jax.stable_diffusion.text_conditions import Text, apply_unet, with_sizes
 from hyperlora_jax.stable_diffusion.unet import UNet
-
-
-class TextConditions(NamedTuple):
-    """What a UNet is told about prompts."""
-
-    states: Float[Array, "b n e"]
-    pooled: Float[Array, "b p"] | None  # SDXL only
 
 
 @functools.partial(jax.jit, static_argnames=("encoders", "is_xl"))
@@ -32,17 +25,19 @@ def encode_tokens(
     tokens: tuple[Int[AnyArray, "b n"], ...],
     loras: tuple[Params | None, ...],
     is_xl: bool = False,
-) -> TextConditions:
-    """SD 1.x and 2.x: last state after the final norm. SDXL: penultimate states of all encoders,
+) -> dict[str, Array]:
+    """ "states" [b, n, e] and, of SDXL, "pooled" [b, p].
+
+    SD 1.x and 2.x: last state after the final norm. SDXL: penultimate states of all encoders,
     concatenated, without the final norm, and the projected pooled state of the last one."""
     outputs = [
         encoder.apply({"params": p} if not lora else {"params": p, "lora": lora}, t)
         for encoder, p, t, lora in zip(encoders, params, tokens, loras, strict=True)
     ]
     if not is_xl:
-        return TextConditions(outputs[0].last_hidden_state, None)
+        return {"states": outputs[0].last_hidden_state}
     states = jnp.concatenate([output.penultimate for output in outputs], axis=-1)
-    return TextConditions(states, outputs[-1].pooled)
+    return {"states": states, "pooled": outputs[-1].pooled}
 
 
 @functools.partial(jax.jit, static_argnames=("vae",))
@@ -78,7 +73,7 @@ def sample_images(
     guided: bool,
     params: dict[str, Params],
     noise: Float[Array, "b hh ww z"],
-    text: TextConditions,
+    text: Text,
     guidance: Float[Array, ""],
     lora: Params | None,
 ) -> Float[Array, "b h w 3"]:
@@ -90,18 +85,14 @@ def sample_images(
     if lora is not None:
         variables["lora"] = lora
 
-    added = None
-    if text.pooled is not None:
-        height, width = (size * vae.downsampling for size in noise.shape[1:3])
-        ids = jnp.asarray([height, width, 0, 0, height, width], jnp.float32)
-        time_ids = jnp.broadcast_to(ids, (text.pooled.shape[0], 6))
-        added = {"text_embeds": text.pooled, "time_ids": time_ids}
+    height, width = (size * vae.downsampling for size in noise.shape[1:3])
+    text = with_sizes(text, (height, width))
 
     def denoise(x: Array, timesteps: Array) -> Array:
         if not guided:
-            return unet.apply(variables, x, timesteps, text.states, added)
+            return apply_unet(unet, variables, x, timesteps, text)
         doubled = jnp.repeat(x, 2, axis=0), jnp.repeat(timesteps, 2, axis=0)
-        both = unet.apply(variables, *doubled, text.states, added).astype(jnp.float32)
+        both = apply_unet(unet, variables, *doubled, text).astype(jnp.float32)
         both = both.reshape(-1, 2, *x.shape[1:])
         negative, positive = both[:, 0], both[:, 1]
         return negative + guidance * (positive - negative)

@@ -1,7 +1,7 @@
 """Whole models from and to diffusers directories."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from hyperlora_jax.stable_diffusion.autoencoder import vae_from_config
 from hyperlora_jax.stable_diffusion.checkpoint import param_shapes, torch_to_flax
 from hyperlora_jax.stable_diffusion.clip_text import text_model_from_config
 from hyperlora_jax.stable_diffusion.parts import check_parts
-from hyperlora_jax.stable_diffusion.tensor_stream import read_tensors, to_devices
+from hyperlora_jax.stable_diffusion.tensor_stream import Placing, placing, read_tensors, to_devices
 from hyperlora_jax.stable_diffusion.unet import unet_from_config
 
 GUIDANCE = 7.5  # of Stable Diffusion, where a base does not say otherwise
@@ -54,13 +54,14 @@ def load_directory(
     variant: str | None,
     mesh: Mesh | None = None,
     rules: Sequence[Rule] = DEFAULT_RULES,
+    on_host: Collection[str] = (),
 ) -> tuple[dict[str, Any], dict[str, Params], NoiseSchedule]:
     """Modules, parameters and schedule of a diffusers directory. Raises UserError naming files."""
     modules = load_modules(root, dtype, CONSTRUCTORS)
-    params = {
-        name: load_params(module, root / name, name, dtype, variant, mesh, rules)
-        for name, (module, dtype) in modules.items()
-    }
+    params = {}
+    for name, (module, dtype) in modules.items():
+        where = placing(name, mesh, rules, on_host)
+        params[name] = _params(module, root / name, name, dtype, variant, where)
     return {name: module for name, (module, _) in modules.items()}, params, load_schedule(root)
 
 
@@ -118,30 +119,18 @@ def load_component(
     name: str,
     dtype: Any,
     variant: str | None = None,
-    mesh: Mesh | None = None,
-    rules: Sequence[Rule] = DEFAULT_RULES,
 ) -> tuple[Any, Params]:
-    """Module and parameters of one component folder, one tensor in host memory at a time.
-
-    With a mesh the parameters are spread over it by `rules`.
-    """
+    """Module and parameters of one component folder, one tensor in host memory at a time."""
     module, dtype = load_module(folder, name, dtype)
-    return module, load_params(module, folder, name, dtype, variant, mesh, rules)
+    return module, _params(module, folder, name, dtype, variant, to_devices)
 
 
-def load_params(
-    module: Any,
-    folder: Path,
-    name: str,
-    dtype: Any,
-    variant: str | None,
-    mesh: Mesh | None,
-    rules: Sequence[Rule],
+def _params(
+    module: Any, folder: Path, name: str, dtype: Any, variant: str | None, where: Placing
 ) -> Params:
-    """Parameters of a component's module, see `load_component`."""
     files = directory.weight_files(folder, name, variant)
     shapes = param_shapes(module)
-    place = to_devices(shapes, dtype, mesh, rules)
+    place = where(shapes, dtype)
     return torch_to_flax(read_tensors(files), shapes, name, str(files[0]), place)
 
 

@@ -6,7 +6,7 @@ static arguments, so that two models of one config share the compiled program.
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,19 +65,24 @@ class StableDiffusion:
         variant: str | None = None,
         mesh: Mesh | None = None,
         rules: Sequence[Rule] = DEFAULT_RULES,
+        on_host: Collection[str] = (),
     ) -> "StableDiffusion":
         """Reads a diffusers directory, hub id or single file; arithmetic in `dtype`.
 
         `variant` "fp16" reads `*.fp16.safetensors`; None takes full precision where it is there, or
         else the variant that is. With a mesh, parameters are spread over it by
-        the sharding table `rules`. One tensor at a time is in host memory.
+        the sharding table `rules`; those of the components `on_host` ("vae", …) stay numpy arrays.
+        Of the others one tensor at a time is in host memory.
 
         Raises UserError naming the file for anything missing, unknown or unsupported in it.
         """
         if str(path).endswith((".safetensors", ".ckpt")) and Path(path).is_file():
-            return StableDiffusion.from_single_file(path, dtype, mesh=mesh, rules=rules)
+            where: dict[str, Any] = {"mesh": mesh, "rules": rules, "on_host": on_host}
+            return StableDiffusion.from_single_file(path, dtype, **where)
         root = loading.local_directory(path, variant)
-        modules, params, schedule = loading.load_directory(root, dtype, variant, mesh, rules)
+        modules, params, schedule = loading.load_directory(
+            root, dtype, variant, mesh, rules, on_host
+        )
         modules["unet"] = modules["unet"].clone(mesh=mesh)
         return StableDiffusion(
             **modules,
@@ -98,7 +103,7 @@ class StableDiffusion:
         Raises UserError as `from_pretrained` does.
         """
         if str(path).endswith((".safetensors", ".ckpt")) and Path(path).is_file():
-            return StableDiffusion.from_single_file(path)
+            return StableDiffusion.from_single_file(path, on_host=tuple(loading.CONSTRUCTORS))
         root = loading.local_directory(path)
         found = loading.load_modules(root, jnp.float32, names)
         modules = {name: module for name, (module, _) in found.items()}
@@ -112,13 +117,14 @@ class StableDiffusion:
         prediction_type: str | None = None,
         mesh: Mesh | None = None,
         rules: Sequence[Rule] = DEFAULT_RULES,
+        on_host: Collection[str] = (),
     ) -> "StableDiffusion":
         """Reads an original single file (1.x, 2.x, XL): see `single_file.load_single_file`.
 
         Such a file holds no tokenizer: give one with `dataclasses.replace(sd, tokenizers=(t,))`.
         """
         modules, params, schedule = single_file.load_single_file(
-            Path(path), dtype, prediction_type=prediction_type, mesh=mesh, rules=rules
+            Path(path), dtype, None, prediction_type, mesh, rules, on_host
         )
         modules["unet"] = modules["unet"].clone(mesh=mesh)
         return StableDiffusion(**modules, params=params, schedule=schedule)
@@ -194,12 +200,12 @@ class StableDiffusion:
         self, prompts: Sequence[str], lora: Params | None = None
     ) -> Float[Array, "b n e"]:
         """Text states of the prompts, as the UNet takes them."""
-        return self.encode_conditions(prompts, lora).states
+        return self.encode_conditions(prompts, lora)["states"]
 
     def encode_conditions(
         self, prompts: Sequence[str], lora: Params | None = None
-    ) -> inference.TextConditions:
-        """Text states, and for SDXL the pooled state (added_cond_kwargs["text_embeds"]).
+    ) -> dict[str, Array]:
+        """ "states" [b, n, e], and of SDXL "pooled" [b, p] (added_cond_kwargs["text_embeds"]).
 
         `lora` is a whole LoRA tree: only its text encoder sites count here.
         """
@@ -222,7 +228,7 @@ class StableDiffusion:
 
     def _guided_conditions(
         self, prompts: Sequence[str], negative: Sequence[str] | None, lora: Params | None
-    ) -> inference.TextConditions:
+    ) -> dict[str, Array]:
         """Rows negative, positive, negative, ...: both branches of image k use its LoRA.
 
         SDXL without negative prompts takes zeros for them, as its pipeline does.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hyperlora_jax.errors import UserError
-from hyperlora_jax.stable_diffusion.packed_text import NUM_SIZES
+from hyperlora_jax.stable_diffusion.text_conditions import NUM_SIZES
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 

@@ -154,8 +154,7 @@ def _run_text(root: Path, unet: UNet, inputs: Arrays, variant: str | None) -> Ar
             )
     sd = StableDiffusion(unet, params, NoiseSchedule(), **modules, path=root)
     conditions = sd.encode_conditions([str(prompt) for prompt in inputs["prompts"]])
-    outputs = {"states": conditions.states, "pooled": conditions.pooled}
-    return {name: np.asarray(value) for name, value in outputs.items() if value is not None}
+    return {name: np.asarray(value) for name, value in conditions.items()}
 
 
 _RUN = {"unet": _run_unet, "vae": _run_vae, "text": _run_text}

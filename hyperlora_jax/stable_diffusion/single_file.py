@@ -1,6 +1,6 @@
 """Models from the original single-file layouts of Stable Diffusion 1.x, 2.x and XL."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from hyperlora_jax.stable_diffusion import loading
 from hyperlora_jax.stable_diffusion.checkpoint import param_shapes, torch_to_flax
 from hyperlora_jax.stable_diffusion.families import FAMILIES, SCHEDULER
 from hyperlora_jax.stable_diffusion.original_names import Target, translate
-from hyperlora_jax.stable_diffusion.tensor_stream import Loader, read_tensors, to_devices
+from hyperlora_jax.stable_diffusion.tensor_stream import Loader, placing, read_tensors
 
 SD2_BASE_STEP = 875000
 _PREDICTIONS = {"v": "v_prediction", "epsilon": "epsilon", "eps": "epsilon"}
@@ -30,12 +30,13 @@ def load_single_file(
     prediction_type: str | None = None,
     mesh: Mesh | None = None,
     rules: Sequence[Rule] = DEFAULT_RULES,
+    on_host: Collection[str] = (),
 ) -> tuple[dict[str, Any], dict[str, Params], NoiseSchedule]:
     """Modules, parameters and schedule of one .safetensors or .ckpt file.
 
     `configs` (component -> config.json dict) replaces those of the family found. What the UNet
     predicts is `prediction_type` or what the file says (`_schedule`). With a mesh the parameters
-    are spread over it by `rules`.
+    are spread over it by `rules`; those of the components `on_host` stay in host memory.
 
     Raises:
         UserError: for a foreign file, an unknown, missing or ill-shaped tensor.
@@ -60,7 +61,7 @@ def load_single_file(
         component_dtype = loading.component_dtype(name, config, dtype)
         modules[name] = loading.CONSTRUCTORS[name](config, component_dtype)
         shapes = param_shapes(modules[name])
-        place = to_devices(shapes, component_dtype, mesh, rules)
+        place = placing(name, mesh, rules, on_host)(shapes, component_dtype)
         params[name] = torch_to_flax(found[name], shapes, name, str(path), place)
     return modules, params, schedule
 

@@ -4,9 +4,10 @@ Files are read, not mapped: pages of a mapped file count as memory of the proces
 be there twice while it is loaded.
 """
 
+import functools
 import math
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
-from hyperlora_jax.array_types import Params
+from hyperlora_jax.array_types import AnyArray, Params
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora_files import safetensors_io
 from hyperlora_jax.parallel.sharding import DEFAULT_RULES, Rule, param_shardings
 
 Loader = Callable[[], np.ndarray]
-Place = Callable[[tuple[str, ...], np.ndarray], jax.Array]
+Place = Callable[[tuple[str, ...], np.ndarray], AnyArray]
+Placing = Callable[[Params, Any], Place]  # shapes of a tree and the dtype that it is kept in
 
 
 def read_tensors(files: Sequence[Path]) -> Iterator[tuple[str, Loader]]:
@@ -93,6 +95,19 @@ def to_devices(
         return parts.block_until_ready()
 
     return place
+
+
+def to_host(shapes: Params, dtype: Any) -> Place:
+    """What keeps arrays in host memory, as `dtype`."""
+    del shapes
+    return lambda _, array: _cast(array, dtype)
+
+
+def placing(
+    name: str, mesh: Mesh | None, rules: Sequence[Rule], on_host: Collection[str]
+) -> Placing:
+    """Where the parameters of the component `name` go: see `to_devices` and `to_host`."""
+    return to_host if name in on_host else functools.partial(to_devices, mesh=mesh, rules=rules)
 
 
 def _cast(array: np.ndarray, dtype: Any) -> np.ndarray:

@@ -52,7 +52,7 @@ class Workload:
     """A training step by its shapes: what `Task` is, without data and without weights.
 
     Attributes:
-      batch: number of examples → {name: ShapeDtypeStruct [b, ...]}.
+      batch: number of examples → {name: ShapeDtypeStruct [b, ...], or a tree of them}.
       remat: which rematerialisation the loss was built with, for the record.
       loss_on: mesh → the loss for that mesh, where kernels are partitioned by hand (splash).
       extra_flops: example count → FLOPs that no product in the program shows.
@@ -62,7 +62,7 @@ class Workload:
     init: Callable[[Array], ArrayTree]
     loss: Loss
     frozen: ArrayTree
-    batch: Callable[[int], Mapping[str, jax.ShapeDtypeStruct]]
+    batch: Callable[[int], Mapping[str, Any]]
     optimizer: Mapping[str, Any] = field(default_factory=lambda: {"learning_rate": 1e-4})
     ema_decay: float | None = None
     rules: Sequence[sharding.Rule] = sharding.DEFAULT_RULES
@@ -110,10 +110,8 @@ def trace(workload: Workload, mesh: Mesh, batch_per_device: int) -> Any:
     frozen = workload.frozen if frozen is None else frozen
     frozen_places = sharding.param_shardings(frozen, mesh, workload.frozen_rules)
     size = batch_per_device * mesh.shape["data"] * mesh.shape["fsdp"]
-    batch = {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.batch_sharding(mesh))
-        for name, leaf in workload.batch(size).items()
-    }
+    batch = workload.batch(size)
+    batch = abstract_state(batch, jax.tree.map(lambda _: sharding.batch_sharding(mesh), batch))
     loss = workload.loss if workload.loss_on is None else workload.loss_on(mesh)
     step = jit_step(
         mesh, shardings, frozen_places,

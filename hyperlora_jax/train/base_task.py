@@ -1,7 +1,7 @@
 """Training a base model itself: the autoencoder, then the UNet with (or without) its text encoder.
 
     autoencoder   mean |x − x̂|² + l1 · mean |x − x̂| + kl · KL(q(z|x) ‖ N(0, I))
-    UNet          the denoising loss on cached latents and token ids or text states, captions
+    UNet          the denoising loss on cached latents and token ids or text conditions, captions
                   dropped at random so that classifier-free guidance works
 
 Both are `Task`s of the ordinary training loop.
@@ -86,21 +86,22 @@ def unet_loss(
 ) -> tuple[Array, dict[str, Array]]:
     """Per-image denoising loss [b].
 
-    The batch holds scaled latents [b, h, w, c] and captions as `encode_text` takes them, "text"
-    [b, ...]; `frozen` holds the empty one, "empty_text" [...].
+    The batch holds scaled latents [b, h, w, c] and captions as `encode_text` takes them, "text", a
+    tree of [b, ...]; `frozen` holds the empty one, "empty_text".
     """
     drop_key, noise_key = jax.random.split(key)
-    text = batch["text"]
-    dropped = jax.random.bernoulli(
-        drop_key, caption_dropout, text.shape[:1] + (1,) * (text.ndim - 1)
-    )
-    text_states = encode_text(params, frozen, jnp.where(dropped, frozen["empty_text"], text))
+    dropped = jax.random.bernoulli(drop_key, caption_dropout, batch["latents"].shape[:1])
+
+    def drop(text: Array, empty: Array) -> Array:
+        return jnp.where(dropped.reshape(-1, *[1] * (text.ndim - 1)), empty, text)
+
+    text = jax.tree.map(drop, batch["text"], frozen["empty_text"])
     losses = denoising_loss(
         unet,
         params["unet"],
         schedule,
         batch["latents"].astype(jnp.float32),
-        text_states,
+        encode_text(params, frozen, text),
         noise_key,
         min_snr_gamma=min_snr_gamma,
     )
@@ -113,7 +114,7 @@ def unet_task(
     schedule: Any,
     init: Any,
     frozen: Params,
-    arrays: dict[str, Any] | None,
+    arrays: dict[str, Any],
     *,
     batch_size: int,
     seed: int,
@@ -124,19 +125,15 @@ def unet_task(
     shard_index: int = 0,
     num_shards: int = 1,
 ) -> Task:
-    """Trains a UNet on `arrays` = {"latents": [n, h, w, c], "text": [n, ...]}.
+    """Trains a UNet on `arrays` = {"latents": [n, h, w, c], "text": a tree of [n, ...]}.
 
     Args:
-        encode_text: (trained parameters, `frozen`, text [b, ...]) → text states [b, t, e].
+        encode_text: (trained parameters, `frozen`, text) → text conditions of b rows.
         init: key → {"unet": …} or {"unet": …, "text_encoder": …}: what is in it is trained.
-        frozen: {"empty_text": [...]} and what `encode_text` reads.
-        arrays: None for a task of shapes, which has no batches.
+        frozen: {"empty_text": one row of text} and what `encode_text` reads.
         start: parameters to go on from, instead of `init`'s.
         shard_index, num_shards: which part of every batch is this host's.
     """
-    batches = None
-    if arrays is not None:
-        batches = array_batches(arrays, batch_size, seed, shard_index, num_shards)
     loss = functools.partial(
         unet_loss,
         unet=unet,
@@ -150,7 +147,7 @@ def unet_task(
         init=init,
         loss=loss,
         frozen=frozen,
-        batches=batches,
+        batches=array_batches(arrays, batch_size, seed, shard_index, num_shards),
         facts=facts or {},
         units={"images": 1},
         start=start,

@@ -5,7 +5,7 @@ A batch holds l subjects (`data/pipelines.subject_batches`):
 
     pooled [l, k, e], tokens [l, k, m, e]     condition embeddings of k reference pictures
     reference_mask [l, k]                     which of them are given
-    latents [l, g, h, w, c], text_states [l, g, n, e]     g pictures of the same subject
+    latents [l, g, h, w, c], text [l, g, …]   g pictures of the same subject and their captions
     target [l, d]                             factors, where a dataset has them
     step [l]                                  number of the batch: says which phase it belongs to
 
@@ -148,7 +148,7 @@ def _parts(
             base.schedule,
             estimate.lora,
             batch["latents"],
-            batch["text_states"],
+            batch["text"],
             keys[0],
             base.min_snr_gamma,
         )
@@ -179,8 +179,8 @@ def hypernet_task(
     """The task of the ordinary training loop.
 
     Args:
-        frozen: {"unet": parameters, "prior_text": [n, e], "constants": the generator's}, each only
-            if a loss needs it.
+        frozen: {"unet": parameters, "prior_text": one row of `text`, "constants": the generator's},
+            each only if a loss needs it.
         batches: as described in this file's head.
         phases: one after the other; all but the last have an end.
         condition_shapes: shapes of one subject's (pooled, tokens), ([e], [m, e]).

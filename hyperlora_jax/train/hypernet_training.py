@@ -8,11 +8,14 @@ and its autoencoder and text encoder run, only where a loss needs it. Baselines 
 ridge, pca_gaussian) are fitted in closed form instead of trained.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 
 from hyperlora_jax import storage
 from hyperlora_jax.array_types import Params
@@ -31,12 +34,12 @@ from hyperlora_jax.hypernet.weight_diffusion import Diffusion
 from hyperlora_jax.hypernet.weight_vae import Latents
 from hyperlora_jax.parallel import multihost, sharding
 from hyperlora_jax.parallel.mesh import make_mesh
-from hyperlora_jax.stable_diffusion import packed_text
-from hyperlora_jax.stable_diffusion.embedded import image_size, load_base, outline_base
+from hyperlora_jax.stable_diffusion import text_conditions
+from hyperlora_jax.stable_diffusion.embedded import image_size, load_frozen, outline_base
 from hyperlora_jax.train.configured import arithmetic_dtype, fit_section
 from hyperlora_jax.train.hypernet_data import TrainingTargets, read_encoded, read_targets
 from hyperlora_jax.train.hypernet_task import Base, Phase, hypernet_task
-from hyperlora_jax.train.loop import open_workdir
+from hyperlora_jax.train.loop import Task, open_workdir
 from hyperlora_jax.train.vae_training import train_vae
 
 
@@ -51,20 +54,17 @@ def train_hypernetwork(config: Any, workdir: epath.PathLike) -> Hypernetwork:
     scratch = storage.scratch(workdir)
     mesh = make_mesh(**config.mesh)
     section, model = config.train, architecture(config.model)
-    phases = make_phases(section)
-    fitted = config.model.generator in BASELINES
-    needs_base = not fitted and any(phase.weights.need_base for phase in phases)
-    if needs_base:
-        sd = load_base(config.base, arithmetic_dtype(section))
+    needs = Needs.of(config)
+    if needs.base:
+        sd = load_frozen(config.base, arithmetic_dtype(section), mesh)
     else:
         sd = outline_base(config.base)
     encoder = configured_encoder(config.model)
     check_numbers(section.num_references, section.images_per_subject)
-    spec = sd.lora_spec(config.model.preset, config.model.rank)
-    generator = build_generator(spec, with_remat(model, section.remat))
-    needs_texts = needs_base and any(phase.weights.end_to_end for phase in phases)
+    generator = configured_generator(config, sd)
+    spec = generator.spec
     encoded, pictures_facts = read_encoded(
-        config, workdir, scratch, sd, encoder, latents=needs_base, texts=needs_texts
+        config, workdir, scratch, sd, encoder, latents=needs.base, texts=needs.texts
     )
     conditions = encoded.references
     assert conditions is not None
@@ -78,7 +78,7 @@ def train_hypernetwork(config: Any, workdir: epath.PathLike) -> Hypernetwork:
         "data": pictures_facts,
     }
     targets, constants = None, {}
-    if generator.needs_targets or any(phase.weights.need_targets for phase in phases):
+    if generator.needs_targets or needs.targets:
         targets = read_targets(config, workdir / "targets", scratch, spec, sd.base_hash, encoded)
         facts["targets"] = targets.facts
         constants = {"mean": targets.mean, "std": targets.std}
@@ -105,15 +105,82 @@ def train_hypernetwork(config: Any, workdir: epath.PathLike) -> Hypernetwork:
             facts={**facts, "model": {"vae": model["vae"]}},  # all that a VAE depends on
             config=config,
         )
-    frozen: Params = {"constants": constants} if constants else {}
-    if needs_base:
-        frozen["unet"] = sd.params["unet"]
-    if any(phase.weights.prior for phase in phases):
-        picture = (image_size(sd),) * 2
-        frozen["prior_text"] = np.asarray(
-            packed_text.encode(sd, [section.prior_caption], picture)[0]
+    prior = None
+    if needs.prior:
+        rows = text_conditions.encode(sd, [section.prior_caption], (image_size(sd),) * 2)
+        prior = jax.tree.map(lambda array: np.asarray(array[0]), rows)
+    frozen = needs.frozen(sd.params["unet"], prior, constants)
+    task = training_task(config, mesh, sd, generator, frozen, encoded, targets, facts)
+    trained = fit_section(
+        task, section, workdir=workdir, mesh=mesh, seed=section.seed, config=config
+    )
+    params = sharding.gather(trained, mesh)
+    kept = {**(constants if generator.needs_targets else {}), **_known(conditions)}
+    return _saved(Hypernetwork(generator, params, encoder, stored, model, kept), workdir)
+
+
+@dataclasses.dataclass(frozen=True)
+class Needs:
+    """What the losses of a config read.
+
+    Attributes:
+        base: the frozen UNet, and latents of the subjects' pictures.
+        texts: their captions.
+        prior: the prior caption.
+        targets: LoRAs.
+    """
+
+    base: bool
+    texts: bool
+    prior: bool
+    targets: bool
+
+    @staticmethod
+    def of(config: Any) -> "Needs":
+        """Those of a config; a baseline is fitted without any loss."""
+        weights = [phase.weights for phase in make_phases(config.train)]
+        trained = config.model.generator not in BASELINES
+        return Needs(
+            base=trained and any(each.need_base for each in weights),
+            texts=trained and any(each.end_to_end for each in weights),
+            prior=trained and any(each.prior for each in weights),
+            targets=any(each.need_targets for each in weights),
         )
-    task = hypernet_task(
+
+    def frozen(self, unet: Params, prior: Params | None, constants: Params) -> Params:
+        """The frozen tree of the task, of arrays or of shapes."""
+        found: dict[str, Any] = {"constants": constants} if constants else {}
+        if self.base:
+            found["unet"] = unet
+        return found if prior is None else {**found, "prior_text": prior}
+
+
+def configured_generator(config: Any, sd: Any) -> Generator:
+    """The generator of a config for a base."""
+    spec = sd.lora_spec(config.model.preset, config.model.rank)
+    return build_generator(spec, with_remat(architecture(config.model), config.train.remat))
+
+
+def training_task(
+    config: Any,
+    mesh: Mesh | None,
+    sd: Any,
+    generator: Generator,
+    frozen: Params,
+    encoded: EncodedSubjects,
+    targets: TrainingTargets | None,
+    facts: dict[str, Any] | None = None,
+) -> Task:
+    """The task of a config, on a base whose UNet knows the mesh.
+
+    Args:
+        mesh: that shares out the batches; None: nobody does.
+        frozen: what `Needs.frozen` says, arrays or shapes.
+    """
+    section, phases = config.train, make_phases(config.train)
+    conditions = encoded.references
+    assert conditions is not None
+    return hypernet_task(
         generator,
         frozen,
         _batches(section, mesh, encoded, targets, _targets_until(generator, phases)),
@@ -122,18 +189,10 @@ def train_hypernetwork(config: Any, workdir: epath.PathLike) -> Hypernetwork:
             conditions.arrays["pooled"].shape[1:],
             conditions.arrays["tokens"].shape[1:],
         ),
-        base=Base(
-            sd.unet.clone(mesh=mesh, remat=section.remat), sd.schedule, section.min_snr_gamma
-        ),
+        base=Base(sd.unet.clone(remat=section.remat), sd.schedule, section.min_snr_gamma),
         facts=facts,
         num_images=section.images_per_subject if "unet" in frozen else 0,
     )
-    trained = fit_section(
-        task, section, workdir=workdir, mesh=mesh, seed=section.seed, config=config
-    )
-    params = sharding.gather(trained, mesh)
-    kept = {**(constants if generator.needs_targets else {}), **_known(conditions)}
-    return _saved(Hypernetwork(generator, params, encoder, stored, model, kept), workdir)
 
 
 def _saved(hyper: Hypernetwork, workdir: epath.Path) -> Hypernetwork:
@@ -149,15 +208,16 @@ def _targets_until(generator: Generator, phases: Sequence[Phase]) -> int | None:
     return phases[0].until
 
 
-def _global_batch(batch_size: int, section: Any, mesh: Any) -> int:
+def _global_batch(batch_size: int, section: Any, mesh: Mesh | None) -> int:
     """Subjects a step over all devices, of which the config may name one device's."""
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    return batch_size * parts if section.batch_per_device else batch_size
+    if mesh is None or not section.batch_per_device:
+        return batch_size
+    return batch_size * mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def _batches(
     section: Any,
-    mesh: Any,
+    mesh: Mesh | None,
     encoded: EncodedSubjects,
     targets: TrainingTargets | None,
     targets_until: int | None,
@@ -173,7 +233,7 @@ def _batches(
         subjects=None if targets is None else targets.subjects,
         subjects_until=targets_until,
         order=None if targets is None else targets.order(section.seed),
-        **sharding.host_part(mesh),
+        **({} if mesh is None else sharding.host_part(mesh)),
     )
 
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import jax
-import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
@@ -44,11 +43,11 @@ VERSIONS = {"versions": {"hyperlora_jax": hyperlora_jax.__version__, "jax": jax.
 class Batches(Protocol):
     """An endless iterator over this process's part of each batch, whose position can be kept.
 
-    A batch is {name: array [b, ...]}; "record_id" stays on the host and is named when a loss is not
-    finite. The state is JSON, the same on every host (it counts batches).
+    A batch is {name: array [b, ...], or a tree of them}; "record_id" stays on the host and is named
+    when a loss is not finite. The state is JSON, the same on every host (it counts batches).
     """
 
-    def __next__(self) -> Mapping[str, np.ndarray]: ...
+    def __next__(self) -> Mapping[str, Any]: ...
     def get_state(self) -> Any:
         """The position after the last batch given out."""
         ...
@@ -293,7 +292,7 @@ class _Run:
                 raise guard.stopped(step, str(self.checkpoints.directory.parent))
         return state
 
-    def _next_batch(self, step: int) -> tuple[dict[str, Array], Any]:
+    def _next_batch(self, step: int) -> tuple[dict[str, Any], Any]:
         """(global batch, record ids) of one step."""
         self.events.switch("data")
         waited = time.perf_counter()
@@ -305,7 +304,7 @@ class _Run:
         record_ids = batch.pop("record_id", None)
         placed = sharding.put_batch(batch, self.mesh)
         waited = time.perf_counter() - waited
-        self.report.throughput.add(len(next(iter(placed.values()))), waited)
+        self.report.throughput.add(len(jax.tree.leaves(placed)[0]), waited)
         return placed, record_ids
 
     def _save(self, step: int, state: TrainState, wait: bool) -> None:

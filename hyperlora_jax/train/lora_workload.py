@@ -35,9 +35,8 @@ def lora_loss(unet: UNet, schedule: NoiseSchedule) -> Loss:
         lora = jax.tree.map(
             lambda leaf: jnp.tensordot(batch["condition"], leaf, axes=1), params["lora"]
         )
-        losses = denoising_loss(
-            unet, frozen["unet"], schedule, batch["latents"], batch["text_states"], key, lora
-        )
+        text = {"states": batch["states"]}
+        losses = denoising_loss(unet, frozen["unet"], schedule, batch["latents"], text, key, lora)
         return losses, {}
 
     return loss
@@ -69,7 +68,7 @@ def lora_workload(
     settings = unet.settings
     arrays = {
         "latents": (*settings.sample_size, settings.in_channels),
-        "text_states": (num_tokens, settings.context_width),
+        "states": (num_tokens, settings.context_width),
         "condition": (condition_width,),
     }
 

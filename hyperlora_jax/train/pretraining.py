@@ -226,7 +226,8 @@ def _train_unet(
 
     def encode_text(params, frozen, token_ids):
         del frozen
-        return text.apply({"params": params["text_encoder"]}, token_ids).last_hidden_state
+        output = text.apply({"params": params["text_encoder"]}, token_ids)
+        return {"states": output.last_hidden_state}
 
     section = config.train
     task = base_task.unet_task(

@@ -91,7 +91,7 @@ def first_state(
     return jax.jit(begin, out_shardings=shardings)(placed)
 
 
-def abstract_state(shapes: TrainState, shardings: TrainState) -> TrainState:
+def abstract_state(shapes: ArrayTree, shardings: ArrayTree) -> Any:
     """ShapeDtypeStructs that carry their shardings: what a checkpoint is restored into."""
     return jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),

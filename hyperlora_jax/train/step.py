@@ -88,5 +88,6 @@ def jit_step(
             replicated,  # key
         ),
         out_shardings=(shardings, replicated),  # the state stays where it was; metrics are scalars
+        keep_unused=True,  # the device holds them anyhow: `hyperlora compile` counts them
         donate_argnums=0,  # the old state's memory becomes the new state's; nothing else is donated
     )

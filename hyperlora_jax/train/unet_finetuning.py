@@ -9,21 +9,23 @@ LoRAs can be distilled on it, a hypernetwork trained through it.
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
 from hyperlora_jax import storage
-from hyperlora_jax.array_types import Array, Params
+from hyperlora_jax.array_types import Params
 from hyperlora_jax.data.encoding_cache import encode_once
 from hyperlora_jax.data.subject_pictures import load_pictures
 from hyperlora_jax.diffusion.schedule import NoiseSchedule
 from hyperlora_jax.parallel import multihost, sharding
 from hyperlora_jax.parallel.mesh import make_mesh
-from hyperlora_jax.stable_diffusion import packed_text
+from hyperlora_jax.stable_diffusion import text_conditions
 from hyperlora_jax.stable_diffusion.checkpoint import init_params
-from hyperlora_jax.stable_diffusion.embedded import image_size, load_base
+from hyperlora_jax.stable_diffusion.embedded import ENCODERS, image_size, load_base
 from hyperlora_jax.stable_diffusion.model import StableDiffusion
+from hyperlora_jax.stable_diffusion.text_conditions import Text
 from hyperlora_jax.stable_diffusion.unet import UNet
 from hyperlora_jax.train import base_task
 from hyperlora_jax.train.configured import arithmetic_dtype, export_folder, fit_section
@@ -41,7 +43,7 @@ def finetune_unet(config: Any, workdir: epath.PathLike) -> epath.Path:
     workdir = open_workdir(workdir)
     scratch = storage.scratch(workdir)
     mesh = make_mesh(**config.mesh)
-    sd = load_base(config.base)
+    sd = load_base(config.base, on_host=("unet", *ENCODERS))
     unet = training_unet(sd.unet, config.train, mesh)
     arrays, empty_text, facts = _encoded(config, workdir, scratch, sd)
     section = config.train
@@ -78,7 +80,7 @@ def finetuning_task(
     unet: UNet,
     schedule: NoiseSchedule,
     frozen: Params,
-    arrays: dict[str, Any] | None,
+    arrays: dict[str, Any],
     section: Any,
     mesh: Mesh | None,
     start: Params | None = None,
@@ -87,9 +89,8 @@ def finetuning_task(
     """The task of the training loop.
 
     Args:
-        frozen: {"empty_text": text states [n, e] of the empty caption}.
-        arrays: {"latents": [m, h, w, c], "text": text states [m, n, e] of the captions}; None for
-            shapes alone.
+        frozen: {"empty_text": conditions of the empty caption, one row}.
+        arrays: {"latents": [m, h, w, c], "text": conditions of the captions, m rows}.
         start: {"unet": parameters} to go on from; None draws new ones.
     """
     batch_size = section.batch_size
@@ -114,22 +115,21 @@ def finetuning_task(
     )
 
 
-def _as_it_is(params: Params, frozen: Params, text: Array) -> Array:
+def _as_it_is(params: Params, frozen: Params, text: Text) -> Text:
     del params, frozen
     return text
 
 
 def _encoded(
     config: Any, workdir: epath.Path, scratch: Path, sd: StableDiffusion
-) -> tuple[dict[str, Any], np.ndarray, dict[str, Any]]:
-    """({"latents", "text"} of every picture, text states of the empty prompt, facts)."""
+) -> tuple[dict[str, Any], Params, dict[str, Any]]:
+    """({"latents", "text"} of every picture, conditions of the empty prompt, facts)."""
     size, count = image_size(sd), config.data.num_identities
     pictures = multihost.first_then_others(
         "pictures", lambda: load_pictures(config.data, count, size, scratch / "renders")
     )
     encoded = encode_once(workdir, sd, pictures, batch_size=config.train.encode_batch_size)
     assert encoded.targets is not None
-    rows = encoded.targets.arrays
-    empty = np.asarray(packed_text.encode_nothing(sd, (size, size)), np.float32)[0]
-    arrays = {"latents": rows["latents"], "text": rows["text_states"]}
-    return arrays, empty, {"data": dict(pictures.facts)}
+    empty = text_conditions.encode_nothing(sd, (size, size))
+    empty = jax.tree.map(lambda rows: np.asarray(rows, np.float32)[0], empty)
+    return dict(encoded.targets.arrays), empty, {"data": dict(pictures.facts)}

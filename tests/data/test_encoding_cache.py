@@ -1,4 +1,4 @@
-"""Latents, conditions and text states are encoded once, by whoever is there, and found again."""
+"""Latents, conditions and captions are encoded once, by whoever is there, and found again."""
 
 import dataclasses
 
@@ -6,6 +6,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from hyperlora_jax.data import encoding_cache
 from hyperlora_jax.data.encoded_subjects import EncodedSubjects, encode_subjects
@@ -77,8 +78,8 @@ TEXTS = [("texts", [0, 1, 2])]
 def rows(found: EncodedSubjects) -> dict[str, np.ndarray]:
     arrays = {}
     for part in (found.references, found.targets):
-        arrays |= {name: np.asarray(array[:]) for name, array in part.arrays.items()}
-    return arrays
+        arrays |= flatten_dict(dict(part.arrays), sep="/")
+    return {name: np.asarray(array[:]) for name, array in arrays.items()}
 
 
 def assert_same(found, expected, tolerance=0.0):
@@ -101,7 +102,7 @@ def test_files_together_are_what_was_asked_for(sd, encoder, made, tmp_path):
     expected = dataclasses.replace(targets, references=told.references)
     assert_same(found, expected, 2e-5)
     latents, text = found.concept(1)
-    assert len(latents) == len(text) == 3
+    assert len(latents) == len(text["states"]) == 3
     made.clear()
     assert_same(encode_once(tmp_path, sd, pictures, encoder=encoder), found)
     assert not made, "nothing is encoded twice"

@@ -37,7 +37,7 @@ def _world():
     concepts = [
         (
             random.standard_normal((3 - k % 2, 4, 4, 3)).astype(np.float32),
-            random.standard_normal((3 - k % 2, 5, 8)).astype(np.float32),
+            {"states": random.standard_normal((3 - k % 2, 5, 8)).astype(np.float32)},
         )
         for k in range(5)
     ]
@@ -54,5 +54,5 @@ def _small_base():
     drawn = sd.replace_params({"unet": init_params(unet, jax.random.key(0))})
     sd = dataclasses.replace(drawn, unet=unet)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "load_base", lambda name, dtype: sd)
+        patch.setattr(run, "load_frozen", lambda *_: sd)
         yield sd

@@ -106,9 +106,9 @@ def test_another_recipe_rank_or_base_is_refused_and_both_sides_are_named(
     ):
         code, said = distill(4, **settings)
         assert code == 2 and "targets was made with " in said[-1] and named in said[-1]
-    base = run.load_base("tiny-sd", None)
+    base = run.load_frozen("tiny-sd", None, None)
     unet = jax.tree.map(lambda leaf: leaf + 1, base.params["unet"])
-    monkeypatch.setattr(run, "load_base", lambda *_: base.replace_params({"unet": unet}))
+    monkeypatch.setattr(run, "load_frozen", lambda *_: base.replace_params({"unet": unet}))
     code, said = distill(4)
     assert code == 2 and "was made with base_hash = '" in said[-1]
 
@@ -268,7 +268,7 @@ def test_when_every_concept_diverges_nothing_is_written(distill, tmp_path):
 def test_text_states_that_are_not_finite_are_named(distill, small_base, monkeypatch):
     broken = jax.tree.map(lambda leaf: leaf * np.nan, small_base.params["text_encoder"])
     sd = small_base.replace_params({"text_encoder": broken})
-    monkeypatch.setattr(run, "load_base", lambda *_: sd)
+    monkeypatch.setattr(run, "load_frozen", lambda *_: sd)
     code, said = distill(2)
     assert code == 2 and "the text states of its captions are not finite; do the base's" in said[-1]
 

@@ -7,7 +7,6 @@ from ml_collections import ConfigDict
 
 from hyperlora_jax.distill.prior import class_pictures
 from hyperlora_jax.errors import UserError
-from hyperlora_jax.stable_diffusion.inference import TextConditions
 
 SECTION = {
     "prompts": ("a person", "a face"),
@@ -38,20 +37,21 @@ class Base:
 
     def encode_conditions(self, prompts):
         states = np.stack([np.full((6, 7), len(text), np.float32) for text in prompts])
-        return TextConditions(jnp.asarray(states), None)
+        return {"states": jnp.asarray(states)}
 
 
 def test_every_prompt_in_turn_and_once(tmp_path):
     base, kept = Base(), tmp_path / "prior.npz"
-    latents, states = class_pictures(base, ConfigDict(SECTION), 0, kept)
-    assert latents.shape == (5, 2, 2, 3) and states.shape == (5, 6, 7)
+    latents, text = class_pictures(base, ConfigDict(SECTION), 0, kept)
+    assert latents.shape == (5, 2, 2, 3) and text["states"].shape == (5, 6, 7)
     lengths = [8, 6, 8, 6, 8]
     np.testing.assert_array_equal(latents[:, 0, 0, 0], lengths)
-    np.testing.assert_array_equal(states[:, 0, 0], lengths)
+    np.testing.assert_array_equal(text["states"][:, 0, 0], lengths)
     assert len(base.drawn) == 6  # three full batches
     again = class_pictures(base, ConfigDict(SECTION), 0, kept)
     assert len(base.drawn) == 6
     np.testing.assert_array_equal(again[0], latents)
+    np.testing.assert_array_equal(again[1]["states"], text["states"])
     class_pictures(base, ConfigDict(SECTION), 1, kept)
     assert len(base.drawn) == 12, "another seed draws others"
 

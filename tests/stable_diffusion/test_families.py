@@ -46,8 +46,8 @@ def test_sdxl_prompts_and_sampling_equal_the_pipeline(tiny_xl, negative, assert_
     with torch.no_grad():
         states, _, pooled, _ = pipe.encode_prompt(prompts, device="cpu")
     ours = sd.encode_conditions(prompts)
-    assert_parity(ours.states, states)
-    assert_parity(ours.pooled, pooled)
+    assert_parity(ours["states"], states)
+    assert_parity(ours["pooled"], pooled)
     noise = np.random.default_rng(1).standard_normal((2, 8, 8, 4)).astype(np.float32)
     theirs = pipe(
         prompts,

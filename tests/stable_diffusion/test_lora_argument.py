@@ -74,7 +74,8 @@ def test_denoising_loss_is_per_example_and_differentiable(base):
     lora = draw(spec_from_shapes(params, "attn-qkvo", 2), 2)
 
     def loss(lora):
-        return denoising_loss(unet, params, schedule, x, context, jax.random.key(3), lora)
+        text = {"states": context}
+        return denoising_loss(unet, params, schedule, x, text, jax.random.key(3), lora)
 
     @jax.jit
     def of_first(lora):  # only LoRA 0 takes part

@@ -105,7 +105,7 @@ def test_model_flops_count_the_frozen_base_twice_and_the_generator_three_times()
     given = {
         **batch(),
         "latents": like((COUNT, images, 4, 4, 4), jnp.float32),
-        "text_states": like((COUNT, images, 5, 12), jnp.float32),
+        "text": {"states": like((COUNT, images, 5, 12), jnp.float32)},
     }
     frozen = {"unet": weights}
     task = hypernet_task(

@@ -63,7 +63,7 @@ def test_a_restart_reads_no_record_and_repeats_the_run(gauge, world, tmp_path, m
         raise AssertionError("something is read that no step needs")
 
     monkeypatch.setattr(LoraTargets, "read", nothing)
-    monkeypatch.setattr(hypernet_training, "load_base", nothing)  # no loss runs the base
+    monkeypatch.setattr(hypernet_training, "load_frozen", nothing)  # no loss runs the base
     for num_steps in (2, 3):
         parts = train(world, tmp_path / "parts", num_steps, **{"data.gauge": gauge})
     assert parts == whole

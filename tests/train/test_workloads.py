@@ -11,14 +11,13 @@ import pytest
 
 from hyperlora_jax.cli.config import load_config
 from hyperlora_jax.lora.sites import spec_from_shapes
-from hyperlora_jax.train import hypernet_training
-from hyperlora_jax.train.workloads import hypernetwork_workload
+from hyperlora_jax.train.workloads import config_workload
 
 CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "w2w_1b.py"
 
 
 def test_a_thousand_million_parameters_on_w2w_tokens():
-    workload = hypernetwork_workload(load_config(CONFIG))
+    workload = config_workload(load_config(CONFIG))
     shapes = jax.eval_shape(workload.init, jax.random.key(0))
     count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
     assert 1.0e9 < count < 1.2e9
@@ -28,48 +27,26 @@ def test_a_thousand_million_parameters_on_w2w_tokens():
 
 
 def test_three_hundred_million_parameters_through_stable_diffusion():
-    workload = hypernetwork_workload(load_config(CONFIG.with_name("sd15.py")))
+    workload = config_workload(load_config(CONFIG.with_name("sd15.py")))
     shapes = jax.eval_shape(workload.init, jax.random.key(0))
     assert 3.0e8 < sum(leaf.size for leaf in jax.tree.leaves(shapes)) < 3.2e8
     assert {leaf.dtype.name for leaf in jax.tree.leaves(workload.frozen["unet"])} == {"bfloat16"}
     assert workload.batch(16)["latents"].shape == (16, 1, 64, 64, 4)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_batch_is_that_of_a_run(tmp_path, monkeypatch, dtype):
-    settings = ("data.num_identities=4", "data.num_views=4", f"train.dtype={dtype}")
-    overrides = [f"--config.{setting}" for setting in settings]
-    config = load_config(CONFIG.with_name("avatars.py"), overrides)
-
-    class Stop(Exception):
-        pass
-
-    def given(generator, frozen, batches, **_):
-        given.batch, given.frozen = next(batches), frozen
-        raise Stop
-
-    monkeypatch.setattr(hypernet_training, "hypernet_task", given)
-    with pytest.raises(Stop):
-        hypernet_training.train_hypernetwork(config, tmp_path)
-    workload = hypernetwork_workload(config)
-
-    def kinds(tree):
-        leaves = jax.tree.leaves_with_path(tree)
-        return {jax.tree_util.keystr(path): (leaf.shape, str(leaf.dtype)) for path, leaf in leaves}
-
-    assert kinds(jax.device_put(given.batch)) == kinds(workload.batch(config.train.batch_size))
-    assert kinds(given.frozen) == kinds(workload.frozen)
-
-
 @pytest.mark.slow
 def test_sdxl_is_traced_with_its_added_conditions():
-    workload = hypernetwork_workload(load_config(CONFIG.with_name("sdxl.py")))
+    workload = config_workload(load_config(CONFIG.with_name("sdxl.py")))
     params = jax.eval_shape(workload.init, jax.random.key(0))
     weights = workload.frozen["unet"]
     assert sum(leaf.size for leaf in jax.tree.leaves(weights)) == 2_567_463_684
     spec = spec_from_shapes(weights, "attn-qkvo", 8)
     assert (len(spec), spec.num_parameters) == (560, 11_612_160)
-    assert workload.batch(2)["text_states"].shape == (2, 1, 77 + 1, 2048)
+    assert {name: rows.shape[2:] for name, rows in workload.batch(2)["text"].items()} == {
+        "states": (77, 2048),
+        "pooled": (1280,),
+        "time_ids": (6,),
+    }
     losses, _ = jax.eval_shape(
         workload.loss, params, workload.frozen, workload.batch(2), jax.random.key(0)
     )

@@ -1,4 +1,4 @@
-"""SDXL's added conditions travel with the text states: losses equal PyTorch's, every stage runs."""
+"""SDXL's added conditions travel with the text: losses equal PyTorch's, every stage runs."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ import torch
 from hyperlora_jax.cli.main import main
 from hyperlora_jax.data import pictures
 from hyperlora_jax.lora_files.reading import load_lora
-from hyperlora_jax.stable_diffusion import packed_text
+from hyperlora_jax.stable_diffusion import text_conditions
 from hyperlora_jax.stable_diffusion.denoising_loss import denoising_error
 from hyperlora_jax.stable_diffusion.embedded import load_base
 from hyperlora_jax.stable_diffusion.model import StableDiffusion
@@ -26,11 +26,18 @@ def test_the_loss_equals_pytorchs(tiny_xl, assert_parity):
     rng = np.random.default_rng(0)
     latents, noise = rng.standard_normal((2, 2, 8, 6, 4)).astype(np.float32)
     timesteps = np.array([3, 800])
-    packed = packed_text.encode(sd, PROMPTS, (32, 24))
-    assert packed.shape == (2, 16 + packed_text.extra_rows(sd.unet.settings), 56)
-    ours = denoising_error(
-        sd.unet, sd.params["unet"], sd.schedule, latents, packed, timesteps, noise
-    )
+    text = text_conditions.encode(sd, PROMPTS, (32, 24))
+    shapes = text_conditions.row_shapes(sd.unet.settings, 16)
+    assert {name: rows.shape for name, rows in text.items()} == {
+        name: (2, *shape) for name, shape in shapes.items()
+    }
+    assert shapes == {"states": (16, 56), "pooled": (20,), "time_ids": (6,)}
+
+    def error(text):
+        given = (sd.params["unet"], sd.schedule, latents, text, timesteps, noise)
+        return np.asarray(denoising_error(sd.unet, *given))
+
+    ours = error(text)
     with torch.no_grad():
         states, _, pooled, _ = pipe.encode_prompt(PROMPTS, device="cpu")
         sizes = torch.tensor([[32.0, 24.0, 0.0, 0.0, 32.0, 24.0]] * 2)
@@ -43,25 +50,20 @@ def test_the_loss_equals_pytorchs(tiny_xl, assert_parity):
         ).sample
         theirs = (predicted - nchw(noise)).square().mean((1, 2, 3))
     np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-4)
-    changed = packed.at[:, -1, 20:22].set(99.0)  # the sizes are heard
-    other = denoising_error(
-        sd.unet, sd.params["unet"], sd.schedule, latents, changed, timesteps, noise
-    )
-    assert np.abs(np.asarray(other) - np.asarray(ours)).max() > 1e-6
+    for name in text:  # all are heard
+        assert np.abs(error({**text, name: text[name] + 9.0}) - ours).max() > 1e-6
 
 
 def test_no_prompt_is_what_guidance_takes(tiny_xl):
     sd = StableDiffusion.from_pretrained(tiny_xl[0])
-    nothing = np.asarray(packed_text.encode_nothing(sd, (32, 24)))
-    np.testing.assert_array_equal(nothing[0, :16], 0.0)
-    rows = packed_text.extra_rows(sd.unet.settings)
-    tail = nothing[0, -rows:].ravel()
-    np.testing.assert_array_equal(tail[:26], [0.0] * 20 + [32, 24, 0, 0, 32, 24])
+    nothing = text_conditions.encode_nothing(sd, (32, 24))
+    for name in ("states", "pooled"):
+        np.testing.assert_array_equal(nothing[name], 0.0)
+    np.testing.assert_array_equal(nothing["time_ids"], [[32, 24, 0, 0, 32, 24]])
     tiny = load_base("tiny-sd")
-    assert packed_text.extra_rows(tiny.unet.settings) == 0
-    np.testing.assert_array_equal(
-        packed_text.encode_nothing(tiny, (16, 16)), tiny.encode_prompt([""])
-    )
+    plain = text_conditions.encode_nothing(tiny, (16, 16))
+    assert list(plain) == ["states"]
+    np.testing.assert_array_equal(plain["states"], tiny.encode_prompt([""]))
 
 
 @pytest.fixture(name="people", scope="module")

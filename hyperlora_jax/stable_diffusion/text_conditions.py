@@ -1,0 +1,72 @@
+"""What a UNet is told about prompts: a tree of arrays by name, in each a row per prompt.
+
+states     [b, n, e]   of the text encoders
+pooled     [b, p]      SDXL: the state of the whole prompt
+time_ids   [b, 6]      SDXL: the picture's height and width before its crop, the crop's top and
+                       left, its height and width; float32, as bfloat16 takes 1023 for 1024
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from hyperlora_jax.array_types import AnyArray, Array, Float, Int, Params
+from hyperlora_jax.stable_diffusion.unet import UNet
+from hyperlora_jax.stable_diffusion.unet_config import UNetConfig
+
+NUM_SIZES = 6
+Text = Mapping[str, AnyArray]
+
+
+def encode(sd: Any, prompts: Sequence[str], picture: tuple[int, int]) -> dict[str, Array]:
+    """Conditions of the prompts.
+
+    Args:
+        sd: a StableDiffusion.
+        picture: (height, width) in pixels of the pictures, taken as whole and uncropped.
+    """
+    return with_sizes(sd.encode_conditions(prompts), picture)
+
+
+def encode_nothing(sd: Any, picture: tuple[int, int]) -> dict[str, Array]:
+    """Conditions [1, …] of no prompt, as sampling with guidance takes it: the empty prompt, or
+    zeros where an SDXL model says so (`force_zeros_for_empty_prompt`)."""
+    text = sd.encode_conditions([""])
+    if sd.is_xl and sd.zeros_for_no_prompt():
+        text = jax.tree.map(jnp.zeros_like, text)
+    return with_sizes(text, picture)
+
+
+def with_sizes(text: Mapping[str, Array], picture: tuple[int, int]) -> dict[str, Array]:
+    """What `StableDiffusion.encode_conditions` returns, with the time ids of whole pictures
+    (height, width) where they are wanted."""
+    if "pooled" not in text:
+        return dict(text)
+    sizes = jnp.asarray([*picture, 0, 0, *picture], jnp.float32)
+    return {**text, "time_ids": jnp.broadcast_to(sizes, (len(text["pooled"]), NUM_SIZES))}
+
+
+def row_shapes(settings: UNetConfig, num_tokens: int) -> dict[str, tuple[int, ...]]:
+    """Shape of one prompt's row of every array."""
+    shapes: dict[str, tuple[int, ...]] = {"states": (num_tokens, settings.context_width)}
+    if settings.addition_time_width is not None:
+        assert settings.addition_input_width
+        pooled = settings.addition_input_width - NUM_SIZES * settings.addition_time_width
+        shapes |= {"pooled": (pooled,), "time_ids": (NUM_SIZES,)}
+    return shapes
+
+
+def apply_unet(
+    unet: UNet,
+    variables: Params,
+    latents: Float[AnyArray, "b h w z"],
+    timesteps: Int[AnyArray, " b"] | Float[AnyArray, " b"],
+    text: Text,
+) -> Float[Array, "b h w z"]:
+    """The UNet's prediction."""
+    added = None
+    if "pooled" in text:
+        added = {"text_embeds": text["pooled"], "time_ids": text["time_ids"]}
+    return unet.apply(variables, latents, timesteps, text["states"], added)
