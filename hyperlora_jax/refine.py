@@ -27,6 +27,7 @@ from hyperlora_jax.hypernet import stored_encoder
 from hyperlora_jax.lora import factors, gauge
 from hyperlora_jax.lora.sites import LoraSpec
 from hyperlora_jax.lora_files import load_lora, read_metadata, save_lora
+from hyperlora_jax.lora_files.convert import is_one_lora
 from hyperlora_jax.lora_files.header import carried
 from hyperlora_jax.stable_diffusion.embedded import image_size
 from hyperlora_jax.train.hypernet_training import family
@@ -133,7 +134,7 @@ def refine_files(
             generated with another encoder.
     """
     source, folder = Path(lora), Path(images)
-    many = source.is_dir() and not (source / "adapter_config.json").exists()
+    many = source.is_dir() and not is_one_lora(source)
     found = sorted(source.glob("*.safetensors")) if many else [source]
     files = [file for file in found if not file.name.startswith(".")]
     if not files:
@@ -142,6 +143,12 @@ def refine_files(
         _check_encoder(files, encoder)
     read = [load_lora(file, sd) for file in files]
     spec = read[0][1]
+    if text := [site.path for site in spec.sites if site.component != "unet"]:
+        raise UserError(
+            f"{files[0]}: refining trains UNet layers only, and this has {len(text)} of text "
+            f"encoders (first {text[0]}); leave them out by convert --drop "
+            + " ".join(sorted({path.split(".")[0] for path in text}))
+        )
     for file, (_, other) in zip(files, read, strict=True):
         if other.fingerprint != spec.fingerprint:
             raise UserError(

@@ -13,7 +13,7 @@ from hyperlora_jax.diffusion.schedule import NoiseSchedule
 from hyperlora_jax.distill.slots import Recipe
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora import factors, losses
-from hyperlora_jax.lora.sites import spec_from_shapes, validate
+from hyperlora_jax.lora.sites import LoraSite, LoraSpec, spec_from_shapes, validate
 from hyperlora_jax.lora_files import load_lora, read_metadata, save_lora
 from hyperlora_jax.refine import refine_loras
 from hyperlora_jax.stable_diffusion.checkpoint import init_params
@@ -176,3 +176,13 @@ def test_command_refines_one_file_and_a_folder(tmp_path, capsys):
     wrong += ["--images", str(tmp_path / "images"), "--out", str(tmp_path / "x"), *common]
     assert main(wrong) == 2
     assert "expected the pictures of one subject" in capsys.readouterr().err
+
+
+def test_a_folder_of_one_lora_is_one_and_text_layers_are_refused_at_once(tmp_path, capsys):
+    path = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+    spec = LoraSpec((LoraSite(path, 64, 64, 1),))
+    save_lora(tmp_path / "lora", factors.init(jax.random.key(0), spec), spec, "diffusers")
+    command = ["refine", str(tmp_path / "lora"), "--images", str(tmp_path), "--out", "x"]
+    assert main([*command, "--base", "tiny-sd"]) == 2
+    said = capsys.readouterr().err
+    assert "refining trains UNet layers only" in said and "--drop text_encoder" in said

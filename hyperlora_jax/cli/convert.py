@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--verify needs --base DIR, a diffusers directory to load the LoRA into")
     if args.workers is not None and args.workers < 1:
         raise UserError(f"--workers is {args.workers}, expected at least 1")
-    if source.is_dir() and not _is_one_lora(source):
+    if source.is_dir() and not convert.is_one_lora(source):
         done = _folder(args, base)
     else:
         done = [convert.convert_file(source, args.target, args.to, args.dtype, base, args.drop)]
@@ -71,13 +71,6 @@ def ranks(spec: "LoraSpec") -> str:
     """ "rank 4", or "ranks 2 to 16" where sites differ."""
     lowest = min(site.rank for site in spec.sites)
     return f"rank {lowest}" if lowest == spec.max_rank else f"ranks {lowest} to {spec.max_rank}"
-
-
-def _is_one_lora(path: Path) -> bool:
-    from hyperlora_jax.lora_files.peft_directory import adapter_folders
-    from hyperlora_jax.lora_files.writing import DIFFUSERS_NAME
-
-    return bool(adapter_folders(path)) or (path / DIFFUSERS_NAME).exists()
 
 
 def _folder(args: argparse.Namespace, base) -> list:

@@ -33,4 +33,6 @@ def run(args: argparse.Namespace) -> int:
         args.out, lora, spec, args.to, args.dtype, model.family, None, model.layers_per_block
     )
     print(f"wrote {written}: {len(spec)} sites, {ranks(spec)}")
+    if any(site.component != "unet" for site in model.layers.values()):
+        print("changes of text encoders are not in it, only those of the UNet")
     return 0

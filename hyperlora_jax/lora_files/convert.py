@@ -89,6 +89,11 @@ def _vector_spec(source: Path, base: BaseModel | None) -> LoraSpec:
     return LoraSpec(tuple(sites))
 
 
+def is_one_lora(folder: Path) -> bool:
+    """Whether a folder is a PEFT adapter or a diffusers LoRA, not a folder of several."""
+    return bool(adapter_folders(folder)) or (folder / DIFFUSERS_NAME).exists()
+
+
 def find_loras(folder: Path) -> list[Path]:
     """LoRA files and adapter folders below a folder, in name order; hidden ones left out."""
     found: list[Path] = []

@@ -7,10 +7,14 @@ import tracemalloc
 import jax
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora.sites import LoraSite, LoraSpec
 from hyperlora_jax.lora_files import load_lora, save_lora
+from hyperlora_jax.lora_files.inspection import inspect_lora
+from hyperlora_jax.lora_files.safetensors_io import write
 from tests.lora_files.conftest import random_lora
 
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0."
@@ -198,6 +202,83 @@ def check(folder, count):
     assert harmless < count / 10
     assert slowest < 2
     assert peak < 50_000_000
+
+
+STEMS = (
+    "lora_unet_down_blocks_0_attentions_0_proj_in", "lora_unet_input_blocks_1_0_in_layers_2",
+    "unet.mid_block.resnets.0.conv1", "base_model.model.conv_in", "lycoris_mid_block_proj_in",
+    "lora_te1_encoder_layers_0_mlp_fc1", "clip_g.encoder.layers.0.mlp.fc1", "bundle_emb.",
+    "diffusion_model.out.2", "lora_te2_text_projection", "unet:0", "",
+)  # fmt: skip
+ENDINGS = (
+    ".lora_down.weight", ".lora_up.weight", ".lora_A.weight", ".lora_B.default.weight", ".alpha",
+    ".scale", ".diff_b", ".w_norm", ".lora.down.weight", "_lora.up.weight", ".hada_w1_a", "a.l",
+)  # fmt: skip
+FIELDS = ("r", "unet.r", "lora_alpha", "unet.lora_alpha", "rank_pattern", "peft_type", "use_dora",
+          "init_lora_weights", "alpha_pattern", "unet.alpha_pattern", "bias", "new")  # fmt: skip
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 9) | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=4,
+)
+TENSORS = st.dictionaries(
+    st.builds(str.__add__, st.sampled_from(STEMS), st.sampled_from(ENDINGS)),
+    st.tuples(
+        st.lists(st.sampled_from((0, 1, 2, 3, 8)), max_size=5),
+        st.sampled_from(("float32", "float16", "float8_e4m3fn", "int8", "bool")),
+        st.sampled_from((1.0, 0.0, np.nan)),
+    ),
+    max_size=6,
+)
+
+
+def read_mangled(folder, tensors, config, header):
+    """Every reader ends with a LoRA or with one line."""
+    import ml_dtypes  # noqa: F401  (numpy knows float8 by it)
+
+    with np.errstate(invalid="ignore"):
+        arrays = {
+            key: np.full(shape, fill).astype(dtype) for key, (shape, dtype, fill) in tensors.items()
+        }
+    text = json.dumps(config)
+    write(folder / "adapter_model.safetensors", arrays, header)
+    (folder / "adapter_config.json").write_text(text)
+    write(folder / "a.safetensors", arrays, header | {"lora_adapter_metadata": text})
+    write(folder / "b.safetensors", arrays, header)
+    for path in (folder, folder / "a.safetensors", folder / "b.safetensors"):
+        for drop in ((), ("differences", "conv_in")):
+            try:
+                spec = load_lora(path, None, drop)[1]
+                inspect_lora(path)
+            except UserError as error:
+                assert "\n" not in str(error)
+            else:
+                assert spec.sites
+
+
+MANGLED = {
+    "tensors": TENSORS,
+    "config": VALUES | st.dictionaries(st.sampled_from(FIELDS), VALUES),
+    "header": st.dictionaries(
+        st.sampled_from(("ss_base_model_version", "ss_v2", "modelspec.architecture")),
+        st.sampled_from(("sd_v1", "sdxl_base", "True", "stable-diffusion-v2-512/lora", "")),
+    ),
+}
+ANY_TIME = {"deadline": None, "derandomize": True,
+            "suppress_health_check": list(HealthCheck)}  # fmt: skip
+
+
+@settings(max_examples=60, **ANY_TIME)
+@given(**MANGLED)
+def test_mangled_keys_shapes_and_configs(tmp_path, tensors, config, header):
+    read_mangled(tmp_path, tensors, config, header)
+
+
+@pytest.mark.slow
+@settings(max_examples=6000, **ANY_TIME)
+@given(**MANGLED)
+def test_many_mangled_keys_shapes_and_configs(tmp_path, tensors, config, header):
+    read_mangled(tmp_path, tensors, config, header)
 
 
 def test_a_few_hundred_damaged_files(tmp_path):
