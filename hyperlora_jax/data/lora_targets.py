@@ -19,7 +19,7 @@ from hyperlora_jax.array_types import Float, Int
 from hyperlora_jax.data import beside_dataset
 from hyperlora_jax.data import lora_target_records as record_format
 from hyperlora_jax.data.lora_targets_writer import FORMAT
-from hyperlora_jax.data.pipelines import Batch, Order, shard_slice, step_batches
+from hyperlora_jax.data.pipelines import Batch, Order, step_batches
 from hyperlora_jax.data.subjects import SPLITS, Subject
 from hyperlora_jax.data.vector_statistics import RunningWhitening, VectorWhitening
 from hyperlora_jax.errors import UserError
@@ -264,23 +264,21 @@ def vector_batches(
     batch_size: int,
     seed: int,
     subjects: Int[np.ndarray, " n"] | None = None,
-    shard_index: int = 0,
-    num_shards: int = 1,
+    rows: Int[np.ndarray, " n"] | None = None,
     num_threads: int = 2,
     dtype: str = "float32",
 ) -> grain.DatasetIterator:
     """Endless shuffled batches {"lora": [b, d], "record_id": [b]} read from the disk.
 
     For datasets that do not fit into memory; `subjects` are the numbers to draw from (a split),
-    else all. Order, shards and state as in `pipelines.array_batches`.
+    else all. Order, `rows` and state as in `pipelines.array_batches`.
     """
     chosen = np.arange(len(targets)) if subjects is None else subjects
     order = Order(len(chosen), seed)
-    first, count = shard_slice(batch_size, shard_index, num_shards)
+    own = np.arange(batch_size) if rows is None else rows
 
     def make_batch(step: int) -> Batch:
-        start = step * batch_size + first
-        records = chosen[order.records(start, start + count)]
+        records = chosen[order.at(step * batch_size + own)]
         return {"lora": targets.loras(records, dtype), "record_id": records}
 
     return step_batches(make_batch, num_threads)

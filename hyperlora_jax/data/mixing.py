@@ -7,7 +7,7 @@ import numpy as np
 
 from hyperlora_jax.array_types import Float, Int
 from hyperlora_jax.data import stable_random
-from hyperlora_jax.data.pipelines import Batch, Order, common_length, shard_slice, step_batches
+from hyperlora_jax.data.pipelines import Batch, Order, common_length, step_batches
 from hyperlora_jax.errors import UserError
 
 PATTERN = 1024  # positions after which the pattern of datasets repeats
@@ -35,15 +35,17 @@ class MixedOrder:
             self.rank[self.pattern == k] = np.arange(counts[k])
         self.orders = [Order(n, seed + k) for k, n in enumerate(num_records)]
 
-    def records(self, start: int, stop: int) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
-        """(dataset numbers, record numbers in them) from position start to stop."""
-        blocks, offsets = np.divmod(np.arange(start, stop), PATTERN)
+    def at(
+        self, positions: Int[np.ndarray, " n"]
+    ) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
+        """(dataset numbers, record numbers in them) at some positions of the series."""
+        blocks, offsets = np.divmod(positions, PATTERN)
         datasets = self.pattern[offsets]
-        positions = blocks * self.counts[datasets] + self.rank[offsets]
-        records = np.empty(stop - start, np.int64)
+        within = blocks * self.counts[datasets] + self.rank[offsets]
+        records = np.empty(len(positions), np.int64)
         for k in np.unique(datasets):
             mine = datasets == k
-            records[mine] = self.orders[k].at(positions[mine])
+            records[mine] = self.orders[k].at(within[mine])
         return datasets, records
 
 
@@ -59,9 +61,9 @@ class MixedSubjects:
         self.groups = groups
         self.order = MixedOrder([len(group) for group in groups], weights, seed)
 
-    def records(self, start: int, stop: int) -> Int[np.ndarray, " n"]:
-        """Subject numbers from position start to stop."""
-        datasets, records = self.order.records(start, stop)
+    def at(self, positions: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+        """Subject numbers at some positions of the series."""
+        datasets, records = self.order.at(positions)
         pairs = zip(datasets, records, strict=True)
         return np.asarray([self.groups[k][record] for k, record in pairs], np.int64)
 
@@ -85,8 +87,7 @@ def mixed_batches(
     weights: Sequence[float | int],
     batch_size: int,
     seed: int,
-    shard_index: int = 0,
-    num_shards: int = 1,
+    rows: Int[np.ndarray, " n"] | None = None,
 ) -> grain.DatasetIterator:
     """Batches of rows from several dicts of arrays with the same names and row shapes.
 
@@ -94,18 +95,17 @@ def mixed_batches(
     """
     _check_same_rows(datasets)
     order = MixedOrder([common_length(arrays) for arrays in datasets], weights, seed)
-    first, count = shard_slice(batch_size, shard_index, num_shards)
+    own = np.arange(batch_size) if rows is None else rows
 
     def make_batch(step: int) -> Batch:
-        start = step * batch_size + first
-        owners, records = order.records(start, start + count)
+        owners, records = order.at(step * batch_size + own)
         batch: Batch = {}
         for name, like in datasets[0].items():
-            rows = np.empty((count, *like.shape[1:]), like.dtype)
+            found = np.empty((len(own), *like.shape[1:]), like.dtype)
             for k, arrays in enumerate(datasets):
                 mine = owners == k
-                rows[mine] = arrays[name][records[mine]]
-            batch[name] = rows
+                found[mine] = arrays[name][records[mine]]
+            batch[name] = found
         return {**batch, "dataset_id": owners, "record_id": records}
 
     return step_batches(make_batch)

@@ -1,9 +1,9 @@
 """Batches for training, as Grain pipelines that resume exactly.
 
 Step t of seed s is a pure function of (s, t): a global shuffle of every epoch, infinite, the same
-on one host and on many. Shard k of n takes the k-th n-th of every global batch, so a run may go on
-with another number of hosts and sees the same records in the same order. The iterators' states are
-small JSON-able dicts (the number of the next step).
+on one host and on many. A host takes its rows of every global batch (`sharding.host_rows`), so a
+run may go on with another number of hosts and sees the same records in the same order. The
+iterators' states are small JSON-able dicts (the number of the next step).
 """
 
 import functools
@@ -47,17 +47,13 @@ class Order:
             records[mine] = self._epoch(int(epoch))[offsets[mine]]
         return records
 
-    def records(self, start: int, stop: int) -> Int[np.ndarray, " n"]:
-        """Record numbers from position start to stop."""
-        return self.at(np.arange(start, stop))
-
 
 @runtime_checkable
 class SubjectOrder(Protocol):
     """Which subject is the i-th of an endless series."""
 
-    def records(self, start: int, stop: int) -> Int[np.ndarray, " n"]:
-        """Subject numbers from position start to stop."""
+    def at(self, positions: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+        """Subject numbers at some positions of the series."""
         ...
 
 
@@ -76,21 +72,19 @@ def array_batches(
     arrays: Mapping[str, Any],
     batch_size: int,
     seed: int,
-    shard_index: int = 0,
-    num_shards: int = 1,
+    rows: Int[np.ndarray, " n"] | None = None,
 ) -> grain.DatasetIterator:
     """Batches of rows drawn from trees of arrays, or of what is indexed like one, of one length.
 
-    `batch_size` is that of all shards together; a batch holds batch_size / num_shards rows of
-    every array and their numbers under "record_id".
+    A batch holds of every array what belongs to the positions `rows` of the global batch of
+    `batch_size` (None = all), and the numbers of the records under "record_id".
     """
     num_records = common_length(arrays)
     order = Order(num_records, seed)
-    first, count = shard_slice(batch_size, shard_index, num_shards)
+    own = np.arange(batch_size) if rows is None else rows
 
     def make_batch(step: int) -> Batch:
-        start = step * batch_size + first
-        records = order.records(start, start + count)
+        records = order.at(step * batch_size + own)
         batch = jax.tree.map(lambda array: np.asarray(array[records]), dict(arrays))
         return {**batch, "record_id": records}
 
@@ -125,8 +119,7 @@ def subject_batches(
     subjects: np.ndarray | None = None,
     subjects_until: int | None = None,
     order: SubjectOrder | None = None,
-    shard_index: int = 0,
-    num_shards: int = 1,
+    rows: Int[np.ndarray, " n"] | None = None,
 ) -> grain.DatasetIterator:
     """Batches of subjects with some of their references and some of their targets.
 
@@ -138,7 +131,7 @@ def subject_batches(
     Args:
         references: what a subject is told by, at least one of each.
         targets: what is picked together (latents, captions), at least one of each.
-        batch_size: subjects per step, over all shards.
+        batch_size: subjects per step, over all hosts.
         seed: fixes order and picks; what is picked depends on (seed, step, record) only.
         num_references: how many to give, or (fewest, most).
         num_targets: how many targets per subject.
@@ -146,7 +139,7 @@ def subject_batches(
         subjects: numbers of the subjects to draw from (a split); None is all of them.
         subjects_until: from this step on, all subjects are drawn from; None is never.
         order: in which `subjects` are drawn until then; None shuffles them.
-        shard_index: which part of every global batch. num_shards: how many parts.
+        rows: this host's positions in every global batch; None is all of them.
 
     A batch holds every array under its name, references as [b, most, ...] with
     "reference_mask" [b, most] (False = not given), targets as [b, num_targets, ...], and
@@ -154,7 +147,7 @@ def subject_batches(
     has `most` references, `most` is what the one with most of them has.
 
     Raises:
-        UserError: numbers that cannot be, an indivisible batch.
+        UserError: numbers that cannot be.
     """
     per_subject = per_subject or {}
     ragged = {name: rows for name, rows in (("r", references), ("t", targets)) if rows is not None}
@@ -165,16 +158,16 @@ def subject_batches(
     shown = np.ones(1) if targets is None else targets.counts
     most = min(most, int(available.max()))
     some, everyone = Order(len(chosen), seed), Order(num_records, seed)
-    first, count = shard_slice(batch_size, shard_index, num_shards)
+    own = np.arange(batch_size) if rows is None else rows
 
     def make_batch(step: int) -> Batch:
-        start = step * batch_size + first
+        positions = step * batch_size + own
         if subjects_until is not None and step >= subjects_until:
-            records = everyone.records(start, start + count)
+            records = everyone.at(positions)
         elif order is not None:
-            records = order.records(start, start + count)
+            records = order.at(positions)
         else:
-            records = chosen[some.records(start, start + count)]
+            records = chosen[some.at(positions)]
         batch: Batch = {name: np.asarray(array[records]) for name, array in per_subject.items()}
         generators = [np.random.default_rng((seed, step, int(record))) for record in records]
         if references is not None:
@@ -210,13 +203,3 @@ def common_length(arrays: Any) -> int:
     if len(set(lengths.values())) != 1:
         raise ValueError(f"arrays of one length expected, got {lengths}")
     return next(iter(lengths.values()))
-
-
-def shard_slice(batch_size: int, shard_index: int, num_shards: int) -> tuple[int, int]:
-    """(first, count) of a shard's rows in every global batch; UserError if it cannot be divided."""
-    if not 0 <= shard_index < num_shards:
-        raise ValueError(f"shard_index {shard_index} of {num_shards} shards")
-    if batch_size < 1 or batch_size % num_shards:
-        raise UserError(f"batch size {batch_size} cannot be divided among {num_shards} hosts")
-    count = batch_size // num_shards
-    return shard_index * count, count

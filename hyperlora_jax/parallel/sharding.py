@@ -7,6 +7,7 @@ first whose axes divide the dimensions wins, and a parameter that none fits is r
 """
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from hyperlora_jax.array_types import ArrayTree
+from hyperlora_jax.array_types import ArrayTree, Int
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.parallel.mesh import BATCH_AXES
 
@@ -159,45 +160,37 @@ def on_mesh(model: Any, mesh: Mesh) -> Any:
     return dataclasses.replace(model, params=jax.device_put(model.params, replicated(mesh)))
 
 
-def host_rows(mesh: Mesh) -> dict[int, tuple[int, ...]]:
-    """Which of the data × fsdp rows of the mesh each process's devices hold, in order.
+@functools.lru_cache(maxsize=16)
+def process_rows(mesh: AnyMesh, batch_size: int) -> dict[int, Int[np.ndarray, " n"]]:
+    """The rows of a global batch that each process's devices hold, ascending.
+
+    They need not be neighbours: several slices and split axes of a torus spread a process's devices
+    over the batch. Processes may share rows (a tensor axis that spans hosts).
 
     Raises:
-      UserError: two processes share some rows and not all.
+      UserError: the batch is not divisible by data × fsdp.
     """
-    held: dict[int, set[int]] = {}
-    grid = mesh.devices.reshape(mesh.shape["data"] * mesh.shape["fsdp"], -1)
-    for row, devices in enumerate(grid):
-        for device in devices:
-            held.setdefault(device.process_index, set()).add(row)
-    rows = {process: tuple(sorted(own)) for process, own in held.items()}
-    if sum(map(len, set(rows.values()))) != len(grid):
+    shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    if batch_size < 1 or batch_size % shards:
         raise UserError(
-            f"mesh {dict(mesh.shape)}: processes hold overlapping parts of the batch;"
-            " make tensor divide, or be a multiple of, the devices of one process"
+            f"batch of {batch_size} examples cannot be split over"
+            f" data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']} = {shards} devices;"
+            f" expected a multiple of {shards}"
         )
-    return rows
+    held: dict[int, set[int]] = {}
+    for device, (rows,) in batch_sharding(mesh).devices_indices_map((batch_size,)).items():
+        held.setdefault(device.process_index, set()).update(range(*rows.indices(batch_size)))
+    return {process: np.asarray(sorted(rows)) for process, rows in held.items()}
 
 
-def host_shard(mesh: Mesh) -> tuple[int, int]:
-    """(index, count): which of `count` equal parts of the global batch this process reads.
-
-    Processes that hold the same part (a tensor axis that spans hosts) get the same index.
-    """
-    rows = host_rows(mesh)
-    parts = sorted(set(rows.values()))
-    return parts.index(rows[jax.process_index()]), len(parts)
-
-
-def host_part(mesh: Mesh) -> dict[str, int]:
-    """`host_shard` as the keyword arguments that makers of batches take."""
-    index, count = host_shard(mesh)
-    return {"shard_index": index, "num_shards": count}
+def host_rows(mesh: Mesh, batch_size: int) -> Int[np.ndarray, " n"]:
+    """The rows of a global batch that this process reads; see `process_rows`."""
+    return process_rows(mesh, batch_size)[jax.process_index()]
 
 
 def put_batch(host_batch: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
-    """Global arrays from this process's part of the batch, a tree of arrays; every leaf has a
-    leading batch axis.
+    """Global arrays from this process's rows of the batch (`host_rows`), a tree of arrays; every
+    leaf has a leading batch axis.
 
     Raises:
       UserError: the global batch is not divisible by data × fsdp, or the leaves differ in length.
@@ -206,24 +199,21 @@ def put_batch(host_batch: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
     sizes = {parameter_name(path): len(leaf) for path, leaf in leaves}
     if len(set(sizes.values())) > 1:
         raise UserError(f"batch: leading axes differ: {sizes}")
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    num_parts = host_shard(mesh)[1]
-    global_size = next(iter(sizes.values()), 0) * num_parts
-    if global_size % shards:
-        raise UserError(
-            f"batch of {global_size} examples cannot be split over"
-            f" data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']} = {shards} devices;"
-            f" expected a multiple of {shards}"
-        )
-    sharding = batch_sharding(mesh)
+    shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    held = len(host_rows(mesh, shards))
+    global_size = next(iter(sizes.values()), 0) * shards // held
+    rows, placed = host_rows(mesh, global_size), batch_sharding(mesh)
     if jax.process_count() == 1:
-        return jax.device_put(dict(host_batch), sharding)
-    return jax.tree.map(
-        lambda leaf: jax.make_array_from_process_local_data(
-            sharding, np.asarray(leaf), (global_size, *leaf.shape[1:])
-        ),
-        dict(host_batch),
-    )
+        return jax.device_put(dict(host_batch), placed)
+
+    def global_array(leaf: Any) -> jax.Array:
+        def of_device(index: tuple[slice, ...]) -> np.ndarray:
+            first, last = np.searchsorted(rows, index[0].indices(global_size)[:2])
+            return np.asarray(leaf[first:last])
+
+        return jax.make_array_from_callback((global_size, *leaf.shape[1:]), placed, of_device)
+
+    return jax.tree.map(global_array, dict(host_batch))
 
 
 def place(tree: ArrayTree, shardings: ArrayTree) -> ArrayTree:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hyperlora_jax.array_types import Array, Params
+from hyperlora_jax.array_types import Array, Int, Params
 from hyperlora_jax.data.pipelines import array_batches
 from hyperlora_jax.stable_diffusion.denoising_loss import denoising_loss
 from hyperlora_jax.train.loop import Task
@@ -55,18 +55,17 @@ def autoencoder_task(
     kl_weight: float = 1e-4,
     l1_weight: float = 0.05,
     facts: dict[str, Any] | None = None,
-    shard_index: int = 0,
-    num_shards: int = 1,
+    rows: Int[np.ndarray, " n"] | None = None,
 ) -> Task:
     """Trains an autoencoder on pictures uint8 [n, h, w, 3]; `init`: key → parameters;
-    `shard_index`, `num_shards`: which part of every batch is this host's."""
+    `rows`: this host's positions in every batch."""
     loss = functools.partial(autoencoder_loss, vae=vae, kl_weight=kl_weight, l1_weight=l1_weight)
     return Task(
         name="autoencoder",
         init=init,
         loss=loss,
         frozen={},
-        batches=array_batches({"images": images}, batch_size, seed, shard_index, num_shards),
+        batches=array_batches({"images": images}, batch_size, seed, rows),
         facts=facts or {},
         units={"images": 1},
     )
@@ -122,8 +121,7 @@ def unet_task(
     min_snr_gamma: float | None = None,
     facts: dict[str, Any] | None = None,
     start: Params | None = None,
-    shard_index: int = 0,
-    num_shards: int = 1,
+    rows: Int[np.ndarray, " n"] | None = None,
 ) -> Task:
     """Trains a UNet on `arrays` = {"latents": [n, h, w, c], "text": a tree of [n, ...]}.
 
@@ -132,7 +130,7 @@ def unet_task(
         init: key → {"unet": …} or {"unet": …, "text_encoder": …}: what is in it is trained.
         frozen: {"empty_text": one row of text} and what `encode_text` reads.
         start: parameters to go on from, instead of `init`'s.
-        shard_index, num_shards: which part of every batch is this host's.
+        rows: this host's positions in every batch; None is all of them.
     """
     loss = functools.partial(
         unet_loss,
@@ -147,7 +145,7 @@ def unet_task(
         init=init,
         loss=loss,
         frozen=frozen,
-        batches=array_batches(arrays, batch_size, seed, shard_index, num_shards),
+        batches=array_batches(arrays, batch_size, seed, rows),
         facts=facts or {},
         units={"images": 1},
         start=start,

@@ -29,7 +29,7 @@ def pretrain_encoder(config: Any, workdir: epath.PathLike) -> epath.Path:
         batch_size=config.train.batch_size,
         seed=config.train.seed,
         weights=dict(config.train.weights),
-        **sharding.host_part(mesh),
+        rows=sharding.host_rows(mesh, config.train.batch_size),
         **{**config.model.to_dict(), "encoder": _encoder(config, bundle)},
     )
     params = _fit(task, config, workdir, mesh)
@@ -46,7 +46,7 @@ def pretrain_probe(config: Any, workdir: epath.PathLike) -> epath.Path:
         seed=config.train.seed,
         encoder=_encoder(config, bundle),
         augmentation=dict(config.train.augmentation),
-        **sharding.host_part(mesh),
+        rows=sharding.host_rows(mesh, config.train.batch_size),
     )
     params = _fit(task, config, workdir, mesh)
     return _export(probe_task.export_probe, params, bundle, config, workdir, out)

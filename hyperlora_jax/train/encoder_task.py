@@ -197,8 +197,7 @@ def make_task(
     weights: Mapping[str, float] | None = None,
     projection_dim: int = 128,
     decoder_width: int = 128,
-    shard_index: int = 0,
-    num_shards: int = 1,
+    rows: Int[np.ndarray, " n"] | None = None,
 ) -> Task:
     """The pre-training as a `Task` for `train.loop.fit`.
 
@@ -209,7 +208,7 @@ def make_task(
       encoder: keyword arguments of `ConvEncoder`; image_size defaults to the bundle's.
       weights: keyword arguments of `EncoderLossWeights`.
       projection_dim, decoder_width: see `IdentityNetwork`.
-      shard_index, num_shards: which part of every batch is this host's.
+      rows: this host's positions in every batch; None is all of them.
     """
     loss_weights = EncoderLossWeights(**(weights or {}))
     module = make_network(bundle, encoder, loss_weights, projection_dim, decoder_width)
@@ -226,7 +225,7 @@ def make_task(
         init=init,
         loss=loss,
         frozen={},
-        batches=pair_batches(bundle, batch_size, seed, shard_index, num_shards),
+        batches=pair_batches(bundle, batch_size, seed, rows),
         facts={"data": dict(bundle.facts), "num_identities": bundle.num_identities},
     )
 

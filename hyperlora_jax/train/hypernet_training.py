@@ -222,10 +222,11 @@ def _batches(
     targets: TrainingTargets | None,
     targets_until: int | None,
 ):
+    batch_size = _global_batch(section.batch_size, section, mesh)
     return subject_batches(
         encoded.references,
         encoded.targets,
-        batch_size=_global_batch(section.batch_size, section, mesh),
+        batch_size=batch_size,
         seed=section.seed,
         num_references=section.num_references,
         num_targets=section.images_per_subject,
@@ -233,7 +234,7 @@ def _batches(
         subjects=None if targets is None else targets.subjects,
         subjects_until=targets_until,
         order=None if targets is None else targets.order(section.seed),
-        **({} if mesh is None else sharding.host_part(mesh)),
+        rows=None if mesh is None else sharding.host_rows(mesh, batch_size),
     )
 
 

@@ -168,7 +168,7 @@ def _train_autoencoder(
         kl_weight=section.kl_weight,
         l1_weight=section.l1_weight,
         facts={"autoencoder": dict(vae.config)},
-        **sharding.host_part(mesh),
+        rows=sharding.host_rows(mesh, section.batch_size),
     )
     params = fit_section(
         task,
@@ -242,7 +242,7 @@ def _train_unet(
         caption_dropout=section.caption_dropout,
         min_snr_gamma=section.min_snr_gamma,
         facts={"unet": dict(unet.config), "text_encoder": dict(text.config)},
-        **sharding.host_part(mesh),
+        rows=sharding.host_rows(mesh, section.batch_size),
     )
     params = fit_section(
         task, section, workdir=workdir, mesh=mesh, seed=section.seed, config=config

@@ -12,9 +12,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 
-from hyperlora_jax.array_types import AnyArray, Array, Float, Params, PRNGKey
+from hyperlora_jax.array_types import AnyArray, Array, Float, Int, Params, PRNGKey
 from hyperlora_jax.hypernet.conditioning import save_weights
 from hyperlora_jax.hypernet.image_encoder import ConvEncoder
 from hyperlora_jax.train.encoder_task import make_encoder, part_losses
@@ -122,8 +123,7 @@ def make_task(
     seed: int = 0,
     encoder: Mapping[str, Any] | None = None,
     augmentation: Mapping[str, float] | None = None,
-    shard_index: int = 0,
-    num_shards: int = 1,
+    rows: Int[np.ndarray, " n"] | None = None,
 ) -> Task:
     """The probe's training as a `Task` for `train.loop.fit`.
 
@@ -133,7 +133,7 @@ def make_task(
       seed: of the batches.
       encoder: keyword arguments of `ConvEncoder`; image_size defaults to the bundle's.
       augmentation: keyword arguments of `Augmentation`.
-      shard_index, num_shards: which part of every batch is this host's.
+      rows: this host's positions in every batch; None is all of them.
     """
     module = make_network(bundle, encoder)
     strength = Augmentation(**(augmentation or {}))
@@ -149,7 +149,7 @@ def make_task(
         init=init,
         loss=loss,
         frozen={},
-        batches=view_batches(bundle, batch_size, seed, shard_index, num_shards),
+        batches=view_batches(bundle, batch_size, seed, rows),
         facts={"data": dict(bundle.facts), "num_identities": bundle.num_identities},
     )
 

@@ -15,7 +15,7 @@ from etils import epath
 from hyperlora_jax.array_types import Int, UInt8
 from hyperlora_jax.data.avatars import View
 from hyperlora_jax.data.named_views import NamedView
-from hyperlora_jax.data.pipelines import shard_slice, step_batches
+from hyperlora_jax.data.pipelines import step_batches
 from hyperlora_jax.data.worlds import World
 from hyperlora_jax.errors import UserError
 
@@ -149,12 +149,15 @@ def render_bundle(
 
 
 def pair_batches(
-    bundle: RenderBundle, batch_size: int, seed: int, shard_index: int = 0, num_shards: int = 1
+    bundle: RenderBundle,
+    batch_size: int,
+    seed: int,
+    rows: Int[np.ndarray, " n"] | None = None,
 ) -> grain.DatasetIterator:
     """Endless batches of view pairs: identities without repetition in a batch, two random views.
 
     Batch k depends on (seed, k) alone, so that a restored run sees what it would have seen; a host
-    gets its part of it.
+    gets its `rows` of it (None = all).
 
     Raises:
       UserError: the bundle has fewer identities than a batch, or one view.
@@ -165,13 +168,13 @@ def pair_batches(
             f"{bundle.images.shape[1]} views, expected at least {batch_size} (the batch size) "
             "with 2"
         )
-    first, count = shard_slice(batch_size, shard_index, num_shards)
+    own = np.arange(batch_size) if rows is None else rows
 
     def make_batch(step: int) -> dict[str, np.ndarray]:
         random = np.random.default_rng((seed, step))
         who = random.choice(bundle.num_identities, batch_size, replace=False)
         views = np.argsort(random.random((batch_size, bundle.images.shape[1])), axis=1)
-        who, views = who[first : first + count], views[first : first + count]
+        who, views = who[own], views[own]
         return {
             "first": bundle.images[who, views[:, 0]],
             "second": bundle.images[who, views[:, 1]],
@@ -183,17 +186,20 @@ def pair_batches(
 
 
 def view_batches(
-    bundle: RenderBundle, batch_size: int, seed: int, shard_index: int = 0, num_shards: int = 1
+    bundle: RenderBundle,
+    batch_size: int,
+    seed: int,
+    rows: Int[np.ndarray, " n"] | None = None,
 ) -> grain.DatasetIterator:
     """Endless batches of single views with their view labels, for the attribute probe; batch k
-    depends on (seed, k) alone, and a host gets its part of it."""
+    depends on (seed, k) alone, and a host gets its `rows` of it (None = all)."""
     identities, num_views = bundle.images.shape[:2]
-    first, count = shard_slice(batch_size, shard_index, num_shards)
+    own = np.arange(batch_size) if rows is None else rows
 
     def make_batch(step: int) -> dict[str, np.ndarray]:
         random = np.random.default_rng((seed, step))
-        who = random.integers(identities, size=batch_size)[first : first + count]
-        view = random.integers(num_views, size=batch_size)[first : first + count]
+        who = random.integers(identities, size=batch_size)[own]
+        view = random.integers(num_views, size=batch_size)[own]
         return {
             "images": bundle.images[who, view],
             "labels": bundle.view_labels[who, view].astype(np.int32),

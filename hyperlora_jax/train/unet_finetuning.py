@@ -96,7 +96,6 @@ def finetuning_task(
     batch_size = section.batch_size
     if section.batch_per_device and mesh is not None:
         batch_size *= mesh.shape["data"] * mesh.shape["fsdp"]
-    shard, num_shards = (0, 1) if mesh is None else sharding.host_shard(mesh)
     return base_task.unet_task(
         unet,
         _as_it_is,
@@ -110,8 +109,7 @@ def finetuning_task(
         min_snr_gamma=section.min_snr_gamma,
         facts=facts,
         start=start,
-        shard_index=shard,
-        num_shards=num_shards,
+        rows=None if mesh is None else sharding.host_rows(mesh, batch_size),
     )
 
 

@@ -65,7 +65,7 @@ def train_vae(
         seed=seed,
         per_subject={"target": targets},
         subjects=subjects,
-        **sharding.host_part(mesh),
+        rows=sharding.host_rows(mesh, batch_size),
     )
 
     def init(key: Array) -> Params:

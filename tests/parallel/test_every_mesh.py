@@ -1,13 +1,12 @@
 """Every factorisation of data × fsdp × tensor on every slice by name, as libtpu describes it."""
 
-import collections
 import contextlib
 
 import numpy as np
 import pytest
 from jax.experimental import mesh_utils
-from jax.sharding import NamedSharding
 
+from hyperlora_jax.data.pipelines import array_batches
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.parallel import sharding
 from hyperlora_jax.parallel.topology import GRIDS_2D, parse
@@ -18,6 +17,7 @@ CUBES = [f"{chip}-{2**k}" for chip in ("v4", "v5p") for k in range(3, 11)]
 CUBES += [f"tpu7x-{2**k}" for k in range(2, 9)]
 SEVERAL = ["2xv5e-1", "2xv5e-4", "2xv5e-16", "3xv5e-16", "2xv5e-256", "4xv6e-16", "2xv6e-256"]
 SEVERAL += ["2xv4-32", "2xv5p-32", "2xv5p-128", "2xtpu7x-32"]
+EXAMPLES = np.arange(1000)
 
 
 def divisors(number):
@@ -61,24 +61,33 @@ def test_every_mesh_is_built_and_every_host_reads_its_rows(name):
     for mesh in meshes(name):
         built += 1
         assert len({device.id for device in mesh.devices.flat}) == parse(name).num_devices
-        rows = sharding.host_rows(mesh)
-        # By JAX's own account of which rows of a batch lie on which device.
-        batch = mesh.shape["data"] * mesh.shape["fsdp"]
-        placed = NamedSharding(mesh, sharding.batch_sharding(mesh).spec).devices_indices_map(
-            (batch,)
-        )
-        expected = collections.defaultdict(set)
-        for device, (part,) in placed.items():
-            expected[device.process_index] |= set(range(batch)[part])
-        assert {process: set(own) for process, own in rows.items()} == expected
-        parts = set(rows.values())
-        assert len({len(part) for part in parts}) == 1
-        assert sorted(np.concatenate([*parts])) == list(range(batch))
+        # Two examples a device: which they are by the place of every device in the mesh.
+        batch = 2 * mesh.shape["data"] * mesh.shape["fsdp"]
+        expected: dict[int, set[int]] = {}
+        for (data, fsdp, _), device in np.ndenumerate(mesh.devices):
+            row = 2 * (data * mesh.shape["fsdp"] + fsdp)
+            expected.setdefault(device.process_index, set()).update((row, row + 1))
+        rows = sharding.process_rows(mesh, batch)
+        assert {process: own.tolist() for process, own in rows.items()} == {
+            process: sorted(own) for process, own in expected.items()
+        }
+        np.testing.assert_array_equal(np.unique(np.concatenate([*rows.values()])), np.arange(batch))
         # What needs no axis split keeps the order that JAX gives it.
         with contextlib.suppress(NotImplementedError):
             np.testing.assert_array_equal(mesh.devices, by_whole_axes(mesh, parse(name).num_slices))
             whole += 1
     assert built >= whole >= min(built, 6)
+
+
+@pytest.mark.parametrize(("name", "fsdp", "tensor"), [("2xv5e-16", 2, 1), ("v6e-16", 8, 2)])
+def test_hosts_together_load_the_batch_of_a_single_one(name, fsdp, tensor):
+    mesh = ahead_of_time.topology_mesh(parse(name), -1, fsdp, tensor)
+    whole, parts = next(array_batches({"x": EXAMPLES}, 64, seed=0)), np.zeros(64)
+    hosts = sharding.process_rows(mesh, 64)
+    assert any((np.diff(rows) > 1).any() for rows in hosts.values())
+    for rows in hosts.values():
+        parts[rows] = next(array_batches({"x": EXAMPLES}, 64, 0, rows))["x"]
+    np.testing.assert_array_equal(parts, whole["x"])
 
 
 def test_several_slices_stay_outermost_where_an_axis_is_split():

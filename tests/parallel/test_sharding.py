@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.parallel import sharding
@@ -64,10 +64,11 @@ def test_the_first_rule_counts_and_uncovered_names_are_listed():
 
 
 def test_indivisible_batch_is_an_error():
-    devices = np.asarray(jax.devices()[:1] * 4).reshape(2, 2, 1)
-    mesh = Mesh(devices, AXES)
     with pytest.raises(UserError, match="batch of 6 examples cannot be split over data=2 x fsdp=2"):
-        sharding.put_batch({"x": np.zeros((6, 3))}, mesh)
+        sharding.process_rows(abstract_mesh(2, 2, 1), 6)
+    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    with pytest.raises(UserError, match="batch of 0 examples"):
+        sharding.put_batch({"x": np.zeros((0, 3))}, mesh)
 
 
 def test_batch_of_unequal_leaves_is_an_error():
@@ -80,7 +81,7 @@ def test_put_batch_keeps_the_values():
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
     batch = {"x": np.arange(6, dtype=np.float32).reshape(3, 2)}
     np.testing.assert_array_equal(sharding.put_batch(batch, mesh)["x"], batch["x"])
-    assert sharding.host_shard(mesh) == (0, 1)
+    np.testing.assert_array_equal(sharding.host_rows(mesh, 3), range(3))
 
 
 def test_table_says_where_parameters_live():

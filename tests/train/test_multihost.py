@@ -48,12 +48,23 @@ def test_two_hosts_train_as_one_and_agree_on_preemption(tmp_path, start_two, run
     results = start_two(*mesh)
     assert [code for code, *_ in results] == [0, 0], results
     reports = [json.loads(out.splitlines()[-1]) for _, out, _ in results]
-    assert reports[0]["host_shard"] == [0, 2]
-    assert reports[1]["host_shard"] == [1, 2]
+    assert [report["host_rows"] for report in reports] == [[*range(8)], [*range(8, 16)]]
     assert reports[0]["norm"] == reports[1]["norm"]
     alone, pod = losses(tmp_path / "alone"), losses(tmp_path / "pod")
     np.testing.assert_allclose(pod[:5], alone[:5], rtol=1e-5)
     np.testing.assert_allclose(pod, alone, rtol=1e-3)
+
+
+def test_hosts_whose_rows_lie_apart_train_as_one(tmp_path, start_two, run_toy):
+    run_toy("--workdir", tmp_path / "alone", "--num_steps", 6)
+    mesh = ("--mesh", "4,1,2,8", "--interleaved", "--flat", "--num_steps", 6)
+    results = start_two(*mesh, "--workdir", tmp_path / "pod")
+    assert [code for code, *_ in results] == [0, 0], results
+    reports = [json.loads(out.splitlines()[-1]) for _, out, _ in results]
+    rows = [report["host_rows"] for report in reports]
+    assert rows == [[0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 12, 13, 14, 15]]
+    alone, pod = losses(tmp_path / "alone"), losses(tmp_path / "pod")
+    np.testing.assert_allclose(pod, alone, rtol=1e-5)
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ import numpy as np
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.parallel import multihost
 from hyperlora_jax.parallel.mesh import make_mesh
-from hyperlora_jax.parallel.sharding import gather, host_shard
+from hyperlora_jax.parallel.sharding import gather, host_rows
 from hyperlora_jax.train.loop import Task, fit
 from hyperlora_jax.train.preemption import EXIT_CODE, Preempted
 
@@ -86,16 +86,14 @@ def fit_toy(workdir, task=None, num_steps=12, **overrides):
 
 
 class HostBatches(ToyBatches):
-    """One process's part of each batch."""
+    """One process's rows of each batch."""
 
     def __init__(self, hook, mesh, global_size=16):
         super().__init__(global_size, hook)
-        self.part, self.parts = host_shard(mesh)
+        self.rows = host_rows(mesh, global_size)
 
     def __next__(self):
-        size = self.size // self.parts
-        rows = slice(self.part * size, (self.part + 1) * size)
-        return {name: leaf[rows] for name, leaf in super().__next__().items()}
+        return {name: leaf[self.rows] for name, leaf in super().__next__().items()}
 
 
 def misfortune(args):
@@ -128,6 +126,7 @@ def main():
     parser.add_argument("--workdir", required=True)
     parser.add_argument("--mesh", action="append", default=[], help="data,fsdp,tensor,devices")
     parser.add_argument("--flat", action="store_true", help="one mesh: no folder of its own")
+    parser.add_argument("--interleaved", action="store_true", help="two hosts' devices in turns")
     parser.add_argument("--num_steps", type=int, default=20)
     for name in ("kill_at", "terminate_at", "terminate_once_at", "hang_at", "full_at"):
         parser.add_argument(f"--{name}", type=int, default=-1)
@@ -137,7 +136,10 @@ def main():
     multihost.start(timeout_seconds=60, heartbeat_seconds=10)
     for text in args.mesh or ["-1,1,1,1"]:
         data, fsdp, tensor, devices = (int(part) for part in text.split(","))
-        mesh = make_mesh(data, fsdp, tensor, jax.devices()[:devices])
+        chosen = jax.devices()[:devices]
+        if args.interleaved:  # two of the first host, two of the second, …
+            chosen = np.reshape(chosen, (2, -1, 2)).swapaxes(0, 1).ravel().tolist()
+        mesh = make_mesh(data, fsdp, tensor, chosen)
         workdir = args.workdir + (
             f"/{text.replace(',', '-')}" if args.mesh and not args.flat else ""
         )
@@ -164,7 +166,7 @@ def main():
             "mesh": text,
             "step": int(state.step),
             "placed": sorted(placed),
-            "host_shard": list(host_shard(mesh)),
+            "host_rows": host_rows(mesh, 16).tolist(),
             "norm": float(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(whole))),
         }
         print(json.dumps(report))
