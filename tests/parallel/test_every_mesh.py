@@ -79,7 +79,9 @@ def test_every_mesh_is_built_and_every_host_reads_its_rows(name):
     assert built >= whole >= min(built, 6)
 
 
-@pytest.mark.parametrize(("name", "fsdp", "tensor"), [("2xv5e-16", 2, 1), ("v6e-16", 8, 2)])
+@pytest.mark.parametrize(
+    ("name", "fsdp", "tensor"), [("v5e-16", 1, 1), ("2xv5e-16", 2, 2), ("v4-32", 8, 2)]
+)
 def test_hosts_together_load_the_batch_of_a_single_one(name, fsdp, tensor):
     mesh = ahead_of_time.topology_mesh(parse(name), -1, fsdp, tensor)
     whole, parts = next(array_batches({"x": EXAMPLES}, 64, seed=0)), np.zeros(64)
