@@ -264,7 +264,7 @@ def vector_batches(
     batch_size: int,
     seed: int,
     subjects: Int[np.ndarray, " n"] | None = None,
-    rows: Int[np.ndarray, " n"] | None = None,
+    rows: Int[np.ndarray, " b"] | None = None,
     num_threads: int = 2,
     dtype: str = "float32",
 ) -> grain.DatasetIterator:

@@ -87,7 +87,7 @@ def mixed_batches(
     weights: Sequence[float | int],
     batch_size: int,
     seed: int,
-    rows: Int[np.ndarray, " n"] | None = None,
+    rows: Int[np.ndarray, " b"] | None = None,
 ) -> grain.DatasetIterator:
     """Batches of rows from several dicts of arrays with the same names and row shapes.
 

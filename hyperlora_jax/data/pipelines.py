@@ -72,7 +72,7 @@ def array_batches(
     arrays: Mapping[str, Any],
     batch_size: int,
     seed: int,
-    rows: Int[np.ndarray, " n"] | None = None,
+    rows: Int[np.ndarray, " b"] | None = None,
 ) -> grain.DatasetIterator:
     """Batches of rows drawn from trees of arrays, or of what is indexed like one, of one length.
 
@@ -119,7 +119,7 @@ def subject_batches(
     subjects: np.ndarray | None = None,
     subjects_until: int | None = None,
     order: SubjectOrder | None = None,
-    rows: Int[np.ndarray, " n"] | None = None,
+    rows: Int[np.ndarray, " b"] | None = None,
 ) -> grain.DatasetIterator:
     """Batches of subjects with some of their references and some of their targets.
 

@@ -161,7 +161,7 @@ def on_mesh(model: Any, mesh: Mesh) -> Any:
 
 
 @functools.lru_cache(maxsize=16)
-def process_rows(mesh: AnyMesh, batch_size: int) -> dict[int, Int[np.ndarray, " n"]]:
+def process_rows(mesh: AnyMesh, batch_size: int) -> dict[int, Int[np.ndarray, " b"]]:
     """The rows of a global batch that each process's devices hold, ascending.
 
     They need not be neighbours: several slices and split axes of a torus spread a process's devices
@@ -183,7 +183,7 @@ def process_rows(mesh: AnyMesh, batch_size: int) -> dict[int, Int[np.ndarray, " 
     return {process: np.asarray(sorted(rows)) for process, rows in held.items()}
 
 
-def host_rows(mesh: Mesh, batch_size: int) -> Int[np.ndarray, " n"]:
+def host_rows(mesh: Mesh, batch_size: int) -> Int[np.ndarray, " b"]:
     """The rows of a global batch that this process reads; see `process_rows`."""
     return process_rows(mesh, batch_size)[jax.process_index()]
 

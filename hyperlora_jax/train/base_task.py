@@ -55,7 +55,7 @@ def autoencoder_task(
     kl_weight: float = 1e-4,
     l1_weight: float = 0.05,
     facts: dict[str, Any] | None = None,
-    rows: Int[np.ndarray, " n"] | None = None,
+    rows: Int[np.ndarray, " b"] | None = None,
 ) -> Task:
     """Trains an autoencoder on pictures uint8 [n, h, w, 3]; `init`: key → parameters;
     `rows`: this host's positions in every batch."""
@@ -121,7 +121,7 @@ def unet_task(
     min_snr_gamma: float | None = None,
     facts: dict[str, Any] | None = None,
     start: Params | None = None,
-    rows: Int[np.ndarray, " n"] | None = None,
+    rows: Int[np.ndarray, " b"] | None = None,
 ) -> Task:
     """Trains a UNet on `arrays` = {"latents": [n, h, w, c], "text": a tree of [n, ...]}.
 

@@ -17,6 +17,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from etils import epath
 
@@ -197,7 +198,7 @@ def make_task(
     weights: Mapping[str, float] | None = None,
     projection_dim: int = 128,
     decoder_width: int = 128,
-    rows: Int[np.ndarray, " n"] | None = None,
+    rows: Int[np.ndarray, " b"] | None = None,
 ) -> Task:
     """The pre-training as a `Task` for `train.loop.fit`.
 

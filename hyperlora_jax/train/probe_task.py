@@ -123,7 +123,7 @@ def make_task(
     seed: int = 0,
     encoder: Mapping[str, Any] | None = None,
     augmentation: Mapping[str, float] | None = None,
-    rows: Int[np.ndarray, " n"] | None = None,
+    rows: Int[np.ndarray, " b"] | None = None,
 ) -> Task:
     """The probe's training as a `Task` for `train.loop.fit`.
 

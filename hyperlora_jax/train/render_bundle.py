@@ -152,7 +152,7 @@ def pair_batches(
     bundle: RenderBundle,
     batch_size: int,
     seed: int,
-    rows: Int[np.ndarray, " n"] | None = None,
+    rows: Int[np.ndarray, " b"] | None = None,
 ) -> grain.DatasetIterator:
     """Endless batches of view pairs: identities without repetition in a batch, two random views.
 
@@ -189,7 +189,7 @@ def view_batches(
     bundle: RenderBundle,
     batch_size: int,
     seed: int,
-    rows: Int[np.ndarray, " n"] | None = None,
+    rows: Int[np.ndarray, " b"] | None = None,
 ) -> grain.DatasetIterator:
     """Endless batches of single views with their view labels, for the attribute probe; batch k
     depends on (seed, k) alone, and a host gets its `rows` of it (None = all)."""
