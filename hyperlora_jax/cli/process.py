@@ -1,5 +1,6 @@
 """This program's process: alone, or one of several that start, talk and end as one."""
 
+import gc
 import logging
 import os
 import sys
@@ -11,6 +12,7 @@ from hyperlora_jax.errors import UserError
 from hyperlora_jax.parallel import environment
 
 PREEMPTED = 75
+OBJECTS_UNLOOKED_AT = 20_000  # the collector of cycles waits for that many new ones
 
 
 class Process:
@@ -43,6 +45,9 @@ class Process:
         Raises:
             UserError: the environment names other processes in a way that cannot be.
         """
+        # Tracing a model and listing its pictures make objects that stay: at Python's own threshold
+        # of 700 the collector takes a quarter of the time to the first step.
+        gc.set_threshold(OBJECTS_UNLOOKED_AT)
         logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
         devices = ("accel*", "vfio/[0-9]*", "nvidia*")
         if sys.platform == "linux" and not any(any(Path("/dev").glob(d)) for d in devices):

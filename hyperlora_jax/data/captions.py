@@ -13,7 +13,7 @@ import io
 import json
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -70,12 +70,14 @@ def read_rows(folder: Path, names: Iterable[str]) -> list[Row]:
     return found
 
 
-def match(rows: Iterable[Row], names: Iterable[str], folder: Path) -> dict[str, Row]:
+def match(rows: Sequence[Row], names: Iterable[str], folder: Path) -> dict[str, Row]:
     """The rows by the names of the pictures in `folder` that they are about ("1.jpg", or
     "anna/1.jpg" for rows of the folder above).
 
     Raises UserError for rows of no picture and for two rows of one picture.
     """
+    if not rows:
+        return {}
     names = list(names)
     exact = {name: name for name in names}
     same = {plain(name): name for name in names}

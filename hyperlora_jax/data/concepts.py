@@ -21,7 +21,8 @@ class Concept:
         id, identity: see `Subject`.
         captions: one per picture that a LoRA shall reproduce.
         size: (height, width) that its pictures are cut to.
-        mark: tells these pictures and their roles from others, without reading them.
+        mark: tells these pictures and their roles from others; "" of files, which
+            `concept_sources.identified` tells by their content.
         load: gives the subject, its pictures as PNG files.
         pixels: gives its pictures to reproduce, decoded.
         num_references: how many pictures a hypernetwork is given.

@@ -37,7 +37,7 @@ def list_folder(folder: Path) -> Listing:
                 if entry.is_dir():
                     kind = "folders"
                 else:
-                    readable = PurePath(entry.name).suffix.lower() in pictures.SUFFIXES
+                    readable = entry.name.lower().endswith(pictures.SUFFIXES)
                     kind = "pictures" if readable and entry.is_file() else "others"
                 found[kind].append(entry.name)
     except OSError as error:

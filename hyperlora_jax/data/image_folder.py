@@ -15,7 +15,6 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from pathlib import Path
 
-from hyperlora_jax import storage
 from hyperlora_jax.data import captions, folder_listing, pictures, size_buckets
 from hyperlora_jax.data.captions import Row
 from hyperlora_jax.data.concepts import Concept
@@ -165,36 +164,24 @@ def open_concept(
         own.identity,
         captions_of,
         size,
-        f"{own.name} {_marks(own.files)}",
+        "",
         load,
         lambda: [load_image(file.path, size) for file in targets],
         len(references),
         lambda seen: [load_image(file.path, seen) for file in references],
-        [f.path for f in references] != [f.path for f in targets],
+        references != targets,
         files=tuple((file.path, file.role) for file in own.files),
     )
-
-
-def _marks(files: Sequence[PictureFile]) -> list[tuple[str, int, int, str]]:
-    """Name, size, time and role of a subject's files, which tell whether they were replaced."""
-    # The copy of a file in a bucket is as old as the copy, on every host.
-    copied = files[0].path.is_relative_to(storage.cache_folder())
-    marks = []
-    for file in files:
-        status = file.path.stat()
-        time = 0 if copied else status.st_mtime_ns
-        marks.append((file.path.name, status.st_size, time, file.role))
-    return marks
 
 
 def _rows(folder: Path, listing: Listing) -> list[Row]:
     return captions.read_rows(folder, (*listing.others, *listing.folders))
 
 
-def _by_folder(root: Path, rows: Iterable[Row], folders: Iterable[str]) -> Mapping[str, list[Row]]:
+def _by_folder(root: Path, rows: Sequence[Row], folders: Iterable[str]) -> Mapping[str, list[Row]]:
     """Rows of the metadata above the subjects' folders, "anna/1.jpg", by folder, less "anna/"."""
     found: dict[str, list[Row]] = {name: [] for name in folders}
-    plain = {captions.plain(name): name for name in found}
+    plain = {captions.plain(name): name for name in found} if rows else {}
     for row in rows:
         first, _, rest = captions.plain(row.file_name).partition("/")
         if first not in plain or not rest:

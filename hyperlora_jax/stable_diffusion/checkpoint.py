@@ -39,8 +39,7 @@ _RENAMES["text_encoder_2"] = _RENAMES["text_encoder"]
 
 def param_shapes(module: nn.Module) -> dict[str, Any]:
     """Tree of ShapeDtypeStructs of a model's parameters; nothing is computed."""
-    shapes = jax.eval_shape(module.init, jax.random.key(0), *module.dummy_inputs())
-    return shapes["params"]
+    return jax.eval_shape(lambda: module.init(jax.random.key(0), *module.dummy_inputs()))["params"]
 
 
 def init_params(module: nn.Module, key: PRNGKey) -> Params:

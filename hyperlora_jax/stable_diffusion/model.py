@@ -96,7 +96,8 @@ class StableDiffusion:
     def outline(
         path: str | Path, names: Sequence[str] = ("unet", "text_encoder", "text_encoder_2")
     ) -> "StableDiffusion":
-        """Some components of a diffusers directory without their numbers: `params` are shapes.
+        """Some components of a diffusers directory without their numbers: `params` are shapes, of
+        all but the autoencoder.
         Enough for specs, for the base's hash and for checking LoRA files, in milliseconds and
         without memory. A single file is read whole.
 
@@ -107,7 +108,8 @@ class StableDiffusion:
         root = loading.local_directory(path)
         found = loading.load_modules(root, jnp.float32, names)
         modules = {name: module for name, (module, _) in found.items()}
-        params = {name: param_shapes(module) for name, module in modules.items()}
+        shaped = {name: module for name, module in modules.items() if name != "vae"}
+        params = {name: param_shapes(module) for name, module in shaped.items()}
         return StableDiffusion(**modules, params=params, schedule=NoiseSchedule(), path=root)
 
     @staticmethod

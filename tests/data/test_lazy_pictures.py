@@ -2,9 +2,7 @@ import os
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from hyperlora_jax import storage
 from hyperlora_jax.data import image_folder, lazy_pictures
 from hyperlora_jax.data.lazy_pictures import LazyPictures
 from hyperlora_jax.errors import UserError
@@ -59,40 +57,6 @@ def test_pictures_in_memory(plain):
     assert lazy.counts == (2, 2) and lazy.size == (4, 5)
     np.testing.assert_array_equal(lazy[1], images[1])
     assert lazy.mark != lazy_pictures.of_array(images + 1).mark
-
-
-def test_marks_follow_the_files_not_the_copy(tmp_path, monkeypatch):
-    folder = tmp_path / "anna"
-    folder.mkdir()
-    file = folder / "0.png"
-    Image.new("RGB", (8, 8)).save(file)
-
-    def mark():
-        return image_folder.open_concept(folder, ((4, 4),)).mark
-
-    first = mark()
-    os.utime(file, ns=(1, 1))
-    assert mark() != first, "an edited picture is another one"
-    monkeypatch.setattr(storage, "cache_folder", lambda: tmp_path)
-    copied = mark()
-    os.utime(file, ns=(2, 2))
-    assert mark() == copied, "copies of one file in a bucket are the same"
-    Image.new("RGB", (9, 200), (1, 2, 3)).save(file)
-    assert mark() != copied
-
-
-def test_marks_tell_roles(tmp_path):
-    folder = tmp_path / "anna"
-    folder.mkdir()
-    for k in range(2):
-        Image.new("RGB", (8, 8), (k, k, k)).save(folder / f"{k}.png")
-
-    def mark():
-        return image_folder.open_concept(folder, ((4, 4),)).mark
-
-    both = mark()
-    (folder / "metadata.jsonl").write_text('{"file_name": "0.png", "role": "reference"}')
-    assert mark() != both
 
 
 def test_pictures_that_cannot_be_read_are_named_when_they_are_asked_for(tmp_path):

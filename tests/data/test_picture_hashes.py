@@ -76,3 +76,6 @@ def test_facts_and_marks_follow_the_content_and_not_the_place(folder, tmp_path):
     (folder / "anna" / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "a cat"}')
     captioned = load(folder)
     assert captioned.marks[0] != found.marks[0] and captioned.marks[1] == replaced.marks[1]
+
+    (folder / "bert" / "metadata.jsonl").write_text('{"file_name": "0.png", "role": "reference"}')
+    assert load(folder).marks[1] != replaced.marks[1], "another role is another subject"
