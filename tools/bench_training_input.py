@@ -25,13 +25,17 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 VIEWS, CHUNK = 8, 1024  # pictures of a subject, and of a file
-# name: (subjects, tokens, width, latents, dtype, subjects and targets of a batch)
+# name: (subjects, tokens, width, latents, dtype, subjects, references and targets of a batch)
 SETS = {
-    "clip-l/400": (400, 257, 1024, (64, 64, 4), "bfloat16", 16, 1),
-    "clip-l/4000": (4000, 257, 1024, (64, 64, 4), "bfloat16", 16, 1),
-    "avatars/2048": (2048, 16, 256, (8, 8, 8), "float32", 16, 4),
+    "clip-l/400": (400, 257, 1024, (64, 64, 4), "bfloat16", 16, 1, 1),
+    "clip-l/4000": (4000, 257, 1024, (64, 64, 4), "bfloat16", 16, 1, 1),
+    "avatars/2048": (2048, 16, 256, (8, 8, 8), "float32", 16, 1, 4),
+    # What a chip of a pod takes a step with Stable Diffusion 1.5, its texts with it.
+    "clip-l, 8 references, texts/400": (400, 257, 1024, (64, 64, 4), "bfloat16", 16, 8, 1),
 }
-TOO_LARGE = ("clip-l/4000",)  # for a checkout that reads all of it: 34 GB
+TEXTS = {"clip-l, 8 references, texts/400": (77, 768)}
+# For a checkout that reads all of a set (34 GB), or has texts on the devices.
+TOO_LARGE = ("clip-l/4000", *TEXTS)
 SECONDS, RUNS = 8.0, 3
 
 
@@ -42,7 +46,7 @@ def run(against: str | Path | None = None, names: Sequence[str] = tuple(SETS)) -
         peer = None if against is None or name in TOO_LARGE else Path(against)
         pairs = [
             (_measured(name, ROOT), peer and _measured(name, peer))
-            for _ in range(1 if name in TOO_LARGE else RUNS)
+            for _ in range(1 if name == "clip-l/4000" else RUNS)
         ]
         rows += [_row(name, key, pairs) for key in WHAT]
     return rows
@@ -88,7 +92,7 @@ def _measured(name: str, checkout: Path) -> dict[str, float]:
 
 def _child(name: str, folder: Path) -> dict[str, float]:
     """Writes the set, opens it and takes batches for a while."""
-    subjects, tokens, width, latents, dtype, batch_size, num_targets = SETS[name]
+    subjects, tokens, width, latents, dtype, *of_batch = SETS[name]
     try:
         from hyperlora_jax.data import row_files  # noqa: F401
     except ImportError:
@@ -96,6 +100,8 @@ def _child(name: str, folder: Path) -> dict[str, float]:
     else:
         write, batches_of = _write_rows, _batches_of_rows
     kinds = {"pooled": (width,), "tokens": (tokens, width), "latents": latents}
+    if name in TEXTS:
+        kinds["text_states"] = TEXTS[name]
     random = np.random.default_rng(0)
     block = {
         kind: random.normal(size=(64, *shape)).astype(np.float32) for kind, shape in kinds.items()
@@ -113,7 +119,7 @@ def _child(name: str, folder: Path) -> dict[str, float]:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    batches = batches_of(folder, subjects, batch_size, num_targets)
+    batches = batches_of(folder, subjects, *of_batch)
     for _ in range(200):  # reads files into the page cache
         next(batches)
     count, start, cpu_start = 0, time.perf_counter(), time.process_time()
@@ -144,7 +150,10 @@ def _write_rows(folder: Path, block: dict[str, np.ndarray], subjects: int, dtype
         import ml_dtypes
 
         kept = np.dtype(ml_dtypes.bfloat16)
-    for kind, names in (("conditions", ("pooled", "tokens")), ("latents", ("latents",))):
+    kinds = {"conditions": ("pooled", "tokens"), "latents": ("latents",), "texts": ("text_states",)}
+    for kind, names in kinds.items():
+        if not block.keys() >= {*names}:
+            continue
         rows = {name: block[name].astype(kept) for name in names}
         for start in range(0, subjects * VIEWS, CHUNK):
             count = min(CHUNK, subjects * VIEWS - start)
@@ -156,7 +165,9 @@ def _write_rows(folder: Path, block: dict[str, np.ndarray], subjects: int, dtype
                         put(name, first, rows[name][: count - first])
 
 
-def _batches_of_rows(folder: Path, subjects: int, batch_size: int, num_targets: int) -> Any:
+def _batches_of_rows(
+    folder: Path, subjects: int, batch_size: int, num_references: int, num_targets: int
+) -> Any:
     from hyperlora_jax.data import ragged
     from hyperlora_jax.data.pipelines import subject_batches
     from hyperlora_jax.data.row_files import RowFiles
@@ -168,11 +179,14 @@ def _batches_of_rows(folder: Path, subjects: int, batch_size: int, num_targets: 
 
     index = np.arange(subjects * VIEWS, dtype=np.int32)
     targets = {**tables("latents"), "text_index": index}
+    if any(folder.glob("texts-*")):
+        targets["text_states"] = ragged.Shared(index, tables("texts")["text_states"])
     return subject_batches(
         ragged.Ragged(offsets, tables("conditions")),
         ragged.Ragged(offsets, targets),
         batch_size,
         seed=0,
+        num_references=num_references,
         num_targets=num_targets,
     )
 
@@ -189,7 +203,9 @@ def _write_arrays(folder: Path, block: dict[str, np.ndarray], subjects: int, dty
         np.savez(folder / f"{start:08d}.npz", **arrays)
 
 
-def _batches_of_arrays(folder: Path, subjects: int, batch_size: int, num_targets: int) -> Any:
+def _batches_of_arrays(
+    folder: Path, subjects: int, batch_size: int, num_references: int, num_targets: int
+) -> Any:
     from hyperlora_jax.data import encoding_cache
     from hyperlora_jax.data.pipelines import subject_batches
 
@@ -201,6 +217,7 @@ def _batches_of_arrays(folder: Path, subjects: int, batch_size: int, num_targets
         {"latents": arrays["latents"], "text_index": index},
         batch_size,
         seed=0,
+        num_references=num_references,
         num_targets=num_targets,
     )
 
