@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hyperlora_jax.errors import UserError
+from hyperlora_jax.lora import gauge
 from hyperlora_jax.lora.sites import PRESETS, LoraSpec
 from hyperlora_jax.lora_files import family as families
 from hyperlora_jax.lora_files.base_check import of_family
@@ -66,6 +67,7 @@ def convert_file(
         family, evidence = _told(source, spec, texts)
     if model is None:
         lora, spec = of_family(source, lora, spec, family)
+    lora, spec = gauge.cut_above_width(lora, spec)
     own = carried(texts)
     if families.predicts_velocity(texts):
         own[f"{PREFIX}prediction_type"] = "v_prediction"

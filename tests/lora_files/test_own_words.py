@@ -205,9 +205,15 @@ def test_layers_by_number_and_pickles_are_named(tmp_path, capsys):
     assert (tmp_path / "out" / "bob.v1.safetensors").exists()
 
 
-def test_a_rank_above_both_widths(tmp_path):
+def test_a_rank_above_both_widths(tmp_path, capsys):
     source = lora_file(tmp_path / "in.safetensors", {FIRST: ((384, 320), (320, 384))}, alpha=384.0)
     assert load_lora(source)[1].sites[0].rank == 384
+    out = str(tmp_path / "out.safetensors")
+    assert main(["convert", str(source), out, "--to", "kohya", "--dtype", "float32"]) == 0
+    assert "1 sites, rank 320," in capsys.readouterr().out
+    lora, spec = load_lora(out)
+    pair = site_factors(lora, spec.sites[0])
+    np.testing.assert_allclose(pair["down"] @ pair["up"], 384, rtol=1e-4)
     swapped = lora_file(tmp_path / "swapped.safetensors", {FIRST: ((320, 4), (4, 320))})
     with pytest.raises(UserError, match="swapped factors"):
         load_lora(swapped)
