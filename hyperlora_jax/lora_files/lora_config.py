@@ -71,7 +71,7 @@ def config_scale(
     """
     wanted = _pattern(config.get("rank_pattern"), module, config.get("r", 8))
     alpha = _pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
-    if not _is_number(wanted) or not _is_number(alpha) or alpha == 0:
+    if not _is_number(wanted) or not _is_number(alpha) or 0 in (alpha, wanted):
         raise UserError(f"{path}: r {wanted!r}, lora_alpha {alpha!r} of {module}, expected numbers")
     if wanted != rank:
         raise UserError(f"{path}: rank of {module} is {wanted}, its factors have {rank}")

@@ -7,7 +7,7 @@ import tracemalloc
 import jax
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from hyperlora_jax.errors import UserError
@@ -270,6 +270,7 @@ ANY_TIME = {"deadline": None, "derandomize": True,
 
 @settings(max_examples=60, **ANY_TIME)
 @given(**MANGLED)
+@example(tensors={f"{STEMS[0]}{ENDINGS[0]}": ([0], "float32", 1.0)}, config={"r": 0}, header={})
 def test_mangled_keys_shapes_and_configs(tmp_path, tensors, config, header):
     read_mangled(tmp_path, tensors, config, header)
 
