@@ -131,16 +131,21 @@ def held(state: Any, frozen: Any, batch: Any, key: Any) -> dict[str, int]:
     """Bytes on this host's first device by tree; "others" is what else lies there."""
     device = jax.local_devices()[0]
 
-    def of(tree: Any) -> int:
-        shards = (s for leaf in jax.tree.leaves(tree) for s in leaf.addressable_shards)
-        return sum(shard.data.nbytes for shard in shards if shard.device == device)
+    def pieces(tree: Any) -> dict[int, int]:
+        """{address: bytes}: arrays can share their memory."""
+        shards = (s.data for leaf in jax.tree.leaves(tree) for s in leaf.addressable_shards
+                  if s.device == device)  # fmt: skip
+        return {data.unsafe_buffer_pointer(): data.nbytes for data in shards if data.nbytes}
 
     trees = {
-        "params": of(state.params), "average": of(state.ema), "optimizer": of(state.opt_state),
-        "frozen": of(frozen), "batch": of(batch),
+        "params": pieces(state.params), "average": pieces(state.ema), "frozen": pieces(frozen),
+        "optimizer": pieces((state.opt_state, state.step)), "batch": pieces(batch),
     }  # fmt: skip
-    known = sum(trees.values()) + of([state.step, key])
-    return {**trees, "others": of(jax.live_arrays()) - known}
+    known = {part for parts in trees.values() for part in parts}
+    known |= set(pieces(jax.random.key_data(key)))
+    live = [a for a in jax.live_arrays() if not jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key)]
+    others = sum(size for part, size in pieces(live).items() if part not in known)
+    return {**{name: sum(parts.values()) for name, parts in trees.items()}, "others": others}
 
 
 def listed(source: str, buckets: Sequence[Size], count: int, *_: Any) -> list[Concept]:
