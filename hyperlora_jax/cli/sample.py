@@ -25,7 +25,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--num_steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, help="default: the base's own, mostly 7.5")
-    parser.add_argument("--sampler", default="ddim", help="ddim, euler or dpmpp_2m")
+    parser.add_argument(
+        "--sampler", help="ddim, euler, euler_a, dpmpp_2m, lcm or tcd; default: the base's own"
+    )
+    parser.add_argument(
+        "--clip_skip",
+        type=int,
+        default=0,
+        help='last layers of the text encoder to leave out; 1 is "clip skip 2" elsewhere',
+    )
     parser.add_argument("--height", type=int, help="in pixels; default: the base's own")
     parser.add_argument("--width", type=int, help="in pixels; default: the base's own")
     parser.add_argument("--batch_size", type=int, default=8, help="pictures at once")
@@ -65,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
         guidance=args.guidance,
         negative_prompts=args.negative_prompt,
         sampler=args.sampler,
+        clip_skip=args.clip_skip,
     )
     files = [
         out / f"{names[k // len(args.prompt)]}_{k % len(args.prompt):02d}.png"
@@ -99,7 +108,9 @@ def sample_in_batches(
 
     from hyperlora_jax.lora import factors
 
-    noise = sd.noise(jax.random.key(seed), len(prompts), height, width)
+    key = jax.random.key(seed)
+    noise = sd.noise(key, len(prompts), height, width)
+    keys = jax.random.split(jax.random.fold_in(key, 1), len(prompts))  # of what samplers add
     batch_size = min(batch_size, len(prompts))
     parts = []
     for start in range(0, len(prompts), batch_size):
@@ -109,7 +120,8 @@ def sample_in_batches(
         if lora is not None:
             which = rows // (len(prompts) // len(strengths))
             own = factors.scale(factors.index(lora, which), np.asarray(strengths)[which])
-        images = sd.sample(0, [prompts[k] for k in rows], lora=own, latents=noise[rows], **options)
+        asked = [prompts[k] for k in rows]
+        images = sd.sample(keys[rows], asked, lora=own, latents=noise[rows], **options)
         parts.append(np.asarray(images))
     return np.concatenate(parts)[: len(prompts)]
 

@@ -121,9 +121,11 @@ class VariancePreserving:
         def at_step(x: Array, steps: Array) -> Array:
             return denoise(x, (steps + 1.0) / self.num_train_timesteps)
 
-        if sampler == "ddim":
-            return samplers.ddim(at_step, self.schedule, noise, num_steps)
-        return samplers.ancestral(at_step, self.schedule, noise, num_steps, key)
+        def draw(number: Array, shape: tuple[int, ...]) -> Array:
+            return jax.random.normal(jax.random.fold_in(key, number), shape)
+
+        given = None if sampler == "ddim" else draw
+        return samplers.ancestral(at_step, self.schedule, noise, num_steps, given)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 The timesteps and coefficients of every step are computed on the host, in float64. All samplers
 take standard normal noise and return x0. `timestep_spacing` None means each sampler's own default.
+Stochastic samplers ask `draw` for the fresh noise z of a step; the others leave it alone.
 
 DDIM with eta = 0 (Song et al. 2021, equation 12):
     (1) x_prev = a_prev x0 + s_prev eps
@@ -9,7 +10,6 @@ DDIM with eta = 0 (Song et al. 2021, equation 12):
 
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -19,6 +19,9 @@ from hyperlora_jax.diffusion.schedule import NoiseSchedule, to_eps, to_x0
 from hyperlora_jax.errors import UserError
 
 Denoiser = Callable[[Array, Array], Array]  # (x_t [b, ...], timesteps [b]) -> prediction [b, ...]
+Draw = Callable[[Array, tuple[int, ...]], Array]  # (number of the step, shape) -> normal noise
+GAMMA = 0.3  # of TCD: how far a step goes beyond its timestep before noise is added again
+LCM_DATA_STD = 0.5  # of the boundary condition of latent consistency models
 
 
 def timesteps_of(
@@ -44,24 +47,15 @@ def ddim(
     schedule: NoiseSchedule,
     noise: Float[Array, "b ..."],
     num_steps: int,
+    draw: Draw | None = None,
 ) -> Float[Array, "b ..."]:
-    """Deterministic DDIM from `noise` (standard normal) to x0."""
+    """Deterministic DDIM from `noise` (standard normal) to x0: (1)."""
+    del draw
     timesteps = timesteps_of(schedule, num_steps)
     previous = timesteps - schedule.num_train_timesteps // num_steps
     final = 1.0 if schedule.set_alpha_to_one else schedule.alphas_cumprod[0]
     alphas = np.where(previous >= 0, schedule.alphas_cumprod[np.maximum(previous, 0)], final)
-    batch = noise.shape[0]
-
-    def step(x, inputs):
-        timestep, alpha = inputs
-        times = jnp.full((batch,), timestep)
-        prediction = denoise(x, times).astype(jnp.float32)
-        x0 = to_x0(schedule, prediction, x, times)
-        eps = to_eps(schedule, prediction, x, times)
-        return jnp.sqrt(alpha) * x0 + jnp.sqrt(1.0 - alpha) * eps, None  # (1)
-
-    inputs = jnp.asarray(timesteps), jnp.asarray(alphas, jnp.float32)
-    return lax.scan(step, noise.astype(jnp.float32), inputs)[0]
+    return _mixed(denoise, schedule, noise, timesteps, (np.sqrt(alphas), np.sqrt(1.0 - alphas)))
 
 
 def ancestral(
@@ -69,33 +63,103 @@ def ancestral(
     schedule: NoiseSchedule,
     noise: Float[Array, "b ..."],
     num_steps: int,
-    key: Array,
+    draw: Draw | None = None,
 ) -> Float[Array, "b ..."]:
     """Samples of the reverse Markov chain over `num_steps` of the schedule's steps
     (Ho et al. 2020, algorithm 2), with a_t² / a_prev² in place of 1 - beta_t:
 
     (4) x_prev = a_prev x0 + sqrt(s_prev² - v) eps + sqrt(v) z,
         v = s_prev² / s_t² (1 - a_t² / a_prev²)
+
+    Without `draw` v is 0: DDIM over exactly these timesteps, which ends at x0 for every count.
     """
     timesteps = timesteps_of(schedule, num_steps)
     powers = schedule.alphas_cumprod.astype(np.float64)
     now = powers[timesteps]
     after = np.append(now[1:], 1.0)
-    variance = np.maximum((1 - after) / (1 - now) * (1 - now / after), 0.0)
+    variance = np.maximum((1 - after) / (1 - now) * (1 - now / after), 0.0) * (draw is not None)
     direct = np.sqrt(np.maximum(1 - after - variance, 0.0))
-    batch = noise.shape[0]
+    coefficients = np.sqrt(after), direct, np.sqrt(variance)
+    return _mixed(denoise, schedule, noise, timesteps, coefficients, draw)
+
+
+def lcm(
+    denoise: Denoiser,
+    schedule: NoiseSchedule,
+    noise: Float[Array, "b ..."],
+    num_steps: int,
+    draw: Draw,
+) -> Float[Array, "b ..."]:
+    """Latent consistency sampling (Luo et al. 2023, algorithm 3): every step goes to x0 and back.
+
+    (5) x_prev = a_prev f + s_prev z,  f = c_out x0 + c_skip x; the last step returns f
+    """
+    timesteps = _distilled_timesteps(schedule, num_steps)
+    powers = schedule.alphas_cumprod.astype(np.float64)
+    after = np.append(powers[timesteps[1:]], 1.0)
+    scaled, variance = timesteps * schedule.timestep_scaling, LCM_DATA_STD**2
+    skip, out = variance / (scaled**2 + variance), scaled / np.sqrt(scaled**2 + variance)
+    signal = np.sqrt(after)
+    mix = signal * out, np.zeros(num_steps), np.sqrt(1 - after), signal * skip
+    return _mixed(denoise, schedule, noise, timesteps, mix, draw)
+
+
+def tcd(
+    denoise: Denoiser,
+    schedule: NoiseSchedule,
+    noise: Float[Array, "b ..."],
+    num_steps: int,
+    draw: Draw,
+) -> Float[Array, "b ..."]:
+    """Trajectory consistency sampling (Zheng et al. 2024, algorithm 4): DDIM to timestep
+    r = floor((1 - GAMMA) prev), then noise up to prev; none after the last step.
+
+    (6) x_prev = a_prev / a_r (a_r x0 + s_r eps) + sqrt(1 - a_prev² / a_r²) z
+    """
+    timesteps = _distilled_timesteps(schedule, num_steps)
+    previous = np.append(timesteps[1:], 0)
+    powers = schedule.alphas_cumprod.astype(np.float64)
+    # float32, as PyTorch multiplies: where the product is whole, float64 can fall short of it.
+    reached = np.floor(np.float32(1 - GAMMA) * previous.astype(np.float32)).astype(np.int64)
+    ratio = powers[previous] / powers[reached]
+    ratio[-1] = 1.0
+    mix = np.sqrt(ratio * powers[reached]), np.sqrt(ratio * (1 - powers[reached]))
+    return _mixed(denoise, schedule, noise, timesteps, (*mix, np.sqrt(1 - ratio)), draw)
+
+
+def _distilled_timesteps(schedule: NoiseSchedule, num_steps: int) -> Int[np.ndarray, " s"]:
+    """Of the timesteps that a consistency model was distilled at, `num_steps` evenly spaced."""
+    known = min(schedule.original_inference_steps, schedule.num_train_timesteps)
+    if not 1 <= num_steps <= known:
+        raise UserError(
+            f"num_steps is {num_steps}, expected 1 to {known} (steps that the model was distilled "
+            "from: original_inference_steps of the scheduler)"
+        )
+    descending = np.arange(known, 0, -1) * (schedule.num_train_timesteps // known) - 1
+    return descending[np.floor(np.linspace(0, known, num_steps, endpoint=False)).astype(np.int64)]
+
+
+def _mixed(
+    denoise: Denoiser,
+    schedule: NoiseSchedule,
+    noise: Array,
+    timesteps: np.ndarray,
+    coefficients: tuple[np.ndarray, ...],
+    draw: Draw | None = None,
+) -> Array:
+    """Steps x_prev = A x0 + B eps + C z + D x of given [s] coefficients (A, B[, C[, D]])."""
+    zeros = np.zeros(len(timesteps))
+    mix = (*coefficients, zeros, zeros)[:4]
 
     def step(x, inputs):
-        number, timestep, signal, direct, spread = inputs
-        times = jnp.full((batch,), timestep)
+        number, timestep, to_clean, to_noise, fresh, kept = inputs
+        times = jnp.full((x.shape[0],), timestep)
         prediction = denoise(x, times).astype(jnp.float32)
         x0 = to_x0(schedule, prediction, x, times)
-        eps = to_eps(schedule, prediction, x, times)
-        fresh = jax.random.normal(jax.random.fold_in(key, number), x.shape)
-        return signal * x0 + direct * eps + spread * fresh, None  # (4)
+        after = to_clean * x0 + to_noise * to_eps(schedule, prediction, x, times) + kept * x
+        return (after if draw is None else after + fresh * draw(number, x.shape)), None
 
-    coefficients = _float32(np.sqrt(after), direct, np.sqrt(variance))
-    inputs = (jnp.arange(num_steps), jnp.asarray(timesteps), *coefficients)
+    inputs = (jnp.arange(len(timesteps)), jnp.asarray(timesteps), *_float32(*mix))
     return lax.scan(step, noise.astype(jnp.float32), inputs)[0]
 
 
@@ -123,27 +187,54 @@ def euler(
     schedule: NoiseSchedule,
     noise: Float[Array, "b ..."],
     num_steps: int,
+    draw: Draw | None = None,
 ) -> Float[Array, "b ..."]:
     """Euler steps of the probability flow in sigma (Karras et al. 2022, algorithm 1, no churn).
 
     (2) y_prev = y + (y - x0) / sigma (sigma_prev - sigma), y = sqrt(sigma² + 1) x_t
     """
+    del draw
+    return _euler(denoise, schedule, noise, num_steps, None)
+
+
+def euler_a(
+    denoise: Denoiser,
+    schedule: NoiseSchedule,
+    noise: Float[Array, "b ..."],
+    num_steps: int,
+    draw: Draw,
+) -> Float[Array, "b ..."]:
+    """Euler steps to a smaller sigma, then noise up to the next one (k-diffusion's "ancestral"):
+
+    (7) (2) with sqrt(sigma_prev² - u²) in place of sigma_prev, plus u z,
+        u = sigma_prev sqrt(1 - sigma_prev² / sigma²)
+    """
+    return _euler(denoise, schedule, noise, num_steps, draw)
+
+
+def _euler(
+    denoise: Denoiser, schedule: NoiseSchedule, noise: Array, num_steps: int, draw: Draw | None
+) -> Array:
     spacing = schedule.timestep_spacing or "linspace"
     timesteps = timesteps_of(schedule, num_steps, "linspace").astype(np.float32)
     if spacing == "linspace":  # not rounded: sigmas are interpolated
         timesteps = np.linspace(0, schedule.num_train_timesteps - 1, num_steps)[::-1]
     sigmas = sigmas_at(schedule, timesteps)
     first = np.sqrt(sigmas.max() ** 2 + 1) if spacing == "leading" else sigmas.max()
+    now, after = sigmas[:-1], sigmas[1:]
+    up = np.zeros(num_steps) if draw is None else after * np.sqrt(1 - (after / now) ** 2)
 
     def step(y, inputs):
-        timestep, sigma, after = inputs
+        number, timestep, sigma, lower, up = inputs
         x = y / jnp.sqrt(sigma**2 + 1)
         prediction = denoise(x, jnp.full(noise.shape[:1], timestep)).astype(jnp.float32)
         x0 = _denoised(schedule, prediction, x, sigma)
-        return y + (y - x0) / sigma * (after - sigma), None  # (2)
+        y = y + (y - x0) / sigma * (lower - sigma)  # (2)
+        return (y if draw is None else y + up * draw(number, y.shape)), None
 
-    inputs = _float32(timesteps, sigmas[:-1], sigmas[1:])
-    return lax.scan(step, noise.astype(jnp.float32) * jnp.float32(first), inputs)[0]
+    numbers = _float32(timesteps, now, np.sqrt(after**2 - up**2), up)
+    start = noise.astype(jnp.float32) * jnp.float32(first)
+    return lax.scan(step, start, (jnp.arange(num_steps), *numbers))[0]
 
 
 def dpmpp_2m(
@@ -151,12 +242,14 @@ def dpmpp_2m(
     schedule: NoiseSchedule,
     noise: Float[Array, "b ..."],
     num_steps: int,
+    draw: Draw | None = None,
 ) -> Float[Array, "b ..."]:
     """DPM-Solver++(2M), midpoint form, first and last step of order one (Lu et al. 2022, alg. 2).
 
     With lambda = log(a / s), h = lambda_prev - lambda and r = h_before / h:
     (3) x_prev = s_prev / s x - a_prev (exp(-h) - 1) (x0 + (x0 - x0_before) / (2 r))
     """
+    del draw
     timesteps = _dpm_timesteps(schedule, num_steps)
     sigmas = sigmas_at(schedule, timesteps)
     signal = 1 / np.sqrt(sigmas**2 + 1)
@@ -202,4 +295,11 @@ def _float32(*arrays: np.ndarray) -> tuple[Array, ...]:
     return tuple(jnp.asarray(array, jnp.float32) for array in arrays)
 
 
-SAMPLERS: dict[str, Callable] = {"ddim": ddim, "euler": euler, "dpmpp_2m": dpmpp_2m}
+SAMPLERS: dict[str, Callable] = {
+    "ddim": ddim,
+    "euler": euler,
+    "euler_a": euler_a,
+    "dpmpp_2m": dpmpp_2m,
+    "lcm": lcm,
+    "tcd": tcd,
+}

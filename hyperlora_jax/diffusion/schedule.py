@@ -22,14 +22,21 @@ from hyperlora_jax.errors import UserError
 _BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 _PREDICTIONS = ("epsilon", "v_prediction", "sample")
 _SPACINGS = ("leading", "trailing", "linspace")
+# Classes of diffusers whose bases need their own sampler: DDIM does not stand for it.
+SAMPLER_OF = {
+    "LCMScheduler": "lcm",
+    "TCDScheduler": "tcd",
+    "EulerAncestralDiscreteScheduler": "euler_a",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class NoiseSchedule:
     """Discrete schedule; hashable, so that it can be a static jit argument.
 
-    `timestep_spacing` None stands for the default of whichever sampler is used. `steps_offset` and
-    `set_alpha_to_one` concern sampling only.
+    `timestep_spacing` None stands for the default of whichever sampler is used. That and what
+    follows it concern sampling only, the two before the last only consistency models. `sampler` is
+    what the model is drawn with unless told otherwise.
     """
 
     num_train_timesteps: int = 1000
@@ -38,10 +45,13 @@ class NoiseSchedule:
     beta_schedule: str = "linear"
     prediction_type: str = "epsilon"
     rescale_betas_zero_snr: bool = False
+    trained_betas: tuple[float, ...] | None = None
     timestep_spacing: str | None = None
     steps_offset: int = 0
     set_alpha_to_one: bool = True
-    trained_betas: tuple[float, ...] | None = None
+    original_inference_steps: int = 50
+    timestep_scaling: float = 10.0
+    sampler: str = "ddim"
 
     def __post_init__(self):
         for key, known in (
@@ -54,6 +64,16 @@ class NoiseSchedule:
                     f"noise schedule: {key} = {getattr(self, key)!r} is not supported, expected "
                     f"one of {list(known)}"
                 )
+        for key in ("num_train_timesteps", "original_inference_steps"):
+            if getattr(self, key) < 1:
+                raise UserError(
+                    f"noise schedule: {key} is {getattr(self, key)}, expected 1 or more"
+                )
+        ends = self.trained_betas or (self.beta_start, self.beta_end)
+        if not 0 <= min(ends) <= max(ends) < 1:
+            raise UserError(
+                f"noise schedule: betas are {min(ends)} to {max(ends)}, expected them in [0, 1)"
+            )
         if self.trained_betas is not None and len(self.trained_betas) != self.num_train_timesteps:
             raise UserError(
                 f"noise schedule: trained_betas has {len(self.trained_betas)} numbers, "
@@ -66,8 +86,15 @@ class NoiseSchedule:
             )
 
     def to_config(self) -> dict[str, Any]:
-        """scheduler_config.json as DDIMScheduler reads it."""
-        config = {"_class_name": "DDIMScheduler", "clip_sample": False, **dataclasses.asdict(self)}
+        """scheduler_config.json as diffusers' class of `sampler` reads it."""
+        values = dataclasses.asdict(self)
+        sampler = values.pop("sampler")
+        kind = next((name for name, own in SAMPLER_OF.items() if own == sampler), "DDIMScheduler")
+        config = {"_class_name": kind, "clip_sample": False, **values}
+        if sampler not in ("lcm", "tcd"):
+            del config["original_inference_steps"], config["timestep_scaling"]
+        if sampler == "euler_a":
+            del config["clip_sample"], config["set_alpha_to_one"]
         config["timestep_spacing"] = self.timestep_spacing or "leading"
         return config
 

@@ -7,10 +7,11 @@ so that nothing which changes a schedule is skipped. Checked against the constru
 
 import dataclasses
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any
 
-from hyperlora_jax.diffusion.schedule import NoiseSchedule
+from hyperlora_jax.diffusion.schedule import SAMPLER_OF, NoiseSchedule
 from hyperlora_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -74,16 +75,16 @@ NOT_HONOURED: dict[str, tuple[tuple[Any, ...], tuple[str, ...]]] = {
     "lower_order_final": ((True,), _DPM),
 }
 # Without effect by themselves (the range of a clipping that is off), or settings of a sampler that
-# is not drawn with here: the class does not choose the sampler.
+# is not drawn with here: only the classes of `SAMPLER_OF` choose the sampler.
 HARMLESS = frozenset(
     {
         "clip_sample_range", "corrector_order", "disable_corrector", "dynamic_thresholding_ratio",
-        "flow_shift", "lambda_min_clipped", "noise_sampler_seed", "original_inference_steps",
-        "predict_x0", "predictor_order", "sample_max_value", "skip_prk_steps", "solver_p",
-        "tau_func", "time_shift_type", "timestep_scaling", "variance_type",
+        "flow_shift", "lambda_min_clipped", "noise_sampler_seed", "predict_x0", "predictor_order",
+        "sample_max_value", "skip_prk_steps", "solver_p", "tau_func", "time_shift_type",
+        "variance_type",
     }
 )  # fmt: skip
-HONOURED = tuple(field.name for field in dataclasses.fields(NoiseSchedule))
+HONOURED = tuple(f.name for f in dataclasses.fields(NoiseSchedule) if f.name != "sampler")
 
 
 def read_scheduler_config(config: Mapping[str, Any]) -> NoiseSchedule:
@@ -100,6 +101,7 @@ def read_scheduler_config(config: Mapping[str, Any]) -> NoiseSchedule:
             f"{', '.join(CLASSES)}"
         )
     values = dict(CLASSES.get(kind, {}))
+    values["sampler"] = SAMPLER_OF.get(kind or "", "ddim")
     for key, value in config.items():
         if key.startswith("_") or value is None:
             continue
@@ -130,9 +132,9 @@ def _typed(key: str, value: Any) -> Any:
         if not isinstance(value, list | tuple) or not all(_is_number(x) for x in value):
             raise UserError(f"scheduler: {key} is {value!r:.60}, expected a list of numbers")
         return tuple(map(float, value))
-    if key in ("num_train_timesteps", "steps_offset"):
+    if key in ("num_train_timesteps", "steps_offset", "original_inference_steps"):
         good, expected = isinstance(value, int) and not isinstance(value, bool), "a whole number"
-    elif key in ("beta_start", "beta_end"):
+    elif key in ("beta_start", "beta_end", "timestep_scaling"):
         good, expected = _is_number(value), "a number"
     elif key in ("rescale_betas_zero_snr", "set_alpha_to_one"):
         good, expected = isinstance(value, bool), "true or false"
@@ -144,4 +146,4 @@ def _typed(key: str, value: Any) -> Any:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -22,7 +22,7 @@ class ClipTextOutput(NamedTuple):
     """What Stable Diffusion uses of a text encoder."""
 
     last_hidden_state: Float[Array, "b n e"]  # after the final norm
-    penultimate: Float[Array, "b n e"]  # input of the last layer, without final norm
+    penultimate: Float[Array, "b n e"] | None  # input of the last layer, without final norm
     pooled: Float[Array, "b p"]  # at the end token; projected where the model has a projection
 
 
@@ -87,22 +87,19 @@ class ClipLayer(nn.Module):
 
 
 class ClipEncoder(nn.Module):
-    """The layers; returns the output and the input of the last layer."""
+    """The layers."""
 
     values: Any
     causal: bool
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "b n c"]
-    ) -> tuple[Float[Array, "b n c"], Float[Array, "b n c"]]:
-        """(output, input of the last layer)."""
+    def __call__(self, x: Float[Array, "b n c"]) -> list[Float[Array, "b n c"]]:
+        """The input and what every layer makes of it."""
         v = self.values
-        before = x
+        states = [x]
         for i in range(v["num_hidden_layers"]):
-            before = x
-            x = ClipLayer(
+            layer = ClipLayer(
                 v["num_attention_heads"],
                 v["intermediate_size"],
                 v["hidden_act"],
@@ -110,8 +107,9 @@ class ClipEncoder(nn.Module):
                 self.causal,
                 self.dtype,
                 name=f"layers_{i}",
-            )(x)
-        return x, before
+            )
+            states.append(layer(states[-1]))
+        return states
 
 
 class TokenEmbeddings(nn.Module):
@@ -139,16 +137,22 @@ class TextTransformer(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, tokens: Int[Array, "b n"]) -> tuple[Array, Array, Array]:
-        """(last state, penultimate state, state at the end token)."""
+    def __call__(
+        self, tokens: Int[Array, "b n"], skip: int = 0
+    ) -> tuple[Array, Array | None, Array]:
+        """(last state, penultimate state, state at the end token), the first two of `skip` layers
+        before; None where there is no such state."""
         v = self.values
         x = TokenEmbeddings(v, self.dtype, name="embeddings")(tokens)
-        x, before = ClipEncoder(v, True, self.dtype, name="encoder")(x)
-        x = LayerNorm(v["layer_norm_eps"], self.dtype, name="final_layer_norm")(x)
+        states = ClipEncoder(v, True, self.dtype, name="encoder")(x)
+        norm = LayerNorm(v["layer_norm_eps"], self.dtype, name="final_layer_norm")
+        last = norm(states[-1 - skip])
+        before = states[-2 - skip] if skip + 2 <= len(states) else None
+        x = norm(states[-1])
         # Configs written before transformers 4.31 say 2: the end token is then the largest id.
         is_end = tokens if v["eos_token_id"] == 2 else tokens == v["eos_token_id"]
         pooled = jnp.take_along_axis(x, is_end.argmax(-1)[:, None, None], axis=1)[:, 0]
-        return x, before, pooled
+        return last, before, pooled
 
 
 class ClipTextModel(nn.Module):
@@ -178,15 +182,16 @@ class ClipTextModel(nn.Module):
         return self.values["architectures"][0]
 
     @nn.compact
-    def __call__(self, tokens: Int[AnyArray, "b n"]) -> ClipTextOutput:
-        """States of token ids [b, n]; padding is attended to, as in Stable Diffusion."""
+    def __call__(self, tokens: Int[AnyArray, "b n"], skip: int = 0) -> ClipTextOutput:
+        """States of token ids [b, n], without the last `skip` layers but for the pooled one;
+        padding is attended to, as in Stable Diffusion."""
         v = self.values
         if "lora" in self.variables:
             check_lora(
                 self.variables["lora"], self.variables["params"], tokens.shape[0], "text_encoder."
             )
         last, before, pooled = TextTransformer(v, self.dtype, name="text_model")(
-            jnp.asarray(tokens)
+            jnp.asarray(tokens), skip
         )
         if self.has_projection:
             project = Dense(v["projection_dim"], False, self.dtype, name="text_projection")

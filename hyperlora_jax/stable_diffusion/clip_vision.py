@@ -101,7 +101,7 @@ class VisionTransformer(nn.Module):
         v = self.values
         x = PatchEmbeddings(v, self.dtype, name="embeddings")(pixels)
         x = LayerNorm(v["layer_norm_eps"], self.dtype, name="pre_layrnorm")(x)
-        x, _ = ClipEncoder(v, False, self.dtype, name="encoder")(x)
+        x = ClipEncoder(v, False, self.dtype, name="encoder")(x)[-1]
         norm = LayerNorm(v["layer_norm_eps"], self.dtype, name="post_layernorm")
         return x, norm(x)
 

@@ -9,29 +9,31 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from hyperlora_jax.array_types import AnyArray, Array, Float, Int, Params, PRNGKey
+from hyperlora_jax.array_types import AnyArray, Array, Float, Int, Params, PRNGKey, Shaped
 from hyperlora_jax.diffusion.samplers import SAMPLERS
 from hyperlora_jax.diffusion.schedule import NoiseSchedule
 from hyperlora_jax.stable_diffusion.autoencoder import AutoencoderKL
 from hyperlora_jax.stable_diffusion.clip_text import ClipTextModel
 from hyperlora_jax.stable_diffusion.text_conditions import Text, apply_unet, with_sizes
-from hyperlora_jax.stable_diffusion.unet import UNet
+from hyperlora_jax.stable_diffusion.unet import UNet, sinusoidal_embedding
 
 
-@functools.partial(jax.jit, static_argnames=("encoders", "is_xl"))
+@functools.partial(jax.jit, static_argnames=("encoders", "is_xl", "clip_skip"))
 def encode_tokens(
     encoders: tuple[ClipTextModel, ...],
     params: tuple[Params, ...],
     tokens: tuple[Int[AnyArray, "b n"], ...],
     loras: tuple[Params | None, ...],
     is_xl: bool = False,
+    clip_skip: int = 0,
 ) -> dict[str, Array]:
     """ "states" [b, n, e] and, of SDXL, "pooled" [b, p].
 
     SD 1.x and 2.x: last state after the final norm. SDXL: penultimate states of all encoders,
-    concatenated, without the final norm, and the projected pooled state of the last one."""
+    concatenated, without the final norm, and the projected pooled state of the last one. The states
+    are those of `clip_skip` layers before."""
     outputs = [
-        encoder.apply({"params": p} if not lora else {"params": p, "lora": lora}, t)
+        encoder.apply({"params": p} if not lora else {"params": p, "lora": lora}, t, clip_skip)
         for encoder, p, t, lora in zip(encoders, params, tokens, loras, strict=True)
     ]
     if not is_xl:
@@ -76,10 +78,12 @@ def sample_images(
     text: Text,
     guidance: Float[Array, ""],
     lora: Params | None,
+    keys: Shaped[Array, "b ..."],
 ) -> Float[Array, "b h w 3"]:
     """The whole sampling loop and the decoding.
 
-    `text` has b rows, or 2 b rows (negative, positive, negative, ...) when `guided`.
+    `text` has b rows, or 2 b rows (negative, positive, negative, ...) when `guided`. `keys` are of
+    the fresh noise that some samplers add, one per picture.
     """
     variables = {"params": params["unet"]}
     if lora is not None:
@@ -87,6 +91,13 @@ def sample_images(
 
     height, width = (size * vae.downsampling for size in noise.shape[1:3])
     text = with_sizes(text, (height, width))
+    if width := unet.settings.guidance_width:  # a distilled guidance: told, and not applied
+        scale = jnp.broadcast_to(1000.0 * (guidance - 1.0), noise.shape[:1])
+        embedded = sinusoidal_embedding(scale, width, flip_sin_to_cos=False, freq_shift=1.0)
+        text = {**text, "timestep_cond": embedded}
+
+    def draw(number: Array, shape: tuple[int, ...]) -> Array:
+        return jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, number), shape[1:]))(keys)
 
     def denoise(x: Array, timesteps: Array) -> Array:
         if not guided:
@@ -97,5 +108,5 @@ def sample_images(
         negative, positive = both[:, 0], both[:, 1]
         return negative + guidance * (positive - negative)
 
-    latents = SAMPLERS[sampler](denoise, schedule, noise, num_steps)
+    latents = SAMPLERS[sampler](denoise, schedule, noise, num_steps, draw)
     return decode_latents(vae, params["vae"], latents)

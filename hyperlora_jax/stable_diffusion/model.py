@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from hyperlora_jax.array_types import AnyArray, Array, Float, Int, Params, PRNGKey
+from hyperlora_jax.array_types import AnyArray, Array, Float, Int, Key, Params, PRNGKey
 from hyperlora_jax.diffusion.samplers import SAMPLERS
 from hyperlora_jax.diffusion.schedule import NoiseSchedule
 from hyperlora_jax.errors import UserError
@@ -205,15 +205,17 @@ class StableDiffusion:
         return self.encode_conditions(prompts, lora)["states"]
 
     def encode_conditions(
-        self, prompts: Sequence[str], lora: Params | None = None
+        self, prompts: Sequence[str], lora: Params | None = None, clip_skip: int = 0
     ) -> dict[str, Array]:
         """ "states" [b, n, e], and of SDXL "pooled" [b, p] (added_cond_kwargs["text_embeds"]).
 
-        `lora` is a whole LoRA tree: only its text encoder sites count here.
+        `lora` is a whole LoRA tree: only its text encoder sites count here. The states are taken
+        `clip_skip` layers before the usual ones.
         """
         names = ("text_encoder", "text_encoder_2") if self.is_xl else ("text_encoder",)
         if self.is_xl and self.text_encoder is None:
             names = ("text_encoder_2",)
+        self._check_clip_skip(names, clip_skip)
         tokenizers = [
             self.tokenizer if name == "text_encoder" else self.tokenizer_2 for name in names
         ]
@@ -226,25 +228,41 @@ class StableDiffusion:
             ),
             tuple(component_tree(lora, name) if lora else None for name in names),
             self.is_xl,
+            clip_skip,
         )
 
+    def _check_clip_skip(self, names: Sequence[str], clip_skip: int) -> None:
+        layers = min(self._component(name).values["num_hidden_layers"] for name in names)
+        most = layers - 1 if self.is_xl else layers
+        if not 0 <= clip_skip <= most:
+            raise UserError(
+                f"clip_skip is {clip_skip}, expected 0 to {most}: the text encoder has {layers} "
+                "layers"
+            )
+
     def _guided_conditions(
-        self, prompts: Sequence[str], negative: Sequence[str] | None, lora: Params | None
+        self,
+        prompts: Sequence[str],
+        negative: Sequence[str] | None,
+        lora: Params | None,
+        clip_skip: int,
     ) -> dict[str, Array]:
         """Rows negative, positive, negative, ...: both branches of image k use its LoRA.
 
-        SDXL without negative prompts takes zeros for them, as its pipeline does.
+        As in diffusers' pipelines, only positive prompts skip layers, and SDXL without negative
+        prompts takes zeros for them.
         """
+        positive = self.encode_conditions(prompts, lora, clip_skip)
         if negative is None and self.is_xl and self.zeros_for_no_prompt():
-            positive = self.encode_conditions(prompts, lora)
-            return jax.tree.map(
-                lambda x: jnp.stack([jnp.zeros_like(x), x], 1).reshape(-1, *x.shape[1:]), positive
-            )
-        negative = [""] * len(prompts) if negative is None else list(negative)
-        if len(negative) != len(prompts):
-            raise UserError(f"{len(negative)} negative prompts for {len(prompts)} prompts")
-        pairs = [text for pair in zip(negative, prompts, strict=True) for text in pair]
-        return self.encode_conditions(pairs, lora)
+            other = jax.tree.map(jnp.zeros_like, positive)
+        else:
+            negative = [""] * len(prompts) if negative is None else list(negative)
+            if len(negative) != len(prompts):
+                raise UserError(f"{len(negative)} negative prompts for {len(prompts)} prompts")
+            other = self.encode_conditions(negative, lora)
+        return jax.tree.map(
+            lambda n, p: jnp.stack([n, p], 1).reshape(-1, *p.shape[1:]), other, positive
+        )
 
     def zeros_for_no_prompt(self) -> bool:
         """Whether SDXL without a prompt takes zeros instead of the empty prompt's states."""
@@ -269,7 +287,7 @@ class StableDiffusion:
 
     def sample(
         self,
-        key: PRNGKey | int,
+        key: PRNGKey | Key[Array, " b"] | int,
         prompts: str | Sequence[str],
         lora: Any = None,
         strength: float | Sequence[float] | AnyArray = 1.0,
@@ -277,9 +295,10 @@ class StableDiffusion:
         guidance: float | None = None,
         negative_prompts: str | Sequence[str] | None = None,
         latents: Float[AnyArray, "b hh ww z"] | None = None,
-        sampler: str = "ddim",
+        sampler: str | None = None,
         height: int | None = None,
         width: int | None = None,
+        clip_skip: int = 0,
     ) -> Float[Array, "b h w 3"]:
         """Images in [0, 1], one per prompt; a single prompt is drawn once with every LoRA.
 
@@ -287,18 +306,23 @@ class StableDiffusion:
         one per LoRA). A model on a mesh splits the pictures over it.
 
         Args:
-            key: of the noise, or a seed.
+            key: of the noise, or a seed; or one key per picture, with `latents`, of what the
+                samplers euler_a, lcm and tcd add.
             lora: a tree, with a leading axis for several; a file; what `load_lora` returns; or a
                 list of those.
             guidance: None means `default_guidance`.
             negative_prompts: one for all, or one each; needs a guidance other than 1.
             latents: the initial standard normal noise; without it, it is drawn from `key`.
+            sampler: of `samplers.SAMPLERS`; None means the base's own (`schedule.sampler`).
             height, width: in pixels; None means what the model was trained at.
+            clip_skip: layers of the text encoders that are left out at their end, as diffusers
+                counts them (1 is what other programs call "clip skip 2").
 
         Raises:
             UserError: a LoRA, a sampler or a size that does not fit the model, negative prompts
                 without guidance or of another number.
         """
+        sampler = self.schedule.sampler if sampler is None else sampler
         if sampler not in SAMPLERS:
             raise UserError(f"sampler is {sampler!r}, expected one of {sorted(SAMPLERS)}")
         lora = lora_tree(lora, self)
@@ -308,16 +332,23 @@ class StableDiffusion:
         if isinstance(negative_prompts, str):
             negative_prompts = [negative_prompts] * batch
         guidance = self.default_guidance if guidance is None else guidance
-        guided = guidance != 1.0
+        if self.unet.settings.guidance_width and negative_prompts is not None:
+            raise UserError(
+                "negative prompts do nothing: this UNet was distilled with its guidance"
+            )
+        guided = guidance != 1.0 and not self.unet.settings.guidance_width
         if negative_prompts is not None and not guided:
             raise UserError("negative prompts do nothing at guidance 1; give another guidance")
         if lora is not None:
             check_lora(component_tree(lora, "unet"), self.params["unet"], batch)
+        key = jax.random.key(key) if isinstance(key, int) else key
         noise = self.noise(key, batch, height, width) if latents is None else latents
+        one_key = not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.ndim == 0
+        keys = jax.random.split(jax.random.fold_in(key, 1), batch) if one_key else key
         if guided:
-            text = self._guided_conditions(prompts, negative_prompts, lora)
+            text = self._guided_conditions(prompts, negative_prompts, lora, clip_skip)
         else:
-            text = self.encode_conditions(prompts, lora)
+            text = self.encode_conditions(prompts, lora, clip_skip)
         return inference.sample_images(
             self.unet,
             self._component("vae"),
@@ -330,6 +361,7 @@ class StableDiffusion:
             text,
             jnp.asarray(guidance, jnp.float32),
             component_tree(lora, "unet") if lora else None,
+            keys,
         )
 
     def noise(

@@ -35,10 +35,12 @@ def _unet(root: Path, inputs: Arrays, variant: str | None) -> dict[str, Any]:
     added = None
     if "text_embeds" in inputs:
         added = {name: torch.from_numpy(inputs[name]) for name in ("text_embeds", "time_ids")}
+    guidance = inputs.get("timestep_cond")
     prediction = unet(
         _nchw(inputs["latents"]),
         torch.from_numpy(inputs["timesteps"]),
         torch.from_numpy(inputs["text_states"]),
+        timestep_cond=None if guidance is None else torch.from_numpy(guidance),
         added_cond_kwargs=added,
     ).sample
     return {"prediction": prediction}

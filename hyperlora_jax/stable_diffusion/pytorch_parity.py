@@ -93,6 +93,8 @@ def _inputs(root: Path, part: str, unet: UNet, size: int, rng: np.random.Generat
         "timesteps": np.array([17, 801]),
         "text_states": normal(2, 77, settings.context_width),
     }
+    if settings.guidance_width:
+        inputs["timestep_cond"] = normal(2, settings.guidance_width)
     if _is_xl(unet):
         pooled = settings.addition_input_width - 6 * (settings.addition_time_width or 0)
         inputs["text_embeds"] = normal(2, pooled)
@@ -125,7 +127,8 @@ def _pytorch(root: Path, part: str, inputs: Arrays, variant: str | None) -> Arra
 
 def _run_unet(root: Path, unet: UNet, inputs: Arrays, variant: str | None) -> Arrays:
     unet, params = loading.load_component(root / "unet", "unet", jnp.float32, variant)
-    added = {name: inputs[name] for name in ("text_embeds", "time_ids") if name in inputs}
+    names = ("text_embeds", "time_ids", "timestep_cond")
+    added = {name: inputs[name] for name in names if name in inputs}
     prediction = jax.jit(unet.apply)(
         {"params": params},
         inputs["latents"],

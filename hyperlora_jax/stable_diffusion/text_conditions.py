@@ -4,6 +4,7 @@ states     [b, n, e]   of the text encoders
 pooled     [b, p]      SDXL: the state of the whole prompt
 time_ids   [b, 6]      SDXL: the picture's height and width before its crop, the crop's top and
                        left, its height and width; float32, as bfloat16 takes 1023 for 1024
+timestep_cond  [b, w]  of bases with a distilled guidance: its embedding
 """
 
 from collections.abc import Mapping, Sequence
@@ -69,4 +70,6 @@ def apply_unet(
     added = None
     if "pooled" in text:
         added = {"text_embeds": text["pooled"], "time_ids": text["time_ids"]}
+    if "timestep_cond" in text:
+        added = {**(added or {}), "timestep_cond": text["timestep_cond"]}
     return unet.apply(variables, latents, timesteps, text["states"], added)

@@ -36,28 +36,31 @@ def sinusoidal_embedding(
 
 
 class EmbeddingMlp(nn.Module):
-    """linear_1, SiLU, linear_2."""
+    """linear_1, SiLU, linear_2; with a condition, a projection of it is added to the input."""
 
     features: int
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b i"]) -> Float[Array, "b o"]:
+    def __call__(
+        self, x: Float[Array, "b i"], condition: Float[Array, "b g"] | None = None
+    ) -> Float[Array, "b o"]:
         """Embeds a row of numbers."""
+        if condition is not None:
+            x = x + Dense(x.shape[-1], False, self.dtype, name="cond_proj")(condition)
         hidden = jax.nn.silu(Dense(self.features, dtype=self.dtype, name="linear_1")(x))
         return Dense(self.features, dtype=self.dtype, name="linear_2")(hidden)
 
 
 class UNetBlock(nn.Module):
-    """A down, mid or up block: resnets, each followed by a transformer where depth > 0."""
+    """A down, mid or up block: resnets, each followed by a transformer where there are `depths`."""
 
     config: UNetConfig
     features: int
     num_resnets: int
-    depth: int
+    depths: tuple[int, ...]  # blocks of each transformer; () without any
     num_heads: int
     resample: str | None = None  # "down", "up"
-    is_mid: bool = False
     dtype: Any = jnp.float32
     attention: str = "auto"
     remat: str = "none"
@@ -82,7 +85,7 @@ class UNetBlock(nn.Module):
             if skips:
                 x = jnp.concatenate([x, skips[-1 - i]], axis=-1)
             x = self._resnet(i)(x, time)
-            if self.depth and not (self.is_mid and i == self.num_resnets - 1):
+            if i < len(self.depths):
                 x = self._transformer(i)(x, context)
             outputs.append(x)
         if self.resample == "down":
@@ -101,7 +104,7 @@ class UNetBlock(nn.Module):
         c = self.config
         return Transformer2D(
             self.num_heads,
-            self.depth,
+            self.depths[i],
             c.num_groups,
             c.use_linear_projection,
             self.dtype,
@@ -142,7 +145,8 @@ class UNet(nn.Module):
         text_states: Float[AnyArray, "b n e"],
         added_cond_kwargs: Mapping[str, AnyArray] | None = None,
     ) -> Float[Array, "b h w o"]:
-        """Prediction for noisy latents; `added_cond_kwargs` = {text_embeds, time_ids} for SDXL."""
+        """Prediction for noisy latents; `added_cond_kwargs` = {text_embeds, time_ids} for SDXL, and
+        {timestep_cond: [b, guidance_width]} for one distilled with its guidance (default zeros)."""
         c = self.settings
         check_remat(self.remat)
         if "lora" in self.variables:
@@ -167,7 +171,10 @@ class UNet(nn.Module):
         sinusoids = sinusoidal_embedding(
             timesteps.astype(jnp.float32), c.channels[0], c.flip_sin_to_cos, c.freq_shift
         )
-        time = EmbeddingMlp(c.time_width, self.dtype, name="time_embedding")(sinusoids)
+        condition = (added or {}).get("timestep_cond")
+        if condition is None and c.guidance_width:
+            condition = jnp.zeros((timesteps.shape[0], c.guidance_width))
+        time = EmbeddingMlp(c.time_width, self.dtype, name="time_embedding")(sinusoids, condition)
         if c.addition_time_width is None:
             return time
         if added is None or not {"text_embeds", "time_ids"} <= set(added):
@@ -187,13 +194,13 @@ class UNet(nn.Module):
         c = self.settings
         up_index = c.num_levels - 1 - level
         if name.startswith("up"):
-            depth = c.up_depths[up_index] if c.up_attention[up_index] else 0
+            depths = c.up_depths[up_index] if c.up_attention[up_index] else ()
         else:
-            depth = c.depths[level] if c.down_attention[level] else 0
-        return self._make(name, level, num_resnets, depth, resample, False)
+            depths = c.depths[level] if c.down_attention[level] else ()
+        return self._make(name, level, num_resnets, depths, resample)
 
     def _make(
-        self, name: str, level: int, num_resnets: int, depth: int, resample: str | None, mid: bool
+        self, name: str, level: int, num_resnets: int, depths: tuple[int, ...], resample: str | None
     ) -> UNetBlock:
         c = self.settings
         block_class = nn.remat(UNetBlock, static_argnums=5) if self.remat == "full" else UNetBlock
@@ -201,10 +208,9 @@ class UNet(nn.Module):
             c,
             c.channels[level],
             num_resnets,
-            depth,
+            depths,
             c.num_heads[level],
             resample,
-            mid,
             self.dtype,
             self.attention,
             self.remat,
@@ -218,8 +224,8 @@ class UNet(nn.Module):
         if c.mid_block is None:
             return x
         attends = c.mid_block == "UNetMidBlock2DCrossAttn"
-        num_resnets, depth = (2, c.depths[-1]) if attends else (1, 0)
-        block = self._make("mid_block", c.num_levels - 1, num_resnets, depth, None, True)
+        num_resnets, depths = (2, c.depths[-1][:1]) if attends else (1, ())
+        block = self._make("mid_block", c.num_levels - 1, num_resnets, depths, None)
         return block(x, time, context, (), None)[0]
 
     def _up(

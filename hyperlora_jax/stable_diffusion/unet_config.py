@@ -31,6 +31,7 @@ _DEFAULTS = {
     "projection_class_embeddings_input_dim": None,
     "time_embedding_dim": None,
     "only_cross_attention": False,
+    "time_cond_proj_dim": None,
 }
 _FIXED = {
     "center_input_sample": (False,),
@@ -50,7 +51,6 @@ _FIXED = {
     "time_embedding_type": ("positional",),
     "time_embedding_act_fn": (),
     "timestep_post_act": (),
-    "time_cond_proj_dim": (),
     "conv_in_kernel": (3,),
     "conv_out_kernel": (3,),
     "attention_type": ("default",),
@@ -78,8 +78,8 @@ class UNetConfig:
     up_attention: tuple[bool, ...]  # in the order of the up blocks, coarse to fine
     mid_block: str | None
     num_heads: tuple[int, ...]
-    depths: tuple[int, ...]
-    up_depths: tuple[int, ...]  # coarse to fine
+    depths: tuple[tuple[int, ...], ...]  # of every layer's transformer in a level
+    up_depths: tuple[tuple[int, ...], ...]  # coarse to fine
     context_width: int
     num_groups: int
     epsilon: float
@@ -89,6 +89,7 @@ class UNetConfig:
     time_width: int
     addition_time_width: int | None  # SDXL's text_time embedding; None without
     addition_input_width: int | None
+    guidance_width: int | None  # of the embedding of a distilled guidance (LCM); None without
     source: str  # the config.json it was read from
 
     @property
@@ -102,28 +103,21 @@ class UNetConfig:
         v = read_config(config, _DEFAULTS, _FIXED, _IGNORED, _WHAT)
         levels = len(v["block_out_channels"])
         _check_only_cross_attention(v["only_cross_attention"])
-        depths = per_level(
-            v["transformer_layers_per_block"], levels, "transformer_layers_per_block", _WHAT
-        )
-        up_depths = v["reverse_transformer_layers_per_block"] or tuple(reversed(depths))
-        if any(isinstance(depth, tuple) for depth in (*depths, *up_depths)):
-            raise UserError(
-                f"{_WHAT} config: transformer_layers_per_block = {depths!r} differs within a "
-                "block, expected one number per level"
-            )
+        layers = per_level(v["layers_per_block"], levels, "layers_per_block", _WHAT)
+        depths, up_depths = _depths(v, layers)
         size = v["sample_size"] or 64
         return UNetConfig(
             in_channels=v["in_channels"],
             out_channels=v["out_channels"],
             sample_size=size if isinstance(size, tuple) else (size, size),
             channels=v["block_out_channels"],
-            layers=per_level(v["layers_per_block"], levels, "layers_per_block", _WHAT),
+            layers=layers,
             down_attention=_attention_flags(v["down_block_types"], "Down", levels),
             up_attention=_attention_flags(v["up_block_types"], "Up", levels),
             mid_block=_mid_block(config.get("mid_block_type", v["mid_block_type"])),
             num_heads=per_level(v["attention_head_dim"], levels, "attention_head_dim", _WHAT),
             depths=depths,
-            up_depths=per_level(up_depths, levels, "reverse_transformer_layers_per_block", _WHAT),
+            up_depths=up_depths,
             context_width=_context_width(v["cross_attention_dim"]),
             num_groups=v["norm_num_groups"],
             epsilon=float(v["norm_eps"]),
@@ -131,6 +125,7 @@ class UNetConfig:
             flip_sin_to_cos=bool(v["flip_sin_to_cos"]),
             freq_shift=float(v["freq_shift"]),
             time_width=v["time_embedding_dim"] or 4 * v["block_out_channels"][0],
+            guidance_width=v["time_cond_proj_dim"],
             source=to_json(config),
             **_addition(v),
         )
@@ -153,6 +148,23 @@ def _attention_flags(types: tuple[str, ...], direction: str, levels: int) -> tup
     if len(types) != levels:
         raise UserError(f"{_WHAT} config: {key} has {len(types)} values, expected {levels}")
     return tuple(known[name] for name in types)
+
+
+def _depths(
+    v: Mapping[str, Any], layers: tuple[int, ...]
+) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]]:
+    """Depths of every layer's transformer, of the down blocks and of the up blocks."""
+    down_key, up_key = "transformer_layers_per_block", "reverse_transformer_layers_per_block"
+    down = per_level(v[down_key], len(layers), down_key, _WHAT)
+    if v[up_key] is None and any(isinstance(depth, tuple) for depth in down):
+        raise UserError(
+            f"{_WHAT} config: {down_key} = {down!r} differs within a block, expected {up_key} too"
+        )
+    up = per_level(v[up_key] or tuple(reversed(down)), len(layers), up_key, _WHAT)
+    return (
+        tuple(per_level(d, n, down_key, _WHAT) for d, n in zip(down, layers, strict=True)),
+        tuple(per_level(d, n + 1, up_key, _WHAT) for d, n in zip(up, layers[::-1], strict=True)),
+    )
 
 
 def _mid_block(name: str | None) -> str | None:

@@ -57,6 +57,27 @@ def test_ancestral_samples_depend_on_the_key_and_ddim_does_not():
     assert float(jnp.abs(runs["ancestral"][0] - runs["ancestral"][1]).max()) > 0.1
 
 
+COUNTS = (1, 2, 7, 60, 61, 103, 999, 1000)
+
+
+@pytest.mark.parametrize(
+    "counts", [COUNTS, pytest.param(range(1, 1001), marks=pytest.mark.slow)], ids=["some", "all"]
+)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_a_perfect_model_ends_at_the_data_for_every_number_of_steps(prediction, counts):
+    process = make_process(prediction, 1000)
+    data, noise = jax.random.normal(jax.random.key(0), (2, 3, 8))
+
+    def perfect(x, time):
+        zeros, ones = jnp.zeros_like(x), jnp.ones_like(x)
+        signal, sigma = process.add_noise(ones, zeros, time), process.add_noise(zeros, ones, time)
+        return process.target(data, (x - signal * data) / sigma, time)
+
+    for count in counts:
+        found = process.sample(perfect, noise, count, "ddim", jax.random.key(1))
+        assert float(jnp.abs(found - data).max()) <= 1e-5, count
+
+
 def test_unknown_names():
     with pytest.raises(ValueError, match="prediction is 'eps'"):
         make_process("eps")

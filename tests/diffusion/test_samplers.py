@@ -1,12 +1,22 @@
 import functools
+import inspect
+import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    LCMScheduler,
+    TCDScheduler,
+)
 
-from hyperlora_jax.diffusion.samplers import SAMPLERS, timesteps_of
+from hyperlora_jax.diffusion.samplers import SAMPLERS, _distilled_timesteps, timesteps_of
 from hyperlora_jax.diffusion.schedule import NoiseSchedule
 from hyperlora_jax.diffusion.scheduler_config import read_scheduler_config
 from hyperlora_jax.errors import UserError
@@ -33,6 +43,11 @@ def model(x, timestep):
     return 0.3 * x + 0.1 * x * x / (1 + x * x) + timestep / 4000.0
 
 
+def fresh(number):
+    """The noise that both libraries add in a step."""
+    return np.random.default_rng(int(number) + 1).standard_normal(NOISE.shape).astype(np.float32)
+
+
 def diffusers_sample(scheduler, num_steps):
     scheduler.set_timesteps(num_steps)
     x = torch.from_numpy(NOISE) * scheduler.init_noise_sigma
@@ -50,7 +65,10 @@ def our_sample(name, config, num_steps):
         def denoise(x, t):
             return model(x, t[:, None, None, None])
 
-        return SAMPLERS[name](denoise, schedule, noise, num_steps)
+        table = np.stack([fresh(k) for k in range(num_steps)])
+        return SAMPLERS[name](
+            denoise, schedule, noise, num_steps, lambda k, _: jnp.asarray(table)[k]
+        )
 
     return run(NOISE)
 
@@ -81,6 +99,40 @@ def test_euler_equals_diffusers(name, spacing):
 def test_dpm_solver_equals_diffusers(name, spacing):
     config = {k: v for k, v in CONFIGS[name].items() if k != "set_alpha_to_one"}
     check("dpmpp_2m", DPMSolverMultistepScheduler, {**config, "timestep_spacing": spacing}, 7)
+
+
+@pytest.mark.parametrize("kind", [EulerAncestralDiscreteScheduler, LCMScheduler, TCDScheduler])
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("num_steps", [1, 4, 13])
+def test_samplers_that_add_noise_equal_diffusers_from_the_same_noise(
+    kind, name, num_steps, monkeypatch
+):
+    if kind is EulerAncestralDiscreteScheduler and name == "sample":
+        pytest.skip("diffusers has no prediction_type sample for it")
+    known = inspect.signature(kind.__init__).parameters
+    config = {key: value for key, value in CONFIGS[name].items() if key in known}
+    config["timestep_spacing"] = config.get("timestep_spacing", "leading")
+    numbers = itertools.count()
+    monkeypatch.setattr(
+        f"{kind.__module__}.randn_tensor", lambda *a, **k: torch.from_numpy(fresh(next(numbers)))
+    )
+    theirs = diffusers_sample(kind(**config), num_steps)
+    schedule = read_scheduler_config({"_class_name": kind.__name__, **config})
+    ours = our_sample(schedule.sampler, {"_class_name": kind.__name__, **config}, num_steps)
+    # From zero signal on, float32 in PyTorch loses the fifth digit.
+    tolerance = 1e-4 if name == "zero-snr" else 1e-5
+    assert np.abs(ours - theirs).max() <= tolerance * np.abs(theirs).max()
+
+
+@pytest.mark.parametrize("kind", [LCMScheduler, TCDScheduler])
+def test_steps_that_a_model_was_distilled_from(kind):
+    ours = read_scheduler_config({"_class_name": kind.__name__, "original_inference_steps": 1000})
+    theirs = kind(original_inference_steps=1000)
+    for count in (1, 3, 61, 103, 999, 1000):
+        theirs.set_timesteps(count)
+        np.testing.assert_array_equal(_distilled_timesteps(ours, count), theirs.timesteps)
+    with pytest.raises(UserError, match="num_steps is 51, expected 1 to 50"):
+        our_sample("lcm", SD15, 51)
 
 
 @pytest.mark.parametrize("name", ["euler", "dpmpp_2m"])

@@ -14,7 +14,6 @@ from .conftest import tiny_text_config, tiny_unet_config, tiny_vae_config
     [
         ({"unheard_of": 1}, "UNet config: key 'unheard_of' .value 1. is unknown"),
         ({"class_embed_type": "timestep"}, "class_embed_type = 'timestep' is not supported"),
-        ({"time_cond_proj_dim": 256}, "time_cond_proj_dim = 256 is not supported"),
         ({"only_cross_attention": [True, False]}, "only_cross_attention"),
         ({"addition_embed_type": "image"}, "addition_embed_type = 'image'"),
         ({"cross_attention_dim": [8, 16]}, "cross_attention_dim"),
@@ -22,7 +21,14 @@ from .conftest import tiny_text_config, tiny_unet_config, tiny_vae_config
         ({"down_block_types": ["AttnDownBlock2D", "DownBlock2D"]}, "AttnDownBlock2D"),
         ({"up_block_types": ["UpBlock2D"]}, "up_block_types has 1 values, expected 2"),
         ({"attention_head_dim": [1, 2, 3]}, "attention_head_dim has 3 values, expected 2"),
-        ({"transformer_layers_per_block": [[1, 2], 1]}, "transformer_layers_per_block"),
+        ({"transformer_layers_per_block": [[1], 1]}, "expected reverse_transformer_layers_per"),
+        (
+            {
+                "transformer_layers_per_block": [[1, 2], 1],
+                "reverse_transformer_layers_per_block": [1, [1, 2]],
+            },
+            "transformer_layers_per_block has 2 values, expected 1",
+        ),
     ],
 )
 def test_unet_config_is_read_strictly(changes, message):
