@@ -108,7 +108,7 @@ def scratch(workdir: epath.PathLike) -> Path:
     """The workdir, or a folder of this host that stands for one in a bucket."""
     if not is_remote(workdir):
         return Path(str(workdir))
-    folder = cache_folder() / "scratch" / _digest(workdir)
+    folder = cache_folder() / "scratch" / digest(workdir)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -136,7 +136,7 @@ def fetched(path: epath.PathLike) -> Path:
     """
     if not is_remote(path):
         return Path(str(path))
-    target = cache_folder() / "fetched" / _digest(path) / str(path).rstrip("/").rsplit("/", 1)[-1]
+    target = cache_folder() / "fetched" / digest(path) / str(path).rstrip("/").rsplit("/", 1)[-1]
     manifest = target.with_name(f".{target.name}.versions.json")
     try:
         source = epath.Path(place(path))
@@ -380,5 +380,6 @@ def cache_folder() -> Path:
     return Path(os.environ.get("HYPERLORA_CACHE") or "~/.cache/hyperlora_jax").expanduser()
 
 
-def _digest(path: epath.PathLike) -> str:
+def digest(path: epath.PathLike) -> str:
+    """A short name for a path."""
     return hashlib.sha256(str(path).rstrip("/").encode()).hexdigest()[:16]

@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 from hyperlora_jax import storage
-from hyperlora_jax.cli import buckets, config, help_texts
+from hyperlora_jax.cli import buckets, config, help_texts, single_files
 from hyperlora_jax.errors import UserError
 
 
@@ -41,6 +41,7 @@ def parse(name: str, summary: str, module: ModuleType, given: Sequence[str]) -> 
         parser.add_argument(
             "--print_config", action="store_true", help="print the whole config and end"
         )
+        single_files.add_arguments(parser)
     known, rest = parser.parse_known_args(list(given))
     values = vars(known)
     for key, value in values.items():
@@ -52,7 +53,9 @@ def parse(name: str, summary: str, module: ModuleType, given: Sequence[str]) -> 
         raise UserError(_unknown(rest[0], known, name, parser))
     buckets.check(known)
     if takes_config and known.config:  # a typo in a key is named before JAX is there
-        config.load_config(known.config, known.overrides)
+        base = config.load_config(known.config, known.overrides).get("base")
+        if isinstance(base, str):
+            single_files.keep_options(base, known)
     for output in ("out", "workdir", "target", "json", "sheet"):
         if values.get(output) and not (name == "export" and output == "workdir"):
             storage.outside_package(values[output], f"--{output}")

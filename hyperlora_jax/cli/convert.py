@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hyperlora_jax.cli import single_files
 from hyperlora_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,9 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="OUT", help="file or folder to write")
     parser.add_argument("--to", choices=FORMATS, required=True, help="form of the output")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="float16")
-    parser.add_argument(
-        "--base", help="diffusers directory, or sd1, sd2, sdxl; default: told from the layers"
-    )
+    parser.add_argument("--base", help="a base, or sd1, sd2, sdxl; default: told from the layers")
     parser.add_argument("--drop", nargs="+", default=[], metavar="WHAT", help=DROP_HELP)
     parser.add_argument(
         "--verify", action="store_true", help="load source and result with PyTorch too"
@@ -38,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     from hyperlora_jax.lora_files import compatibility, convert
     from hyperlora_jax.lora_files.base_model import BaseModel
 
-    source = Path(args.source)
+    source, args.base = Path(args.source), single_files.folder_of(args.base)
     base = convert.open_base(args.base)
     if args.verify and not isinstance(base, BaseModel):
         raise UserError("--verify needs --base DIR, a diffusers directory to load the LoRA into")

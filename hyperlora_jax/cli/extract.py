@@ -2,6 +2,7 @@
 
 import argparse
 
+from hyperlora_jax.cli import single_files
 from hyperlora_jax.cli.convert import ranks
 from hyperlora_jax.errors import UserError
 
@@ -11,8 +12,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from hyperlora_jax.lora.sites import PRESETS
     from hyperlora_jax.lora_files.writing import DTYPES, FORMATS
 
-    parser.add_argument("base", metavar="BASE", help="diffusers directory")
-    parser.add_argument("tuned", metavar="TUNED", help="diffusers directory of the tuned model")
+    parser.add_argument("base", metavar="BASE", help="diffusers directory or single file")
+    parser.add_argument("tuned", metavar="TUNED", help="the tuned model, likewise")
     parser.add_argument("--out", required=True, help="LoRA to write")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--preset", choices=sorted(set(PRESETS) - {"text"}), default="attn-ff")
@@ -27,8 +28,9 @@ def run(args: argparse.Namespace) -> int:
 
     if args.rank < 1:
         raise UserError(f"--rank is {args.rank}, expected at least 1")
-    model = read_base_model(args.base)
-    lora, spec = algebra.extract(args.base, args.tuned, args.rank, args.preset)
+    base, tuned = single_files.folder_of(args.base), single_files.folder_of(args.tuned)
+    model = read_base_model(base)
+    lora, spec = algebra.extract(base, tuned, args.rank, args.preset)
     written = save_lora(
         args.out, lora, spec, args.to, args.dtype, model.family, None, model.layers_per_block
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 from etils import epath
 
 from hyperlora_jax import storage
+from hyperlora_jax.cli import single_files
 from hyperlora_jax.cli.arguments import OneLineParser
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.shipped import base_path
@@ -42,6 +43,11 @@ def run(args: argparse.Namespace) -> int:
     path = epath.Path(storage.place(base_path(args.path)))
     with storage.asking(path):
         kind = kind_of(path)
+    if kind == "lora" and str(path).endswith((".safetensors", ".ckpt")):
+        from hyperlora_jax.stable_diffusion.single_file import is_base
+
+        path = storage.fetched(path)
+        kind = "base" if is_base(path) else kind
     if kind == "base":
         return _base(storage.fetched(path), args.options)
     if kind == "lora":
@@ -62,10 +68,13 @@ def _base(path: Path, options: list[str]) -> int:
         "--verify", action="store_true", help="compare one forward pass with PyTorch diffusers"
     )
     parser.add_argument("--variant", help="fp16 reads *.fp16.safetensors")
+    single_files.add_arguments(parser)
     try:
         known = parser.parse_args(options)
     except SystemExit as stop:
         return int(stop.code or 0)
+    single_files.keep_options(str(path), known)
+    path = Path(str(single_files.folder_of(str(path))))
     if known.verify:
         return _verify_base(path, known.variant)
     import jax

@@ -3,13 +3,14 @@
 import argparse
 import json
 
+from hyperlora_jax.cli import single_files
 from hyperlora_jax.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The file and how much to show."""
     parser.add_argument("path", help="LoRA file or adapter folder")
-    parser.add_argument("--base", help="diffusers directory, or sd1, sd2, sdxl")
+    parser.add_argument("--base", help="diffusers directory, single file, or sd1, sd2, sdxl")
     parser.add_argument("--sites", action="store_true", help="one line for each site")
     parser.add_argument("--verify", action="store_true", help="load it with PyTorch (--base DIR)")
     parser.add_argument("--json", metavar="FILE", help="write the whole report")
@@ -21,7 +22,7 @@ def run(args: argparse.Namespace) -> int:
     from hyperlora_jax.lora_files.family import FAMILIES
     from hyperlora_jax.lora_files.inspection import inspect_lora
 
-    found = inspect_lora(args.path, args.base)
+    found = inspect_lora(args.path, single_files.folder_of(args.base))
     ranks = sorted({site["rank"] for site in found["sites"]})
     print(f"{'kind':<12}LoRA, {found['form']} keys, {found['family']} ({found['evidence']})")
     print(f"{'sites':<12}{len(found['sites'])}, {found['num_parameters']:,} numbers")

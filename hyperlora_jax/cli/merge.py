@@ -1,8 +1,11 @@
 """`hyperlora merge`: weighted sums of LoRA files, at full or a smaller rank, or into a base."""
 
 import argparse
+import shutil
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+from hyperlora_jax.cli import single_files
 from hyperlora_jax.cli.convert import DROP_HELP, ranks
 from hyperlora_jax.errors import UserError
 
@@ -16,10 +19,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", required=True, help="LoRA to write, or folder with --into")
     parser.add_argument("--rank", type=int, help="best LoRA of this rank; default: exact")
-    parser.add_argument("--into", metavar="BASE", help="add to a diffusers directory, write a copy")
+    parser.add_argument("--into", metavar="BASE", help="add to a base, write a copy of it")
     parser.add_argument("--to", choices=FORMATS, default="kohya", help="form of the LoRA")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="float16")
-    parser.add_argument("--base", help="diffusers directory, or sd1, sd2, sdxl: whose layers")
+    parser.add_argument("--base", help="a base, or sd1, sd2, sdxl: whose layers")
     parser.add_argument("--drop", nargs="+", default=[], metavar="WHAT", help=DROP_HELP)
 
 
@@ -30,7 +33,8 @@ def run(args: argparse.Namespace) -> int:
     from hyperlora_jax.lora_files.base_check import of_family
     from hyperlora_jax.lora_files.base_model import BaseModel
 
-    base = convert.open_base(args.into or args.base)
+    folder = single_files.folder_of(args.into)
+    base = convert.open_base(folder or single_files.folder_of(args.base))
     model = base if isinstance(base, BaseModel) else None
     if args.rank is not None and args.rank < 1:
         raise UserError(f"--rank is {args.rank}, expected at least 1")
@@ -46,14 +50,33 @@ def run(args: argparse.Namespace) -> int:
         loras = [of_family(path, *lora, family) for path, lora in zip(paths, loras, strict=True)]
     merged = algebra.merge(loras, weights, args.rank)
     spec = merged[1]
-    if args.into:
-        written = algebra.merge_into_checkpoint(args.into, merged, args.out)
+    if folder == args.into and folder:
+        written = algebra.merge_into_checkpoint(folder, merged, args.out)
+    elif folder:
+        written = _into_single_file(Path(args.into), folder, merged, Path(args.out))
     else:
         layers = model.layers_per_block if model else 2
         texts = _shared(headers)
         written = save_lora(args.out, *merged, args.to, args.dtype, family, texts, layers)
     print(f"wrote {written}: {len(spec)} sites, {ranks(spec)}")
     return 0
+
+
+def _into_single_file(source: Path, folder: str, merged, out: Path) -> Path:
+    """A single file like the source where `out` is one, or else a diffusers directory."""
+    from hyperlora_jax.lora_files.algebra import merge_into_checkpoint
+    from hyperlora_jax.stable_diffusion.single_file import packed
+
+    if out.suffix != ".safetensors":
+        return merge_into_checkpoint(folder, merged, out)
+    if out.exists():
+        raise UserError(f"{out}: already exists, expected a new file")
+    changed = out.with_name(f".{out.name}.folder")
+    shutil.rmtree(changed, ignore_errors=True)
+    try:
+        return packed(source, merge_into_checkpoint(folder, merged, changed), out)
+    finally:
+        shutil.rmtree(changed, ignore_errors=True)
 
 
 def _weighted(text: str) -> tuple[str, float]:

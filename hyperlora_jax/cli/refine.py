@@ -2,6 +2,7 @@
 
 import argparse
 
+from hyperlora_jax.cli import single_files
 from hyperlora_jax.errors import UserError
 
 
@@ -26,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="refuse a LoRA that was not generated with this condition encoder (its header names "
         "one; refining itself looks at pixels only)",
     )
+    single_files.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -35,6 +37,7 @@ def run(args: argparse.Namespace) -> int:
     from hyperlora_jax.stable_diffusion.embedded import load_base
 
     base = args.base or _base_of(args.lora)
+    single_files.keep_options(base, args)
     if args.num_steps < 1 or args.images_per_step < 1:
         raise UserError(
             f"--num_steps {args.num_steps} --images_per_step {args.images_per_step}: "

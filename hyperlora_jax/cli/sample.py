@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hyperlora_jax.cli import single_files
 from hyperlora_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Base, prompts, LoRAs, sampler settings."""
-    parser.add_argument("base", help="diffusers directory, hub id or tiny-sd")
+    parser.add_argument("base", help="diffusers directory, single file, hub id or tiny-sd")
     parser.add_argument("--prompt", nargs="+", required=True)
     parser.add_argument("--negative_prompt", help="for all pictures; needs --guidance")
     parser.add_argument("--lora", metavar="FILE", nargs="*", default=[], help="one picture each")
@@ -39,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch_size", type=int, default=8, help="pictures at once")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", metavar="DIR", required=True)
+    single_files.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -57,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
     from hyperlora_jax.stable_diffusion.embedded import load_base
     from hyperlora_jax.stable_diffusion.lora_argument import lora_tree
 
+    single_files.keep_options(args.base, args)
     sd = load_base(args.base)
     names = _names(args.lora)
     prompts = [prompt for _ in names for prompt in args.prompt]

@@ -164,11 +164,26 @@ def save_directory(
 
     `tokenizers` = {"tokenizer": ..., "tokenizer_2": ...}.
     """
+    for name, module in modules.items():
+        directory.write_component(root / name, name, module.config, params[name], dtype)
+    directory.write_json(root / "scheduler" / "scheduler_config.json", schedule.to_config())
+    for name, tokenizer in tokenizers.items():
+        tokenizer.save_pretrained(str(root / name))
+    index = model_index(modules, tokenizers, schedule, is_xl)
+    directory.write_json(root / "model_index.json", index)
+    if guidance != GUIDANCE:
+        directory.write_json(root / SAMPLING, {"guidance": guidance})
+
+
+def model_index(
+    modules: Mapping[str, Any], tokenizers: Iterable[str], schedule: NoiseSchedule, is_xl: bool
+) -> dict[str, Any]:
+    """model_index.json of a directory: which class reads each of its parts."""
     index: dict[str, Any] = {
         "_class_name": "StableDiffusionXLPipeline" if is_xl else "StableDiffusionPipeline",
         "_diffusers_version": "0.33.0",
         "feature_extractor": [None, None],
-        "scheduler": ["diffusers", "DDIMScheduler"],
+        "scheduler": ["diffusers", schedule.to_config()["_class_name"]],
     }
     if is_xl:
         index["force_zeros_for_empty_prompt"] = True
@@ -176,15 +191,8 @@ def save_directory(
     else:
         index |= {"safety_checker": [None, None], "requires_safety_checker": False}
     for name, module in modules.items():
-        directory.write_component(root / name, name, module.config, params[name], dtype)
         index[name] = {
             "unet": ["diffusers", "UNet2DConditionModel"],
             "vae": ["diffusers", "AutoencoderKL"],
         }.get(name) or ["transformers", module.class_name]
-    directory.write_json(root / "scheduler" / "scheduler_config.json", schedule.to_config())
-    for name, tokenizer in tokenizers.items():
-        tokenizer.save_pretrained(str(root / name))
-        index[name] = ["transformers", "CLIPTokenizer"]
-    directory.write_json(root / "model_index.json", index)
-    if guidance != GUIDANCE:
-        directory.write_json(root / SAMPLING, {"guidance": guidance})
+    return index | {name: ["transformers", "CLIPTokenizer"] for name in tokenizers}

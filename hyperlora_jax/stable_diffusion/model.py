@@ -67,7 +67,8 @@ class StableDiffusion:
         rules: Sequence[Rule] = DEFAULT_RULES,
         on_host: Collection[str] = (),
     ) -> "StableDiffusion":
-        """Reads a diffusers directory, hub id or single file; arithmetic in `dtype`.
+        """Reads a diffusers directory, hub id or single file (`single_file.py`) for arithmetic in
+        `dtype`.
 
         `variant` "fp16" reads `*.fp16.safetensors`; None takes full precision where it is there, or
         else the variant that is. With a mesh, parameters are spread over it by
@@ -76,10 +77,7 @@ class StableDiffusion:
 
         Raises UserError naming the file for anything missing, unknown or unsupported in it.
         """
-        if str(path).endswith((".safetensors", ".ckpt")) and Path(path).is_file():
-            where: dict[str, Any] = {"mesh": mesh, "rules": rules, "on_host": on_host}
-            return StableDiffusion.from_single_file(path, dtype, **where)
-        root = loading.local_directory(path, variant)
+        root = single_file.base_folder(path, variant)
         modules, params, schedule = loading.load_directory(
             root, dtype, variant, mesh, rules, on_host
         )
@@ -96,16 +94,13 @@ class StableDiffusion:
     def outline(
         path: str | Path, names: Sequence[str] = ("unet", "text_encoder", "text_encoder_2")
     ) -> "StableDiffusion":
-        """Some components of a diffusers directory without their numbers: `params` are shapes, of
-        all but the autoencoder.
-        Enough for specs, for the base's hash and for checking LoRA files, in milliseconds and
-        without memory. A single file is read whole.
+        """Some components of a base without their numbers: `params` are shapes, of all but the
+        autoencoder. Enough for specs, for the base's hash and for checking LoRA files, in
+        milliseconds and without memory.
 
         Raises UserError as `from_pretrained` does.
         """
-        if str(path).endswith((".safetensors", ".ckpt")) and Path(path).is_file():
-            return StableDiffusion.from_single_file(path, on_host=tuple(loading.CONSTRUCTORS))
-        root = loading.local_directory(path)
+        root = single_file.base_folder(path)
         found = loading.load_modules(root, jnp.float32, names)
         modules = {name: module for name, (module, _) in found.items()}
         shaped = {name: module for name, module in modules.items() if name != "vae"}
@@ -121,15 +116,9 @@ class StableDiffusion:
         rules: Sequence[Rule] = DEFAULT_RULES,
         on_host: Collection[str] = (),
     ) -> "StableDiffusion":
-        """Reads an original single file (1.x, 2.x, XL): see `single_file.load_single_file`.
-
-        Such a file holds no tokenizer: give one with `dataclasses.replace(sd, tokenizers=(t,))`.
-        """
-        modules, params, schedule = single_file.load_single_file(
-            Path(path), dtype, None, prediction_type, mesh, rules, on_host
-        )
-        modules["unet"] = modules["unet"].clone(mesh=mesh)
-        return StableDiffusion(**modules, params=params, schedule=schedule)
+        """Reads an original single file (1.x, 2.x, XL) by way of `single_file.unpacked`."""
+        folder = single_file.unpacked(Path(path), prediction_type)
+        return StableDiffusion.from_pretrained(folder, dtype, None, mesh, rules, on_host)
 
     def save_pretrained(self, path: str | Path, dtype: str = "float16") -> None:
         """Writes a directory that PyTorch diffusers' pipeline of the family loads."""
@@ -167,6 +156,8 @@ class StableDiffusion:
         name = ("tokenizer", "tokenizer_2")[i]
         if self.path is None:
             raise UserError(f"{name}: folder not found, expected the tokenizer of the model")
+        if (self.path / single_file.STAMP).is_file() and not (self.path / name).is_dir():
+            single_file.family_tokenizer(self.path)
         return load_tokenizer(self.path / name)
 
     def tokenize(

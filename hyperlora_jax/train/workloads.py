@@ -25,9 +25,9 @@ from hyperlora_jax.errors import UserError
 from hyperlora_jax.hypernet.conditioning import configured_encoder
 from hyperlora_jax.hypernet.generators import Generator
 from hyperlora_jax.hypernet.weight_vae import Latents
-from hyperlora_jax.shipped import base_path
 from hyperlora_jax.stable_diffusion import directory, loading
 from hyperlora_jax.stable_diffusion.model import NO_LENGTH, StableDiffusion
+from hyperlora_jax.stable_diffusion.single_file import base_folder
 from hyperlora_jax.stable_diffusion.text_conditions import row_shapes
 from hyperlora_jax.train.ahead_of_time import Workload
 from hyperlora_jax.train.configured import arithmetic_dtype
@@ -141,7 +141,7 @@ def _hypernetwork_tasks(config: Any) -> Callable[[Mesh | None], Task]:
 
 def _outline(config: Any, dtype: Any) -> StableDiffusion:
     """The base in shapes, with what "auto" attention is on a TPU; this machine has none to tell."""
-    sd = StableDiffusion.outline(base_path(config.base))
+    sd = StableDiffusion.outline(base_folder(config.base))
     unet = sd.unet.clone(dtype=dtype, attention="splash")
     weights = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), sd.params["unet"])
     schedule = sd.schedule if sd.path is None else loading.load_schedule(sd.path)

@@ -1,23 +1,27 @@
 """Original single files. The names are written out here from diffusers' names by the inverse of
-the public converters' tables, then read back; diffusers' own converter judges the UNet's."""
+the public converters' tables, then read back; diffusers' own converters judge."""
 
+import json
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from flax.traverse_util import flatten_dict
+from safetensors.numpy import load_file, save_file
 
+from hyperlora_jax.cli.main import main
 from hyperlora_jax.errors import UserError
-from hyperlora_jax.stable_diffusion.checkpoint import flax_to_torch, param_shapes
-from hyperlora_jax.stable_diffusion.families import FAMILIES
-from hyperlora_jax.stable_diffusion.loading import CONSTRUCTORS
+from hyperlora_jax.lora import factors
+from hyperlora_jax.lora_files import save_lora
+from hyperlora_jax.stable_diffusion.checkpoint import flax_to_torch, param_shapes, tensor_name
+from hyperlora_jax.stable_diffusion.families import configs_of
+from hyperlora_jax.stable_diffusion.loading import CONSTRUCTORS, load_schedule
+from hyperlora_jax.stable_diffusion.model import StableDiffusion
 from hyperlora_jax.stable_diffusion.original_names import translate
-from hyperlora_jax.stable_diffusion.single_file import _schedule, load_single_file
-from hyperlora_jax.stable_diffusion.tensor_stream import read_tensors
+from hyperlora_jax.stable_diffusion.single_file import unpacked
 
-from .conftest import tiny_text_config, tiny_unet_config, tiny_vae_config
+from .conftest import tiny_text_config, tiny_unet_config, tiny_vae_config, write_tokenizer
 
 RESNET = {
     "norm1": "in_layers.0",
@@ -117,7 +121,9 @@ def random_tensors(configs, seed=0):
     out = {}
     for name, config in configs.items():
         shapes = param_shapes(CONSTRUCTORS[name](config))
-        params = jax.tree.map(lambda s: rng.standard_normal(s.shape).astype(np.float32), shapes)
+        params = jax.tree.map(
+            lambda s: 0.1 * rng.standard_normal(s.shape).astype(np.float32), shapes
+        )
         out[name] = params
     return out
 
@@ -137,7 +143,7 @@ def original_file(configs, trees):
     if configs["text_encoder"]["hidden_act"] == "gelu":  # SD 2.x: OpenCLIP with one layer more
         named = original_open_clip(first)
         count = configs["text_encoder"]["num_hidden_layers"]
-        spare = f"transformer.resblocks.{count}.mlp.c_fc.bias"
+        spare = f"transformer.resblocks.{count}.mlp.c_fc.weight"
         named |= {spare: np.zeros(3, np.float32), "logit_scale": np.zeros(1, np.float32)}
         tensors |= {f"cond_stage_model.model.{k}": v for k, v in named.items()}
     else:
@@ -150,79 +156,146 @@ def original_file(configs, trees):
     return tensors
 
 
+WIDE = {"block_out_channels": [32, 64], "norm_num_groups": 32}
+UNET = tiny_unet_config(**WIDE, attention_head_dim=8, sample_size=64)
+VAE = tiny_vae_config(**WIDE, down_block_types=["DownEncoderBlock2D"] * 2,
+    up_block_types=["UpDecoderBlock2D"] * 2, scaling_factor=0.18215, sample_size=512)  # fmt: skip
+CLIP_L = tiny_text_config(num_attention_heads=1, eos_token_id=2)
+OPEN_CLIP = {**CLIP_L, "hidden_act": "gelu"}
 TINY = {
-    "sd1": {
-        "unet": tiny_unet_config(cross_attention_dim=24, layers_per_block=2),
-        "vae": tiny_vae_config(layers_per_block=2),
-        "text_encoder": tiny_text_config(),
-    },
+    "sd1": {"unet": {**UNET, "layers_per_block": 2}, "vae": VAE, "text_encoder": CLIP_L},
     "sd2": {
-        "unet": tiny_unet_config(use_linear_projection=True),
-        "vae": tiny_vae_config(),
-        "text_encoder": tiny_text_config(hidden_act="gelu"),
+        "unet": {**UNET, "use_linear_projection": True, "attention_head_dim": [1, 1]},
+        "vae": {**VAE, "layers_per_block": 2},
+        "text_encoder": OPEN_CLIP,
     },
     "sdxl": {
-        "unet": tiny_unet_config(
-            use_linear_projection=True,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=6,
-            projection_class_embeddings_input_dim=56,
-            transformer_layers_per_block=[1, 2],
-        ),
-        "vae": tiny_vae_config(),
-        "text_encoder": tiny_text_config(),
-        "text_encoder_2": tiny_text_config(
-            hidden_act="gelu", architectures=["CLIPTextModelWithProjection"]
-        ),
+        "unet": {
+            **UNET,
+            "use_linear_projection": True,
+            "attention_head_dim": [1, 1],
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 6,
+            "projection_class_embeddings_input_dim": 56,
+            "layers_per_block": 2,
+            "transformer_layers_per_block": [1, 2],
+            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+            "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+            "cross_attention_dim": 48,
+            "sample_size": 128,
+        },
+        "vae": {**VAE, "scaling_factor": 0.13025, "sample_size": 1024},
+        "text_encoder": CLIP_L,
+        "text_encoder_2": {**OPEN_CLIP, "architectures": ["CLIPTextModelWithProjection"]},
+    },
+}
+SSD = {  # SSD-1B and Vega: other depths in every layer, one resnet in the middle
+    **TINY["sdxl"],
+    "unet": {
+        **TINY["sdxl"]["unet"],
+        "mid_block_type": "UNetMidBlock2D",
+        "transformer_layers_per_block": [1, [2, 1]],
+        "reverse_transformer_layers_per_block": [[2, 1, 1], 1],
+    },
+}
+KEY = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("HYPERLORA_CACHE", str(tmp_path / "cache"))
+
+
+def write(path, tensors, header=None):
+    save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, path, header)
+    return path
+
+
+@pytest.mark.parametrize("configs", [*TINY.values(), SSD], ids=[*TINY, "ssd"])
+def test_every_tensor_comes_back_and_the_configs_are_told_by_shapes(configs, tmp_path, capsys):
+    trees = random_tensors(configs)
+    path = write(tmp_path / "model.safetensors", original_file(configs, trees))
+    sd = StableDiffusion.from_single_file(path, prediction_type="epsilon")
+    assert sd.params.keys() == trees.keys()
+    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, sd.params, trees)))
+    for name, config in configs.items():
+        module, wanted = getattr(sd, name), CONSTRUCTORS[name](config)
+        if name == "unet":
+            assert_same_unet(module, wanted)
+            continue
+        for key in wanted.values.keys() - {"architectures", "projection_dim"}:
+            assert module.values[key] == wanted.values[key], (name, key)
+    assert main(["inspect", str(path)]) == 0
+    assert sd.base_hash in capsys.readouterr().out
+
+
+def assert_same_unet(found, wanted):
+    for field in vars(wanted.settings).keys() - {"source"}:
+        assert getattr(found.settings, field) == getattr(wanted.settings, field), field
+
+
+TRUE = {
+    "sd1": {"cross_attention_dim": 768},
+    "sd2": {
+        "cross_attention_dim": 1024,
+        "attention_head_dim": [5, 10, 20, 20],
+        "use_linear_projection": True,
+    },
+    "sdxl": {
+        "block_out_channels": [320, 640, 1280],
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+        "attention_head_dim": [5, 10, 20],
+        "transformer_layers_per_block": [1, 2, 10],
+        "use_linear_projection": True,
+        "cross_attention_dim": 2048,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+        "sample_size": 128,
     },
 }
 
 
-@pytest.mark.parametrize("family", TINY)
-def test_original_names_give_back_every_tensor(family, tmp_path):
-    configs = TINY[family]
-    trees = random_tensors(configs)
-    tensors = original_file(configs, trees)
-    path = tmp_path / "model.safetensors"
-    save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, path)
-    _, params, schedule = load_single_file(path, jnp.float32, configs, "v_prediction")
-    assert schedule.prediction_type == "v_prediction"
-    assert params.keys() == trees.keys()
-    same = jax.tree.map(np.array_equal, params, trees)
-    assert all(jax.tree.leaves(same))
+def torch_shape(leaf):
+    order = {4: (3, 2, 0, 1), 2: (1, 0)}.get(leaf.ndim, (0,))
+    return tuple(leaf.shape[axis] for axis in order)
 
 
-@pytest.mark.parametrize("width", FAMILIES)
-def test_true_unets_equal_the_converter_of_diffusers(width):
+@pytest.mark.parametrize("family", TRUE)
+def test_true_unets_equal_the_converter_of_diffusers(family):
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
-    config = FAMILIES[width]["unet"]
-    shapes = param_shapes(CONSTRUCTORS["unet"](config))
-    names = flax_to_torch(jax.tree.map(lambda s: s, shapes_without_axes(shapes)))
-    originals = {f"model.diffusion_model.{original_unet_name(n, config)}": n for n in names}
+    wanted = CONSTRUCTORS["unet"](TRUE[family])
+    config = {"layers_per_block": 2, "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3}
+    config |= TRUE[family]
+    shapes = {
+        tensor_name(path): torch_shape(s) for path, s in flatten_dict(param_shapes(wanted)).items()
+    }
+    originals = {f"model.diffusion_model.{original_unet_name(n, config)}": n for n in shapes}
     converted = convert_ldm_unet_checkpoint({k: k for k in originals}, config)
-    assert len(converted) == len(names)
+    assert len(converted) == len(shapes)
+    found = configs_of({old: shapes[new] for old, new in originals.items()})
+    assert_same_unet(CONSTRUCTORS["unet"](found["unet"]), wanted)
     for new, original in converted.items():
-        (target,) = translate(original, FAMILIES[width])
+        (target,) = translate(original, found)
         assert target.name == new == originals[original]
-
-
-def shapes_without_axes(shapes):
-    return jax.tree.map(lambda s: np.zeros((0,) * len(s.shape)), shapes)
 
 
 def test_foreign_files_are_refused(tmp_path):
     path = tmp_path / "model.safetensors"
-    save_file({"a": np.zeros(1, np.float32)}, path)
-    with pytest.raises(UserError, match=r"no cross-attention under model\.diffusion_model"):
-        load_single_file(path, jnp.float32)
-    key = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
-    save_file({key: np.zeros((4, 5), np.float32)}, path)
-    with pytest.raises(UserError, match="text states of width 5"):
-        load_single_file(path, jnp.float32)
-    save_file({key: np.zeros((4, 24), np.float32), "control.x": np.zeros(1, np.float32)}, path)
+    for tensors, message in (
+        ({"a": np.zeros(1)}, "no cross-attention under model.diffusion_model"),
+        ({KEY: np.zeros((4, 5))}, "no cross-attention under model.diffusion_model"),
+    ):
+        with pytest.raises(UserError, match=message):
+            StableDiffusion.from_pretrained(write(path, tensors))
+    whole = original_file(TINY["sd1"], random_tensors(TINY["sd1"]))
+    lacking = {name: value for name, value in whole.items() if name != KEY}
+    with pytest.raises(UserError, match=r"1 tensors are missing, first '.*attn2.to_k.weight'"):
+        StableDiffusion.from_pretrained(write(path, lacking))
     with pytest.raises(UserError, match=r"'control\.x' belongs to no known part"):
-        load_single_file(path, jnp.float32, TINY["sd1"])
+        StableDiffusion.from_pretrained(write(path, {**whole, "control.x": np.zeros(1)}))
 
 
 @pytest.mark.parametrize(
@@ -239,32 +312,93 @@ def test_marks_say_what_the_unet_predicts(family, marks, header, expected, tmp_p
     configs = TINY[family]
     tensors = original_file(configs, random_tensors(configs))
     tensors |= {name: np.zeros(size, np.float32) for name, size in marks.items()}
-    path = tmp_path / "model.safetensors"
-    save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, path, header)
-    schedule = load_single_file(path, jnp.float32, configs)[2]
+    path = write(tmp_path / "model.safetensors", tensors, header)
+    schedule = load_schedule(unpacked(path))
     assert (schedule.prediction_type, schedule.rescale_betas_zero_snr) == expected
-    assert load_single_file(path, jnp.float32, configs, "sample")[2].prediction_type == "sample"
+    assert load_schedule(unpacked(path, "sample")).prediction_type == "sample"
 
 
-def test_sd2_bases_are_told_by_their_step(tmp_path):
-    key = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
-    path = tmp_path / "model.safetensors"
+def test_sd2_files_are_told_by_their_step_or_ask(tmp_path, capsys):
+    text = {**OPEN_CLIP, "hidden_size": 1024, "num_attention_heads": 16}
+    configs = {"unet": {**TINY["sd2"]["unet"], "cross_attention_dim": 1024}, "text_encoder": text}
+    tensors = original_file({**configs, "vae": VAE}, random_tensors({**configs, "vae": VAE}))
     for step, expected in ((None, "v_prediction"), (875000, "epsilon"), (140000, "v_prediction")):
-        tensors = {key: np.zeros((4, 1024), np.float32)}
-        if step is not None:
-            tensors["global_step"] = np.asarray(step, np.int64)
-        save_file(tensors, path)
-        found = dict(read_tensors([path]))
-        assert _schedule(found, path, 1024, None).prediction_type == expected
+        mark = {} if step is None else {"global_step": np.asarray(step, np.int64)}
+        path = write(tmp_path / f"{step}.safetensors", {**tensors, **mark})
+        folder = unpacked(path)
+        assert load_schedule(folder).prediction_type == expected
+        size = json.loads((folder / "unet" / "config.json").read_text())["sample_size"]
+        assert size == (96 if expected == "v_prediction" else 64)
+        assert ("--prediction_type epsilon" in capsys.readouterr().out) == (step is None)
 
 
 def test_marks_that_contradict_each_other_or_mean_edm(tmp_path):
-    key = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
     path, empty = tmp_path / "model.safetensors", np.zeros(0, np.float32)
-    tensors = {key: np.zeros((4, 768), np.float32), "v_pred": empty}
-    save_file(tensors, path, {"modelspec.prediction_type": "epsilon"})
+    tensors = original_file(TINY["sd1"], random_tensors(TINY["sd1"])) | {"v_pred": empty}
+    write(path, tensors, {"modelspec.prediction_type": "epsilon"})
     with pytest.raises(UserError, match=r"'v_pred' says v_prediction.*prediction_type says eps"):
-        load_single_file(path, jnp.float32)
-    save_file({**tensors, "edm_mean": empty}, path)
+        StableDiffusion.from_pretrained(path)
+    write(path, {**tensors, "edm_mean": empty})
     with pytest.raises(UserError, match="'edm_mean' marks an EDM model"):
-        load_single_file(path, jnp.float32)
+        StableDiffusion.from_pretrained(path)
+
+
+@pytest.fixture
+def single(tmp_path):
+    """An XL single file, a tokenizer, and a LoRA of it."""
+    configs = TINY["sdxl"]
+    path = write(tmp_path / "xl.safetensors", original_file(configs, random_tensors(configs)))
+    write_tokenizer(tmp_path / "tokens")
+    sd = StableDiffusion.from_pretrained(path)
+    spec = sd.lora_spec("attn-qkvo", 2)
+    lora = jax.device_get(factors.init(jax.random.key(0), spec))
+    lora = jax.tree.map(lambda leaf: leaf + np.float32(0.1), lora)
+    return path, save_lora(tmp_path / "anna.safetensors", lora, spec, family="sdxl")
+
+
+def run(capsys, *arguments, code=0):
+    found = main([str(item) for item in arguments])
+    said = capsys.readouterr()
+    assert found == code, said
+    return said.out + said.err
+
+
+def test_a_single_file_goes_through_the_commands(single, tmp_path, capsys):
+    path, lora = single
+    draw = ("--prompt", "a cat", "--num_steps", 1, "--height", 16, "--width", 16, "--out")
+    tokens = ("--tokenizer", tmp_path / "tokens")
+    run(capsys, "sample", path, "--lora", lora, *draw, tmp_path / "a", *tokens)
+    assert "equals PyTorch" in run(capsys, "inspect", path, "--verify")
+    out = tmp_path / "out.safetensors"
+    said = run(capsys, "convert", lora, out, "--to", "kohya", "--base", path, "--verify")
+    assert "no missing and no unexpected key" in said
+    run(capsys, "import", lora, "--base", path, "--out", tmp_path / "targets", "--workers", 1)
+    tuned = tmp_path / "tuned.safetensors"
+    run(capsys, "merge", lora, "--into", path, "--out", tuned)
+    before, after = load_file(path), load_file(tuned)
+    assert before.keys() == after.keys()
+    changed = {key for key in before if not np.array_equal(before[key], after[key])}
+    assert changed and all("attn" in key and key.startswith("model.") for key in changed)
+    run(capsys, "sample", tuned, *draw, tmp_path / "b", *tokens)  # the same picture
+    from PIL import Image
+
+    pictures = [np.asarray(Image.open(next((tmp_path / n).iterdir())), int) for n in "ab"]
+    assert np.abs(pictures[0] - pictures[1]).max() <= 2
+    run(capsys, "extract", path, tuned, "--rank", 2, "--preset", "attn-qkvo", "--out", out)
+    run(capsys, "inspect", out, "--base", path)
+
+
+def test_what_a_single_file_needs_is_said(single, tmp_path, capsys, monkeypatch):
+    path, _ = single
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    draw = ("--prompt", "a", "--num_steps", 1, "--out", tmp_path / "a")
+    assert "give --tokenizer DIR" in run(capsys, "sample", path, *draw, code=2)
+    wrong = ("--prediction_type", "epsilon")
+    assert "is for bases that are single files" in run(
+        capsys, "sample", "tiny-sd", *draw, *wrong, code=2
+    )
+    run(capsys, "inspect", path, "--prediction_type", "v_prediction")
+    assert "v_prediction" in run(capsys, "inspect", path)  # kept
+    stamp = next((tmp_path / "cache" / "bases").glob("*/single_file.json"))
+    assert json.loads(stamp.read_text())["file"] == str(path)
