@@ -137,7 +137,7 @@ def _json_lines(text: str, path: Path) -> Iterator[tuple[str, Mapping[str, Any]]
             where = f"{path}:{number}"
             try:
                 row = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 row = None
             if not isinstance(row, dict) or "file_name" not in row:
                 raise UserError(f'{where}: expected a JSON object with "file_name"')
@@ -153,6 +153,8 @@ def _csv_lines(text: str, path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]
                 raise UserError(f"{path}: has the columns {list(row)}, expected file_name")
             if None in row or None in row.values():
                 raise UserError(f"{where}: has another number of fields than the first line")
+            if not row["file_name"]:
+                raise UserError(f"{where}: file_name is empty, expected a picture's name")
             yield where, {key: value for key, value in row.items() if value}
     except csv.Error as error:
         raise UserError(f"{path}:{rows.line_num}: cannot be read ({error})") from None

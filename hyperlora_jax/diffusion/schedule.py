@@ -64,10 +64,11 @@ class NoiseSchedule:
                     f"noise schedule: {key} = {getattr(self, key)!r} is not supported, expected "
                     f"one of {list(known)}"
                 )
-        for key in ("num_train_timesteps", "original_inference_steps"):
-            if getattr(self, key) < 1:
+        least = {"num_train_timesteps": 1, "original_inference_steps": 1, "steps_offset": 0}
+        for key, smallest in least.items():
+            if not smallest <= (number := getattr(self, key)) <= 10**6:
                 raise UserError(
-                    f"noise schedule: {key} is {getattr(self, key)}, expected 1 or more"
+                    f"noise schedule: {key} is {number}, expected {smallest} to 1,000,000"
                 )
         ends = self.trained_betas or (self.beta_start, self.beta_end)
         if not 0 <= min(ends) <= max(ends) < 1:

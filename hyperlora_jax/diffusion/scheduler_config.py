@@ -95,7 +95,7 @@ def read_scheduler_config(config: Mapping[str, Any]) -> NoiseSchedule:
             continuous time), a key that is in no table, a value of the wrong type.
     """
     kind = config.get("_class_name")
-    if kind is not None and kind not in CLASSES:
+    if kind is not None and not (isinstance(kind, str) and kind in CLASSES):
         raise UserError(
             f"scheduler {kind}: has no discrete schedule of betas, expected one of "
             f"{', '.join(CLASSES)}"

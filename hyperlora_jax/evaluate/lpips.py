@@ -22,8 +22,10 @@ import numpy as np
 from etils import epath
 from flax import linen as nn
 
+from hyperlora_jax import storage
 from hyperlora_jax.array_types import AnyArray, Array, Float
 from hyperlora_jax.errors import UserError
+from hyperlora_jax.lora_files import safetensors_io
 
 SMALLEST = 64  # pixels per side that the heads were trained at; smaller pictures are enlarged
 BATCH = 32
@@ -102,16 +104,11 @@ def load_lpips(path: epath.PathLike) -> Lpips:
     Raises:
         UserError: no such file, not safetensors, or tensors of neither layout.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load
-
     try:
-        weights = load(epath.Path(path).read_bytes())
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"lpips {path}: cannot be read ({type(error).__name__}), expected a .safetensors file "
-            "made by tools/convert_lpips.py"
-        ) from error
+        weights = safetensors_io.read(storage.fetched(path))[0]
+    except UserError as error:
+        wanted = "expected a .safetensors file made by tools/convert_lpips.py"
+        raise UserError(f"lpips {error}; {wanted}") from error
     found = {name: value.shape for name, value in weights.items()}
     for name, layout in LAYOUTS.items():
         if found == weight_shapes(layout):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from hyperlora_jax.array_types import AnyArray, Array, Float
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.stable_diffusion.attention_kernels import xla_attention
-from hyperlora_jax.stable_diffusion.configs import read_config, to_json
+from hyperlora_jax.stable_diffusion.configs import check_divides, read_config, to_json
 from hyperlora_jax.stable_diffusion.layers import Conv, Dense, GroupNorm
 from hyperlora_jax.stable_diffusion.resnet import Downsample, ResnetBlock, Upsample
 
@@ -55,6 +55,11 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
                 f"autoencoder config: {key} has {len(values[key])} values, expected "
                 f"{len(values['block_out_channels'])}"
             )
+    if isinstance(values["layers_per_block"], tuple):
+        raise UserError("autoencoder config: layers_per_block is a list, expected one number")
+    for width in values["block_out_channels"]:
+        groups = values["norm_num_groups"]
+        check_divides(groups, width, "norm_num_groups", "block_out_channels", "autoencoder")
     return values
 
 

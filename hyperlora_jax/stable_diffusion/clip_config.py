@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from hyperlora_jax.errors import UserError
-from hyperlora_jax.stable_diffusion.configs import read_config
+from hyperlora_jax.stable_diffusion.configs import check_divides, read_config
 
 _DEFAULTS = {
     "vocab_size": 49408,
@@ -112,4 +112,8 @@ def text_settings(config: Mapping[str, Any]) -> dict[str, Any]:
             f"text encoder config: architectures = {list(values['architectures'])!r} is not "
             f"supported, expected one of {list(known)}"
         )
+    heads = values["num_attention_heads"]
+    check_divides(
+        heads, values["hidden_size"], "num_attention_heads", "hidden_size", "text encoder"
+    )
     return values

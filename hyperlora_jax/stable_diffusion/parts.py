@@ -76,8 +76,14 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import CLIPTokenizer
 
     try:
-        return CLIPTokenizer.from_pretrained(str(folder))
-    except Exception as error:  # tokenizers raises bare exceptions
+        found = CLIPTokenizer.from_pretrained(str(folder))
+        if found.model_max_length < 3:
+            raise ValueError(f"model_max_length is {found.model_max_length}, expected 3 or more")
+        found(["a"], padding="max_length", max_length=3, truncation=True)
+        return found
+    except BaseException as error:  # tokenizers raises bare exceptions, and panics that are none
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{folder}: cannot be read as a CLIP tokenizer ({reason})") from error
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hyperlora_jax.errors import UserError
-from hyperlora_jax.stable_diffusion.configs import per_level, read_config, to_json
+from hyperlora_jax.stable_diffusion.configs import check_divides, per_level, read_config, to_json
 
 _DEFAULTS = {
     "sample_size": None,
@@ -105,7 +105,14 @@ class UNetConfig:
         _check_only_cross_attention(v["only_cross_attention"])
         layers = per_level(v["layers_per_block"], levels, "layers_per_block", _WHAT)
         depths, up_depths = _depths(v, layers)
+        heads = per_level(v["attention_head_dim"], levels, "attention_head_dim", _WHAT)
+        for width, count in zip(v["block_out_channels"], heads, strict=True):
+            widths = "block_out_channels"
+            check_divides(v["norm_num_groups"], width, "norm_num_groups", widths, _WHAT)
+            check_divides(count, width, "attention_head_dim", widths, _WHAT)
         size = v["sample_size"] or 64
+        if isinstance(size, tuple) and len(size) != 2:
+            raise UserError(f"{_WHAT} config: sample_size = {size!r}, expected one number or two")
         return UNetConfig(
             in_channels=v["in_channels"],
             out_channels=v["out_channels"],
@@ -115,7 +122,7 @@ class UNetConfig:
             down_attention=_attention_flags(v["down_block_types"], "Down", levels),
             up_attention=_attention_flags(v["up_block_types"], "Up", levels),
             mid_block=_mid_block(config.get("mid_block_type", v["mid_block_type"])),
-            num_heads=per_level(v["attention_head_dim"], levels, "attention_head_dim", _WHAT),
+            num_heads=heads,
             depths=depths,
             up_depths=up_depths,
             context_width=_context_width(v["cross_attention_dim"]),

@@ -2,11 +2,13 @@ import importlib.util
 import pickle
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.evaluate import lpips
+from hyperlora_jax.lora_files import safetensors_io
 
 torch = pytest.importorskip("torch")
 
@@ -113,6 +115,10 @@ def test_what_a_distance_must_be(tmp_path):
     broken = pictures.copy()
     broken[0, 0] = np.nan
     assert np.isfinite(judge.distance(broken, pictures)).all()
+    halves = {name: value.astype(ml_dtypes.bfloat16) for name, value in judge.weights.items()}
+    safetensors_io.write(tmp_path / "half.safetensors", halves, {})
+    half = lpips.load_lpips(tmp_path / "half.safetensors").distance(steps[1], pictures)
+    np.testing.assert_allclose(half, far, rtol=0.1)
 
 
 def test_files_that_are_refused(tmp_path):
