@@ -1,4 +1,4 @@
-"""The style set: typefaces from one picture of one letter (hyperlora_jax/data/fonts.py).
+"""The style set: typefaces from one picture of one letter (hyperlora_jax/worlds/fonts.py).
 
     tools/install_fonts.sh
     hyperlora pretrain --config configs/fonts_base.py --workdir runs/fonts/base

@@ -1,4 +1,4 @@
-"""Rendered 3-D heads (hyperlora_jax/data/heads.py), seen by an encoder of their own and judged by
+"""Rendered 3-D heads (hyperlora_jax/worlds/heads.py), seen by an encoder of their own and judged by
 two networks for real faces that training never saw. Packages and models are the user's to install:
 
     tools/install_heads.sh .venv/bin/python runs/heads/encoders

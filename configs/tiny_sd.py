@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
             "base": {
                 "latent_size": 8,
                 "autoencoder": {
-                    "block_out_channels": (16, 48),  # for 16 pixels; see train/level_widths.py
+                    "block_out_channels": (16, 48),  # for 16 pixels; see pretrain/level_widths.py
                     "layers_per_block": 1,
                     "latent_channels": 8,
                     "norm_num_groups": 8,

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Hypernetwork": "hyperlora_jax.hypernet.model",
+    "Hypernetwork": "hyperlora_jax.hypernet.hypernetwork",
     "LoraSite": "hyperlora_jax.lora.sites",
     "LoraSpec": "hyperlora_jax.lora.sites",
     "NoiseSchedule": "hyperlora_jax.diffusion.schedule",
@@ -26,27 +26,27 @@ _HOMES = {
     "UserError": "hyperlora_jax.errors",
     "load_base": "hyperlora_jax.stable_diffusion.embedded",
     "load_lora": "hyperlora_jax.lora_files",
-    "read_references": "hyperlora_jax.hypernet.references",
+    "read_references": "hyperlora_jax.pictures.references",
     "refine_loras": "hyperlora_jax.refine",
-    "save_images": "hyperlora_jax.data.pictures",
+    "save_images": "hyperlora_jax.pictures.pictures",
     "save_lora": "hyperlora_jax.lora_files",
     "save_loras": "hyperlora_jax.lora_files",
-    "to_pil": "hyperlora_jax.data.pictures",
+    "to_pil": "hyperlora_jax.pictures.pictures",
 }
 __all__ = [*_HOMES, "__version__"]
 
 if TYPE_CHECKING:
-    from hyperlora_jax.data.pictures import save_images as save_images
-    from hyperlora_jax.data.pictures import to_pil as to_pil
     from hyperlora_jax.diffusion.schedule import NoiseSchedule as NoiseSchedule
     from hyperlora_jax.errors import UserError as UserError
-    from hyperlora_jax.hypernet.model import Hypernetwork as Hypernetwork
-    from hyperlora_jax.hypernet.references import read_references as read_references
+    from hyperlora_jax.hypernet.hypernetwork import Hypernetwork as Hypernetwork
     from hyperlora_jax.lora.sites import LoraSite as LoraSite
     from hyperlora_jax.lora.sites import LoraSpec as LoraSpec
     from hyperlora_jax.lora_files import load_lora as load_lora
     from hyperlora_jax.lora_files import save_lora as save_lora
     from hyperlora_jax.lora_files import save_loras as save_loras
+    from hyperlora_jax.pictures.pictures import save_images as save_images
+    from hyperlora_jax.pictures.pictures import to_pil as to_pil
+    from hyperlora_jax.pictures.references import read_references as read_references
     from hyperlora_jax.refine import refine_loras as refine_loras
     from hyperlora_jax.stable_diffusion.embedded import load_base as load_base
     from hyperlora_jax.stable_diffusion.model import StableDiffusion as StableDiffusion

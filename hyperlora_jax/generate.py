@@ -13,13 +13,13 @@ import jax
 import numpy as np
 
 from hyperlora_jax.array_types import Array, Params
-from hyperlora_jax.data.image_folder import open_image_folder
-from hyperlora_jax.data.pictures import reference_pixels
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.hypernet.editing import Directions, edit
-from hyperlora_jax.hypernet.model import Hypernetwork
+from hyperlora_jax.hypernet.hypernetwork import Hypernetwork
 from hyperlora_jax.lora import factors, gauge
 from hyperlora_jax.lora_files import save_loras
+from hyperlora_jax.pictures.image_folder import open_image_folder
+from hyperlora_jax.pictures.pictures import reference_pixels
 
 MAX_PICTURES = 64  # at once
 Edits = tuple[Directions, Mapping[str, float]]  # and {attribute: amount}
@@ -68,7 +68,7 @@ def generate_many(
 ) -> list[Written]:
     """A folder per subject → a file per subject and sample in the folder `out`.
 
-    Every subject is told by all its pictures that are references (`data/image_folder.py`).
+    Every subject is told by all its pictures that are references (`pictures/image_folder.py`).
 
     Args:
         **options: see `generate_files`.

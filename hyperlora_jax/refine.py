@@ -16,21 +16,21 @@ import jax
 import numpy as np
 
 from hyperlora_jax.array_types import Params
-from hyperlora_jax.data import pictures, size_buckets
-from hyperlora_jax.data.encoded_subjects import encode_subjects
-from hyperlora_jax.data.image_folder import SubjectFolder, open_image_folder, read_concept
 from hyperlora_jax.distill.fit import ConceptArrays, fit_loras
 from hyperlora_jax.distill.parametrisations import Added, Factors
 from hyperlora_jax.distill.slots import Recipe
+from hyperlora_jax.encoders import stored_encoder
 from hyperlora_jax.errors import UserError
-from hyperlora_jax.hypernet import stored_encoder
 from hyperlora_jax.lora import factors, gauge
 from hyperlora_jax.lora.sites import LoraSpec
 from hyperlora_jax.lora_files import load_lora, read_metadata, save_lora
 from hyperlora_jax.lora_files.convert import is_one_lora
 from hyperlora_jax.lora_files.header import carried
+from hyperlora_jax.pictures import pictures, size_buckets
+from hyperlora_jax.pictures.image_folder import SubjectFolder, open_image_folder, read_concept
 from hyperlora_jax.stable_diffusion.embedded import image_size
-from hyperlora_jax.train.hypernet_training import family
+from hyperlora_jax.subjects.encoded_subjects import encode_subjects
+from hyperlora_jax.train.hypernetwork.hypernet_training import family
 
 NUM_STEPS = 25
 RECIPE = Recipe(num_steps=NUM_STEPS, images_per_step=4, learning_rate=1e-2)

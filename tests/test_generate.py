@@ -9,12 +9,13 @@ import pytest
 from PIL import Image
 
 from hyperlora_jax.cli.main import main
+from hyperlora_jax.encoders import condition_encoders
+from hyperlora_jax.encoders.image_encoder import ConvEncoder, init_encoder
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.generate import generate_many, generate_one, reference_hash
-from hyperlora_jax.hypernet import conditioning, editing, familiarity
+from hyperlora_jax.hypernet import editing, familiarity
 from hyperlora_jax.hypernet.building import build_generator
-from hyperlora_jax.hypernet.image_encoder import ConvEncoder, init_encoder
-from hyperlora_jax.hypernet.model import Hypernetwork
+from hyperlora_jax.hypernet.hypernetwork import Hypernetwork
 from hyperlora_jax.lora import factors
 from hyperlora_jax.lora.sites import LoraSite, LoraSpec
 from hyperlora_jax.lora_files import load_lora, read_metadata
@@ -32,7 +33,9 @@ def hypernetwork(kind):
     """A generator that is fitted in no time and answers every embedding with another LoRA."""
     module = ConvEncoder(image_size=8, widths=(8, 8), embedding_dim=8, pool_channels=4)
     params = init_encoder(module, jax.random.key(3))
-    encoder = conditioning.FlaxImageEncoder("e", module, params, conditioning.tree_hash(params))
+    encoder = condition_encoders.FlaxImageEncoder(
+        "e", module, params, condition_encoders.tree_hash(params)
+    )
     model = {"generator": kind, "baseline": {"num_components": 3} if kind != "ridge" else {}}
     generator, random = build_generator(SPEC, model), np.random.default_rng(0)
     vectors = random.normal(size=(20, SPEC.num_parameters)).astype(np.float32)

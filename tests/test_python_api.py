@@ -10,9 +10,9 @@ import numpy as np
 from PIL import Image
 
 import hyperlora_jax as hl
-from hyperlora_jax.hypernet import conditioning
+from hyperlora_jax.encoders import named_encoders
 from hyperlora_jax.hypernet.building import build_generator
-from hyperlora_jax.hypernet.model import Hypernetwork
+from hyperlora_jax.hypernet.hypernetwork import Hypernetwork
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -21,7 +21,7 @@ def write_checkpoint(folder):
     """What the demo leaves there: an encoder and a generator, fitted in no time."""
     base = hl.load_base("tiny-sd")
     spec = base.lora_spec("w2w", 1)
-    encoder = conditioning.load_condition_encoder("avatar")
+    encoder = named_encoders.load_condition_encoder("avatar")
     model = {"generator": "ridge", "baseline": {}}
     generator, random = build_generator(spec, model), np.random.default_rng(0)
     vectors = 0.1 * random.normal(size=(8, spec.num_parameters)).astype(np.float32)

@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 
 from hyperlora_jax.cli.main import main
-from hyperlora_jax.data.pictures import encode_png
 from hyperlora_jax.diffusion.schedule import NoiseSchedule
 from hyperlora_jax.distill.slots import Recipe
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora import factors, losses
 from hyperlora_jax.lora.sites import LoraSite, LoraSpec, spec_from_shapes, validate
 from hyperlora_jax.lora_files import load_lora, read_metadata, save_lora
+from hyperlora_jax.pictures.pictures import encode_png
 from hyperlora_jax.refine import refine_loras
-from hyperlora_jax.stable_diffusion.checkpoint import init_params
 from hyperlora_jax.stable_diffusion.denoising_loss import denoising_error
 from hyperlora_jax.stable_diffusion.embedded import load_base
-from hyperlora_jax.stable_diffusion.unet import unet_from_config
+from hyperlora_jax.stable_diffusion.networks.unet import unet_from_config
+from hyperlora_jax.stable_diffusion.weights.flax_trees import init_params
 
 CONFIG = {
     "sample_size": 4,

@@ -6,16 +6,16 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from hyperlora_jax.data.encoding_cache import encode_once
-from hyperlora_jax.data.pictures import load_image, reference_pixels
-from hyperlora_jax.data.subject_pictures import load_pictures
-from hyperlora_jax.hypernet import conditioning
+from hyperlora_jax.encoders import condition_encoders, named_encoders
+from hyperlora_jax.encoders.image_encoder import ConvEncoder, init_encoder
 from hyperlora_jax.hypernet.building import build_generator
-from hyperlora_jax.hypernet.image_encoder import ConvEncoder, init_encoder
-from hyperlora_jax.hypernet.model import Hypernetwork
-from hyperlora_jax.hypernet.references import read_references
+from hyperlora_jax.hypernet.hypernetwork import Hypernetwork
 from hyperlora_jax.lora.sites import LoraSite, LoraSpec
+from hyperlora_jax.pictures.pictures import load_image, reference_pixels
+from hyperlora_jax.pictures.references import read_references
 from hyperlora_jax.stable_diffusion.embedded import load_base
+from hyperlora_jax.subjects.encoding_cache import encode_once
+from hyperlora_jax.subjects.subject_pictures import load_pictures
 from tests import user_world
 
 # Below, at and above the sizes of the encoders (16 to 28 pixels) and of the base (16).
@@ -25,10 +25,12 @@ SHAPES = ((12, 9), (16, 16), (20, 20), (28, 40), (100, 67), (224, 448))
 @pytest.fixture(name="encoders", scope="module")
 def _encoders(tmp_path_factory):
     root = tmp_path_factory.mktemp("encoders")
-    load = conditioning.load_condition_encoder
+    load = named_encoders.load_condition_encoder
     module = ConvEncoder(image_size=16, widths=(8, 8), embedding_dim=8, pool_channels=4)
     params = init_encoder(module, jax.random.key(3))
-    ours = conditioning.FlaxImageEncoder("e", module, params, conditioning.tree_hash(params))
+    ours = condition_encoders.FlaxImageEncoder(
+        "e", module, params, condition_encoders.tree_hash(params)
+    )
     return {
         "ours": ours,
         "clip": load(user_world.write_clip(root / "clip")),

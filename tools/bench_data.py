@@ -106,8 +106,8 @@ def _writing(place: Path, spec: LoraSpec, vectors: np.ndarray, runs: int) -> dic
     """Ours against TFDS' own builder with the same features."""
     import shutil
 
-    from hyperlora_jax.data.lora_targets_writer import write_lora_targets
-    from hyperlora_jax.data.subjects import Subject
+    from hyperlora_jax.pictures.subjects import Subject
+    from hyperlora_jax.targets.lora_targets_writer import write_lora_targets
 
     def ours() -> float:
         subjects = (Subject(f"{k:05d}", f"{k}", lora=v, split="train") for k, v in
@@ -153,10 +153,10 @@ def _reading(place: Path, spec: LoraSpec, vectors: np.ndarray, runs: int) -> lis
     """Shuffled batches of float32 vectors, ours from the dataset `_writing` left."""
     from torch.utils.data import DataLoader
 
-    from hyperlora_jax.data.lora_targets import open_lora_targets, vector_batches
-    from hyperlora_jax.data.pipelines import array_batches
+    from hyperlora_jax.batches.pipelines import array_batches
     from hyperlora_jax.lora import vectorize
     from hyperlora_jax.lora_files import save_lora
+    from hyperlora_jax.targets.lora_targets import open_lora_targets, vector_batches
 
     targets = open_lora_targets(place / "ours")
     files = []

@@ -24,10 +24,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from hyperlora_jax.array_types import Params
-from hyperlora_jax.data.avatars import Avatars
-from hyperlora_jax.data.encoded_subjects import EncodedSubjects, encode_subjects
+from hyperlora_jax.distill.distillation import make_recipe
 from hyperlora_jax.distill.fit import fit_loras
-from hyperlora_jax.distill.run import make_recipe
 from hyperlora_jax.distill.slots import Recipe
 from hyperlora_jax.evaluate import metrics
 from hyperlora_jax.evaluate.methods import sample_images
@@ -38,6 +36,8 @@ from hyperlora_jax.parallel import cpu_devices
 from hyperlora_jax.parallel.mesh import make_mesh
 from hyperlora_jax.shipped import base_path
 from hyperlora_jax.stable_diffusion.embedded import load_base
+from hyperlora_jax.subjects.encoded_subjects import EncodedSubjects, encode_subjects
+from hyperlora_jax.worlds.avatars import Avatars
 
 CONFIG = Path(__file__).parents[1] / "configs" / "avatars.py"
 ROUNDS = 4

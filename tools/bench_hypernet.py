@@ -28,18 +28,18 @@ from bench_export import attention_spec
 from hyperlora_jax.array_types import Params
 from hyperlora_jax.cli.config import load_config
 from hyperlora_jax.distill import slots as slot_state
-from hyperlora_jax.distill.run import make_recipe
+from hyperlora_jax.distill.distillation import make_recipe
+from hyperlora_jax.encoders.named_encoders import configured_encoder
 from hyperlora_jax.hypernet.building import architecture, build_generator
 from hyperlora_jax.hypernet.condition import Condition
-from hyperlora_jax.hypernet.conditioning import configured_encoder
-from hyperlora_jax.hypernet.model import Hypernetwork
+from hyperlora_jax.hypernet.hypernetwork import Hypernetwork
 from hyperlora_jax.lora import factors
 from hyperlora_jax.lora.sites import LoraSpec
 from hyperlora_jax.lora_files import save_lora
 from hyperlora_jax.lora_files.writing import FORMATS
 from hyperlora_jax.stable_diffusion.embedded import load_base
-from hyperlora_jax.train.hypernet_task import Base, hypernet_task
-from hyperlora_jax.train.hypernet_training import make_phases
+from hyperlora_jax.train.hypernetwork.hypernet_task import Base, hypernet_task
+from hyperlora_jax.train.hypernetwork.hypernet_training import make_phases
 from hyperlora_jax.train.optimizer import make_optimizer
 from hyperlora_jax.train.state import state_builder
 from hyperlora_jax.train.step import train_step

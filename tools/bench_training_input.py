@@ -94,7 +94,7 @@ def _child(name: str, folder: Path) -> dict[str, float]:
     """Writes the set, opens it and takes batches for a while."""
     subjects, tokens, width, latents, dtype, *of_batch = SETS[name]
     try:
-        from hyperlora_jax.data import row_files  # noqa: F401
+        from hyperlora_jax.batches import row_files  # noqa: F401
     except ImportError:
         write, batches_of = _write_arrays, _batches_of_arrays
     else:
@@ -142,7 +142,7 @@ def _resident() -> tuple[int, int]:
 
 
 def _write_rows(folder: Path, block: dict[str, np.ndarray], subjects: int, dtype: str) -> None:
-    """As `data/encoding_cache.py` does."""
+    """As `subjects/encoding_cache.py` does."""
     from hyperlora_jax.lora_files import safetensors_io
 
     kept = np.dtype(np.float32)
@@ -168,9 +168,9 @@ def _write_rows(folder: Path, block: dict[str, np.ndarray], subjects: int, dtype
 def _batches_of_rows(
     folder: Path, subjects: int, batch_size: int, num_references: int, num_targets: int
 ) -> Any:
-    from hyperlora_jax.data import ragged
-    from hyperlora_jax.data.pipelines import subject_batches
-    from hyperlora_jax.data.row_files import RowFiles
+    from hyperlora_jax.batches import ragged
+    from hyperlora_jax.batches.pipelines import subject_batches
+    from hyperlora_jax.batches.row_files import RowFiles
 
     offsets = ragged.offsets_of([VIEWS] * subjects)
 
@@ -206,8 +206,8 @@ def _write_arrays(folder: Path, block: dict[str, np.ndarray], subjects: int, dty
 def _batches_of_arrays(
     folder: Path, subjects: int, batch_size: int, num_references: int, num_targets: int
 ) -> Any:
-    from hyperlora_jax.data import encoding_cache
-    from hyperlora_jax.data.pipelines import subject_batches
+    from hyperlora_jax.batches.pipelines import subject_batches
+    from hyperlora_jax.subjects import encoding_cache
 
     chunks = [encoding_cache._read(file) for file in sorted(folder.iterdir())]
     arrays = {name: np.concatenate([chunk.pop(name) for chunk in chunks]) for name in [*chunks[0]]}

@@ -55,8 +55,8 @@ def jax_step(
     from hyperlora_jax.lora import factors, sites
     from hyperlora_jax.parallel import sharding
     from hyperlora_jax.parallel.mesh import make_mesh
-    from hyperlora_jax.stable_diffusion.checkpoint import init_params
-    from hyperlora_jax.stable_diffusion.unet import unet_from_config
+    from hyperlora_jax.stable_diffusion.networks.unet import unet_from_config
+    from hyperlora_jax.stable_diffusion.weights.flax_trees import init_params
 
     dtype = dtype or jnp.float32
     mesh = make_mesh() if batch % jax.device_count() == 0 else make_mesh(devices=jax.devices()[:1])

@@ -10,14 +10,14 @@ from typing import Any
 
 from bench_unet_steps import SD15, row
 
-from hyperlora_jax.train import ahead_of_time
+from hyperlora_jax.aot import ahead_of_time
 
 ahead_of_time.prepare_environment()
 
+from hyperlora_jax.aot import compile_search  # noqa: E402
+from hyperlora_jax.aot.lora_workload import lora_workload  # noqa: E402
 from hyperlora_jax.cli.compile import records_folder  # noqa: E402
 from hyperlora_jax.parallel.topology import parse  # noqa: E402
-from hyperlora_jax.train import compile_search  # noqa: E402
-from hyperlora_jax.train.lora_workload import lora_workload  # noqa: E402
 
 MAXDIFFUSION = 4  # images per chip: 12.69 GiB of temporaries and 1.61 GiB of weights
 SEARCH = {"none": (16, 24), "save_attention": (32, 48)}  # where to begin, most to try

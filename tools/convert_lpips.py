@@ -19,7 +19,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from hyperlora_jax.errors import UserError
-from hyperlora_jax.evaluate.lpips import LAYOUTS, weight_shapes
+from hyperlora_jax.evaluate.judges.lpips import LAYOUTS, weight_shapes
 
 
 def convert(backbone: Path, heads: Path, out: Path) -> str:

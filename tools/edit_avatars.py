@@ -42,11 +42,11 @@ def measure(given: argparse.Namespace) -> tuple[dict[str, Any], dict[str, np.nda
     """(numbers, pictures by column)."""
     import jax
 
-    from hyperlora_jax.data.lora_targets import open_lora_targets
-    from hyperlora_jax.data.worlds import open_world
     from hyperlora_jax.hypernet.editing import edit, fit_directions
-    from hyperlora_jax.hypernet.model import Hypernetwork
+    from hyperlora_jax.hypernet.hypernetwork import Hypernetwork
     from hyperlora_jax.stable_diffusion.embedded import load_base
+    from hyperlora_jax.targets.lora_targets import open_lora_targets
+    from hyperlora_jax.worlds.by_style import open_world
 
     world, view_of = open_world("pixel-art"), lambda k: world.views("train", k + 1)[k]
     view = view_of(VIEW)
@@ -106,7 +106,7 @@ def measure(given: argparse.Namespace) -> tuple[dict[str, Any], dict[str, np.nda
 def main() -> int:
     """Exit code 0, or 2 with one line."""
     from hyperlora_jax.errors import UserError
-    from hyperlora_jax.evaluate.figures import draw_grid, to_png
+    from hyperlora_jax.evaluate.report.figures import draw_grid, to_png
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

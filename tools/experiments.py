@@ -226,8 +226,8 @@ def run_folder(workdir: pathlib.Path, run: Run, seed: int | str) -> pathlib.Path
 
 def measure(config: Any, folder: pathlib.Path) -> dict[str, Any]:
     """Trains one config and scores it on the held-out identities."""
-    from hyperlora_jax.evaluate.run import Evaluation
-    from hyperlora_jax.train.hypernet_training import train_hypernetwork
+    from hyperlora_jax.evaluate.evaluation import Evaluation
+    from hyperlora_jax.train.hypernetwork.hypernet_training import train_hypernetwork
 
     config.evaluate.methods = ("generated",)
     timed = folder / "trained.json"

@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 
 from hyperlora_jax.errors import UserError
-from hyperlora_jax.evaluate import wording
+from hyperlora_jax.evaluate.report import wording
 
 KEYS = ("name", "title", "command", "rows")
 SCORES = ("identity_top1", "image_error", "caption_accuracy")

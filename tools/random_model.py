@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from hyperlora_jax.stable_diffusion.families import FAMILIES
+from hyperlora_jax.stable_diffusion.weights.families import FAMILIES
 
 WIDTHS = {"sd15": 768, "sd21": 1024, "sdxl": 2048}
 STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}

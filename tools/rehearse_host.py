@@ -26,10 +26,11 @@ import numpy as np
 
 from hyperlora_jax.array_types import UInt8
 from hyperlora_jax.cli.main import main
-from hyperlora_jax.data import encoding_cache, subject_pictures
-from hyperlora_jax.data.concepts import Concept
-from hyperlora_jax.data.size_buckets import Size
-from hyperlora_jax.train import hypernet_data, hypernet_training, loop
+from hyperlora_jax.pictures.concepts import Concept
+from hyperlora_jax.pictures.size_buckets import Size
+from hyperlora_jax.subjects import encoding_cache, subject_pictures
+from hyperlora_jax.train import loop
+from hyperlora_jax.train.hypernetwork import hypernet_data, hypernet_training
 
 VIEWS, BLOCKS = 8, 8  # pictures of a subject; blocks of colour in a row of a picture
 SAMPLE_SECONDS, WRITE_SECONDS = 0.05, 1.0

@@ -23,7 +23,7 @@ import pods_page
 from etils import epath
 
 from hyperlora_jax.errors import UserError
-from hyperlora_jax.evaluate import verdicts, wording
+from hyperlora_jax.evaluate.report import verdicts, wording
 
 KEYS = ("name", "title", "command", "machine", "picture", "metrics")
 MARKED = re.compile(r"(<!-- results: ([\w-]+) -->\n)(.*?)(<!-- /results -->)", re.DOTALL)

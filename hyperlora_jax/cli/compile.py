@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compiles for every topology; 0 if the step fits all of them, else 1."""
-    from hyperlora_jax.train import ahead_of_time
+    from hyperlora_jax.aot import ahead_of_time
 
     ahead_of_time.prepare_environment()
     from hyperlora_jax.parallel.topology import parse
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _compiled(config: Any, topology: Any, args: argparse.Namespace) -> dict[str, Any]:
-    from hyperlora_jax.train import ahead_of_time, workloads
+    from hyperlora_jax.aot import ahead_of_time, workloads
 
     batch, remat = args.batch_per_device or _config_batch(config, topology), None
     if args.search:
@@ -122,7 +122,7 @@ def records_folder() -> Path:
 def _search(config: Any, topology: Any) -> dict[str, Any] | None:
     """The record of the largest batch that fits, at low effort: on four chips, unless parameters
     are spread over more."""
-    from hyperlora_jax.train import compile_search, workloads
+    from hyperlora_jax.aot import compile_search, workloads
 
     spread = config.mesh.fsdp != 1 or config.mesh.tensor != 1
     return compile_search.search(

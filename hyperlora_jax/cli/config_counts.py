@@ -60,8 +60,8 @@ def settle(config: Any, command: str, num_devices: int) -> list[str]:
 
 def _num_subjects(config: Any) -> int:
     """How many subjects there are."""
-    from hyperlora_jax.data.concept_sources import list_concepts
-    from hyperlora_jax.data.size_buckets import square
+    from hyperlora_jax.pictures.size_buckets import square
+    from hyperlora_jax.subjects.concept_sources import list_concepts
 
     skip = config.data.get("skip_damaged", False)
     size = config.data.get("size") or 512  # any: no picture is read

@@ -96,16 +96,16 @@ WINDOW = Rule("() or (first, last)", lambda value: value == () or PAIR.accepts(v
 @functools.cache
 def table() -> Mapping[str, Rule]:
     """Rules by key."""
-    from hyperlora_jax.data import fonts, heads
-    from hyperlora_jax.data.avatar_styles import STYLES
-    from hyperlora_jax.data.gauged_targets import GAUGES
     from hyperlora_jax.diffusion.processes import PREDICTIONS, SAMPLERS
     from hyperlora_jax.distill.parametrisations import MIXTURES
     from hyperlora_jax.hypernet import backbone, baselines, building
-    from hyperlora_jax.hypernet.heads import HEADS
+    from hyperlora_jax.hypernet.token_layout import HEADS
     from hyperlora_jax.lora.sites import PRESETS
     from hyperlora_jax.lora_files.writing import FORMATS
-    from hyperlora_jax.stable_diffusion.rematerialisation import REMAT_POLICIES
+    from hyperlora_jax.stable_diffusion.networks.blocks import REMAT_POLICIES
+    from hyperlora_jax.targets.gauged_targets import GAUGES
+    from hyperlora_jax.worlds import fonts, heads
+    from hyperlora_jax.worlds.avatar_styles import STYLES
 
     return {
         "task": one_of(("base", "unet", "avatar_encoder", "avatar_probe")),
@@ -199,7 +199,7 @@ def is_method(name: Any) -> bool:
 
 def methods() -> tuple[str, ...]:
     """Names of the methods that `evaluate` compares."""
-    from hyperlora_jax.evaluate.lora_sources import BASELINE_NAMES, MAKERS
+    from hyperlora_jax.evaluate.method_loras import BASELINE_NAMES, MAKERS
 
     return (*MAKERS, *BASELINE_NAMES, "exact", "copy_reference")
 

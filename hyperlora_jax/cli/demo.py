@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs every stage; a second call goes on where the first one stopped."""
-    from hyperlora_jax.evaluate.demo import demo
+    from hyperlora_jax.demo import demo
 
     config = load_config(args.config, args.overrides)
     config_checks.check(config, "demo", args.config)

@@ -23,8 +23,8 @@ def run(args: argparse.Namespace) -> int:
     """Writes one direction per attribute."""
     import numpy as np
 
-    from hyperlora_jax.data.lora_targets import open_lora_targets
     from hyperlora_jax.hypernet.editing import fit_directions, save_directions
+    from hyperlora_jax.targets.lora_targets import open_lora_targets
 
     targets = open_lora_targets(args.dataset)
     try:

@@ -12,7 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Fits the LoRAs and writes WORKDIR/targets."""
-    from hyperlora_jax.distill.run import distill
+    from hyperlora_jax.distill.distillation import distill
 
     config = command_config(args, "distill")
     with remembered(args.workdir, config):

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compares all methods and writes WORKDIR/report."""
-    from hyperlora_jax.evaluate.run import evaluate
+    from hyperlora_jax.evaluate.evaluation import evaluate
 
     config = command_config(args, "evaluate")
     if not epath.Path(args.workdir).exists():

@@ -14,7 +14,7 @@ from hyperlora_jax.array_types import Params
 from hyperlora_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from hyperlora_jax.hypernet.model import Hypernetwork
+    from hyperlora_jax.hypernet.hypernetwork import Hypernetwork
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         with storage.writing(out, storage.scratch(workdir)) as folder:
             load_base(config.base).replace_params(params).save_pretrained(folder, dtype=args.dtype)
     elif "unet" in params:
-        from hyperlora_jax.train.pretraining import assemble
+        from hyperlora_jax.pretrain.pretraining import assemble
 
         with storage.writing(out, storage.scratch(workdir)) as folder:
             assemble(config, workdir, params).save_pretrained(folder, dtype=args.dtype)
@@ -70,10 +70,10 @@ def _hypernetwork(
 ) -> "Hypernetwork":
     """The hypernetwork of a training checkpoint. What is known only at the end of the training
     (statistics of a LoRA dataset, defaults of `generate`) is that of the finished one beside it."""
-    from hyperlora_jax.hypernet import stored_encoder
+    from hyperlora_jax.encoders import stored_encoder
+    from hyperlora_jax.encoders.named_encoders import configured_encoder
     from hyperlora_jax.hypernet.building import architecture, build_generator
-    from hyperlora_jax.hypernet.conditioning import configured_encoder
-    from hyperlora_jax.hypernet.model import FOLDER, Hypernetwork, read_stored
+    from hyperlora_jax.hypernet.hypernetwork import FOLDER, Hypernetwork, read_stored
     from hyperlora_jax.shipped import base_path
     from hyperlora_jax.stable_diffusion.model import StableDiffusion
 

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Writes one file per subject."""
     from hyperlora_jax import generate
-    from hyperlora_jax.hypernet.model import Hypernetwork
+    from hyperlora_jax.hypernet.hypernetwork import Hypernetwork
 
     if bool(args.reference) == bool(args.subjects):
         raise UserError("expected --reference IMG… for one subject or --subjects DIR for many")

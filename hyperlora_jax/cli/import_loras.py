@@ -33,8 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Imports, prints what was taken, lost and left out."""
-    from hyperlora_jax.data import lora_import
     from hyperlora_jax.stable_diffusion.model import StableDiffusion
+    from hyperlora_jax.targets import lora_import
 
     if args.workers < 1:
         raise UserError(f"--workers is {args.workers}, expected at least 1")

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     with storage.asking(path):
         kind = kind_of(path)
     if kind == "lora" and str(path).endswith((".safetensors", ".ckpt")):
-        from hyperlora_jax.stable_diffusion.single_file import is_base
+        from hyperlora_jax.stable_diffusion.weights.single_file import is_base
 
         path = storage.fetched(path)
         kind = "base" if is_base(path) else kind

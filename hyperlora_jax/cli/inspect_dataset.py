@@ -25,8 +25,8 @@ def run(args: argparse.Namespace) -> int:
     """Prints the report."""
     from PIL import Image
 
-    from hyperlora_jax.data import dataset_inspection
-    from hyperlora_jax.data.lora_targets import open_lora_targets
+    from hyperlora_jax.targets import dataset_inspection
+    from hyperlora_jax.targets.lora_targets import open_lora_targets
 
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit is {args.limit}, expected at least 1")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from hyperlora_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from hyperlora_jax.hypernet.model import Stored
+    from hyperlora_jax.hypernet.hypernetwork import Stored
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the facts; needs no encoder."""
-    from hyperlora_jax.hypernet.model import read_stored
+    from hyperlora_jax.hypernet.hypernetwork import read_stored
 
     stored = read_stored(args.path)
     for name, value in (*_facts(stored), *_encoder(stored, args.encoder)):
@@ -42,7 +42,7 @@ def _facts(stored: "Stored") -> Iterator[tuple[str, str]]:
 
 
 def _encoder(stored: "Stored", given: str | None) -> Iterator[tuple[str, str]]:
-    from hyperlora_jax.hypernet import stored_encoder
+    from hyperlora_jax.encoders import stored_encoder
 
     record = stored.config["encoder"]
     yield "encoder", stored_encoder.titled(record)

@@ -19,8 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints the report."""
     from hyperlora_jax.lora_files import compatibility, safetensors_io
-    from hyperlora_jax.lora_files.family import FAMILIES
-    from hyperlora_jax.lora_files.inspection import inspect_lora
+    from hyperlora_jax.lora_files.compatibility import inspect_lora
+    from hyperlora_jax.lora_files.header import FAMILIES
 
     found = inspect_lora(args.path, single_files.folder_of(args.base))
     ranks = sorted({site["rank"] for site in found["sites"]})

@@ -30,8 +30,7 @@ def run(args: argparse.Namespace) -> int:
     """Reads, adds, writes."""
     from hyperlora_jax.lora.sites import LoraSpec
     from hyperlora_jax.lora_files import algebra, convert, load_lora, read_metadata, save_lora
-    from hyperlora_jax.lora_files.base_check import of_family
-    from hyperlora_jax.lora_files.base_model import BaseModel
+    from hyperlora_jax.lora_files.base_check import BaseModel, of_family
 
     folder = single_files.folder_of(args.into)
     base = convert.open_base(folder or single_files.folder_of(args.base))
@@ -65,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
 def _into_single_file(source: Path, folder: str, merged, out: Path) -> Path:
     """A single file like the source where `out` is one, or else a diffusers directory."""
     from hyperlora_jax.lora_files.algebra import merge_into_checkpoint
-    from hyperlora_jax.stable_diffusion.single_file import packed
+    from hyperlora_jax.stable_diffusion.weights.single_file import packed
 
     if out.suffix != ".safetensors":
         return merge_into_checkpoint(folder, merged, out)
@@ -108,7 +107,7 @@ def _shared(headers: Sequence[Mapping[str, str]]) -> dict[str, str]:
 
 def _family(paths: Sequence[str], headers: Sequence[Mapping[str, str]], spec) -> str:
     """The family that the files' headers name, or else their sites."""
-    from hyperlora_jax.lora_files import family
+    from hyperlora_jax.lora_files import header as family
 
     said = {}
     for path, header in zip(paths, headers, strict=True):

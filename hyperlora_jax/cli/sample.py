@@ -55,9 +55,9 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--out {out}: cannot be made a folder ({error.strerror})") from error
     import numpy as np
 
-    from hyperlora_jax.data.pictures import save_images
+    from hyperlora_jax.pictures.pictures import save_images
     from hyperlora_jax.stable_diffusion.embedded import load_base
-    from hyperlora_jax.stable_diffusion.lora_argument import lora_tree
+    from hyperlora_jax.stable_diffusion.networks.lora_argument import lora_tree
 
     single_files.keep_options(args.base, args)
     sd = load_base(args.base)

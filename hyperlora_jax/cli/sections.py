@@ -125,7 +125,7 @@ def train(**changes: Any) -> dict[str, Any]:
         "dtype": "float32",  # of the frozen base; the hypernetwork's: model.network.dtype
         "remat": "none",  # of UNet and backbone: none, block, save_attention or full
         "min_snr_gamma": config_dict.placeholder(float),
-        "objectives": {  # weights; see hypernet/objectives.py
+        "objectives": {  # weights; see train/hypernetwork/objectives.py
             "end_to_end": 1.0,  # draws the subject's pictures through the frozen base
             "delta": 0.0,  # these need LoRA targets:
             "whitened": 0.0,
@@ -204,7 +204,7 @@ def evaluate(**changes: Any) -> dict[str, Any]:
         "identities_per_batch": 16,
         "strengths": (0.75, 1.0, 1.5, 2.0, 3.0),
         "guidances": (1.0, 2.0, 3.0),  # of generators that know what guidance is
-        "methods": (  # see evaluate/lora_sources.py
+        "methods": (  # see evaluate/method_loras.py
             "base", "mean_lora", "nearest", "shuffled", "generated", "refined_25", "conventional",
         ),
         "others": {"paper": ""},  # more methods: a name and the workdir of a `train`

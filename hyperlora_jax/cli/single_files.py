@@ -26,7 +26,7 @@ def keep_options(base: str, known: argparse.Namespace) -> None:
     given = {"prediction_type": known.prediction_type, "tokenizer": known.tokenizer}
     if not any(given.values()):
         return
-    from hyperlora_jax.stable_diffusion import single_file
+    from hyperlora_jax.stable_diffusion.weights import single_file
 
     if not single_file.is_base(base):
         name = next(name for name, value in given.items() if value)
@@ -38,6 +38,6 @@ def folder_of(base: str | None) -> str | None:
     """`base`, or the folder that a single file is unpacked to."""
     if base is None or not base.endswith((".safetensors", ".ckpt")) or not Path(base).is_file():
         return base
-    from hyperlora_jax.stable_diffusion.single_file import unpacked
+    from hyperlora_jax.stable_diffusion.weights.single_file import unpacked
 
     return str(unpacked(Path(base)))

@@ -14,9 +14,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Trains, or goes on where an earlier run of the same workdir stopped."""
-    from hyperlora_jax.hypernet.model import FOLDER
+    from hyperlora_jax.hypernet.hypernetwork import FOLDER
     from hyperlora_jax.train.checkpoints import complete_steps
-    from hyperlora_jax.train.hypernet_training import train_hypernetwork
+    from hyperlora_jax.train.hypernetwork.hypernet_training import train_hypernetwork
 
     config = command_config(args, "train")
     before = max(complete_steps(epath.Path(args.workdir) / "checkpoints"), default=0)

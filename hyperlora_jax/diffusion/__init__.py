@@ -1,0 +1,1 @@
+"""Schedules, conversions, samplers: pure maths, shared by pictures and weights."""

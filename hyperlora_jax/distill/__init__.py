@@ -1,0 +1,1 @@
+"""Many LoRAs at once on one frozen base."""

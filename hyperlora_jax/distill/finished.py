@@ -8,15 +8,15 @@ from pathlib import Path
 from etils import epath
 
 from hyperlora_jax import storage
-from hyperlora_jax.data.lora_import import QUARANTINE, quarantine_text
-from hyperlora_jax.data.lora_sources import Rejected
-from hyperlora_jax.data.lora_targets import open_lora_targets
-from hyperlora_jax.data.lora_targets_writer import write_lora_targets
-from hyperlora_jax.data.spool import finished_files, read_finished, read_rejected
-from hyperlora_jax.data.subjects import Subject
 from hyperlora_jax.distill.record import CONCEPTS, Record, There
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora.sites import LoraSpec
+from hyperlora_jax.pictures.subjects import Subject
+from hyperlora_jax.targets.lora_import import QUARANTINE, quarantine_text
+from hyperlora_jax.targets.lora_sources import Rejected
+from hyperlora_jax.targets.lora_targets import open_lora_targets
+from hyperlora_jax.targets.lora_targets_writer import write_lora_targets
+from hyperlora_jax.targets.spool import finished_files, read_finished, read_rejected
 
 _ADVICE = {
     "text states": "do the base's text encoder and tokenizer belong together?",

@@ -12,10 +12,10 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from hyperlora_jax.data.encoded_subjects import encode_in_batches, texts_by
 from hyperlora_jax.distill.slots import ConceptArrays
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.stable_diffusion.embedded import image_size
+from hyperlora_jax.subjects.encoded_subjects import encode_in_batches, texts_by
 
 LAYOUT = 2  # of the file
 

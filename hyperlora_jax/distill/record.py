@@ -16,10 +16,10 @@ from typing import Any
 from etils import epath
 
 from hyperlora_jax import storage
-from hyperlora_jax.data.lora_import import QUARANTINE
-from hyperlora_jax.data.spool import finished_files, fit_settings, read_rejected
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.facts import differences, refusal
+from hyperlora_jax.targets.lora_import import QUARANTINE
+from hyperlora_jax.targets.spool import finished_files, fit_settings, read_rejected
 
 FILE, CONCEPTS = "facts.json", "concepts.json"
 # Facts of pictures that grow with the number of concepts, or are shown only.

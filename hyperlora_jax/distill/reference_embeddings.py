@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from hyperlora_jax.array_types import Float
-from hyperlora_jax.data import pictures
+from hyperlora_jax.encoders.named_encoders import load_condition_encoder
 from hyperlora_jax.errors import UserError
-from hyperlora_jax.hypernet.conditioning import load_condition_encoder
+from hyperlora_jax.pictures import pictures
 
 AT_ONCE = 16  # pictures in a batch; the last one is filled up, so that one program serves all
 

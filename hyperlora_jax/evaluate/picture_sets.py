@@ -15,11 +15,10 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 
 from hyperlora_jax.array_types import Float, Int, UInt8
-from hyperlora_jax.data import pictures
-from hyperlora_jax.data.concepts import Concept
-from hyperlora_jax.data.subjects import Subject
-from hyperlora_jax.evaluate.protocol import EvaluationSet
-from hyperlora_jax.evaluate.questions import Questions, check_disjoint, unit_pixels
+from hyperlora_jax.evaluate.protocol import EvaluationSet, Questions, check_disjoint, unit_pixels
+from hyperlora_jax.pictures import pictures
+from hyperlora_jax.pictures.concepts import Concept
+from hyperlora_jax.pictures.subjects import Subject
 
 MOST_JUDGED_BY = 64  # gallery pictures of a subject; more tell a judge nothing new
 

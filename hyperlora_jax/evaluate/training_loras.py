@@ -10,15 +10,15 @@ import numpy as np
 from etils import epath
 
 from hyperlora_jax.array_types import Float, Int
-from hyperlora_jax.data import pictures
-from hyperlora_jax.data.concept_sources import split_paths
-from hyperlora_jax.data.gauged_targets import read_in_gauge
-from hyperlora_jax.data.lora_targets import LoraTargets, open_lora_targets
+from hyperlora_jax.encoders.condition_encoders import ImageEncoder
 from hyperlora_jax.errors import UserError
-from hyperlora_jax.evaluate.encoded_pictures import pooled_embeddings
-from hyperlora_jax.hypernet.conditioning import ImageEncoder
+from hyperlora_jax.evaluate.sample_cache import pooled_embeddings
 from hyperlora_jax.lora.sites import LoraSpec
 from hyperlora_jax.parallel import multihost
+from hyperlora_jax.pictures import pictures
+from hyperlora_jax.subjects.concept_sources import split_paths
+from hyperlora_jax.targets.gauged_targets import read_in_gauge
+from hyperlora_jax.targets.lora_targets import LoraTargets, open_lora_targets
 
 READ_AT_ONCE = 256  # subjects whose references are in memory
 

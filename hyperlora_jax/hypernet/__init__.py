@@ -1,0 +1,1 @@
+"""Condition to LoRA: networks, generators, closed forms, editing, familiarity."""

@@ -14,10 +14,14 @@ by averaging shrinks to the mean, so g is a hyper-parameter of theirs as strengt
 
 LoRAs are averaged as raw factors (`space="raw"`: they should share one initialisation or gauge), or
 as deltas that are then cut back to their rank (`space="delta"`).
+
+Mean and inner products of LoRA vectors that need not fit into memory: rows of arrays or of
+files, read in chunks.
 """
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -26,11 +30,53 @@ import numpy as np
 
 from hyperlora_jax.array_types import AnyArray, Array, Float, Params
 from hyperlora_jax.errors import UserError
-from hyperlora_jax.hypernet import vector_moments
 from hyperlora_jax.hypernet.condition import Condition
 from hyperlora_jax.hypernet.generators import Draw, Estimate
 from hyperlora_jax.lora import vectorize
 from hyperlora_jax.lora.sites import LoraSpec, site_factors, tree_from_sites
+
+CHUNK = 512  # vectors in memory at a time, twice for inner products
+
+
+def chunks(vectors: Any) -> Iterator[slice]:
+    """Slices of at most `CHUNK` rows, one after another."""
+    starts = range(0, len(vectors), CHUNK)
+    return (slice(start, min(start + CHUNK, len(vectors))) for start in starts)
+
+
+def mean_vector(vectors: Any) -> Float[np.ndarray, " d"]:
+    """Mean of vectors [t, d], to the last bit that of the whole array."""
+    total = np.zeros(vectors[:1].shape, np.float32)
+    for rows in chunks(vectors):
+        total = np.concatenate([total, vectors[rows]]).sum(axis=0, keepdims=True)
+    return total[0] / np.float32(len(vectors))
+
+
+def gram_matrix(
+    vectors: Any, centre: Float[np.ndarray, " d"], dtype: Any
+) -> Float[np.ndarray, "t t"]:
+    """Inner products of vectors [t, d] less `centre`, counted in `dtype`, as float64."""
+    found = np.empty((len(vectors), len(vectors)))
+    for a in chunks(vectors):
+        left = (vectors[a] - centre).astype(dtype)
+        for b in chunks(vectors):
+            if b.start > a.start:
+                break
+            right = left if b == a else (vectors[b] - centre).astype(dtype)
+            found[a, b] = left @ right.T
+            found[b, a] = found[a, b].T
+    return found
+
+
+def combined(
+    weights: Float[np.ndarray, "k t"], vectors: Any, centre: Float[np.ndarray, " d"]
+) -> Float[np.ndarray, "k d"]:
+    """weights @ (vectors - centre)."""
+    found = np.zeros((len(weights), len(centre)))
+    for rows in chunks(vectors):
+        found += weights[:, rows] @ (vectors[rows] - centre)
+    return found
+
 
 SPACES = ("raw", "delta")
 Vectors = Any  # array-like [t, d], float32; read by rows, so that it may lie in files
@@ -75,7 +121,7 @@ class Mean(Fitted):
     def fit(self, embeddings: Float[np.ndarray, "t e"], vectors: Vectors) -> Params:
         """Constants."""
         del embeddings
-        return {"mean": vector_moments.mean(vectors)}
+        return {"mean": mean_vector(vectors)}
 
     def sample(
         self, params: Params, constants: Params, condition: Condition, key: Array, draw: Draw
@@ -154,7 +200,7 @@ class Ridge(Blend):
         """Constants."""
         known = unit(embeddings)
         kernel = self._kernel(known, known).astype(np.float64)
-        gram = vector_moments.gram(vectors, vector_moments.mean(vectors), np.float64)
+        gram = gram_matrix(vectors, mean_vector(vectors), np.float64)
         scores = {p: _leave_one_out_cosine(kernel, gram, p) for p in PENALTIES}
         penalty = max(scores, key=lambda p: scores[p])
         inverse = np.linalg.inv(kernel + penalty * np.eye(len(kernel)))
@@ -202,7 +248,7 @@ class PcaGaussian(Fitted):
     def fit(self, embeddings: Float[np.ndarray, "t e"], vectors: Vectors) -> Params:
         """Constants."""
         del embeddings
-        mean = vector_moments.mean(vectors)
+        mean = mean_vector(vectors)
         components, spread = principal_components(vectors, mean, self.num_components)
         return {"mean": mean, "components": components, "spread": spread}
 
@@ -224,11 +270,11 @@ def principal_components(
 
     From the t×t inner products: vectors are long and few.
     """
-    values, left = np.linalg.eigh(vector_moments.gram(vectors, mean, np.float32))
+    values, left = np.linalg.eigh(gram_matrix(vectors, mean, np.float32))
     kept = np.argsort(values)[::-1][: min(count, len(vectors) - 1)]
     kept = kept[values[kept] > 1e-6 * values.max()]
     weights = (left[:, kept] / np.sqrt(values[kept])).T
-    components = vector_moments.combined(weights, vectors, mean)
+    components = combined(weights, vectors, mean)
     spread = np.sqrt(values[kept] / max(len(vectors) - 1, 1))
     return components.astype(np.float32), spread.astype(np.float32)
 

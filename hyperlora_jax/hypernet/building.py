@@ -17,11 +17,16 @@ from hyperlora_jax.diffusion.processes import make_process
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.hypernet.baselines import BASELINES, make_baseline
 from hyperlora_jax.hypernet.generators import Generator, Iterative, Regression
-from hyperlora_jax.hypernet.hypernetwork import TokenHypernetwork
 from hyperlora_jax.hypernet.mlp_denoiser import MlpDenoiser
 from hyperlora_jax.hypernet.token_layout import make_layout
-from hyperlora_jax.hypernet.weight_diffusion import Diffusion, TokenDenoiser, Whitened
-from hyperlora_jax.hypernet.weight_vae import Latents, WeightVae
+from hyperlora_jax.hypernet.token_network import TokenHypernetwork
+from hyperlora_jax.hypernet.weight_diffusion import (
+    Diffusion,
+    Latents,
+    TokenDenoiser,
+    WeightVae,
+    Whitened,
+)
 from hyperlora_jax.lora.sites import LoraSpec
 
 TRAINED = ("regression", "iterative", "diffusion", "latent_diffusion")

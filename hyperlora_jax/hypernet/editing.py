@@ -30,7 +30,7 @@ from hyperlora_jax import storage
 from hyperlora_jax.array_types import AnyArray, Array, Bool, Float, Params
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.hypernet.baselines import blend_site
-from hyperlora_jax.hypernet.model import Hypernetwork
+from hyperlora_jax.hypernet.hypernetwork import Hypernetwork
 from hyperlora_jax.lora import factors, losses, vectorize
 from hyperlora_jax.lora.sites import LoraSpec, site_factors, tree_from_sites
 

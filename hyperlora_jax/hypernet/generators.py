@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from hyperlora_jax.array_types import Array, Float, Params
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.hypernet.condition import Condition, both, dropped
-from hyperlora_jax.hypernet.hypernetwork import TokenHypernetwork
+from hyperlora_jax.hypernet.token_network import TokenHypernetwork
 from hyperlora_jax.lora import factors
 from hyperlora_jax.lora.sites import LoraSpec
 

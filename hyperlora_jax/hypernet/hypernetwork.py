@@ -1,178 +1,398 @@
-"""The token hypernetwork: condition → LoRA.
+"""A trained hypernetwork as people use it: restore, generate, save.
 
-    lora = centre + scale · head(backbone(token embeddings, condition))
+    hyper = Hypernetwork.restore("runs/avatars")
+    loras = hyper.generate(key, ["anna.jpg"])         # one LoRA tree with a leading axis l
+    hyper.save_lora("anna.safetensors", loras)
 
-`centre` is a learned LoRA, the same for every subject. It starts with a random down side and a zero
-up side (or at the mean of a LoRA-target dataset), `scale` is one number per site and side. With the
-zero-initialised up heads the network at step 0 writes a LoRA that changes nothing.
-
-With `output="whitened"` the numbers are in units of a dataset's spread around its mean, as
-diffusion over weights wants them: centre, heads and scales then start at 0, 0 and 1.
+The folder holds `config.json` (architecture, LoraSpec, base hash, encoder, defaults of sampling),
+`model.safetensors` (float32 parameters, and constants under "constants/") and `encoder/` when the
+encoder is one of ours or a CLIP (`stored_encoder.py`).
 """
 
-from typing import Any
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax import traverse_util
+from safetensors.numpy import load as load_safetensors
+from safetensors.numpy import save as save_safetensors
 
-from hyperlora_jax.array_types import Array, Float, Params
-from hyperlora_jax.hypernet.backbone import Backbone, timestep_features
-from hyperlora_jax.hypernet.condition import Condition
-from hyperlora_jax.hypernet.heads import Head
-from hyperlora_jax.hypernet.token_layout import (
-    TokenGroup,
-    TokenLayout,
-    assemble,
-    disassemble,
-    token_features,
-)
-from hyperlora_jax.parallel.sharding import split_activations
+from hyperlora_jax import lora_files, storage
+from hyperlora_jax.array_types import AnyArray, Array, Float, Params
+from hyperlora_jax.encoders import condition_encoders, stored_encoder
+from hyperlora_jax.encoders.image_encoder import ConvEncoder
+from hyperlora_jax.errors import UserError
+from hyperlora_jax.hypernet import familiarity
+from hyperlora_jax.hypernet.building import build_generator
+from hyperlora_jax.hypernet.condition import merge_references, repeated
+from hyperlora_jax.hypernet.generators import Draw, Generator
+from hyperlora_jax.lora import factors
+from hyperlora_jax.lora.sites import LoraSpec
+from hyperlora_jax.pictures.references import by_number
+
+FORMAT = "hyperlora-hypernetwork"
+FOLDER = "hypernetwork"
 
 
-class TokenHypernetwork(nn.Module):
-    """Writes LoRAs from condition embeddings.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Hypernetwork:
+    """Reference pictures → LoRAs.
 
     Attributes:
-        layout: which token writes what (`token_layout.py`).
-        width: features of a token.
-        depth: transformer blocks.
-        down: "generated" or "learned": with "learned" all subjects share the down side, and a LoRA
-            is linear in what the network writes.
-        up_scale: size of the up side that a unit output writes.
-        output: "lora" or "whitened", see the head of this file.
-        input_noise: also read a (noisy) LoRA and a time, as diffusion and iteration need. A gate
-            per group, zero at first, lets the LoRA through to the output: what is noise in it
-            would not fit through the tokens' width.
+        generator: condition → LoRA.
+        params: its trained parameters.
+        encoder: turns pictures into condition embeddings.
+        facts: JSON-able; `base_hash` and `base` say which model the LoRAs are for,
+            `default_strength` was chosen on validation identities, `generate` holds the other
+            defaults of sampling (`Draw`), `trained_on` lists identities.
+        model: how `generator` is built again, see `building.build_generator`.
+        constants: arrays that the generator reads and nobody trains.
     """
 
-    layout: TokenLayout
-    width: int = 192
-    depth: int = 4
-    num_heads: int = 4
-    mlp_ratio: int = 4
-    conditioning: str = "adanorm"
-    adapter_rank: int = 8
-    head: str = "dense"
-    basis_size: int = 64
-    down: str = "generated"
-    up_scale: float = 0.1
-    output: str = "lora"
-    input_noise: bool = False
-    remat: bool = False
-    scan: bool = False
-    dtype: Any = jnp.float32
+    generator: Generator
+    params: Params
+    encoder: Any
+    facts: Mapping[str, Any]
+    model: Mapping[str, Any]
+    constants: Params = dataclasses.field(default_factory=dict)
 
-    @nn.compact
-    def __call__(
-        self,
-        given: Condition,
-        noisy: Params | None = None,
-        time: Float[Array, " l"] | None = None,
-    ) -> Params:
-        """LoRA tree with leading axis l for the conditions."""
-        if self.down not in ("generated", "learned"):
-            raise ValueError(f"Got: {self.down=}, expected 'generated' or 'learned'")
-        if self.output not in ("lora", "whitened"):
-            raise ValueError(f"Got: {self.output=}, expected 'lora' or 'whitened'")
-        num_loras = given.pooled.shape[0]
-        x = self._token_embeddings(num_loras)
-        condition = nn.Dense(self.width, dtype=self.dtype, name="pooled_in")(_normed(given.pooled))
-        if self.input_noise:
-            if noisy is None or time is None:
-                raise ValueError("a network with input_noise needs a noisy LoRA and a time")
-            parts = self._unit_parts(noisy)
-            x = x + self._noise_embeddings(parts)
-            features = nn.Dense(self.width, name="time_in")(timestep_features(time, self.width))
-            condition = condition + nn.Dense(self.width, name="time_out")(nn.silu(features))
-        condition = nn.Dense(self.width, dtype=self.dtype, name="condition")(nn.silu(condition))
-        context = nn.Dense(self.width, dtype=self.dtype, name="tokens_in")(_normed(given.tokens))
-        x = Backbone(
-            self.depth,
-            self.num_heads,
-            self.mlp_ratio,
-            self.conditioning,
-            self.adapter_rank,
-            self.remat,
-            self.scan,
-            self.dtype,
-            name="backbone",
-        )(x, context, condition, given.mask)
-        shift, scale = jnp.split(
-            nn.Dense(2 * self.width, dtype=self.dtype, name="final")(nn.silu(condition)), 2, -1
+    @property
+    def spec(self) -> LoraSpec:
+        """The sites that generated LoRAs adapt."""
+        return self.generator.spec
+
+    @property
+    def default_strength(self) -> float:
+        """Strength at which generated LoRAs are best, chosen on validation identities."""
+        return float(self.facts.get("default_strength", 1.0))
+
+    @property
+    def default_draw(self) -> Draw:
+        """Guidance, steps and sampler that `generate` uses unless told otherwise."""
+        known = dict(self.facts.get("generate", {}))
+        return Draw(**{name: known[name] for name in Draw._fields if name in known})
+
+    def with_facts(self, **facts: Any) -> "Hypernetwork":
+        """The same with more facts."""
+        return dataclasses.replace(self, facts={**self.facts, **facts})
+
+    def __repr__(self) -> str:
+        kind = self.model.get("generator", "regression")
+        return (
+            f"Hypernetwork({kind} of {sum(leaf.size for leaf in jax.tree.leaves(self.params)):,} "
+            f"parameters, encoder {self.encoder.name!r}, base {self.facts.get('base', '?')!r}, "
+            f"default_strength={self.default_strength:g}, spec={self.spec!r})"
         )
-        x = nn.LayerNorm(dtype=self.dtype, name="norm")(x) * (1 + scale[:, None]) + shift[:, None]
-        gates = None
-        if self.input_noise:
-            zeros, count = nn.initializers.zeros, len(self.layout.groups)
-            gates = nn.Dense(count, kernel_init=zeros, name="gates")(nn.silu(condition)), parts
-        return self._write(x, gates)
 
-    def _token_embeddings(self, num_loras: int) -> Float[Array, "l n c"]:
-        features = token_features(self.layout)
-        total = 0.0
-        for name, ids in features.items():
-            count = int(ids.max()) + 1
-            table = self.param(f"embed_{name}", nn.initializers.normal(0.5), (count, self.width))
-            total = total + table[ids]
-        shape = (num_loras, self.layout.num_tokens, self.width)
-        return split_activations(jnp.broadcast_to(jnp.asarray(total, self.dtype), shape))
+    def generate(
+        self,
+        key: Array | int,
+        references: Any,
+        *,
+        strength: float | None = None,
+        num_samples: int = 1,
+        **draw: Any,
+    ) -> Params:
+        """LoRAs from reference pictures.
 
-    def _scale(self, group: TokenGroup) -> float:
-        """Size of the numbers that a unit output of a group's head writes."""
-        if self.output == "whitened":
-            return 1.0
-        return self.up_scale if group.side == "up" else group.width**-0.5
+        Args:
+            key: randomness, or a seed, of generators that sample; a regression ignores it.
+            references: a picture, a list with one per subject, or a list of lists with several per
+                subject: paths, Pillow pictures, uint8 arrays or floats in [0, 1]; or one array
+                [l, h, w, 3] or [l, k, h, w, 3]. See `pictures/references.py`.
+            strength: what every delta is multiplied by; None means `default_strength`.
+            num_samples: LoRAs per subject.
+            **draw: `guidance`, `num_steps`, `sampler`; the checkpoint's own where not given.
 
-    def _unit_parts(self, lora: Params) -> list[Array]:
-        """The groups of a LoRA in units of what heads write."""
-        parts = disassemble(self.layout, lora)
-        groups = self.layout.groups
-        return [part / self._scale(group) for group, part in zip(groups, parts, strict=True)]
+        Returns:
+            Folded LoRA tree with leading axis l · num_samples (a subject's samples in a row),
+            float32.
 
-    def _noise_embeddings(self, parts: list[Array]) -> Float[Array, "l n c"]:
-        columns = [
-            nn.Dense(self.width, dtype=self.dtype, name=f"noise_{group.side}_{group.width}")(
-                part.reshape(*part.shape[:2], -1)
+        Raises:
+            UserError: something that is no picture; several samples of a generator that always
+                answers the same, or guidance of one that was trained without condition dropout.
+        """
+        key = jax.random.key(key) if isinstance(key, int) else key
+        settings = self._draw(num_samples, draw)
+        groups = by_number(references, self.encoder)
+        parts, places = [], []
+        for number, (members, pixels) in enumerate(groups):
+            # Subjects with equally many pictures need no other key than they had alone.
+            own_key = jax.random.fold_in(key, number) if number else key
+            parts.append(self._of_pixels(own_key, pixels, num_samples, settings))
+            places += [n * num_samples + k for n in members for k in range(num_samples)]
+        loras = parts[0]
+        if len(parts) > 1:
+            order = np.argsort(places)
+            loras = jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[order], *parts)
+        strength = self.default_strength if strength is None else strength
+        return loras if strength == 1.0 else factors.scale(loras, strength)
+
+    def _of_pixels(self, key: Array, pixels: AnyArray, num_samples: int, settings: Draw) -> Params:
+        if not isinstance(self.encoder, condition_encoders.FlaxImageEncoder):
+            embedded = _embedded(self.encoder.encode, jnp.asarray(pixels))
+            return self._write(key, *embedded, num_samples, settings)
+        return _generate(
+            self.generator, self.params, self._constants, self.encoder.module, self.encoder.params,
+            jnp.asarray(pixels), key, num_samples, settings,
+        )  # fmt: skip
+
+    def embed(self, references: Any) -> tuple[Array, Array]:
+        """Pooled [l, k, e] and tokens [l, k, m, e] of subjects with k pictures each; `references`
+        as in `generate`.
+
+        Raises:
+            UserError: subjects with different numbers of pictures; see also `generate`.
+        """
+        groups = by_number(references, self.encoder)
+        if len(groups) > 1:
+            counts = [pixels.shape[1] for _, pixels in groups]
+            raise UserError(
+                f"references: subjects have {counts} pictures, expected one number for all"
             )
-            for group, part in zip(self.layout.groups, parts, strict=True)
-        ]
-        return jnp.concatenate(columns, axis=1)
+        return _embedded(self.encoder.encode, jnp.asarray(groups[0][1]))
 
-    def _write(self, x: Float[Array, "l n c"], gates: tuple[Array, list[Array]] | None) -> Params:
-        outputs, start = [], 0
-        whitened = self.output == "whitened"
-        for number, group in enumerate(self.layout.groups):
-            stop = start + len(group.sites)
-            name = f"{group.side}_{group.width}"
-            shape = (len(group.sites), self.layout.components, group.width)
-            init = nn.initializers.zeros if group.side == "up" or whitened else _centre_init
-            centre = self.param(f"centre_{name}", init, shape)
-            output = split_activations(jnp.broadcast_to(centre, (x.shape[0], *shape)))
-            if group.side == "up" or self.down == "generated":
-                head = Head(
-                    group,
-                    self.layout.components,
-                    self.head,
-                    self.basis_size,
-                    self.dtype,
-                    zero=group.side == "up" or whitened,
-                    name=f"head_{name}",
+    def familiarity(self, references: Any) -> Float[np.ndarray, " l"] | None:
+        """How well each subject's references fit what the hypernetwork was trained on, 0 (unlike
+        all training subjects) to 1; None for a checkpoint that does not know. See
+        `hypernet/familiarity.py`; `references` as in `generate`."""
+        groups = by_number(references, self.encoder)
+        found = np.empty(sum(len(members) for members, _ in groups))
+        for members, pixels in groups:
+            pooled, _ = _embedded(self.encoder.encode, jnp.asarray(pixels))
+            scores = self.familiarity_of(pooled)
+            if scores is None:
+                return None
+            found[members] = scores
+        return found
+
+    def familiarity_of(self, pooled: Float[AnyArray, "l k e"]) -> Float[np.ndarray, " l"] | None:
+        """`familiarity` of subjects that are embedded already."""
+        if "familiarity" not in self.constants:
+            return None
+        return familiarity.score(self.constants["familiarity"], pooled)
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """Header texts of the files of its LoRAs: base, encoder, generator."""
+        known = {name: self.facts[name] for name in ("base", "base_hash") if name in self.facts}
+        return {
+            **known,
+            "encoder": json.dumps(stored_encoder.describe(self.encoder)),
+            "encoder_hash": self.encoder.hash,
+            "generator": self.model.get("generator", "regression"),
+            "training_steps": self.facts.get("num_steps", 0),
+        }
+
+    def save_lora(
+        self,
+        path: str | os.PathLike[str],
+        lora: Params,
+        format: str | None = None,
+        dtype: str = "float16",
+        **metadata: Any,
+    ) -> Path:
+        """Writes one LoRA of this hypernetwork for other programs; returns the file's path.
+
+        Args:
+            path: the file; `.safetensors` is added where it has no suffix, see `save_lora`.
+            lora: a single LoRA, or a batch of one as `generate` gives it.
+            format: "kohya", "diffusers", "peft", "weights2weights"; None: the checkpoint's own.
+            **metadata: more texts for the header.
+
+        Raises:
+            UserError: a batch of several (see `hyperlora_jax.save_loras`); as `save_lora` does.
+        """
+        count = factors.num_loras(lora)
+        if count is not None and count != 1:
+            raise UserError(
+                f"save_lora: found a batch of {count} LoRAs for the file {path}, expected one; "
+                "jax.tree.map(lambda leaf: leaf[k], loras) is the k-th"
+            )
+        return lora_files.save_lora(
+            path,
+            lora if count is None else factors.index(lora, 0),
+            self.spec,
+            format=format or self.facts.get("generate", {}).get("format", "kohya"),
+            dtype=dtype,
+            family=self.facts.get("family"),
+            metadata={**self.provenance, **metadata},
+        )
+
+    def write(
+        self, key: Array, pooled: Array, tokens: Array, *, num_samples: int = 1, **draw: Any
+    ) -> Params:
+        """LoRAs from embeddings: pooled [l, k, e], tokens [l, k, m, e]; see `generate`."""
+        return self._write(key, pooled, tokens, num_samples, self._draw(num_samples, draw))
+
+    @property
+    def _constants(self) -> Params:
+        return {k: v for k, v in self.constants.items() if k != "familiarity"}
+
+    def _write(
+        self, key: Array, pooled: Array, tokens: Array, num_samples: int, draw: Draw
+    ) -> Params:
+        return _write(
+            self.generator, self.params, self._constants, pooled, tokens, key, num_samples, draw
+        )
+
+    def _draw(self, num_samples: int, given: Mapping[str, Any]) -> Draw:
+        """The settings of one call; UserError for more samples than the generator can draw."""
+        if num_samples != 1 and not (num_samples > 1 and self.generator.stochastic):
+            raise UserError(
+                f"num_samples is {num_samples}, but this checkpoint's generator "
+                f"({self.model.get('generator', 'regression')}) "
+                + (
+                    "samples; expected 1 or more"
+                    if self.generator.stochastic
+                    else "writes the same LoRA every time; expected 1"
                 )
-                written = head(x[:, start:stop])
-                if gates is not None:
-                    written = written + gates[0][:, number, None, None, None] * gates[1][number]
-                output = output + self._scale(group) * written
-            outputs.append(output)
-            start = stop
-        return assemble(self.layout, outputs)
+            )
+        return self.default_draw._replace(**{k: v for k, v in given.items() if v is not None})
+
+    def save(self, path: epath.PathLike) -> None:
+        """Writes the folder; each file appears whole or not at all."""
+        folder = epath.Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {
+            "format": FORMAT,
+            "model": dict(self.model),
+            "spec": json.loads(self.spec.to_json()),
+            "encoder": stored_encoder.keep(self.encoder, folder),
+            "facts": dict(self.facts),
+        }
+        flat = traverse_util.flatten_dict(dict(self.params), sep="/")
+        kept = traverse_util.flatten_dict({"constants": dict(self.constants)}, sep="/")
+        flat |= {name: np.asarray(value) for name, value in kept.items()}
+        arrays = {k: np.ascontiguousarray(jax.device_get(v)) for k, v in flat.items()}
+        storage.replaced(folder / "model.safetensors", save_safetensors(arrays))
+        storage.replaced(folder / "config.json", (json.dumps(config, indent=1) + "\n").encode())
+
+    @classmethod
+    def restore(
+        cls,
+        path: epath.PathLike,
+        encoder: condition_encoders.ImageEncoder | epath.PathLike | None = None,
+    ) -> "Hypernetwork":
+        """Reads what `save` wrote; `path` may be the folder or the workdir of `hyperlora train`.
+
+        Args:
+            encoder: the condition encoder or its path; needed when it is not kept with the
+                checkpoint and no longer where it was (`stored_encoder.find`).
+
+        Raises:
+            UserError: no such folder, not a hypernetwork, damaged files, no or another encoder.
+        """
+        stored = read_stored(path)
+        found = stored_encoder.find(stored.folder, stored.config["encoder"], encoder)
+        generator = build_generator(stored.spec, stored.config["model"])
+        facts, model = stored.config["facts"], stored.config["model"]
+        return cls(generator, stored.params, found, facts, model, stored.constants)
 
 
-def _normed(x: Array) -> Array:
-    """Scale-free condition: encoders differ in the size of their embeddings."""
-    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
+class Stored(NamedTuple):
+    """A checkpoint as it lies on the disk, without its encoder.
+
+    Attributes:
+        folder: where it is.
+        config: what config.json holds.
+        spec: the sites that its LoRAs adapt.
+        params: trained parameters.
+        constants: arrays that nobody trains.
+    """
+
+    folder: epath.Path
+    config: dict[str, Any]
+    spec: LoraSpec
+    params: Params
+    constants: Params
 
 
-def _centre_init(key, shape, dtype=jnp.float32):
-    """Normal with variance 1/width: a unit input gives unit components."""
-    return jax.random.normal(key, shape, dtype) / shape[-1] ** 0.5
+def read_stored(path: epath.PathLike) -> Stored:
+    """What `Hypernetwork.save` wrote; `path` may be the folder or the workdir.
+
+    Raises:
+        UserError: no such folder, not a hypernetwork, damaged files.
+    """
+    folder = _find(epath.Path(path))
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        arrays = load_safetensors((folder / "model.safetensors").read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"checkpoint {folder}: cannot be read ({error})") from error
+    except Exception as error:  # SafetensorError is no ValueError
+        raise UserError(f"checkpoint {folder}/model.safetensors: damaged ({error})") from error
+    if config.get("format") != FORMAT:
+        raise UserError(
+            f"checkpoint {folder}: config.json is of format {config.get('format')!r}, "
+            f"expected {FORMAT!r}"
+        )
+    params = traverse_util.unflatten_dict(
+        {name: jnp.asarray(value) for name, value in arrays.items()}, sep="/"
+    )
+    constants = params.pop("constants", {})
+    spec = LoraSpec.from_json(json.dumps(config["spec"]))
+    return Stored(folder, config, spec, params, constants)
+
+
+@functools.partial(jax.jit, static_argnames=("generator", "num_samples", "draw"))
+def _write(
+    generator: Generator,
+    params: Params,
+    constants: Params,
+    pooled: Array,
+    tokens: Array,
+    key: Array,
+    num_samples: int,
+    draw: Draw,
+) -> Params:
+    condition = repeated(merge_references(pooled, tokens), num_samples)
+    return generator.sample(params, constants, condition, key, draw)
+
+
+@functools.partial(jax.jit, static_argnames=("generator", "encoder_module", "num_samples", "draw"))
+def _generate(
+    generator: Generator,
+    params: Params,
+    constants: Params,
+    encoder_module: ConvEncoder,
+    encoder_params: Params,
+    references: Array,
+    key: Array,
+    num_samples: int,
+    draw: Draw,
+) -> Params:
+    """Pictures to LoRAs as one program: on a small model every dispatch between two counts."""
+    encode = functools.partial(encoder_module.apply, {"params": encoder_params})
+    pooled, tokens = _embedded(encode, references)
+    return _write(generator, params, constants, pooled, tokens, key, num_samples, draw)
+
+
+def _embedded(encode: Callable[[Array], Any], references: Array) -> tuple[Array, Array]:
+    """Pooled [l, k, e] and tokens [l, k, m, e] of pictures [l, k, h, w, 3]."""
+    lead, found = references.shape[:2], encode(references.reshape(-1, *references.shape[2:]))
+    # Foreign encoders answer in numpy, which jnp.reshape would leave as it is.
+    pooled, tokens = map(jnp.asarray, found)
+    return (
+        pooled.reshape(*lead, *pooled.shape[1:]),
+        tokens.reshape(*lead, *tokens.shape[1:]),
+    )
+
+
+def _find(path: epath.Path) -> epath.Path:
+    for folder in (path, path / FOLDER):
+        if (folder / "model.safetensors").exists() and (folder / "config.json").exists():
+            return folder
+    state = "has none" if path.exists() else "does not exist"
+    raise UserError(
+        f"checkpoint {path}: {state}; expected a folder with config.json and model.safetensors, "
+        "or the workdir of a finished `hyperlora train`"
+    )

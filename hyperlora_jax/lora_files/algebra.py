@@ -23,7 +23,7 @@ from hyperlora_jax.lora.sites import (
     tree_from_sites,
 )
 from hyperlora_jax.lora_files import safetensors_io
-from hyperlora_jax.lora_files.base_model import read_base_model, tensor_files
+from hyperlora_jax.lora_files.base_check import read_base_model, tensor_files
 from hyperlora_jax.shipped import base_path
 
 Lora = tuple[Params, LoraSpec]

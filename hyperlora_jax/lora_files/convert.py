@@ -12,9 +12,8 @@ from typing import Any
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora import gauge
 from hyperlora_jax.lora.sites import PRESETS, LoraSpec
-from hyperlora_jax.lora_files import family as families
-from hyperlora_jax.lora_files.base_check import of_family
-from hyperlora_jax.lora_files.base_model import BaseModel, read_base_model
+from hyperlora_jax.lora_files import header as families
+from hyperlora_jax.lora_files.base_check import BaseModel, of_family, read_base_model
 from hyperlora_jax.lora_files.header import PREFIX, carried
 from hyperlora_jax.lora_files.peft_directory import adapter_folders
 from hyperlora_jax.lora_files.reading import load_lora, read_metadata

@@ -21,7 +21,6 @@ from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora.sites import LoraSite, LoraSpec, site_factors, tree_from_sites
 from hyperlora_jax.lora_files import keys, safetensors_io
 from hyperlora_jax.lora_files.base_check import check_base, layers_per_block_of
-from hyperlora_jax.lora_files.layout import Signature, signature
 from hyperlora_jax.lora_files.lora_config import header_scales
 from hyperlora_jax.lora_files.peft_directory import (
     WEIGHTS_NAME,
@@ -29,6 +28,7 @@ from hyperlora_jax.lora_files.peft_directory import (
     read_folder,
     read_vector,
 )
+from hyperlora_jax.lora_files.safetensors_io import Signature, signature
 from hyperlora_jax.lora_files.writing import DIFFUSERS_NAME
 
 SWAPPED, NARROWEST = 4, 32

@@ -1,0 +1,1 @@
+"""Mesh, sharding rules, start and end of several processes, TPU topologies."""

@@ -31,7 +31,7 @@ def start(
     `heartbeat_seconds`. Launchers restart on both.
 
     `hears_sigterm`: the coordination service takes SIGTERM over, which then ends nothing by itself
-    (`train/preemption.py`).
+    (`train/interruption.py`).
     """
     arguments = environment.settings(os.environ)
     if arguments is None:

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from hyperlora_jax.array_types import AnyArray, Array, Float, Int, Params, PRNGKey
 from hyperlora_jax.diffusion.schedule import NoiseSchedule, add_noise, target
+from hyperlora_jax.stable_diffusion.networks.unet import UNet
 from hyperlora_jax.stable_diffusion.text_conditions import Text, apply_unet
-from hyperlora_jax.stable_diffusion.unet import UNet
 
 
 def denoising_loss(

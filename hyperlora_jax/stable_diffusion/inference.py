@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from hyperlora_jax.array_types import AnyArray, Array, Float, Int, Params, PRNGKey, Shaped
 from hyperlora_jax.diffusion.samplers import SAMPLERS
 from hyperlora_jax.diffusion.schedule import NoiseSchedule
-from hyperlora_jax.stable_diffusion.autoencoder import AutoencoderKL
-from hyperlora_jax.stable_diffusion.clip_text import ClipTextModel
+from hyperlora_jax.stable_diffusion.networks.autoencoder import AutoencoderKL
+from hyperlora_jax.stable_diffusion.networks.clip_text import ClipTextModel
+from hyperlora_jax.stable_diffusion.networks.unet import UNet, sinusoidal_embedding
 from hyperlora_jax.stable_diffusion.text_conditions import Text, apply_unet, with_sizes
-from hyperlora_jax.stable_diffusion.unet import UNet, sinusoidal_embedding
 
 
 @functools.partial(jax.jit, static_argnames=("encoders", "is_xl", "clip_skip"))

@@ -21,18 +21,19 @@ from hyperlora_jax.diffusion.schedule import NoiseSchedule
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora.sites import LoraSpec, component_tree, spec_from_shapes
 from hyperlora_jax.parallel.sharding import DEFAULT_RULES, Rule, split_rows
-from hyperlora_jax.stable_diffusion import directory, inference, loading, single_file
-from hyperlora_jax.stable_diffusion.autoencoder import AutoencoderKL
-from hyperlora_jax.stable_diffusion.checkpoint import param_shapes
-from hyperlora_jax.stable_diffusion.clip_text import ClipTextModel
-from hyperlora_jax.stable_diffusion.lora_argument import (
+from hyperlora_jax.stable_diffusion import inference
+from hyperlora_jax.stable_diffusion.networks.autoencoder import AutoencoderKL
+from hyperlora_jax.stable_diffusion.networks.clip_text import ClipTextModel
+from hyperlora_jax.stable_diffusion.networks.lora_argument import (
     check_lora,
     count_loras,
     lora_tree,
     scaled,
 )
-from hyperlora_jax.stable_diffusion.parts import check_token_ids, load_tokenizer
-from hyperlora_jax.stable_diffusion.unet import UNet
+from hyperlora_jax.stable_diffusion.networks.unet import UNet
+from hyperlora_jax.stable_diffusion.weights import directory, loading, single_file
+from hyperlora_jax.stable_diffusion.weights.flax_trees import param_shapes
+from hyperlora_jax.stable_diffusion.weights.parts import check_token_ids, load_tokenizer
 
 NO_LENGTH = 10**9  # transformers gives 1e30 for a tokenizer that names no model_max_length
 

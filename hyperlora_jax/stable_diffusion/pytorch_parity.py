@@ -19,9 +19,9 @@ import numpy as np
 
 from hyperlora_jax.diffusion.schedule import NoiseSchedule
 from hyperlora_jax.errors import UserError
-from hyperlora_jax.stable_diffusion import directory, loading
 from hyperlora_jax.stable_diffusion.model import StableDiffusion
-from hyperlora_jax.stable_diffusion.unet import UNet, unet_from_config
+from hyperlora_jax.stable_diffusion.networks.unet import UNet, unet_from_config
+from hyperlora_jax.stable_diffusion.weights import directory, loading
 
 PARTS = ("unet", "vae", "text")
 PROMPTS = ("a photo of a cat on a red chair", "an oil painting of two boats, a storm behind them")

@@ -14,10 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from hyperlora_jax.array_types import AnyArray, Array, Float, Int, Params
-from hyperlora_jax.stable_diffusion.unet import UNet
-from hyperlora_jax.stable_diffusion.unet_config import UNetConfig
+from hyperlora_jax.stable_diffusion.networks.unet import UNet
+from hyperlora_jax.stable_diffusion.networks.unet_config import NUM_SIZES, UNetConfig
 
-NUM_SIZES = 6
 Text = Mapping[str, AnyArray]
 
 

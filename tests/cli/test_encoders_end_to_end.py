@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from hyperlora_jax.cli.main import main
-from hyperlora_jax.hypernet.conditioning import load_condition_encoder
-from hyperlora_jax.hypernet.model import Hypernetwork
+from hyperlora_jax.encoders.named_encoders import load_condition_encoder
+from hyperlora_jax.hypernet.hypernetwork import Hypernetwork
 from hyperlora_jax.lora_files import read_metadata
 from tests import user_world
 

@@ -8,13 +8,13 @@ import pytest
 from PIL import Image
 
 from hyperlora_jax.cli import directions, import_loras, inspect_dataset
-from hyperlora_jax.data.lora_targets import open_lora_targets
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.hypernet.editing import load_directions
 from hyperlora_jax.lora import vectorize
 from hyperlora_jax.lora_files import save_lora
+from hyperlora_jax.targets.lora_targets import open_lora_targets
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "targets"))
 import tiny_base
 
 

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from hyperlora_jax.diffusion.schedule import NoiseSchedule
-from hyperlora_jax.distill import run
+from hyperlora_jax.distill import distillation
 from hyperlora_jax.lora.sites import spec_from_shapes
-from hyperlora_jax.stable_diffusion.checkpoint import init_params
 from hyperlora_jax.stable_diffusion.embedded import load_base
-from hyperlora_jax.stable_diffusion.unet import unet_from_config
+from hyperlora_jax.stable_diffusion.networks.unet import unet_from_config
+from hyperlora_jax.stable_diffusion.weights.flax_trees import init_params
 
 CONFIG = {
     "sample_size": 4,
@@ -54,5 +54,5 @@ def _small_base():
     drawn = sd.replace_params({"unet": init_params(unet, jax.random.key(0))})
     sd = dataclasses.replace(drawn, unet=unet)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "load_frozen", lambda *_: sd)
+        patch.setattr(distillation, "load_frozen", lambda *_: sd)
         yield sd

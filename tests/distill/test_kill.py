@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hyperlora_jax.data.lora_targets import open_lora_targets
-from hyperlora_jax.data.spool import finished_ids
+from hyperlora_jax.targets.lora_targets import open_lora_targets
+from hyperlora_jax.targets.spool import finished_ids
 
 ROOT = Path(__file__).parents[2]
 NUM_CONCEPTS = 6

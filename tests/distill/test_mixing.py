@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from hyperlora_jax.cli.main import run_command
-from hyperlora_jax.data.lora_targets import open_lora_targets
-from hyperlora_jax.data.spool import finished_files
-from hyperlora_jax.distill import run
+from hyperlora_jax.distill import distillation
 from hyperlora_jax.distill import slots as slot_state
+from hyperlora_jax.targets.lora_targets import open_lora_targets
+from hyperlora_jax.targets.spool import finished_files
 
 pytestmark = pytest.mark.usefixtures("small_base")
 AVATARS = str(Path(__file__).parents[2] / "configs" / "avatars.py")
@@ -61,7 +61,7 @@ def _distill(people, tmp_path, capsys):
 
 def interrupted(distill, after, *args, **settings):
     """A run that is killed when `after` LoRAs are in the spool."""
-    written, write = [], run.write_finished
+    written, write = [], distillation.write_finished
 
     def killed(*given):
         if len(written) == after:
@@ -70,7 +70,7 @@ def interrupted(distill, after, *args, **settings):
         return write(*given)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "write_finished", killed)
+        patch.setattr(distillation, "write_finished", killed)
         assert distill(*args, **settings)[0] == 130
 
 
@@ -106,9 +106,9 @@ def test_another_recipe_rank_or_base_is_refused_and_both_sides_are_named(
     ):
         code, said = distill(4, **settings)
         assert code == 2 and "targets was made with " in said[-1] and named in said[-1]
-    base = run.load_frozen("tiny-sd", None, None)
+    base = distillation.load_frozen("tiny-sd", None, None)
     unet = jax.tree.map(lambda leaf: leaf + 1, base.params["unet"])
-    monkeypatch.setattr(run, "load_frozen", lambda *_: base.replace_params({"unet": unet}))
+    monkeypatch.setattr(distillation, "load_frozen", lambda *_: base.replace_params({"unet": unet}))
     code, said = distill(4)
     assert code == 2 and "was made with base_hash = '" in said[-1]
 
@@ -215,7 +215,7 @@ def test_a_diverging_concept_goes_to_quarantine_and_the_others_finish(
     distill, people, tmp_path, monkeypatch
 ):
     """Latents of one concept are made so large that its first loss is not finite."""
-    fit_loras, calls = run.fit_loras, []
+    fit_loras, calls = distillation.fit_loras, []
 
     def of_bert(*args, **kwargs):
         given, load = list(args), args[6]
@@ -228,7 +228,7 @@ def test_a_diverging_concept_goes_to_quarantine_and_the_others_finish(
         given[6] = huge
         return fit_loras(*given, **kwargs)
 
-    monkeypatch.setattr(run, "fit_loras", of_bert)
+    monkeypatch.setattr(distillation, "fit_loras", of_bert)
     code, said = distill(3, num_slots=2)
     assert code == 0, said
     quarantine = tmp_path / "run" / "targets" / "quarantine.jsonl"
@@ -247,7 +247,7 @@ def test_a_diverging_concept_goes_to_quarantine_and_the_others_finish(
 
     # With other pictures it deserves another attempt.
     Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(people / "bert" / "0.png")
-    monkeypatch.setattr(run, "fit_loras", fit_loras)
+    monkeypatch.setattr(distillation, "fit_loras", fit_loras)
     code, said = distill(3, num_slots=2)
     assert code == 0 and said[-1].endswith("LoRAs of 3 concepts, 2 of them were there")
     assert not quarantine.exists()
@@ -268,7 +268,7 @@ def test_when_every_concept_diverges_nothing_is_written(distill, tmp_path):
 def test_text_states_that_are_not_finite_are_named(distill, small_base, monkeypatch):
     broken = jax.tree.map(lambda leaf: leaf * np.nan, small_base.params["text_encoder"])
     sd = small_base.replace_params({"text_encoder": broken})
-    monkeypatch.setattr(run, "load_frozen", lambda *_: sd)
+    monkeypatch.setattr(distillation, "load_frozen", lambda *_: sd)
     code, said = distill(2)
     assert code == 2 and "the text states of its captions are not finite; do the base's" in said[-1]
 

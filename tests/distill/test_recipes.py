@@ -10,9 +10,8 @@ import pytest
 
 from hyperlora_jax.cli.config import load_config
 from hyperlora_jax.distill import slots as slot_state
-from hyperlora_jax.distill.fit import fit_loras
-from hyperlora_jax.distill.run import make_recipe
-from hyperlora_jax.distill.slot_run import on_plateau
+from hyperlora_jax.distill.distillation import make_recipe
+from hyperlora_jax.distill.fit import fit_loras, on_plateau
 from hyperlora_jax.distill.slots import Recipe
 from hyperlora_jax.errors import UserError
 

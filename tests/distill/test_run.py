@@ -8,12 +8,12 @@ import pytest
 from PIL import Image
 
 from hyperlora_jax.cli.config import load_config
-from hyperlora_jax.data import pictures
-from hyperlora_jax.data.lora_targets import open_lora_targets
-from hyperlora_jax.distill import run
+from hyperlora_jax.distill import distillation
 from hyperlora_jax.distill import slots as slot_state
+from hyperlora_jax.encoders.named_encoders import load_condition_encoder
 from hyperlora_jax.errors import UserError
-from hyperlora_jax.hypernet.conditioning import load_condition_encoder
+from hyperlora_jax.pictures import pictures
+from hyperlora_jax.targets.lora_targets import open_lora_targets
 
 AVATARS = str(Path(__file__).parents[2] / "configs" / "avatars.py")
 SHAPES = {"even": (32, 32), "tall": (40, 24), "tall too": (41, 22)}
@@ -50,7 +50,9 @@ def config(concepts, count, *more):
 
 def test_one_program_per_shape_and_loras_that_do_not_depend_on_the_others(concepts, tmp_path):
     programs = slot_state.advance._cache_size()
-    path = run.distill(config(concepts, 3, "distill.buckets=True"), tmp_path / "buckets").path
+    path = distillation.distill(
+        config(concepts, 3, "distill.buckets=True"), tmp_path / "buckets"
+    ).path
     assert slot_state.advance._cache_size() == programs + 2, "expected one program per shape"
     targets = open_lora_targets(path)
     found = {targets.ids[k]: targets[k] for k in range(3)}
@@ -66,7 +68,7 @@ def test_one_program_per_shape_and_loras_that_do_not_depend_on_the_others(concep
     shown = np.stack([pictures.decode(png, 16) for png in found["even"].references])
     expected, _ = encoder.encode(shown.astype(np.float32) / 255.0)
     np.testing.assert_allclose(found["even"].embeddings[encoder.name], expected, atol=1e-4)
-    alone = open_lora_targets(run.distill(config(concepts, 1), tmp_path / "square").path)
+    alone = open_lora_targets(distillation.distill(config(concepts, 1), tmp_path / "square").path)
     assert slot_state.advance._cache_size() == programs + 2, "the square program serves again"
     assert alone.ids == ["even"] and np.abs(alone[0].lora).max() > 0
     np.testing.assert_allclose(found["even"].lora, alone[0].lora, atol=1e-6)
@@ -82,9 +84,9 @@ def test_wrong_settings_are_named(concepts, tmp_path):
         ("data.source=avatars2", "avatars2: does not exist, expected a folder of concepts"),
     ):
         with pytest.raises(UserError, match=match):
-            run.distill(config(concepts, 3, setting), tmp_path / "out")
+            distillation.distill(config(concepts, 3, setting), tmp_path / "out")
     given = config(concepts, 3)
     with given.unlocked():
         given.distill.recipe.prior_weight = 1.0
     with pytest.raises(UserError, match="has a prior_weight, but there is no"):
-        run.distill(given, tmp_path / "out")
+        distillation.distill(given, tmp_path / "out")

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from hyperlora_jax.data.avatars import Avatars
 from hyperlora_jax.evaluate.protocol import make_evaluation_set
+from hyperlora_jax.worlds.avatars import Avatars
 
 
 class OracleProbe:

@@ -5,7 +5,7 @@ import types
 import jax
 import numpy as np
 
-from hyperlora_jax.evaluate import analysis
+from hyperlora_jax.evaluate.audits import analysis
 from hyperlora_jax.lora import factors, vectorize
 from hyperlora_jax.lora.sites import spec_from_shapes
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from hyperlora_jax.errors import UserError
-from hyperlora_jax.evaluate.attribute_probe import AttributeProbe
-from hyperlora_jax.train import probe_task
-from hyperlora_jax.train.render_bundle import RenderBundle
+from hyperlora_jax.evaluate.judges.attribute_probe import AttributeProbe
+from hyperlora_jax.pretrain import probe_task
+from hyperlora_jax.pretrain.render_bundle import RenderBundle
 
 ENCODER = {"widths": (4, 8), "embedding_dim": 8, "pool_channels": 2, "groups": 4}
 

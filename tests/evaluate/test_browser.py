@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hyperlora_jax.evaluate import compare, report, sections
+from hyperlora_jax.evaluate import compare
+from hyperlora_jax.evaluate.audits.quality_curves import run_curve
 from hyperlora_jax.evaluate.compare import Method
-from hyperlora_jax.evaluate.method_names import ORDER
-from hyperlora_jax.evaluate.steps_to_quality import run_curve
-from hyperlora_jax.evaluate.summary import summarise
+from hyperlora_jax.evaluate.methods import ORDER
+from hyperlora_jax.evaluate.report import html_page, sections
+from hyperlora_jax.evaluate.report.summary import summarise
 from tests.evaluate import chromium
 
 pytestmark = [
@@ -117,7 +118,7 @@ def _files(test_set, validation_set, probe, tmp_path_factory):
         further={"lpips": {name: result.scores.error for name, result in results.items()}},
         judges=judges,
     )
-    return report.write_report(
+    return html_page.write_report(
         folder,
         summary,
         results,

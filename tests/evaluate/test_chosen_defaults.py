@@ -1,11 +1,11 @@
 import numpy as np
 import pytest
 
-from hyperlora_jax.evaluate.chosen_defaults import ChosenDefaults
 from hyperlora_jax.evaluate.compare import MethodResult, Scores
-from hyperlora_jax.evaluate.questions import Questions
+from hyperlora_jax.evaluate.own_source import ChosenDefaults
+from hyperlora_jax.evaluate.protocol import Questions
 from hyperlora_jax.hypernet.baselines import make_baseline
-from hyperlora_jax.hypernet.model import Hypernetwork
+from hyperlora_jax.hypernet.hypernetwork import Hypernetwork
 from hyperlora_jax.lora.sites import LoraSite, LoraSpec
 
 

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from hyperlora_jax.data.avatars import Avatars
-from hyperlora_jax.evaluate.confidence import auc, confidence_section, strangers
+from hyperlora_jax.evaluate.audits.confidence import auc, confidence_section, strangers
+from hyperlora_jax.worlds.avatars import Avatars
 
 
 @pytest.fixture

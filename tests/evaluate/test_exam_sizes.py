@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 
 from hyperlora_jax.errors import UserError
-from hyperlora_jax.evaluate.exam_sizes import Offer, asked_sizes, fitting_sizes, fitting_splits
+from hyperlora_jax.evaluate.exams import Offer, asked_sizes, fitting_sizes, fitting_splits
 from hyperlora_jax.evaluate.picture_sets import Sizes
 
 USUAL = Sizes(

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hyperlora_jax.encoders.named_encoders import load_condition_encoder
 from hyperlora_jax.errors import UserError
-from hyperlora_jax.hypernet.conditioning import load_condition_encoder
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("onnx")

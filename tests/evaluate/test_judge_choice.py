@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from hyperlora_jax.evaluate.judge_choice import choose_judges, same_encoder
-from hyperlora_jax.hypernet.conditioning import load_condition_encoder, save_encoder
+from hyperlora_jax.encoders.condition_encoders import save_encoder
+from hyperlora_jax.encoders.named_encoders import load_condition_encoder
+from hyperlora_jax.evaluate.judges.judges import choose_judges, same_encoder
 from tests import user_world
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from hyperlora_jax.errors import UserError
-from hyperlora_jax.evaluate import judges
+from hyperlora_jax.evaluate.judges import judges
 
 
 @dataclasses.dataclass(frozen=True)

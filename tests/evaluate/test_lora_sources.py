@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hyperlora_jax.evaluate import lora_sources
-from hyperlora_jax.evaluate.lora_sources import BASELINE_NAMES, Context, make_source
+from hyperlora_jax.evaluate import method_loras
+from hyperlora_jax.evaluate.method_loras import BASELINE_NAMES, Context, make_source
 from hyperlora_jax.hypernet.building import build_generator
 from hyperlora_jax.hypernet.condition import Condition
-from hyperlora_jax.hypernet.model import Hypernetwork
+from hyperlora_jax.hypernet.hypernetwork import Hypernetwork
 from hyperlora_jax.lora import vectorize
 from hyperlora_jax.lora.sites import LoraSite, LoraSpec, validate
 
@@ -62,7 +62,7 @@ def test_controls_are_what_they_say(context, test_set):
     np.testing.assert_allclose(nearest, context.vectors[:6], rtol=1e-5)
     copies = vectors_of(make_source("noisy_copy", context), test_set)
     distance = np.linalg.norm(copies - nearest, axis=1)
-    wanted = 0.5 * lora_sources.median_nearest_distance(context.vectors)
+    wanted = 0.5 * method_loras.median_nearest_distance(context.vectors)
     np.testing.assert_allclose(distance, wanted, rtol=0.4)
     generated = vectors_of(make_source("generated", context), test_set)
     shuffled = vectors_of(make_source("shuffled", context), test_set)

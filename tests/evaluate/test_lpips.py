@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from hyperlora_jax.errors import UserError
-from hyperlora_jax.evaluate import lpips
+from hyperlora_jax.evaluate.judges import lpips
 from hyperlora_jax.lora_files import safetensors_io
 
 torch = pytest.importorskip("torch")

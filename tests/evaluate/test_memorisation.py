@@ -2,8 +2,8 @@ import jax
 import numpy as np
 import pytest
 
-from hyperlora_jax.evaluate import memorisation
-from hyperlora_jax.evaluate.memorisation import audit_loras, delta_gram, image_memorisation
+from hyperlora_jax.evaluate.audits import memorisation
+from hyperlora_jax.evaluate.audits.memorisation import audit_loras, delta_gram, image_memorisation
 
 SITES = (("a", 12, 9), ("b", 7, 10))
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from hyperlora_jax.errors import UserError
-from hyperlora_jax.evaluate.method_needs import runnable_methods
+from hyperlora_jax.evaluate.method_loras import runnable_methods
 from hyperlora_jax.evaluate.training_loras import TrainingLoras
 
 ALL = ("base", "mean_lora", "nearest", "noisy_copy", "pca_gaussian", "shuffled", "generated",

@@ -5,13 +5,15 @@ import dataclasses
 import numpy as np
 import pytest
 
-from hyperlora_jax.data import pictures
-from hyperlora_jax.data.subjects import Subject
-from hyperlora_jax.evaluate import charts, compare, figures, judges, report, verdicts, wording
+from hyperlora_jax.evaluate import compare
 from hyperlora_jax.evaluate.compare import Method
-from hyperlora_jax.evaluate.picture_scores import PictureScorer
+from hyperlora_jax.evaluate.judges import judges
+from hyperlora_jax.evaluate.judges.picture_scores import PictureScorer
 from hyperlora_jax.evaluate.picture_sets import Sizes, in_order, make_picture_sets
-from hyperlora_jax.evaluate.summary import summarise
+from hyperlora_jax.evaluate.report import charts, figures, html_page, verdicts, wording
+from hyperlora_jax.evaluate.report.summary import summarise
+from hyperlora_jax.pictures import pictures
+from hyperlora_jax.pictures.subjects import Subject
 
 
 class MeanColour:
@@ -118,7 +120,7 @@ def test_the_report_says_what_was_measured(sets, results, tmp_path):
     assert "clip_text" in summary["differences"]["base"]
     cases = figures.worst_cases(test, results["shuffled"])
     assert [c.mistaken_for for c in cases] == [(c.identity - 1) % 5 for c in cases]
-    files = report.write_report(
+    files = html_page.write_report(
         tmp_path, summary, results, test, title="t", lead="l", done=[], num_rows=3
     )
     page = files.page.read_text()

@@ -3,8 +3,6 @@ import dataclasses
 import numpy as np
 import pytest
 
-from hyperlora_jax.data import pictures
-from hyperlora_jax.data.subjects import Subject
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.evaluate.picture_sets import (
     Sizes,
@@ -14,6 +12,8 @@ from hyperlora_jax.evaluate.picture_sets import (
     parted,
 )
 from hyperlora_jax.evaluate.sample_cache import cache_key
+from hyperlora_jax.pictures import pictures
+from hyperlora_jax.pictures.subjects import Subject
 
 SIZES = Sizes(
     num_identities=3, num_validation=2, num_captions=4, num_views=2, num_candidates=4

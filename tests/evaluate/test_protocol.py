@@ -2,8 +2,7 @@ import numpy as np
 import pytest
 
 from hyperlora_jax.errors import UserError
-from hyperlora_jax.evaluate.protocol import make_evaluation_set, training_ids
-from hyperlora_jax.evaluate.questions import check_disjoint
+from hyperlora_jax.evaluate.protocol import check_disjoint, make_evaluation_set, training_ids
 
 SMALL = {"num_captions": 1, "num_views": 1, "num_pooled_captions": 2, "progress": False}
 

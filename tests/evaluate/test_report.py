@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hyperlora_jax.evaluate import charts, compare, figures, report, verdicts, wording
+from hyperlora_jax.evaluate import compare
 from hyperlora_jax.evaluate.compare import Method
-from hyperlora_jax.evaluate.summary import summarise
+from hyperlora_jax.evaluate.report import charts, figures, html_page, verdicts, wording
+from hyperlora_jax.evaluate.report.summary import summarise
 
 METHODS = ("base", "mean_lora", "shuffled", "nearest", "generated", "conventional")
 
@@ -47,7 +48,7 @@ def summary(results, test_set, validation_set):
 def files(results, summary, test_set, tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     chart = charts.histogram_chart({"a": [0.0, 1.0], "b": [1.0, 2.0]}, "distance")
-    return report.write_report(
+    return html_page.write_report(
         folder,
         summary,
         results,
@@ -55,7 +56,7 @@ def files(results, summary, test_set, tmp_path_factory):
         title="A <title>",
         lead="Lead.",
         done=["Paragraph."],
-        extra_figures=[report.Figure("extra", chart, "An extra chart.", "Extra")],
+        extra_figures=[html_page.Figure("extra", chart, "An extra chart.", "Extra")],
     )
 
 
@@ -124,7 +125,7 @@ def test_judges_get_a_table(summary):
     judged = {"similarity": {"generated": {"mean": 0.5, "stderr": 0.1, "n": 3}}}
     judges = {"dino": {**judged, "is_condition_encoder": False, "hash": "x"}}
     judges["own"] = {**judges["dino"], "is_condition_encoder": True}
-    page = report.render_page({**summary, "judges": judges}, [], title="t", lead="l", done=[])
+    page = html_page.render_page({**summary, "judges": judges}, [], title="t", lead="l", done=[])
     assert "own (condition encoder)" in page and "0.500" in page and "Other judges" in page
 
 
@@ -155,7 +156,7 @@ def test_worst_cases_come_worst_first(results, test_set):
 
 def test_unknown_place():
     with pytest.raises(ValueError, match="expected a place"):
-        report.Figure("a", b"", "", place="left")
+        html_page.Figure("a", b"", "", place="left")
 
 
 def test_charts_are_pictures():

@@ -11,16 +11,16 @@ import pytest
 from PIL import Image
 
 from hyperlora_jax.cli.config import load_config
-from hyperlora_jax.data.avatars import Avatars
-from hyperlora_jax.data.lora_targets_writer import write_lora_targets
-from hyperlora_jax.data.pictures import encode_png
-from hyperlora_jax.data.subjects import Subject
+from hyperlora_jax.encoders.named_encoders import load_condition_encoder
 from hyperlora_jax.errors import UserError
-from hyperlora_jax.evaluate.run import Evaluation, evaluate
+from hyperlora_jax.evaluate.evaluation import Evaluation, evaluate
 from hyperlora_jax.hypernet.baselines import make_baseline
-from hyperlora_jax.hypernet.conditioning import load_condition_encoder
-from hyperlora_jax.hypernet.model import FOLDER, Hypernetwork
+from hyperlora_jax.hypernet.hypernetwork import FOLDER, Hypernetwork
+from hyperlora_jax.pictures.pictures import encode_png
+from hyperlora_jax.pictures.subjects import Subject
 from hyperlora_jax.stable_diffusion.embedded import load_base
+from hyperlora_jax.targets.lora_targets_writer import write_lora_targets
+from hyperlora_jax.worlds.avatars import Avatars
 
 pytestmark = pytest.mark.slow
 

@@ -6,8 +6,8 @@ import pytest
 from PIL import Image
 
 from hyperlora_jax.errors import UserError
-from hyperlora_jax.evaluate import sections, verdicts
-from hyperlora_jax.evaluate.steps_to_quality import run_curve
+from hyperlora_jax.evaluate.audits.quality_curves import run_curve
+from hyperlora_jax.evaluate.report import sections, verdicts
 
 RANDOM = np.random.default_rng(0)
 

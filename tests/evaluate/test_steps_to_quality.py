@@ -3,8 +3,8 @@ import json
 import numpy as np
 import pytest
 
-from hyperlora_jax.evaluate import steps_to_quality
-from hyperlora_jax.evaluate.steps_to_quality import headlines, run_curve
+from hyperlora_jax.evaluate.audits import quality_curves
+from hyperlora_jax.evaluate.audits.quality_curves import headlines, run_curve
 
 STEPS = (0, 10, 100, 400)
 
@@ -51,9 +51,9 @@ def test_interrupted_fit_equals_whole(curves):
 
 def test_json_and_chart(curves):
     full = curves["zero"].scores["identity_top1"][-1]
-    text = json.dumps(steps_to_quality.to_json(curves, headlines(curves, full)))
+    text = json.dumps(quality_curves.to_json(curves, headlines(curves, full)))
     assert json.loads(text)["curves"]["zero"]["steps"] == list(STEPS)
-    steps, means = steps_to_quality.chart_series(curves)["hypernetwork"]
+    steps, means = quality_curves.chart_series(curves)["hypernetwork"]
     assert steps == list(STEPS) and means[0] == pytest.approx(0.9)
 
 

@@ -9,9 +9,9 @@ import pytest
 from hyperlora_jax.cli.config import overridden
 from hyperlora_jax.cli.main import main
 from hyperlora_jax.cli.workdir_config import read_config
-from hyperlora_jax.evaluate.run import Evaluation
-from hyperlora_jax.evaluate.wording import counted
-from hyperlora_jax.hypernet.model import Hypernetwork
+from hyperlora_jax.evaluate.evaluation import Evaluation
+from hyperlora_jax.evaluate.report.wording import counted
+from hyperlora_jax.hypernet.hypernetwork import Hypernetwork
 from tests import user_world
 
 pytestmark = pytest.mark.slow

@@ -2,7 +2,7 @@ import jax
 import numpy as np
 import pytest
 
-from hyperlora_jax.evaluate.weight_errors import sites, spectrum, weight_errors
+from hyperlora_jax.evaluate.audits.weight_errors import sites, spectrum, weight_errors
 
 RANDOM = np.random.default_rng(0)
 

@@ -15,7 +15,7 @@ from hyperlora_jax.hypernet.editing import (
     load_directions,
     save_directions,
 )
-from hyperlora_jax.hypernet.model import Hypernetwork
+from hyperlora_jax.hypernet.hypernetwork import Hypernetwork
 from hyperlora_jax.lora import factors, losses, vectorize
 from hyperlora_jax.lora.sites import LoraSite, LoraSpec, site_factors, tree_from_sites, validate
 

@@ -4,8 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hyperlora_jax.hypernet.heads import Head, frozen_basis
-from hyperlora_jax.hypernet.token_layout import make_layout
+from hyperlora_jax.hypernet.token_layout import Head, frozen_basis, make_layout
 from hyperlora_jax.lora.sites import LoraSite, LoraSpec
 
 SPEC = LoraSpec((LoraSite("down_blocks.0.attentions.0.proj.attn1.to_q", 24, 16, 2, "linear"),))

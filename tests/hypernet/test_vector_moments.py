@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from hyperlora_jax.hypernet import vector_moments
+from hyperlora_jax.hypernet import baselines
 
 
 class Read:
@@ -21,13 +21,13 @@ class Read:
 
 @pytest.fixture
 def vectors(monkeypatch):
-    monkeypatch.setattr(vector_moments, "CHUNK", 7)
+    monkeypatch.setattr(baselines, "CHUNK", 7)
     return np.random.default_rng(0).normal(3, 1, (33, 50)).astype(np.float32)
 
 
 def test_mean_is_that_of_the_whole_array_to_the_last_bit(vectors):
     read = Read(vectors)
-    np.testing.assert_array_equal(vector_moments.mean(read), vectors.mean(axis=0))
+    np.testing.assert_array_equal(baselines.mean(read), vectors.mean(axis=0))
     assert read.most == 7
 
 
@@ -35,9 +35,9 @@ def test_inner_products_and_sums_are_those_of_the_whole_array(vectors):
     read, centre = Read(vectors), vectors.mean(axis=0)
     whole = (vectors - centre).astype(np.float64)
     np.testing.assert_allclose(
-        vector_moments.gram(read, centre, np.float64), whole @ whole.T, rtol=1e-12, atol=1e-12
+        baselines.gram(read, centre, np.float64), whole @ whole.T, rtol=1e-12, atol=1e-12
     )
     weights = np.random.default_rng(1).normal(size=(4, 33))
-    found = vector_moments.combined(weights, read, centre)
+    found = baselines.combined(weights, read, centre)
     np.testing.assert_allclose(found, weights @ whole, rtol=1e-12, atol=1e-12)
     assert read.most == 7

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from hyperlora_jax.hypernet.weight_vae import Latents, WeightVae, vae_losses
+from hyperlora_jax.hypernet.weight_diffusion import Latents, WeightVae, vae_losses
 from hyperlora_jax.lora.sites import LoraSite, LoraSpec
 
 SPEC = LoraSpec((LoraSite("down_blocks.0.attentions.0.proj.attn1.to_q", 8, 8, 2, "linear"),))

@@ -125,8 +125,7 @@ def read_torch(path):
     import torch
 
     from hyperlora_jax.lora_files import load_lora
-    from hyperlora_jax.lora_files.normal_form import normal_form
-    from hyperlora_jax.lora_files.writing import diffusers_tensors
+    from hyperlora_jax.lora_files.writing import diffusers_tensors, normal_form
 
     lora, spec = load_lora(path)
     unet = spec.component("unet")

@@ -9,7 +9,7 @@ import torch
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora.sites import LoraSite, LoraSpec, site_factors
 from hyperlora_jax.lora_files import load_lora
-from hyperlora_jax.lora_files.inspection import inspect_lora
+from hyperlora_jax.lora_files.compatibility import inspect_lora
 from hyperlora_jax.lora_files.safetensors_io import write
 from hyperlora_jax.lora_files.verify import _adapted, _delta, _heard, _loaded_deltas, verify_source
 from tests.lora_files.conftest import spec_of, torch_modules

@@ -3,7 +3,7 @@ import pytest
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora.sites import LoraSite, LoraSpec
 from hyperlora_jax.lora_files import read_metadata, save_lora
-from hyperlora_jax.lora_files.family import check, recognise
+from hyperlora_jax.lora_files.header import check, recognise
 from tests.lora_files.conftest import random_lora
 
 BLOCK = ".attentions.0.transformer_blocks.0."

@@ -4,7 +4,7 @@ import pytest
 
 from hyperlora_jax.lora.sites import spec_from_shapes
 from hyperlora_jax.lora_files import keys
-from hyperlora_jax.lora_files.family import recognise
+from hyperlora_jax.lora_files.header import recognise
 from hyperlora_jax.lora_files.writing import kohya_names
 from tests.lora_files.conftest import shapes_of
 

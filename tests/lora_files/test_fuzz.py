@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora.sites import LoraSite, LoraSpec
 from hyperlora_jax.lora_files import load_lora, save_lora
-from hyperlora_jax.lora_files.inspection import inspect_lora
+from hyperlora_jax.lora_files.compatibility import inspect_lora
 from hyperlora_jax.lora_files.safetensors_io import write
 from tests.lora_files.conftest import random_lora
 

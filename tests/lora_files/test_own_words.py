@@ -10,7 +10,7 @@ from hyperlora_jax.cli.main import main
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora.sites import site_factors
 from hyperlora_jax.lora_files import load_lora
-from hyperlora_jax.lora_files.family import declared, tell
+from hyperlora_jax.lora_files.header import declared, tell
 
 FIRST = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 TEXT = "lora_te1_text_model_encoder_layers_0_self_attn_q_proj"

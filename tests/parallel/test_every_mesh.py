@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from jax.experimental import mesh_utils
 
-from hyperlora_jax.data.pipelines import array_batches
+from hyperlora_jax.aot import ahead_of_time
+from hyperlora_jax.batches.pipelines import array_batches
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.parallel import sharding
 from hyperlora_jax.parallel.topology import GRIDS_2D, parse
-from hyperlora_jax.train import ahead_of_time
 
 FLAT = [f"{chip}-{size}" for chip in ("v5e", "v6e") for size in GRIDS_2D]
 CUBES = [f"{chip}-{2**k}" for chip in ("v4", "v5p") for k in range(3, 11)]

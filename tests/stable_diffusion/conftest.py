@@ -97,7 +97,7 @@ def nchw(array):
 
 def flax_params(module, flax_module, component="unet"):
     """Our tree of a PyTorch module's weights."""
-    from hyperlora_jax.stable_diffusion.checkpoint import param_shapes, torch_to_flax
+    from hyperlora_jax.stable_diffusion.weights.flax_trees import param_shapes, torch_to_flax
 
     tensors = [(name, value.numpy) for name, value in module.state_dict().items()]
     return torch_to_flax(tensors, param_shapes(flax_module), component, "module")

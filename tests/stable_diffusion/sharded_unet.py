@@ -15,9 +15,9 @@ from hyperlora_jax.lora import factors
 from hyperlora_jax.lora.sites import spec_from_shapes
 from hyperlora_jax.parallel import sharding
 from hyperlora_jax.parallel.mesh import make_mesh
-from hyperlora_jax.stable_diffusion import attention_kernels
-from hyperlora_jax.stable_diffusion.checkpoint import init_params
-from hyperlora_jax.stable_diffusion.unet import unet_from_config
+from hyperlora_jax.stable_diffusion.networks import attention_kernels
+from hyperlora_jax.stable_diffusion.networks.unet import unet_from_config
+from hyperlora_jax.stable_diffusion.weights.flax_trees import init_params
 
 BATCH = 8
 

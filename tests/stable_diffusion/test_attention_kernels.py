@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from hyperlora_jax.errors import UserError
-from hyperlora_jax.stable_diffusion.attention_kernels import (
+from hyperlora_jax.stable_diffusion.networks.attention_kernels import (
     attend,
     choose,
     splash_attention,

@@ -1,10 +1,10 @@
 import pytest
 
 from hyperlora_jax.errors import UserError
-from hyperlora_jax.stable_diffusion.autoencoder import vae_from_config
-from hyperlora_jax.stable_diffusion.clip_text import text_model_from_config
-from hyperlora_jax.stable_diffusion.rematerialisation import check_remat
-from hyperlora_jax.stable_diffusion.unet import unet_from_config
+from hyperlora_jax.stable_diffusion.networks.autoencoder import vae_from_config
+from hyperlora_jax.stable_diffusion.networks.blocks import check_remat
+from hyperlora_jax.stable_diffusion.networks.clip_text import text_model_from_config
+from hyperlora_jax.stable_diffusion.networks.unet import unet_from_config
 
 from .conftest import tiny_text_config, tiny_unet_config, tiny_vae_config
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from hyperlora_jax.stable_diffusion.convolution import conv2d, flax_conv2d
+from hyperlora_jax.stable_diffusion.networks.layers import conv2d, flax_conv2d
 
 CASES = [
     (3, 1, ((1, 1), (1, 1)), 8),

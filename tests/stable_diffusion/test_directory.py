@@ -12,8 +12,8 @@ from safetensors.numpy import load_file, save_file
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora import factors
 from hyperlora_jax.lora_files import load_lora, save_lora
-from hyperlora_jax.stable_diffusion import directory, loading
 from hyperlora_jax.stable_diffusion.model import StableDiffusion
+from hyperlora_jax.stable_diffusion.weights import directory, loading
 
 STEM = "diffusion_pytorch_model"
 
@@ -131,7 +131,7 @@ def test_bad_json_names_the_file(unet_folder):
 
 
 def test_old_tensor_names_are_read():
-    from hyperlora_jax.stable_diffusion.checkpoint import today_name
+    from hyperlora_jax.stable_diffusion.weights.flax_trees import today_name
 
     old = "encoder.mid_block.attentions.0.proj_attn.weight"
     assert today_name(old, "vae") == "encoder.mid_block.attentions.0.to_out.0.weight"

@@ -6,9 +6,9 @@ import pytest
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora import factors
 from hyperlora_jax.lora.sites import LoraSpec, spec_from_shapes
-from hyperlora_jax.stable_diffusion.checkpoint import init_params
-from hyperlora_jax.stable_diffusion.equal_blocks import stack_blocks, unstack_blocks
-from hyperlora_jax.stable_diffusion.unet import unet_from_config
+from hyperlora_jax.stable_diffusion.networks.blocks import stack_blocks, unstack_blocks
+from hyperlora_jax.stable_diffusion.networks.unet import unet_from_config
+from hyperlora_jax.stable_diffusion.weights.flax_trees import init_params
 
 from .conftest import tiny_unet_config
 

@@ -9,7 +9,7 @@ import torch
 
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.stable_diffusion.model import StableDiffusion
-from hyperlora_jax.stable_diffusion.unet import unet_from_config
+from hyperlora_jax.stable_diffusion.networks.unet import unet_from_config
 from tests.user_world import write_base
 
 from .conftest import SD1_SCHEDULER, flax_params, nchw, tiny_unet_config, torch_unet

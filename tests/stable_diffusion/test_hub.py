@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from hyperlora_jax.errors import UserError
-from hyperlora_jax.stable_diffusion.hub import needed_files
 from hyperlora_jax.stable_diffusion.model import StableDiffusion
+from hyperlora_jax.stable_diffusion.weights.hub import needed_files
 
 httpx = pytest.importorskip("httpx2")
 UNET, TEXT = "diffusion_pytorch_model", "model"

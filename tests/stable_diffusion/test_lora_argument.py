@@ -7,9 +7,9 @@ from hyperlora_jax.diffusion.schedule import NoiseSchedule
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora import factors
 from hyperlora_jax.lora.sites import spec_from_shapes
-from hyperlora_jax.stable_diffusion.checkpoint import init_params, param_shapes
 from hyperlora_jax.stable_diffusion.denoising_loss import denoising_loss
-from hyperlora_jax.stable_diffusion.unet import unet_from_config
+from hyperlora_jax.stable_diffusion.networks.unet import unet_from_config
+from hyperlora_jax.stable_diffusion.weights.flax_trees import init_params, param_shapes
 
 from .conftest import tiny_unet_config
 

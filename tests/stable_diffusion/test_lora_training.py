@@ -10,9 +10,9 @@ import torch
 
 from hyperlora_jax.lora import factors
 from hyperlora_jax.lora.sites import site_factors, spec_from_shapes
-from hyperlora_jax.stable_diffusion.checkpoint import init_params
-from hyperlora_jax.stable_diffusion.rematerialisation import REMAT_POLICIES
-from hyperlora_jax.stable_diffusion.unet import unet_from_config
+from hyperlora_jax.stable_diffusion.networks.blocks import REMAT_POLICIES
+from hyperlora_jax.stable_diffusion.networks.unet import unet_from_config
+from hyperlora_jax.stable_diffusion.weights.flax_trees import init_params
 
 from .conftest import flax_params, nchw, tiny_unet_config, torch_unet
 

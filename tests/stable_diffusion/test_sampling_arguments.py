@@ -10,10 +10,10 @@ import pytest
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora import factors
 from hyperlora_jax.lora_files import load_lora, save_lora
-from hyperlora_jax.stable_diffusion import loading
 from hyperlora_jax.stable_diffusion.embedded import base_path, load_base
-from hyperlora_jax.stable_diffusion.lora_argument import lora_tree, scaled
 from hyperlora_jax.stable_diffusion.model import StableDiffusion
+from hyperlora_jax.stable_diffusion.networks.lora_argument import lora_tree, scaled
+from hyperlora_jax.stable_diffusion.weights import loading
 
 QUICK = {"num_steps": 1}
 

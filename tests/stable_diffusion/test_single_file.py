@@ -14,12 +14,16 @@ from hyperlora_jax.cli.main import main
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora import factors
 from hyperlora_jax.lora_files import save_lora
-from hyperlora_jax.stable_diffusion.checkpoint import flax_to_torch, param_shapes, tensor_name
-from hyperlora_jax.stable_diffusion.families import configs_of
-from hyperlora_jax.stable_diffusion.loading import CONSTRUCTORS, load_schedule
 from hyperlora_jax.stable_diffusion.model import StableDiffusion
-from hyperlora_jax.stable_diffusion.original_names import translate
-from hyperlora_jax.stable_diffusion.single_file import unpacked
+from hyperlora_jax.stable_diffusion.weights.families import configs_of
+from hyperlora_jax.stable_diffusion.weights.flax_trees import (
+    flax_to_torch,
+    param_shapes,
+    tensor_name,
+)
+from hyperlora_jax.stable_diffusion.weights.loading import CONSTRUCTORS, load_schedule
+from hyperlora_jax.stable_diffusion.weights.original_names import translate
+from hyperlora_jax.stable_diffusion.weights.single_file import unpacked
 
 from .conftest import tiny_text_config, tiny_unet_config, tiny_vae_config, write_tokenizer
 

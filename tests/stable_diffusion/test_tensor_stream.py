@@ -14,12 +14,12 @@ from safetensors.numpy import save_file
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.parallel.mesh import make_mesh
 from hyperlora_jax.parallel.sharding import REPLICATED_RULES
-from hyperlora_jax.stable_diffusion import directory
-from hyperlora_jax.stable_diffusion.checkpoint import flax_to_torch, param_shapes
-from hyperlora_jax.stable_diffusion.families import SCHEDULER
 from hyperlora_jax.stable_diffusion.model import StableDiffusion
-from hyperlora_jax.stable_diffusion.tensor_stream import read_tensors, to_devices
-from hyperlora_jax.stable_diffusion.unet import unet_from_config
+from hyperlora_jax.stable_diffusion.networks.unet import unet_from_config
+from hyperlora_jax.stable_diffusion.weights import directory
+from hyperlora_jax.stable_diffusion.weights.families import SCHEDULER
+from hyperlora_jax.stable_diffusion.weights.flax_trees import flax_to_torch, param_shapes
+from hyperlora_jax.stable_diffusion.weights.tensor_stream import read_tensors, to_devices
 
 from .conftest import tiny_unet_config
 

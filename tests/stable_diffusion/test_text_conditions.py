@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from hyperlora_jax.cli.main import main
-from hyperlora_jax.data import pictures
 from hyperlora_jax.lora_files.reading import load_lora
+from hyperlora_jax.pictures import pictures
 from hyperlora_jax.stable_diffusion import text_conditions
 from hyperlora_jax.stable_diffusion.denoising_loss import denoising_error
 from hyperlora_jax.stable_diffusion.embedded import load_base

@@ -8,10 +8,10 @@ import pytest
 
 from hyperlora_jax.lora import factors
 from hyperlora_jax.lora.sites import spec_from_shapes
-from hyperlora_jax.stable_diffusion import attention
-from hyperlora_jax.stable_diffusion.checkpoint import param_shapes
-from hyperlora_jax.stable_diffusion.families import FAMILIES
-from hyperlora_jax.stable_diffusion.unet import unet_from_config
+from hyperlora_jax.stable_diffusion.networks import attention
+from hyperlora_jax.stable_diffusion.networks.unet import unet_from_config
+from hyperlora_jax.stable_diffusion.weights.families import FAMILIES
+from hyperlora_jax.stable_diffusion.weights.flax_trees import param_shapes
 
 BATCH, RANK = 2, 8
 UNET = unet_from_config(FAMILIES[768]["unet"])

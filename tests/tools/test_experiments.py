@@ -11,7 +11,7 @@ from hyperlora_jax.cli.config import load_config
 from hyperlora_jax.hypernet.building import architecture, build_generator
 from hyperlora_jax.shipped import base_path
 from hyperlora_jax.stable_diffusion.model import StableDiffusion
-from hyperlora_jax.train.hypernet_training import make_phases
+from hyperlora_jax.train.hypernetwork.hypernet_training import make_phases
 
 ROOT = pathlib.Path(__file__).parents[2]
 

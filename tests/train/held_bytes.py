@@ -12,10 +12,11 @@ import sys
 
 import jax
 
+from hyperlora_jax.aot import ahead_of_time, workloads
 from hyperlora_jax.cli.config import load_config
 from hyperlora_jax.cli.main import main
 from hyperlora_jax.distill import slots
-from hyperlora_jax.train import ahead_of_time, loop, workloads
+from hyperlora_jax.train import loop
 
 
 def parts_of(tree):

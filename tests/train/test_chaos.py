@@ -10,7 +10,7 @@ import pytest
 
 from hyperlora_jax.train.checkpoints import restore_params
 from hyperlora_jax.train.events import goodput
-from hyperlora_jax.train.preemption import EXIT_CODE
+from hyperlora_jax.train.interruption import EXIT_CODE
 
 SHORT, LONG = 40, 800
 

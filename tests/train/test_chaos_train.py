@@ -13,8 +13,8 @@ import pytest
 
 from hyperlora_jax.train.checkpoints import restore_params
 from hyperlora_jax.train.events import goodput
+from hyperlora_jax.train.interruption import EXIT_CODE
 from hyperlora_jax.train.json_lines import read_rows
-from hyperlora_jax.train.preemption import EXIT_CODE
 
 NUM_STEPS = 400
 SETTINGS = {

@@ -3,7 +3,7 @@
 import re
 
 from hyperlora_jax.train.checkpoints import complete_steps
-from hyperlora_jax.train.preemption import EXIT_CODE
+from hyperlora_jax.train.interruption import EXIT_CODE
 
 
 def test_full_disk_stops_with_the_reason_and_keeps_the_last_checkpoint(tmp_path, run_toy):

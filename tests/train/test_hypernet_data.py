@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from hyperlora_jax.data import lora_targets_writer
-from hyperlora_jax.data.encoded_subjects import EncodedSubjects
-from hyperlora_jax.data.lora_targets_writer import write_lora_targets
-from hyperlora_jax.data.pipelines import subject_batches
-from hyperlora_jax.data.subjects import Subject
+from hyperlora_jax.batches.pipelines import subject_batches
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora.sites import LoraSite, LoraSpec
-from hyperlora_jax.train.hypernet_data import read_targets
+from hyperlora_jax.pictures.subjects import Subject
+from hyperlora_jax.subjects.encoded_subjects import EncodedSubjects
+from hyperlora_jax.targets import lora_targets_writer
+from hyperlora_jax.targets.lora_targets_writer import write_lora_targets
+from hyperlora_jax.train.hypernetwork.hypernet_data import read_targets
 
 SPEC = LoraSpec((LoraSite("mid_block.attentions.0.to_q", 6, 4, 2),))
 NAMES = [f"p{k}" for k in range(12)]

@@ -10,13 +10,13 @@ import pytest
 from hyperlora_jax.diffusion.schedule import NoiseSchedule
 from hyperlora_jax.hypernet.building import build_generator
 from hyperlora_jax.hypernet.condition import Condition
-from hyperlora_jax.hypernet.objectives import ObjectiveWeights
 from hyperlora_jax.lora import factors
 from hyperlora_jax.lora.sites import LoraSite, LoraSpec, spec_from_shapes
-from hyperlora_jax.stable_diffusion.checkpoint import param_shapes
-from hyperlora_jax.stable_diffusion.unet import unet_from_config
+from hyperlora_jax.stable_diffusion.networks.unet import unet_from_config
+from hyperlora_jax.stable_diffusion.weights.flax_trees import param_shapes
 from hyperlora_jax.train.flop_count import flops
-from hyperlora_jax.train.hypernet_task import Base, Phase, hypernet_loss, hypernet_task
+from hyperlora_jax.train.hypernetwork.hypernet_task import Base, Phase, hypernet_loss, hypernet_task
+from hyperlora_jax.train.hypernetwork.objectives import ObjectiveWeights
 
 IN, OUT, RANK, COUNT = 37, 53, 2, 3  # sizes that nothing else has
 SPEC = LoraSpec((LoraSite("down_blocks.0.attentions.0.proj.attn1.to_q", IN, OUT, RANK, "linear"),))

@@ -3,8 +3,8 @@ import json
 import numpy as np
 import pytest
 
+from hyperlora_jax.train.interruption import EXIT_CODE
 from hyperlora_jax.train.json_lines import read_rows
-from hyperlora_jax.train.preemption import EXIT_CODE
 
 MESHES = ["1,1,1,1", "8,1,1,8", "2,4,1,8", "2,2,2,8", "1,1,8,8"]
 

@@ -3,11 +3,11 @@ import pytest
 from toy_task import fit_toy, toy_task
 
 from hyperlora_jax.train.json_lines import read_rows
-from hyperlora_jax.train.metrics import Throughput
+from hyperlora_jax.train.reporting import Throughput
 
 
 def test_units_and_mfu(monkeypatch):
-    monkeypatch.setattr("hyperlora_jax.train.metrics.peak_flops", lambda kind: 1e9)
+    monkeypatch.setattr("hyperlora_jax.train.reporting.peak_flops", lambda kind: 1e9)
     meter = Throughput({"images": 4})
     meter.count_flops(lambda: 1e6)
     meter.add(100, 0.0)
@@ -18,7 +18,7 @@ def test_units_and_mfu(monkeypatch):
 
 
 def test_mfu_of_a_run(tmp_path, monkeypatch):
-    monkeypatch.setattr("hyperlora_jax.train.metrics.peak_flops", lambda kind: 1e9)
+    monkeypatch.setattr("hyperlora_jax.train.reporting.peak_flops", lambda kind: 1e9)
     fit_toy(tmp_path, num_steps=2)
     row = read_rows(tmp_path / "metrics.jsonl")[1]
     per_example = 3 * 2 * (8 * 32 + 32 * 4)  # three times the forward pass

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from hyperlora_jax.train.checkpoints import complete_steps
+from hyperlora_jax.train.interruption import EXIT_CODE
 from hyperlora_jax.train.json_lines import read_rows
-from hyperlora_jax.train.preemption import EXIT_CODE
 
 
 @pytest.fixture

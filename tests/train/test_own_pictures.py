@@ -7,15 +7,15 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
+from hyperlora_jax.batches.row_files import RowFiles
 from hyperlora_jax.cli.main import main
-from hyperlora_jax.data import pictures
-from hyperlora_jax.data.encoding_cache import encode_once
-from hyperlora_jax.data.row_files import RowFiles
-from hyperlora_jax.data.subject_pictures import load_pictures
-from hyperlora_jax.hypernet.conditioning import load_condition_encoder
+from hyperlora_jax.encoders.named_encoders import load_condition_encoder
+from hyperlora_jax.pictures import pictures
 from hyperlora_jax.stable_diffusion.embedded import load_base
+from hyperlora_jax.subjects.encoding_cache import encode_once
+from hyperlora_jax.subjects.subject_pictures import load_pictures
 from tests import user_world
-from tests.hypernet.test_references import hypernetwork
+from tests.pictures.test_references import hypernetwork
 
 PEOPLE = {"anna": (4, (40, 40)), "bert": (1, (48, 64)), "carl": (3, (100, 70))}
 ROLES = {"0.png": "reference", "1.jpg": "target", "2.png": "both", "3.jpg": "reference"}

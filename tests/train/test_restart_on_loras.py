@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from hyperlora_jax.cli.main import main
-from hyperlora_jax.data.lora_targets import LoraTargets
-from hyperlora_jax.train import hypernet_training
+from hyperlora_jax.targets.lora_targets import LoraTargets
+from hyperlora_jax.train.hypernetwork import hypernet_training
 from tests import user_world
 
 NUMBERS = 656  # of q and v of the world's base at rank 1

@@ -1,7 +1,7 @@
 import signal
 import time
 
-from hyperlora_jax.train.watchdog import Watchdog, diagnosis
+from hyperlora_jax.train.interruption import Watchdog, diagnosis
 
 
 def test_names_the_processes_that_are_behind(monkeypatch):

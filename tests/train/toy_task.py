@@ -17,8 +17,8 @@ from hyperlora_jax.errors import UserError
 from hyperlora_jax.parallel import multihost
 from hyperlora_jax.parallel.mesh import make_mesh
 from hyperlora_jax.parallel.sharding import gather, host_rows
+from hyperlora_jax.train.interruption import EXIT_CODE, Preempted
 from hyperlora_jax.train.loop import Task, fit
-from hyperlora_jax.train.preemption import EXIT_CODE, Preempted
 
 
 class ToyBatches:

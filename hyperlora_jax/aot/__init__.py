@@ -1,0 +1,1 @@
+"""Training steps compiled for pods without a pod."""

@@ -1,0 +1,288 @@
+"""`hyperlora demo`: every stage on the embedded base and avatars, and proof by PyTorch.
+
+render ─► distill ─► train ─► generate, compare ─► export ─► PyTorch diffusers ─► report
+
+Exported files in PyTorch: load with diffusers, draw from the same noise, compare with JAX.
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from hyperlora_jax import storage
+from hyperlora_jax.array_types import Float
+from hyperlora_jax.distill.distillation import distill
+from hyperlora_jax.errors import UserError
+from hyperlora_jax.evaluate.evaluation import Evaluation
+from hyperlora_jax.evaluate.methods import TITLES
+from hyperlora_jax.generate import generate_one
+from hyperlora_jax.lora_files import load_lora
+from hyperlora_jax.lora_files.verify import load_modules, verify
+from hyperlora_jax.pictures.pictures import encode_png
+from hyperlora_jax.shipped import base_path
+from hyperlora_jax.train.hypernetwork.hypernet_training import train_hypernetwork
+from hyperlora_jax.train.loop import open_workdir
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TorchParity:
+    """What PyTorch diffusers made of the files.
+
+    Attributes:
+        max_abs_diff: largest difference of a pixel in [0, 1], JAX against PyTorch, float32.
+        change: mean difference that the LoRA makes to PyTorch's own pictures.
+        missing_keys, unexpected_keys: over all files.
+        jax_images, torch_images: [f, h, w, 3], one per file.
+    """
+
+    max_abs_diff: float
+    change: float
+    missing_keys: tuple[str, ...]
+    unexpected_keys: tuple[str, ...]
+    jax_images: Float[np.ndarray, "f h w 3"]
+    torch_images: Float[np.ndarray, "f h w 3"]
+
+    def to_json(self) -> dict[str, Any]:
+        """For metrics.json: key lists as counts."""
+        return {
+            "max_abs_diff": self.max_abs_diff,
+            "output_change": self.change,
+            "missing_keys": len(self.missing_keys),
+            "unexpected_keys": len(self.unexpected_keys),
+            "files": len(self.jax_images),
+        }
+
+
+def compare_with_torch(
+    sd: Any,
+    base: str,
+    files: Sequence[Path],
+    prompts: Sequence[str],
+    *,
+    num_steps: int = 20,
+    seed: int = 0,
+) -> TorchParity:
+    """Draws one picture per (file, prompt) with both frameworks from the same noise.
+
+    Args:
+        sd: the base in JAX; `base`: where PyTorch reads it.
+
+    Raises:
+        UserError: PyTorch, diffusers or peft is not installed.
+    """
+    settings = sd.unet.settings
+    random = np.random.default_rng(seed)
+    shape = (len(files), *settings.sample_size, settings.in_channels)
+    noise = random.standard_normal(shape).astype(np.float32)
+    jax_images = []
+    for k, path in enumerate(files):
+        lora, _ = load_lora(path, sd)
+        batched = jax.tree.map(lambda leaf: leaf[None], lora)
+        image = sd.sample(
+            jax.random.key(0),
+            [prompts[k]],
+            lora=batched,
+            num_steps=num_steps,
+            guidance=1.0,
+            latents=noise[k, None],
+        )
+        jax_images.append(np.asarray(image)[0])
+    with_lora, without = _torch_images(base_path(base), files, prompts, noise, num_steps)
+    modules = load_modules(base_path(base))
+    checks = [verify(path, modules) for path in files]
+    ours = np.stack(jax_images)
+    return TorchParity(
+        max_abs_diff=float(np.abs(ours - with_lora).max()),
+        change=float(np.abs(with_lora - without).mean()),
+        missing_keys=tuple(key for check in checks for key in check.missing_keys),
+        unexpected_keys=tuple(key for check in checks for key in check.unexpected_keys),
+        jax_images=ours,
+        torch_images=with_lora,
+    )
+
+
+def _torch_images(
+    base: str, files: Sequence[Path], prompts: Sequence[str], noise: np.ndarray, num_steps: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures with and without the LoRA, by StableDiffusionPipeline.load_lora_weights."""
+    with _quiet():
+        try:
+            import torch
+            from diffusers import StableDiffusionPipeline
+        except ImportError as error:
+            raise UserError(
+                f"PyTorch comparison: {error.name} is not installed, "
+                "expected the extra `pip install hyperlora-jax[torch]`"
+            ) from error
+        pipe = StableDiffusionPipeline.from_pretrained(
+            base, safety_checker=None, torch_dtype=torch.float32
+        )
+        pipe.set_progress_bar_config(disable=True)
+
+        def draw(k: int) -> np.ndarray:
+            latents = torch.from_numpy(np.ascontiguousarray(noise[k, None].transpose(0, 3, 1, 2)))
+            result = pipe(
+                prompts[k],
+                latents=latents,
+                num_inference_steps=num_steps,
+                guidance_scale=1.0,
+                output_type="np",
+            )
+            return result.images[0]
+
+        without = [draw(k) for k in range(len(files))]
+        with_lora = []
+        for k, path in enumerate(files):
+            name = f"lora_{k}"
+            pipe.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=name)
+            with_lora.append(draw(k))
+            pipe.unload_lora_weights()
+    return np.stack(with_lora), np.stack(without)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """PyTorch libraries' notes on loading, which are about other use than this."""
+    names = ("diffusers", "transformers", "peft")
+    before = {name: logging.getLogger(name).level for name in names}
+    for name in names:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
+
+
+NUM_FILES = 4
+SHOWN = ("exact", "generated", "conventional", "nearest", "mean_lora", "shuffled", "base")
+
+
+def demo(config: Any, workdir: str | Path, console: Console | None = None) -> dict[str, Any]:
+    """Runs the pipeline in WORKDIR/run; writes report.html, grid.png, metrics.json and loras/.
+
+    Returns:
+        The content of metrics.json.
+
+    Raises:
+        UserError: PyTorch is not installed, an unusable workdir.
+    """
+    console = console or Console()
+    out = Path(open_workdir(storage.local(workdir, "demo")))
+    run, seconds = out / "run", {}
+    _check_torch()
+
+    def stage(name: str, title: str, function: Any) -> Any:
+        console.rule(f"[bold]{title}")
+        start = time.perf_counter()
+        result = function()
+        seconds[name] = time.perf_counter() - start
+        return result
+
+    began = time.perf_counter()
+    concepts = config.distill.num_concepts
+    stage("distill", f"Distil: {concepts} LoRAs at once", lambda: distill(config, run))
+    stage("train", "Train the hypernetwork", lambda: train_hypernetwork(config, run))
+
+    def compare_all() -> tuple[Evaluation, dict[str, Any]]:
+        evaluation = Evaluation(config, run)
+        return evaluation, evaluation.run(lambda line: console.print(f"[dim]{line}"))
+
+    evaluation, results = stage("evaluate", "Compare on held-out identities", compare_all)
+    files = stage("export", "Write LoRA files", lambda: write_loras(evaluation, out / "loras"))
+    parity: TorchParity = stage(
+        "torch",
+        "Load them with PyTorch diffusers",
+        lambda: compare_with_torch(
+            evaluation.sd,
+            config.base,
+            files,
+            [evaluation.test.captions[i][0] for i in range(len(files))],
+            num_steps=config.evaluate.num_sampling_steps,
+        ),
+    )
+    stage("speed", "Measure speed", evaluation.measure_speed)
+    seconds["total"] = time.perf_counter() - began
+    metrics, written = evaluation.report(
+        results,
+        out,
+        torch_parity=parity.to_json(),
+        seconds=seconds,
+        page_name="report.html",
+        title="A LoRA from one picture",
+    )
+    console.print(summary_table(metrics))
+    console.print(_verdict(metrics))
+    console.print(f"report: {written.page}\nLoRAs:  {out / 'loras'}")
+    return metrics
+
+
+def write_loras(evaluation: Evaluation, folder: Path) -> list[Path]:
+    """Reference pictures and generated files of the first test identities.
+
+    `NN.safetensors` is in the portable kohya form, `NN.diffusers.safetensors` in diffusers'. They
+    are made from the picture files by the same code as `hyperlora generate`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for k in range(min(NUM_FILES, evaluation.test.num_identities)):
+        reference = folder / f"{k:02d}.reference.png"
+        reference.write_bytes(encode_png(evaluation.test.views[k, 0]))
+        for form, suffix in (("kohya", ""), ("diffusers", ".diffusers")):
+            path = folder / f"{k:02d}{suffix}.safetensors"
+            written = generate_one(evaluation.hyper, [reference], path, format=form)
+            files += [file.path for file in written]
+    return files
+
+
+def summary_table(metrics: Mapping[str, Any]) -> Table:
+    """One row per method: identity, error, captions."""
+    table = Table(title="Held-out identities, unseen captions")
+    for heading in ("method", "identity top-1", "error to exact", "caption", "strength"):
+        table.add_column(heading, justify="left" if heading == "method" else "right")
+    for name in (*SHOWN, "copy_reference"):
+        if name not in metrics["identity_top1"]:
+            continue
+        cells = [metrics[key][name] for key in ("identity_top1", "image_error", "caption_accuracy")]
+        digits = (3, 4, 3)
+        text = [
+            f"{cell['mean']:.{d}f} ± {cell['stderr']:.{d}f}"
+            for cell, d in zip(cells, digits, strict=True)
+        ]
+        table.add_row(TITLES.get(name, name), *text, f"{metrics['strength'][name]['best']:g}")
+    return table
+
+
+def _verdict(metrics: Mapping[str, Any]) -> str:
+    paired, seconds = metrics["paired"], metrics["seconds"]
+    parity = metrics["torch_parity"]
+    speed = seconds["fit_one_lora"] / seconds["generate_one_lora"]
+    return (
+        f"generated / conventional identity: {paired['ratio']:.2f} ± {paired['ratio_stderr']:.2f}\n"
+        f"one LoRA: {1e3 * seconds['generate_one_lora']:.2f} ms generated (batch of 64), "
+        f"{seconds['fit_one_lora']:.1f} s fitted alone: {speed:,.0f}× faster\n"
+        f"PyTorch against JAX: largest pixel difference {parity['max_abs_diff']:.1e}, "
+        f"{parity['missing_keys']} missing and {parity['unexpected_keys']} unexpected keys\n"
+        f"total {seconds['total'] / 60:.1f} minutes"
+    )
+
+
+def _check_torch() -> None:
+    from hyperlora_jax.errors import UserError
+
+    for name in ("torch", "diffusers", "peft"):
+        if importlib.util.find_spec(name) is None:
+            raise UserError(
+                f"demo: {name} is not installed; it proves that PyTorch loads what we write: "
+                "pip install hyperlora-jax[torch,avatars]"
+            )

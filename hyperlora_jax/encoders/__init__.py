@@ -1,0 +1,1 @@
+"""Condition encoders behind one protocol: ours, CLIP, ONNX, transformers."""

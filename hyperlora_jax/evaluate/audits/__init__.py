@@ -1,0 +1,1 @@
+"""What scores do not show: copies, weights, confidence, learning curves."""

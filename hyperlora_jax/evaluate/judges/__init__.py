@@ -1,0 +1,1 @@
+"""Who marks: encoders, the attribute probe, LPIPS."""

@@ -1,0 +1,1 @@
+"""Numbers as tables, charts, sentences and one page."""

@@ -1,0 +1,1 @@
+"""Files to concepts; the only reader of pictures."""

@@ -1,0 +1,1 @@
+"""Base models, fine-tuned UNets, the encoder and the attribute probe."""

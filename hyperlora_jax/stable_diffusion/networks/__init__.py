@@ -1,0 +1,1 @@
+"""UNet, autoencoder, CLIP, their layers and kernels, and strict configs."""

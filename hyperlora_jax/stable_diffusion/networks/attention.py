@@ -1,0 +1,138 @@
+"""Attention, feed-forward and transformer blocks of the UNet, named as in diffusers."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from hyperlora_jax.array_types import Array, Float
+from hyperlora_jax.stable_diffusion.networks.attention_kernels import attend
+from hyperlora_jax.stable_diffusion.networks.blocks import rematerialised, scan_blocks
+from hyperlora_jax.stable_diffusion.networks.layers import Conv, Dense, GroupNorm, LayerNorm
+
+
+class Attention(nn.Module):
+    """Multi-head attention with the projections to_q, to_k, to_v, to_out.0."""
+
+    num_heads: int
+    dtype: Any = jnp.float32
+    implementation: str = "auto"
+    mesh: Mesh | None = None
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b n c"], context: Float[Array, "b m e"] | None = None
+    ) -> Float[Array, "b n c"]:
+        """Attends to `context`, or to itself without one."""
+        source = x if context is None else context
+        width = x.shape[-1]
+
+        def heads(name: str, states: Array) -> Array:
+            projected = Dense(width, False, self.dtype, name=name)(states)
+            return projected.reshape(*states.shape[:-1], self.num_heads, width // self.num_heads)
+
+        mixed = attend(
+            heads("to_q", x),
+            heads("to_k", source),
+            heads("to_v", source),
+            self.implementation,
+            self.mesh,
+        )
+        return Dense(width, dtype=self.dtype, name="to_out_0")(mixed.reshape(x.shape))
+
+
+class GatedGelu(nn.Module):
+    """a · gelu(g) of one projection to (a, g): diffusers' GEGLU."""
+
+    features: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n f"]:
+        """Projects and gates."""
+        hidden, gate = jnp.split(Dense(2 * self.features, dtype=self.dtype, name="proj")(x), 2, -1)
+        return hidden * jax.nn.gelu(gate, approximate=False)
+
+
+class FeedForward(nn.Module):
+    """net.0 = GEGLU to four times the width, net.2 = linear back."""
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
+        """Applied to every token."""
+        hidden = GatedGelu(4 * x.shape[-1], self.dtype, name="net_0")(x)
+        return Dense(x.shape[-1], dtype=self.dtype, name="net_2")(hidden)
+
+
+class BasicTransformerBlock(nn.Module):
+    """Self-attention, cross-attention, feed-forward, each after a layer norm, with residuals."""
+
+    num_heads: int
+    dtype: Any = jnp.float32
+    attention: str = "auto"
+    mesh: Mesh | None = None
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b n c"], context: Float[Array, "b m e"]
+    ) -> Float[Array, "b n c"]:
+        """Tokens in, tokens out."""
+
+        def norm(name: str) -> LayerNorm:
+            return LayerNorm(dtype=self.dtype, name=name)
+
+        def attention(name: str) -> Attention:
+            return Attention(self.num_heads, self.dtype, self.attention, self.mesh, name=name)
+
+        x = x + attention("attn1")(norm("norm1")(x))
+        x = x + attention("attn2")(norm("norm2")(x), context)
+        return x + FeedForward(self.dtype, name="ff")(norm("norm3")(x))
+
+
+class Transformer2D(nn.Module):
+    """Group norm, projection in, `depth` transformer blocks over h·w tokens, projection out."""
+
+    num_heads: int
+    depth: int
+    num_groups: int
+    use_linear_projection: bool
+    dtype: Any = jnp.float32
+    attention: str = "auto"
+    remat: str = "none"
+    mesh: Mesh | None = None
+    scan: bool = False
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b h w c"], context: Float[Array, "b m e"]
+    ) -> Float[Array, "b h w c"]:
+        """Positions become tokens and come back with a residual."""
+        channels = x.shape[-1]
+
+        def projection(name: str, states: Array) -> Array:
+            if self.use_linear_projection:
+                return Dense(channels, dtype=self.dtype, name=name)(states)
+            return Conv(channels, 1, padding=0, dtype=self.dtype, name=name)(states)
+
+        hidden = GroupNorm(self.num_groups, 1e-6, self.dtype, name="norm")(x)
+        hidden = projection("proj_in", hidden).reshape(x.shape[0], -1, channels)
+        if self.scan and self.depth > 1 and not self.is_initializing():
+            block = self._block(parent=None)
+            hidden = scan_blocks(
+                lambda variables, states: block.apply(variables, states, context),
+                self.variables,
+                hidden,
+                self.depth,
+            )
+        else:
+            for i in range(self.depth):
+                hidden = self._block(name=f"transformer_blocks_{i}")(hidden, context)
+        return x + projection("proj_out", hidden.reshape(x.shape))
+
+    def _block(self, **place: Any) -> BasicTransformerBlock:
+        block_class = rematerialised(BasicTransformerBlock, self.remat)
+        return block_class(self.num_heads, self.dtype, self.attention, self.mesh, **place)

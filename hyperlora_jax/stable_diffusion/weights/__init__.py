@@ -1,0 +1,1 @@
+"""Weights of a base: directories, single files, names, streaming, initialisation."""

@@ -1,0 +1,1 @@
+"""Concepts to encoded subjects, kept in files that hosts share."""

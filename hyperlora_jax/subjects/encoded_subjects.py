@@ -1,0 +1,151 @@
+"""Subjects as the hypernetwork's training needs them: latents, text states, condition embeddings.
+
+Everything that the frozen models make of a picture or a caption is computed once, in batches on the
+accelerator, and kept.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from hyperlora_jax.array_types import AnyArray, Float, Int, UInt8
+from hyperlora_jax.batches import ragged
+from hyperlora_jax.batches.ragged import Ragged
+from hyperlora_jax.parallel.sharding import split_rows
+from hyperlora_jax.stable_diffusion import text_conditions
+
+Encode = Callable[[Any], Mapping[str, AnyArray]]  # b pictures or texts -> arrays [b, ...] by name
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class EncodedSubjects:
+    """N subjects with their references and their targets, of each its own number.
+
+    Attributes:
+        ids: their names.
+        references: "pooled" [p] and "tokens" [m, p] of every picture to tell a subject by.
+        targets: "latents" [h, w, c] and "text", the conditions of its caption
+            (`stable_diffusion/text_conditions.py`), of every picture to reproduce.
+
+    What nobody asked for is None, or not among the arrays.
+    """
+
+    ids: tuple[str, ...]
+    references: Ragged | None = None
+    targets: Ragged | None = None
+
+    def concept(self, index: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """(latents [v, h, w, c], conditions of the captions, v rows) of one subject, float32."""
+        assert self.targets is not None
+        own = jax.tree.map(lambda rows: np.asarray(rows, np.float32), self.targets.of(index))
+        return own["latents"], own["text"]
+
+
+def in_batches(
+    encode: Callable[[Any], Any],
+    items: Iterable[Any],
+    count: int,
+    batch_size: int,
+    title: str | None,
+) -> Iterator[Any]:
+    """`encode` of `count` arrays or texts, batch by batch, as trees of numpy arrays.
+
+    The last batch is filled up with its last item, so that one program serves all of them, and cut
+    again.
+    """
+    batch_size = min(batch_size, count)
+    rest = iter(items)
+    starts = range(0, count, batch_size)
+    for start in tqdm(starts, desc=title, unit="batch", disable=title is None):
+        own = list(itertools.islice(rest, min(batch_size, count - start)))
+        filled = [*own, *[own[-1]] * (batch_size - len(own))]
+        given = filled if isinstance(own[0], str) else np.stack(filled)
+        found = jax.device_get(encode(given))
+        yield jax.tree.map(lambda rows, own=own: np.asarray(rows)[: len(own)], found)
+
+
+def encode_in_batches(
+    function: Callable[[Any], Any], items: Any, batch_size: int, title: str | None
+) -> Any:
+    """function over slices of `items` (array or list), results as numpy arrays, concatenated."""
+    parts = list(in_batches(function, items, len(items), batch_size, title))
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+
+
+def encode_subjects(
+    sd: Any,
+    encoder: Any,
+    ids: Sequence[str],
+    images: Sequence[UInt8[np.ndarray, "_ h w 3"]] | UInt8[np.ndarray, "n v h w 3"],
+    captions: Sequence[Sequence[str]],
+    *,
+    batch_size: int = 256,
+    progress: bool = True,
+) -> EncodedSubjects:
+    """Runs autoencoder, text encoder and condition encoder over all pictures and captions.
+
+    Args:
+        sd: a StableDiffusion.
+        encoder: condition encoder, which is given the same pictures; or None.
+        images: of every subject its own number, all of one size.
+        captions: captions[n][v] of picture [n, v].
+    """
+    unique, index = number_captions(captions)
+    size = (int(images[0].shape[1]), int(images[0].shape[2]))
+    every = np.concatenate(list(images))
+    offsets = ragged.offsets_of([len(own) for own in images])
+
+    def run(encode: Encode, items: Any, title: str) -> dict[str, np.ndarray]:
+        found = encode_in_batches(encode, items, batch_size, title if progress else None)
+        return {name: np.asarray(rows, np.float32) for name, rows in found.items()}
+
+    latents = run(latents_by(sd), every, "latents")
+    texts = run(texts_by(sd, size), unique, "texts")
+    references = None
+    if encoder is not None:
+        references = Ragged(offsets, run(conditions_by(encoder), every, "conditions"))
+    targets = Ragged(offsets, {**latents, "text": ragged.shared(index, texts)})
+    return EncodedSubjects(tuple(ids), references, targets)
+
+
+def number_captions(
+    captions: Sequence[Sequence[str]],
+) -> tuple[list[str], Int[np.ndarray, " rows"]]:
+    """(every different caption once, in the order of the alphabet; the number of every picture's,
+    subject after subject)."""
+    unique = sorted({caption for row in captions for caption in row})
+    number = {caption: k for k, caption in enumerate(unique)}
+    return unique, np.asarray([number[text] for row in captions for text in row], np.int32)
+
+
+def texts_by(sd: Any, picture: tuple[int, int]) -> Encode:
+    """Captions of pictures (height, width) -> their conditions."""
+    return lambda texts: text_conditions.encode(sd, texts, picture)
+
+
+def latents_by(sd: Any, mesh: Mesh | None = None) -> Encode:
+    """Pictures -> "latents" [b, h, w, c], split over a mesh that `sd` lies on too."""
+    return lambda images: {"latents": sd.encode_images(_unit_pixels(images, mesh))}
+
+
+def conditions_by(encoder: Any, mesh: Mesh | None = None) -> Encode:
+    """Pictures -> "pooled" [b, p] and "tokens" [b, m, p]."""
+
+    def encode(images: UInt8[np.ndarray, "b h w 3"]) -> dict[str, AnyArray]:
+        pooled, tokens = encoder.encode(_unit_pixels(images, mesh))
+        return {"pooled": pooled, "tokens": tokens}
+
+    return encode
+
+
+def _unit_pixels(
+    images: UInt8[np.ndarray, "b h w 3"], mesh: Mesh | None
+) -> Float[jax.Array, "b h w 3"]:
+    return split_rows(jnp.asarray(images, jnp.float32) / 255.0, mesh)

@@ -1,0 +1,1 @@
+"""LoRA-target datasets: records, writer, reader, gauge, statistics, import, inspection."""

@@ -1,0 +1,1 @@
+"""What `hyperlora train` trains: data, objectives, task, and the VAE of LoRAs."""

@@ -1,0 +1,297 @@
+"""`hyperlora train`: pictures (and LoRA targets) → hypernetwork.
+
+    pictures ─► latents, text states, condition embeddings ─┐
+    LoRA targets ─► vectors in a gauge (─► VAE latents) ─────┴► training loop ─► hypernetwork/
+
+The frozen models run once over all pictures; the result is kept in the workdir. The base is read,
+and its autoencoder and text encoder run, only where a loss needs it. Baselines (mean, nearest, knn,
+ridge, pca_gaussian) are fitted in closed form instead of trained.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from hyperlora_jax import storage
+from hyperlora_jax.array_types import Params
+from hyperlora_jax.batches.pipelines import check_numbers, subject_batches
+from hyperlora_jax.batches.ragged import Ragged
+from hyperlora_jax.encoders.named_encoders import configured_encoder
+from hyperlora_jax.errors import UserError
+from hyperlora_jax.hypernet import familiarity
+from hyperlora_jax.hypernet.baselines import BASELINES, Fitted
+from hyperlora_jax.hypernet.building import architecture, build_generator, with_remat
+from hyperlora_jax.hypernet.generators import Generator
+from hyperlora_jax.hypernet.hypernetwork import FOLDER, Hypernetwork
+from hyperlora_jax.hypernet.weight_diffusion import Diffusion, Latents
+from hyperlora_jax.parallel import multihost, sharding
+from hyperlora_jax.parallel.mesh import make_mesh
+from hyperlora_jax.stable_diffusion import text_conditions
+from hyperlora_jax.stable_diffusion.embedded import image_size, load_frozen, outline_base
+from hyperlora_jax.subjects.encoded_subjects import EncodedSubjects
+from hyperlora_jax.train.hypernetwork.hypernet_data import (
+    TrainingTargets,
+    read_encoded,
+    read_targets,
+)
+from hyperlora_jax.train.hypernetwork.hypernet_task import Base, Phase, hypernet_task
+from hyperlora_jax.train.hypernetwork.objectives import ObjectiveWeights
+from hyperlora_jax.train.hypernetwork.vae_training import train_vae
+from hyperlora_jax.train.loop import Task, arithmetic_dtype, fit_section, open_workdir
+
+
+def train_hypernetwork(config: Any, workdir: epath.PathLike) -> Hypernetwork:
+    """Trains as `configs/avatars.py` describes; writes and returns the hypernetwork.
+
+    Raises:
+        UserError: bad config values, a LoRA-target dataset of another base or spec, an unusable
+            workdir; see also `train.loop.fit`.
+    """
+    workdir = open_workdir(workdir)
+    scratch = storage.scratch(workdir)
+    mesh = make_mesh(**config.mesh)
+    section, model = config.train, architecture(config.model)
+    needs = Needs.of(config)
+    if needs.base:
+        sd = load_frozen(config.base, arithmetic_dtype(section), mesh)
+    else:
+        sd = outline_base(config.base)
+    encoder = configured_encoder(config.model)
+    check_numbers(section.num_references, section.images_per_subject)
+    generator = configured_generator(config, sd)
+    spec = generator.spec
+    encoded, pictures_facts = read_encoded(
+        config, workdir, scratch, sd, encoder, latents=needs.base, texts=needs.texts
+    )
+    conditions = encoded.references
+    assert conditions is not None
+    facts = {
+        "base": config.base,
+        "base_hash": sd.base_hash,
+        "family": family(sd),
+        "spec": spec.fingerprint,
+        "encoder": encoder.hash,
+        "model": model,
+        "data": pictures_facts,
+    }
+    targets, constants = None, {}
+    if generator.needs_targets or needs.targets:
+        targets = read_targets(config, workdir / "targets", scratch, spec, sd.base_hash, encoded)
+        facts["targets"] = targets.facts
+        constants = {"mean": targets.mean, "std": targets.std}
+    stored = {
+        **facts,
+        "num_steps": section.num_steps,
+        "trained_on": list(encoded.ids),
+        "generate": generate_defaults(config.generate),
+    }
+    if isinstance(generator, Fitted):
+        hyper = _fitted(generator, encoder, conditions, targets, stored, model)
+        return _saved(hyper, workdir)
+    if isinstance(generator, Diffusion) and isinstance(generator.codec, Latents):
+        constants = train_vae(
+            generator.codec,
+            constants,
+            targets.rows,
+            targets.subjects,
+            section.vae,
+            workdir=section.vae.workdir or workdir / "vae",
+            mesh=mesh,
+            seed=section.seed,
+            batch_size=_global_batch(section.vae.batch_size, section, mesh),
+            facts={**facts, "model": {"vae": model["vae"]}},  # all that a VAE depends on
+            config=config,
+        )
+    prior = None
+    if needs.prior:
+        rows = text_conditions.encode(sd, [section.prior_caption], (image_size(sd),) * 2)
+        prior = jax.tree.map(lambda array: np.asarray(array[0]), rows)
+    frozen = needs.frozen(sd.params["unet"], prior, constants)
+    task = training_task(config, mesh, sd, generator, frozen, encoded, targets, facts)
+    trained = fit_section(
+        task, section, workdir=workdir, mesh=mesh, seed=section.seed, config=config
+    )
+    params = sharding.gather(trained, mesh)
+    kept = {**(constants if generator.needs_targets else {}), **_known(conditions)}
+    return _saved(Hypernetwork(generator, params, encoder, stored, model, kept), workdir)
+
+
+@dataclasses.dataclass(frozen=True)
+class Needs:
+    """What the losses of a config read.
+
+    Attributes:
+        base: the frozen UNet, and latents of the subjects' pictures.
+        texts: their captions.
+        prior: the prior caption.
+        targets: LoRAs.
+    """
+
+    base: bool
+    texts: bool
+    prior: bool
+    targets: bool
+
+    @staticmethod
+    def of(config: Any) -> "Needs":
+        """Those of a config; a baseline is fitted without any loss."""
+        weights = [phase.weights for phase in make_phases(config.train)]
+        trained = config.model.generator not in BASELINES
+        return Needs(
+            base=trained and any(each.need_base for each in weights),
+            texts=trained and any(each.end_to_end for each in weights),
+            prior=trained and any(each.prior for each in weights),
+            targets=any(each.need_targets for each in weights),
+        )
+
+    def frozen(self, unet: Params, prior: Params | None, constants: Params) -> Params:
+        """The frozen tree of the task, of arrays or of shapes."""
+        found: dict[str, Any] = {"constants": constants} if constants else {}
+        if self.base:
+            found["unet"] = unet
+        return found if prior is None else {**found, "prior_text": prior}
+
+
+def configured_generator(config: Any, sd: Any) -> Generator:
+    """The generator of a config for a base."""
+    spec = sd.lora_spec(config.model.preset, config.model.rank)
+    return build_generator(spec, with_remat(architecture(config.model), config.train.remat))
+
+
+def training_task(
+    config: Any,
+    mesh: Mesh | None,
+    sd: Any,
+    generator: Generator,
+    frozen: Params,
+    encoded: EncodedSubjects,
+    targets: TrainingTargets | None,
+    facts: dict[str, Any] | None = None,
+) -> Task:
+    """The task of a config, on a base whose UNet knows the mesh.
+
+    Args:
+        mesh: that shares out the batches; None: nobody does.
+        frozen: what `Needs.frozen` says, arrays or shapes.
+    """
+    section, phases = config.train, make_phases(config.train)
+    conditions = encoded.references
+    assert conditions is not None
+    return hypernet_task(
+        generator,
+        frozen,
+        _batches(section, mesh, encoded, targets, _targets_until(generator, phases)),
+        phases=phases,
+        condition_shapes=(
+            conditions.arrays["pooled"].shape[1:],
+            conditions.arrays["tokens"].shape[1:],
+        ),
+        base=Base(sd.unet.clone(remat=section.remat), sd.schedule, section.min_snr_gamma),
+        facts=facts,
+        num_images=section.images_per_subject if "unet" in frozen else 0,
+    )
+
+
+def _saved(hyper: Hypernetwork, workdir: epath.Path) -> Hypernetwork:
+    if multihost.is_first():
+        hyper.save(workdir / FOLDER)
+    return hyper
+
+
+def _targets_until(generator: Generator, phases: Sequence[Phase]) -> int | None:
+    """The step from which on no loss looks at target LoRAs, so that everyone can be trained on."""
+    if generator.needs_targets or phases[-1].weights.need_targets:
+        return None
+    return phases[0].until
+
+
+def _global_batch(batch_size: int, section: Any, mesh: Mesh | None) -> int:
+    """Subjects a step over all devices, of which the config may name one device's."""
+    if mesh is None or not section.batch_per_device:
+        return batch_size
+    return batch_size * mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def _batches(
+    section: Any,
+    mesh: Mesh | None,
+    encoded: EncodedSubjects,
+    targets: TrainingTargets | None,
+    targets_until: int | None,
+):
+    batch_size = _global_batch(section.batch_size, section, mesh)
+    return subject_batches(
+        encoded.references,
+        encoded.targets,
+        batch_size=batch_size,
+        seed=section.seed,
+        num_references=section.num_references,
+        num_targets=section.images_per_subject,
+        per_subject={} if targets is None else {"target": targets.rows},
+        subjects=None if targets is None else targets.subjects,
+        subjects_until=targets_until,
+        order=None if targets is None else targets.order(section.seed),
+        rows=None if mesh is None else sharding.host_rows(mesh, batch_size),
+    )
+
+
+def _fitted(
+    generator: Fitted,
+    encoder: Any,
+    conditions: Ragged,
+    targets: TrainingTargets | None,
+    facts: dict[str, Any],
+    model: dict[str, Any],
+) -> Hypernetwork:
+    """A baseline, fitted on the mean embedding of every subject's references."""
+    assert targets is not None
+    means, rows = conditions.means("pooled")[targets.subjects], targets.rows.of(targets.subjects)
+    constants = generator.fit(means, rows) | _known(conditions)
+    return Hypernetwork(generator, {}, encoder, facts, model, constants)
+
+
+def _known(conditions: Ragged) -> Params:
+    """Who the training subjects were. Compares them all: at the end, not before the first step."""
+    found = familiarity.fit(conditions.means("pooled"), conditions.first("pooled"))
+    return {"familiarity": found}
+
+
+def make_phases(section: Any) -> tuple[Phase, ...]:
+    """The phases of a config's `train` section: `warm_up.objectives` for `warm_up.num_steps`
+    steps, then `objectives`.
+
+    Raises:
+        UserError: an unknown objective, or weights that cannot be.
+    """
+    main = Phase(_weights("objectives", section.objectives))
+    if not section.warm_up.num_steps:
+        return (main,)
+    first = _weights("warm_up.objectives", section.warm_up.objectives)
+    return Phase(first, section.warm_up.num_steps), main
+
+
+def generate_defaults(section: Any) -> dict[str, Any]:
+    """What `hyperlora generate` uses unless told otherwise, from a config's `generate` section."""
+    return dict(section)
+
+
+def family(sd: Any) -> str:
+    """ "sd1", "sd2" or "sdxl": whose names a LoRA file for this base carries.
+
+    A base of other sizes counts as the one whose building blocks it shares.
+    """
+    if sd.unet.settings.addition_time_width is not None:
+        return "sdxl"
+    return "sd2" if sd.unet.settings.use_linear_projection else "sd1"
+
+
+def _weights(name: str, section: Any) -> ObjectiveWeights:
+    try:
+        return ObjectiveWeights(**dict(section))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"config.train.{name}: {error}") from error

@@ -1,0 +1,1 @@
+"""Drawn worlds with exact answers: avatars, heads, letters in fonts."""

@@ -1,0 +1,125 @@
+"""What worlds of rendered things have in common: views made of named parts, and pictures of them.
+
+A view is a class for every part, its caption names them all. Which combinations of some parts are
+held out is fixed by the split seed.
+"""
+
+import abc
+import dataclasses
+import hashlib
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hyperlora_jax.array_types import UInt8
+from hyperlora_jax.worlds import avatar_render
+
+SPLITS = ("train", "validation", "test")
+HELD_OUT_VIEWS = 0.10  # of the reserved combinations
+
+
+@dataclasses.dataclass(frozen=True)
+class NamedView:
+    """One way to show something: a class for every view part."""
+
+    classes: tuple[str, ...]
+
+    @property
+    def id(self) -> str:
+        """Stable name, e.g. "smiling.left.soft.blue"."""
+        return ".".join(self.classes)
+
+
+class NamedViews(abc.ABC):
+    """Views and pictures; a world adds identities, `caption` and `options`.
+
+    Attributes:
+        style: name of the world.
+        view_parts: class names of every part.
+        reserved: the parts whose combinations are held out.
+        size: picture side in pixels. split_seed: fixes what is held out.
+    """
+
+    style: str
+    view_parts: Mapping[str, list[str]]
+    reserved: tuple[str, ...]
+    size: int
+    split_seed: int
+
+    @property
+    def part_names(self) -> dict[str, list[str]]:
+        """Every view part and its class names."""
+        return dict(self.view_parts)
+
+    def view(self, split: str, index: int) -> NamedView:
+        """The index-th random view; training views never show a reserved combination, evaluation
+        views always do."""
+        checked_split(split)
+        for attempt in itertools.count():
+            drawn = [
+                names[int(self.uniform("view", split, index, attempt, part) * len(names))]
+                for part, names in self.view_parts.items()
+            ]
+            view = NamedView(tuple(drawn))
+            if self.is_reserved(view) == (split != "train"):
+                return view
+        raise AssertionError("unreachable")
+
+    def views(self, split: str, count: int, start: int = 0) -> list[NamedView]:
+        """`count` views of a split from index `start`."""
+        return [self.view(split, start + k) for k in range(count)]
+
+    def view_of(self, classes: Sequence[str]) -> NamedView:
+        """The view of a class for every view part."""
+        return NamedView(tuple(classes))
+
+    def is_reserved(self, view: NamedView) -> bool:
+        """Whether the view's combination is kept for evaluation."""
+        named = dict(zip(self.view_parts, view.classes, strict=True))
+        combination = tuple(named[part] for part in self.reserved)
+        return self.uniform("view reserve", *combination) < HELD_OUT_VIEWS
+
+    def caption_parts(self, view: NamedView) -> dict[str, int]:
+        """Class index of every view part."""
+        parts = zip(self.view_parts.items(), view.classes, strict=True)
+        return {part: names.index(name) for (part, names), name in parts}
+
+    @abc.abstractmethod
+    def caption(self, view: NamedView) -> str:
+        """The view's parts in words; the identity is not in it."""
+
+    @abc.abstractmethod
+    def options(self, identity: Any, view: NamedView) -> dict[str, Any]:
+        """What the world's `draw` is given, JSON-able."""
+
+    def render(self, identity: Any, view: NamedView) -> UInt8[np.ndarray, "h w 3"]:
+        """The exact picture of an identity in a view."""
+        return avatar_render.draw(self.options(identity, view), self.style, self.size)
+
+    def render_many(
+        self,
+        pairs: Sequence[tuple[Any, NamedView]],
+        cache_dir: str | Path | None = None,
+        num_workers: int | None = None,
+        progress: bool = True,
+    ) -> UInt8[np.ndarray, "n h w 3"]:
+        """The exact pictures of many pairs; see `Avatars.render_many`."""
+        options = [self.options(identity, view) for identity, view in pairs]
+        return avatar_render.draw_many(
+            options, self.style, self.size, cache_dir, num_workers, progress
+        )
+
+    def uniform(self, *key: object) -> float:
+        """A number in [0, 1) fixed by the split seed and the key."""
+        text = "/".join(map(str, (self.style, self.split_seed, *key)))
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48
+
+
+def checked_split(split: str) -> str:
+    """`split`, or ValueError if there is none of that name."""
+    if split not in SPLITS:
+        raise ValueError(f"split is {split!r}, expected one of {SPLITS}")
+    return split
