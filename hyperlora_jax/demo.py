@@ -2,7 +2,7 @@
 
 render ─► distill ─► train ─► generate, compare ─► export ─► PyTorch diffusers ─► report
 
-Exported files in PyTorch: load with diffusers, draw from the same noise, compare with JAX.
+The proof: diffusers loads the exported files and draws from the same noise as JAX.
 """
 
 import contextlib

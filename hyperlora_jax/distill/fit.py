@@ -6,7 +6,7 @@ The program is compiled once. A finished slot takes the next concept at the next
 while there is nothing left to hand out, it rests. The state of unfinished slots can be saved at
 every boundary and restored, so that a killed run loses at most the steps since the last save.
 
-Which slot works on which concept, what is left, and how that survives a kill.
+`SlotRun` knows which slot works on which concept, and what is left.
 """
 
 import dataclasses

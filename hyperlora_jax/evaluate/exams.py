@@ -3,10 +3,9 @@
 avatars           exact pictures exist: identity, error and caption parts are measured
 a folder or TFDS  real pictures: a judge compares with other pictures of the same subject
 
-Sizes that fit: how many subjects, candidates and views an exam can have of what there is.
-
-What somebody gave on the command line is kept, and refused where the source does not offer it; a
-config's defaults are cut to what it offers, and that is said.
+Sizes are made to fit what there is of subjects, candidates and views: what somebody gave on the
+command line is kept, and refused where the source does not offer it; a config's defaults are cut to
+what it offers, and that is said.
 """
 
 import dataclasses

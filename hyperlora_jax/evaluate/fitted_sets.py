@@ -1,8 +1,7 @@
 """LoRAs that are fitted to the evaluated identities themselves, kept in the workdir: conventional
 ones, refined ones, and coefficients of training LoRAs.
 
-The conventional way, as the comparison's yardstick: pictures of one identity, and how long it
-takes to fit a LoRA to them.
+The conventional way is the yardstick of the comparison, in scores and in seconds.
 """
 
 import dataclasses

@@ -13,7 +13,7 @@ conventional_1      a LoRA fitted to the reference alone
 
 Other trained generators join by `evaluate.others.NAME = WORKDIR`.
 
-Which of the methods asked for can run, and why the others cannot.
+`runnable_methods` says which of those asked for can run, and why the others cannot.
 """
 
 import dataclasses
@@ -77,7 +77,7 @@ class Context:
 
     Attributes:
         vectors: training LoRAs [t, d] in the config's gauge; embeddings [t, e] of their references;
-            None where there are none, or no method needs them (`method_needs.py`).
+            None where there are none, or no method needs them (`runnable_methods`).
         fitted: fits to the evaluated identities, None where no method needs them.
         others: more hypernetworks by name.
         baseline: keyword arguments of `make_baseline`.

@@ -1,6 +1,6 @@
 """Methods that draw with one LoRA per identity; which LoRAs, says `method_loras.py`.
 
-Methods of the comparison as readers see them: titles, order in tables, which are controls.
+Also how readers see all methods: titles, order in tables, which are controls.
 """
 
 import functools

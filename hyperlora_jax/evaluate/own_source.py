@@ -1,10 +1,9 @@
 """Whether a checkpoint is asked about the pictures it was trained on, and what follows from it:
 which source may be meant, where the report goes, and whether the checkpoint keeps a strength.
 
-The strength (and guidance) that an evaluation chose, as the checkpoint's default.
-
-One rule: an evaluation on the pictures that the hypernetwork was trained on replaces the defaults
-of the one before; one on other pictures leaves them alone. Either is said.
+`ChosenDefaults` are the strength (and guidance) that an evaluation chose. One rule: an evaluation
+on the pictures that the hypernetwork was trained on replaces the defaults of the one before; one on
+other pictures leaves them alone. Either is said.
 """
 
 import dataclasses

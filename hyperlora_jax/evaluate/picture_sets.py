@@ -117,7 +117,7 @@ def make_picture_sets(
 
     Args:
       people: held-out subjects with at least two pictures each: the first `sizes.num_validation`
-        choose strengths, the next `sizes.num_identities` are tested. `exam_sizes.py` makes sizes
+        choose strengths, the next `sizes.num_identities` are tested. `exams.py` makes sizes
         fit.
       source: what the image set is called in facts.
       prompts: tried in turn; without any, every subject's own captions.

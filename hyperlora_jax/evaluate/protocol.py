@@ -4,10 +4,8 @@ Identities come from the held-out reserve (fixed by the avatars' `split_seed`); 
 draws from it. The draw is checked against the identities that a checkpoint was trained on.
 Strengths are chosen on the validation reserve, scores are told on the test reserve.
 
-What every method is asked: identities, captions and start noise, the same for all of them.
-
-`protocol.EvaluationSet` adds exact answers, `picture_sets.PictureSet` other pictures of the same
-subject where no exact answer exists.
+`Questions` is what every method is asked; `EvaluationSet` adds exact answers,
+`picture_sets.PictureSet` other pictures of the same subject where no exact answer exists.
 """
 
 import dataclasses

@@ -4,8 +4,9 @@ The key is a hash of everything that decides the pictures: the method's fingerpr
 settings), the evaluation set and the strength. Without a fingerprint nothing is kept. Of several
 processes the first one reads and writes.
 
-Embeddings of many pictures: in batches of one size, so that one program serves all, shared out
-over processes, and kept by content, as a foreign encoder can take a tenth of a second for each.
+Embeddings of pictures are kept by content too, made in batches of one size, so that one program
+serves all, and shared out over processes, as a foreign encoder can take a tenth of a second for
+each.
 """
 
 import dataclasses

@@ -15,8 +15,7 @@ by averaging shrinks to the mean, so g is a hyper-parameter of theirs as strengt
 LoRAs are averaged as raw factors (`space="raw"`: they should share one initialisation or gauge), or
 as deltas that are then cut back to their rank (`space="delta"`).
 
-Mean and inner products of LoRA vectors that need not fit into memory: rows of arrays or of
-files, read in chunks.
+LoRA vectors need not fit into memory: they are rows of arrays or of files, read in chunks.
 """
 
 import dataclasses

@@ -3,8 +3,8 @@
     Regression   lora = network(condition)
     Iterative    the network sees its last answer and corrects it, k times (2307.06949)
 
-Diffusion is in `weight_diffusion.py`, the paper's VAE in `weight_vae.py`, what is fitted in closed
-form in `baselines.py`; `building.py` makes them from a config.
+Diffusion and the paper's VAE are in `weight_diffusion.py`, what is fitted in closed form in
+`baselines.py`; `building.py` makes them from a config.
 """
 
 import dataclasses

@@ -5,7 +5,7 @@ A token owns `components` consecutive rank components of one side (down or up) o
 equal side and width form a group: one dense array `[l, n, components, width]` of static shape,
 whatever mixture of widths and ranks the LoRA has.
 
-Heads: token states → the numbers of the LoRA.
+Heads turn token states into the numbers of the LoRA.
 
 `dense`       one linear map per group, shared by its tokens;
 `per_token`   one linear map per token, for few sites: what a site needs differs from site to site;

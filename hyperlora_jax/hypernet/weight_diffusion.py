@@ -2,8 +2,8 @@
 
     x0 = codec.encode(LoRA),  x_t = process(x0, noise, t),  prediction = denoiser(x_t, t, condition)
 
-The codec says in which space: whitened factors here (`Whitened`), latents of the paper's VAE in
-`weight_vae.py`. The denoiser is the token transformer (`TokenDenoiser`) or the paper's MLP
+The codec says in which space: whitened factors here (`Whitened`), or latents of the paper's VAE
+(`Latents`). The denoiser is the token transformer (`TokenDenoiser`) or the paper's MLP
 (`mlp_denoiser.py`). Training gives the mean squared error of the prediction, and the LoRA of the
 one-step estimate of x0, on which other losses (denoising through the base) may be put.
 
@@ -12,7 +12,7 @@ The paper's variational autoencoder of LoRA vectors (arXiv 2412.02352, section o
     z ~ N(μ, σ²),  (μ, log σ²) = encoder(whitened vector),  loss = MSE + kl_weight · KL
 
 Encoder: LayerNorm → Linear → residual MLP blocks (width → expansion · width → width, SiLU); the
-decoder mirrors it. `Latents` is the codec that lets `weight_diffusion.Diffusion` work on μ.
+decoder mirrors it. `Latents` lets `Diffusion` work on μ.
 """
 
 import dataclasses

@@ -1,8 +1,7 @@
 """Does a LoRA belong to the base at hand? Sites, shapes and the base's hash, both sides named.
 
-A base model as far as LoRA files need it: its layers and its family, read without its weights.
-
-Only config.json and the headers of the safetensors files are read, so this takes milliseconds.
+`BaseModel` is a base as far as LoRA files need it: its layers and its family. Only config.json and
+the headers of the safetensors files are read, so this takes milliseconds.
 """
 
 import dataclasses

@@ -3,7 +3,7 @@
 The rules are what was measured with diffusers 0.42 and 0.33, PEFT, kohya sd-scripts, LyCORIS,
 ComfyUI and stable-diffusion.cpp, and read in A1111's source, for each form of keys.
 
-What a LoRA file holds, as plain data.
+`inspect_lora` gives the whole report of a file as plain data.
 """
 
 import collections

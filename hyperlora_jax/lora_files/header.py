@@ -3,11 +3,10 @@
 Only strings and no dates: the same LoRA gives the same bytes. Our keys start with "hyperlora.":
 spec (fingerprint), base_hash, checkpoint, reference_hash, seed, strength, trigger, …
 
-Which family of base models a LoRA belongs to: "sd1", "sd2" or "sdxl".
-
-The file's own word comes first (`declared`), its structure second (`recognise`): module paths and
-transformer depth, then the width of the text states, then the kind of proj_in (a convolution in
-SD 1.x, a linear layer later). A LoRA of any other base is refused by its keys.
+They also tell the family of base models, "sd1", "sd2" or "sdxl". The file's own word comes first
+(`declared`), its structure second (`recognise`): module paths and transformer depth, then the width
+of the text states, then the kind of proj_in (a convolution in SD 1.x, a linear layer later). A LoRA
+of any other base is refused by its keys.
 """
 
 import functools

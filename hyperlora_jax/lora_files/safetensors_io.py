@@ -6,10 +6,9 @@ the file before it touches data, and names what is wrong; arrays are views of th
 array to C order first (the numpy writer of the safetensors package stores wrong numbers for
 transposed views), and replaces the target atomically.
 
-Where the tensors of a .safetensors file lie: names, dtypes, shapes and bytes, without the data.
-
-The LoRAs of one hypernetwork differ in their numbers and their metadata only, so the layout that
-a header describes is checked once and kept, and so is the text that describes it.
+A layout says where the tensors lie: names, dtypes, shapes and bytes, without the data. The LoRAs of
+one hypernetwork differ in their numbers and their metadata only, so the layout that a header
+describes is checked once and kept, and so is the text that describes it.
 """
 
 import contextlib

@@ -6,8 +6,6 @@ own rank, cut where that is above both widths of the layer (which changes nothin
 carry one alpha, the largest rank, on every module (diffusers misreads alphas that differ), and up
 factors divided by what that makes of a smaller rank; the others no alpha.
 
-A LoRA's factors as files hold them: PyTorch layout, balanced, finite, in a dtype.
-
 All numbers of a LoRA are laid out in one vector first, the down factors before the up factors, so
 that a check or a cast is one pass over memory and not one call for each layer.
 """

@@ -165,7 +165,7 @@ def export_probe(
 ) -> str:
     """Writes config.json + model.safetensors (fp16) into `path`; returns the weights' hash.
 
-    Arguments as in `encoder_task.export_encoder`; `evaluate/judges/attribute_probe.py` reads the folder.
+    Arguments as in `encoder_task.export_encoder`; read by `evaluate/judges/attribute_probe.py`.
     """
     module = make_encoder(bundle, encoder)
     kwargs = ("image_size", "widths", "blocks", "embedding_dim", "pool_channels", "groups")

@@ -7,9 +7,8 @@ Datasets hold raw factors; which gauge is learned best is a choice at reading, r
 Turned vectors are kept once, as a memory-mapped .npy beside the statistics of every gauge
 (`vectors_summary`).
 
-What one pass over all LoRA vectors of a dataset finds, kept so that no run makes it again.
-
-DATASET/cache/summary-GAUGE-DIGEST.npz   see `beside_dataset`
+What one pass over all vectors finds is kept too:
+    DATASET/cache/summary-GAUGE-DIGEST.npz   see `beside_dataset`
 """
 
 import dataclasses

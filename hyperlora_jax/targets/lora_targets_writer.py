@@ -4,7 +4,7 @@ The result is an ordinary TFDS dataset of uncompressed ArrayRecord shards (train
 noise to a compressor: 7 % smaller, four times slower to read). It is built in a sibling folder
 and renamed, so a dataset exists whole or not at all.
 
-The README.md that every LoRA-target dataset carries.
+Every dataset carries a README.md.
 """
 
 import json

@@ -1,10 +1,12 @@
-"""SIGTERM means "save and leave": the loop asks after every step whether it was sent.
+"""What ends a run before its last step: a signal, or a hang.
+
+SIGTERM means "save and leave": the loop asks after every step whether it was sent.
 
 One process: a local flag, which Ctrl-C sets too; a second Ctrl-C leaves at once. Several processes:
 JAX's coordination service makes all of them agree on one later step, so that all save the same
 step. No device collective takes part in the decision.
 
-Ends a run that makes no progress: a hung collective cannot be interrupted from inside.
+The watchdog ends a run that makes no progress: a hung collective cannot be interrupted from inside.
 """
 
 import faulthandler

@@ -1,6 +1,6 @@
 """The training loop. Read this file first: everything else in the folder serves one line of it.
 
-`loop.fit` as a config's section describes it.
+`fit_section` is `fit` as a config's section describes it.
 """
 
 import json

@@ -2,8 +2,6 @@
 
 Only the first process writes; the checks run on all of them, on the same replicated numbers.
 
-What a run shows and writes: metrics.jsonl and the progress bar.
-
 metrics.jsonl has one row per logged step, with that step's own values, never running means.
 """
 

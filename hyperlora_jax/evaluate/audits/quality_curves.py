@@ -3,11 +3,10 @@
 All identities are fitted at once, one slot each, with the keys they have in a conventional fit; the
 start is all that differs between curves.
 
-How many fitting steps does a starting point save?
-
-Every initialisation (zero, mean, nearest, hypernetwork) is fitted on by the same recipe and scored
-at the same checkpoints. The headline: the first number of steps, and its seconds, at which the
-mean score reaches 95 % of the full conventional LoRA's (zero initialisation, all steps).
+The question is how many fitting steps a starting point saves. Every initialisation (zero, mean,
+nearest, hypernetwork) is fitted on by the same recipe and scored at the same checkpoints. The
+headline: the first number of steps, and its seconds, at which the mean score reaches 95 % of the
+full conventional LoRA's (zero initialisation, all steps).
 """
 
 import dataclasses

@@ -8,11 +8,8 @@ The encoder that conditions the hypernetwork is a leaky judge of it: report it a
 it one that training never saw. A picture in which a detector finds no subject, or that is not
 finite, scores 0 and stays in the mean.
 
-Who judges, and whether that is somebody independent.
-
-The encoder that conditions the hypernetwork is a flattering judge of it: training taught the
-hypernetwork to listen to it. It judges where no other is at hand, and whatever name it is given
-under, it is told from others by what it answers.
+It judges where no other is at hand, and whatever name it is given under, it is told from others by
+what it answers.
 """
 
 import dataclasses

@@ -1,4 +1,5 @@
-"""Equal transformer blocks in one `lax.scan`: SDXL's are up to ten deep.
+"""How blocks run: equal ones in one `lax.scan` (SDXL's are up to ten deep), and what the backward
+pass recomputes.
 
 A program then holds one block instead of ten. Trees of parameters and LoRAs keep one entry for each
 block (`transformer_blocks_0`, `transformer_blocks_1`, ...) wherever people and files see them.
@@ -6,7 +7,7 @@ block (`transformer_blocks_0`, `transformer_blocks_1`, ...) wherever people and 
 leading axis; parameters that are not stacked are copied into that layout in every step. LoRAs are
 small and always stacked inside the step, so their gradients have the layout of the LoRA given.
 
-What the backward pass recomputes instead of keeping.
+Rematerialisation:
 
 none            everything is kept
 block           each resnet and transformer block keeps its input only

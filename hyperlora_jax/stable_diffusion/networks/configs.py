@@ -4,7 +4,7 @@ Every key must be known. A key of `fixed` may hold one of the listed values or n
 would change what the model computes, and is an error that names it. Keys that start with "_" and
 keys that do not affect the arithmetic are ignored.
 
-What a text encoder's config.json of transformers says; strict, as `configs` describes.
+A text encoder's config.json of transformers is read here too.
 """
 
 import json

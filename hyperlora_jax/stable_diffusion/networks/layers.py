@@ -4,12 +4,11 @@ A layer looks for the variables "down" and "up" of its own path in the `lora` co
 are there it adds x · down · up without ever forming down · up, so that every example of a batch can
 carry another LoRA. L LoRAs serve b examples: example k uses LoRA k // (b / L).
 
-2-D convolution whose gradients are fast on every platform.
-
-XLA writes the gradient for the input as a convolution whose kernel has its two feature axes
-swapped by dimension numbers. TPUs and GPUs take that as it is; XLA:CPU (jaxlib 0.10) leaves it to
-a generic loop that is many times slower than its fused convolution. On a CPU the kernel is
-therefore swapped as data, and strides become zeros between the gradient's pixels.
+The gradients of a convolution are fast on every platform. XLA writes the gradient for the input as
+a convolution whose kernel has its two feature axes swapped by dimension numbers. TPUs and GPUs take
+that as it is; XLA:CPU (jaxlib 0.10) leaves it to a generic loop that is many times slower than its
+fused convolution. On a CPU the kernel is therefore swapped as data, and strides become zeros
+between the gradient's pixels.
 """
 
 import functools
