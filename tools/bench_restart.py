@@ -36,9 +36,14 @@ BATCHES = """
 import os, sys, time
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 import numpy as np
-from hyperlora_jax.targets.gauged_targets import read_in_gauge
-from hyperlora_jax.targets.lora_targets import open_lora_targets
-from hyperlora_jax.train.hypernetwork.hypernet_data import Rows
+try:
+    from hyperlora_jax.targets.gauged_targets import read_in_gauge
+    from hyperlora_jax.targets.lora_targets import open_lora_targets
+    from hyperlora_jax.train.hypernetwork.hypernet_data import Rows
+except ImportError:  # an older build
+    from hyperlora_jax.data.gauged_targets import read_in_gauge
+    from hyperlora_jax.data.lora_targets import open_lora_targets
+    from hyperlora_jax.train.hypernet_data import Rows
 vectors = read_in_gauge(open_lora_targets(sys.argv[1]), "raw", sys.argv[2]).vectors
 rows = Rows((vectors,), np.zeros(len(vectors), int), np.arange(len(vectors)))
 few = min(len(vectors), 1500)  # stay in the system's memory whatever the number of LoRAs

@@ -7,6 +7,7 @@ and takes batches. Memory is what that process has grown by at most since before
 its own (RssAnon), and with pages of files that it maps (RssAnon + RssFile).
 """
 
+import importlib
 import json
 import os
 import platform
@@ -206,9 +207,9 @@ def _write_arrays(folder: Path, block: dict[str, np.ndarray], subjects: int, dty
 def _batches_of_arrays(
     folder: Path, subjects: int, batch_size: int, num_references: int, num_targets: int
 ) -> Any:
-    from hyperlora_jax.batches.pipelines import subject_batches
-    from hyperlora_jax.subjects import encoding_cache
-
+    # Where the builds that keep arrays have them.
+    encoding_cache = importlib.import_module("hyperlora_jax.data.encoding_cache")
+    subject_batches = importlib.import_module("hyperlora_jax.data.pipelines").subject_batches
     chunks = [encoding_cache._read(file) for file in sorted(folder.iterdir())]
     arrays = {name: np.concatenate([chunk.pop(name) for chunk in chunks]) for name in [*chunks[0]]}
     index = np.arange(subjects * VIEWS, dtype=np.int32).reshape(subjects, VIEWS)
