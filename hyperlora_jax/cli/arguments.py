@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +19,19 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raises UserError."""
         raise UserError(message)
+
+
+def add_output(parser: argparse.ArgumentParser, metavar: str, help: str) -> None:
+    """--out, which may still stand behind the input as in older versions."""
+    parser.add_argument("--out", metavar=metavar, help=help)
+    parser.add_argument("old_out", nargs="?", help=argparse.SUPPRESS)
+
+
+def add_format(parser: argparse.ArgumentParser, **options: Any) -> None:
+    """--format of written LoRAs, --to in older versions."""
+    from hyperlora_jax.lora_files.writing import FORMATS
+
+    parser.add_argument("--format", "--to", choices=FORMATS, **options)
 
 
 def parse(name: str, summary: str, module: ModuleType, given: Sequence[str]) -> argparse.Namespace:
@@ -43,6 +57,7 @@ def parse(name: str, summary: str, module: ModuleType, given: Sequence[str]) -> 
         )
         single_files.add_arguments(parser)
     known, rest = parser.parse_known_args(list(given))
+    notes = _translate(known, given, rest)
     values = vars(known)
     for key, value in values.items():
         values[key] = _expanded(value)
@@ -56,10 +71,32 @@ def parse(name: str, summary: str, module: ModuleType, given: Sequence[str]) -> 
         base = config.load_config(known.config, known.overrides).get("base")
         if isinstance(base, str):
             single_files.keep_options(base, known)
-    for output in ("out", "workdir", "target", "json", "sheet"):
+    for output in ("out", "workdir", "json", "sheet"):
         if values.get(output) and not (name == "export" and output == "workdir"):
             storage.outside_package(values[output], f"--{output}")
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
     return known
+
+
+def _translate(known: argparse.Namespace, given: Sequence[str], rest: list[str]) -> list[str]:
+    """Words of older versions mean what they did; the new ones are named, a line each."""
+    notes = []
+    if any(word.partition("=")[0] == "--to" for word in given):
+        notes.append("--to is called --format now")
+    if not hasattr(known, "old_out"):
+        return notes
+    if known.old_out is None and len(rest) == 1 and not rest[0].startswith("-"):
+        known.old_out = rest.pop()  # it stood behind an option
+    if known.old_out is not None:
+        if known.out is not None:
+            raise UserError(f"two outputs: {known.old_out} and --out {known.out}, expected one")
+        known.out = known.old_out
+        notes.append(f"the output is named by --out {known.out} now")
+    if known.out is None:
+        raise UserError("the following arguments are required: --out")
+    del known.old_out
+    return notes
 
 
 def _expanded(value: Any) -> Any:

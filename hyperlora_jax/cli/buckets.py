@@ -27,7 +27,7 @@ INPUTS = {
     "sample": ("lora",),
 }
 OUTPUTS = {
-    "convert": "target",
+    "convert": "out",
     "directions": "out",
     "evaluate": "json",
     "extract": "out",

@@ -18,11 +18,12 @@ DROP_HELP = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Input, output, form."""
-    from hyperlora_jax.lora_files.writing import DTYPES, FORMATS
+    from hyperlora_jax.cli import arguments
+    from hyperlora_jax.lora_files.writing import DTYPES
 
     parser.add_argument("source", metavar="IN", help="LoRA file, adapter folder, or folder of them")
-    parser.add_argument("target", metavar="OUT", help="file or folder to write")
-    parser.add_argument("--to", choices=FORMATS, required=True, help="form of the output")
+    arguments.add_output(parser, "PATH", "file or folder to write")
+    arguments.add_format(parser, required=True, help="form of the output")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="float16")
     parser.add_argument("--base", help="a base, or sd1, sd2, sdxl; default: told from the layers")
     parser.add_argument("--drop", nargs="+", default=[], metavar="WHAT", help=DROP_HELP)
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     if source.is_dir() and not convert.is_one_lora(source):
         done = _folder(args, base)
     else:
-        done = [convert.convert_file(source, args.target, args.to, args.dtype, base, args.drop)]
+        done = [convert.convert_file(source, args.out, args.format, args.dtype, base, args.drop)]
     good = [result for result in done if not result.error]
     if args.verify:
         _verify(args.base, good, args.drop)
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"wrote {len(good)} LoRA(s), e.g. {first.target}")
         print(f"{len(first.spec)} sites, {ranks(first.spec)}, {first.family}"
               f" ({first.evidence})")  # fmt: skip
-        form = compatibility.written_form(args.to, first.family)
+        form = compatibility.written_form(args.format, first.family)
         rows = compatibility.report(first.spec, first.family, form)
         print("\n".join(compatibility.lines(rows, len(first.spec))))
     bad = [result for result in done if result.error]
@@ -80,7 +81,7 @@ def _folder(args: argparse.Namespace, base) -> list:
     total = len(convert.find_loras(Path(args.source)))
     with tqdm(total=total, unit="LoRA", desc="convert") as bar:
         return convert.convert_folder(
-            args.source, args.target, args.to, args.dtype, base, args.workers,
+            args.source, args.out, args.format, args.dtype, base, args.workers,
             lambda result: bar.update(), drop=args.drop,
         )  # fmt: skip
 

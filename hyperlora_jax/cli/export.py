@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Workdir and output folder."""
+    from hyperlora_jax.cli import arguments
+
     parser.add_argument("workdir", help="workdir of `hyperlora pretrain` or `hyperlora train`")
-    parser.add_argument("out", help="folder to write")
+    arguments.add_output(parser, "DIR", "folder to write")
     parser.add_argument(
         "--step", type=_step, help="checkpoint: its step, or `best`; default: the newest"
     )

@@ -9,15 +9,16 @@ from hyperlora_jax.errors import UserError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Two models, output."""
+    from hyperlora_jax.cli import arguments
     from hyperlora_jax.lora.sites import PRESETS
-    from hyperlora_jax.lora_files.writing import DTYPES, FORMATS
+    from hyperlora_jax.lora_files.writing import DTYPES
 
     parser.add_argument("base", metavar="BASE", help="diffusers directory or single file")
     parser.add_argument("tuned", metavar="TUNED", help="the tuned model, likewise")
     parser.add_argument("--out", required=True, help="LoRA to write")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--preset", choices=sorted(set(PRESETS) - {"text"}), default="attn-ff")
-    parser.add_argument("--to", choices=FORMATS, default="kohya", help="form of the LoRA")
+    arguments.add_format(parser, default="kohya", help="form of the LoRA")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="float16")
 
 
@@ -32,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     model = read_base_model(base)
     lora, spec = algebra.extract(base, tuned, args.rank, args.preset)
     written = save_lora(
-        args.out, lora, spec, args.to, args.dtype, model.family, None, model.layers_per_block
+        args.out, lora, spec, args.format, args.dtype, model.family, None, model.layers_per_block
     )
     print(f"wrote {written}: {len(spec)} sites, {ranks(spec)}")
     if any(site.component != "unet" for site in model.layers.values()):

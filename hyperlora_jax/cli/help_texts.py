@@ -61,10 +61,10 @@ _EXAMPLES = {
     "directions": "hyperlora directions runs/me/targets --labels labels.json --out d.safetensors",
     "refine": "hyperlora refine anna.safetensors --images pictures/anna --out refined.safetensors",
     "sample": 'hyperlora sample BASE --prompt "a portrait" --lora anna.safetensors --out pictures',
-    "convert": "hyperlora convert anna.safetensors anna.kohya.safetensors --to kohya",
+    "convert": "hyperlora convert anna.safetensors --format kohya --out anna.kohya.safetensors",
     "merge": "hyperlora merge a.safetensors=0.7 b.safetensors=0.5 --out both.safetensors",
     "extract": "hyperlora extract BASE TUNED --rank 16 --out difference.safetensors",
-    "export": "hyperlora export runs/me hypernetwork",
+    "export": "hyperlora export runs/me --out hypernetwork",
     "inspect": "hyperlora inspect anna.safetensors",
     "compile": "hyperlora compile --config sd15 --topology v5e-256",
 }

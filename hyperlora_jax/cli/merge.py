@@ -12,7 +12,8 @@ from hyperlora_jax.errors import UserError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Files with weights, output."""
-    from hyperlora_jax.lora_files.writing import DTYPES, FORMATS
+    from hyperlora_jax.cli import arguments
+    from hyperlora_jax.lora_files.writing import DTYPES
 
     parser.add_argument(
         "loras", metavar="LORA[=WEIGHT]", nargs="+", help="weight 1 if none is given; =-1 subtracts"
@@ -20,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, help="LoRA to write, or folder with --into")
     parser.add_argument("--rank", type=int, help="best LoRA of this rank; default: exact")
     parser.add_argument("--into", metavar="BASE", help="add to a base, write a copy of it")
-    parser.add_argument("--to", choices=FORMATS, default="kohya", help="form of the LoRA")
+    arguments.add_format(parser, default="kohya", help="form of the LoRA")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="float16")
     parser.add_argument("--base", help="a base, or sd1, sd2, sdxl: whose layers")
     parser.add_argument("--drop", nargs="+", default=[], metavar="WHAT", help=DROP_HELP)
@@ -56,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         layers = model.layers_per_block if model else 2
         texts = _shared(headers)
-        written = save_lora(args.out, *merged, args.to, args.dtype, family, texts, layers)
+        written = save_lora(args.out, *merged, args.format, args.dtype, family, texts, layers)
     print(f"wrote {written}: {len(spec)} sites, {ranks(spec)}")
     return 0
 

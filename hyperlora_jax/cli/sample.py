@@ -101,6 +101,9 @@ def sample_in_batches(
 ) -> "np.ndarray":
     """Pictures [b, h, w, 3] of b prompts, some at a time; the same ones whatever `batch_size` is.
 
+    Noise belongs to a prompt's place: every LoRA draws a prompt from the same noise, and one more
+    prompt or LoRA changes no other picture.
+
     Args:
         lora: with a leading axis l for several: every one serves b / l prompts in a row.
         strengths: one per LoRA.
@@ -111,20 +114,22 @@ def sample_in_batches(
 
     from hyperlora_jax.lora import factors
 
-    key = jax.random.key(seed)
-    noise = sd.noise(key, len(prompts), height, width)
-    keys = jax.random.split(jax.random.fold_in(key, 1), len(prompts))  # of what samplers add
+    per_lora = len(prompts) // len(strengths)
+    own_keys = [jax.random.fold_in(jax.random.key(seed), place) for place in range(per_lora)]
+    noise = np.concatenate([sd.noise(key, 1, height, width) for key in own_keys])
+    # Of what samplers add.
+    keys = jax.numpy.stack([jax.random.fold_in(key, 1) for key in own_keys])
     batch_size = min(batch_size, len(prompts))
     parts = []
     for start in range(0, len(prompts), batch_size):
         # The last batch is filled up: one program for all.
         rows = np.minimum(np.arange(start, start + batch_size), len(prompts) - 1)
-        own = None
+        places, own = rows % per_lora, None
         if lora is not None:
-            which = rows // (len(prompts) // len(strengths))
+            which = rows // per_lora
             own = factors.scale(factors.index(lora, which), np.asarray(strengths)[which])
         asked = [prompts[k] for k in rows]
-        images = sd.sample(keys[rows], asked, lora=own, latents=noise[rows], **options)
+        images = sd.sample(keys[places], asked, lora=own, latents=noise[places], **options)
         parts.append(np.asarray(images))
     return np.concatenate(parts)[: len(prompts)]
 

@@ -5,7 +5,9 @@ import sys
 
 import pytest
 
+from hyperlora_jax.cli import arguments, convert
 from hyperlora_jax.cli.main import COMMANDS, main
+from hyperlora_jax.errors import UserError
 
 AVATARS = ["--config", "avatars", "--workdir", "nowhere"]
 
@@ -28,11 +30,14 @@ AVATARS = ["--config", "avatars", "--workdir", "nowhere"]
         (["train", "--workdir", "nowhere"], "--config: expected a config file"),
         (["generate", "--checkpoint", "x", "--reference"], "expected at least one argument"),
         (["sample", "tiny-sd", "--prompt", "a", "--num_steps", "x"], "invalid int value: 'x'"),
-        (["convert", "a", "b", "--to", "zip"], "invalid choice: 'zip'"),
+        (["convert", "a", "--out", "b", "--format", "zip"], "invalid choice: 'zip'"),
         (["inspect", "configs", "--frob"], "unrecognized arguments: --frob"),
         (["merge", "a=1", "--uot", "x"], "the following arguments are required: --out"),
         (["train", *AVATARS, "--workdir=hyperlora_jax/assets"], "lies in the installed package"),
-        (["convert", "a", "hyperlora_jax/x", "--to", "kohya"], "lies in the installed package"),
+        (
+            ["convert", "a", "--out", "hyperlora_jax/x", "--format", "kohya"],
+            "lies in the installed package",
+        ),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_one_line(arguments, reason, capsys):
@@ -87,3 +92,20 @@ def test_homes_are_expanded(monkeypatch, tmp_path, capsys):
     assert "distill.prompt = 'no ~/path'" in shown
     assert main(["generate", "--checkpoint", "~/none", "--reference", "~/a.png", "--out=x"]) == 2
     assert f"{tmp_path}/none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "given", [["a", "b", "--to", "peft"], ["a", "--to=peft", "b"], ["a", "--to", "peft", "b"]]
+)
+def test_words_of_older_versions_are_understood_and_replaced(given, capsys):
+    parsed = arguments.parse("convert", "", convert, given)
+    assert (parsed.source, parsed.out, parsed.format) == ("a", "b", "peft")
+    said = capsys.readouterr().err
+    assert "--to is called --format now" in said and "--out b now" in said
+
+
+def test_two_outputs_are_one_too_many():
+    with pytest.raises(UserError, match="two outputs: b and --out c"):
+        arguments.parse("convert", "", convert, ["a", "b", "--out", "c", "--format", "peft"])
+    with pytest.raises(UserError, match="required: --out"):
+        arguments.parse("convert", "", convert, ["a", "--format", "peft"])

@@ -33,7 +33,7 @@ def test_inspect(capsys):
 
 def test_convert_is_verified_against_it(lora, tmp_path, capsys):
     out = tmp_path / "out.safetensors"
-    run("convert", lora, out, "--to", "diffusers", "--base", NAME, "--verify")
+    run("convert", lora, "--out", out, "--format", "diffusers", "--base", NAME, "--verify")
     assert "no missing and no unexpected key" in capsys.readouterr().out
 
 

@@ -49,7 +49,7 @@ def fetched(address, place):
 
 
 def test_lora_files_are_converted_merged_and_extracted_there(lora, bucket, tmp_path, capsys):
-    assert run("convert", lora, "s3://b/out/anna", "--to", "peft") == 0
+    assert run("convert", lora, "--out", "s3://b/out/anna", "--format", "peft") == 0
     assert "wrote 1 LoRA(s), e.g. s3://b/out/anna" in capsys.readouterr().out
     assert sorted(name for name in bucket.store if "/out/" in name) == [
         "/b/out/anna/adapter_config.json", "/b/out/anna/adapter_model.safetensors"
@@ -122,9 +122,9 @@ COMMANDS = (
     ("inspect", "{}"),
     ("generate", "--checkpoint", "{}", "--reference", "a.png", "--out", "a.safetensors"),
     ("generate", "--checkpoint", "run", "--reference", "a.png", "--out", "{}"),
-    ("export", "{}", "out"),
-    ("export", "run", "{}"),
-    ("convert", "a.safetensors", "{}", "--to", "peft"),
+    ("export", "{}", "--out", "out"),
+    ("export", "run", "--out", "{}"),
+    ("convert", "a.safetensors", "--out", "{}", "--format", "peft"),
     ("merge", "a.safetensors=1", "--out", "{}"),
     ("merge", "{}=0.5", "--out", "b.safetensors"),
     ("extract", "a", "b", "--out", "{}"),

@@ -80,7 +80,7 @@ def test_every_command(trained, tmp_path, capsys):
     encoder = Hypernetwork.restore(root / "run").encoder
     height, width = encoder.image_size
     assert f"sees {height}x{width} pixels" in told and encoder.hash[:12] in told
-    assert run("export", root / "run", tmp_path / "out") == 0
+    assert run("export", root / "run", "--out", tmp_path / "out") == 0
     assert generate(root, tmp_path / "out", tmp_path / "again.safetensors") == 0
     same = (tmp_path / "again.safetensors").read_bytes()
     assert same == (tmp_path / "two.safetensors").read_bytes()
@@ -108,7 +108,7 @@ def test_the_copied_workdir_works_alone(site, trained, tmp_path):
         if name in ("clip", "avatar"):
             shutil.rmtree(folder / "clip")
         assert generate(folder, folder / "run", tmp_path / "a.safetensors") == 0
-        assert run("export", folder / "run", tmp_path / "out") == 0
+        assert run("export", folder / "run", "--out", tmp_path / "out") == 0
         assert generate(folder, tmp_path / "out", tmp_path / "b.safetensors") == 0
     finally:
         original.rename(trained[0])
@@ -123,14 +123,14 @@ def test_moved_and_changed(world, tmp_path, capsys, name):
     (root / name).rename(root / "moved")
     moved = (root / "moved").rename(root / f"moved{Path(name).suffix}")
     capsys.readouterr()
-    assert run("export", root / "run", root / "out") == 2
+    assert run("export", root / "run", "--out", root / "out") == 2
     assert f"encoder {root / name}: no such file or folder" in capsys.readouterr().err
-    assert run("export", root / "run", root / "out", "--encoder", moved) == 0
+    assert run("export", root / "run", "--out", root / "out", "--encoder", moved) == 0
     assert generate(root, root / "out", tmp_path / "a.safetensors") == 0
     write = {"vit": user_world.write_vit, "encoder.onnx": user_world.write_onnx}[name]
     write(root / name, seed=7)
     capsys.readouterr()
-    assert run("export", root / "run", root / "out") == 2
+    assert run("export", root / "run", "--out", root / "out") == 2
     error = capsys.readouterr().err
     assert "expects the encoder" in error and str(root / name) in error
     # A run goes on with the encoder that it was begun with, and with no other.

@@ -43,7 +43,7 @@ def test_weighted_sums_and_what_the_files_share(world, tmp_path, capsys):
     texts = read_metadata(out)
     assert texts["hyperlora.base_hash"] == "f" * 64
     assert "hyperlora.seed" not in texts
-    assert run("merge", a, "--rank", 1, "--out", out, "--to", "diffusers") == 0
+    assert run("merge", a, "--rank", 1, "--out", out, "--format", "diffusers") == 0
     assert load_lora(out)[1].max_rank == 1
     for path, value in deltas(*load_lora(out)).items():
         sigma = np.linalg.svd(deltas(random_lora(spec, 0), spec)[path], compute_uv=False)

@@ -61,6 +61,18 @@ def test_batches_and_sizes(files, tmp_path):
     assert pixels(tmp_path / "wide")["base_00.png"].shape == (16, 32, 3)
 
 
+def test_one_more_prompt_or_lora_changes_no_other_picture(files, tmp_path):
+    few, more, one = tmp_path / "few", tmp_path / "more", tmp_path / "one"
+    command = ["sample", "tiny-sd", "--num_steps", "1", "--prompt", "a", "b"]
+    assert main([*command, "--lora", *files, "--out", str(few)]) == 0
+    assert main([*command, "c", "--lora", *files, "--out", str(more)]) == 0
+    assert main([*command, "--lora", files[1], "--out", str(one)]) == 0
+    before, after, alone = pixels(few), pixels(more), pixels(one)
+    assert all(np.abs(after[name] - picture).max() <= 1 for name, picture in before.items())
+    for k in (0, 1):
+        assert np.abs(alone[f"lora_{k:02d}.png"] - before[f"lora-2_{k:02d}.png"]).max() <= 1
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

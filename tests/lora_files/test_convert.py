@@ -1,4 +1,3 @@
-import argparse
 import itertools
 import json
 
@@ -7,6 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from hyperlora_jax.cli import arguments as cli_arguments
 from hyperlora_jax.cli import convert as convert_command
 from hyperlora_jax.cli import inspect_lora
 from hyperlora_jax.errors import UserError
@@ -33,9 +33,7 @@ SPEC = LoraSpec(
 
 
 def parse(module, *arguments):
-    parser = argparse.ArgumentParser()
-    module.add_arguments(parser)
-    return parser.parse_args([str(item) for item in arguments])
+    return cli_arguments.parse("convert", "", module, [str(item) for item in arguments])
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +118,7 @@ def test_the_command_converts_verifies_and_reports(tmp_path, base, sd1_modules, 
     lora = random_lora(spec)
     source = save_lora(tmp_path / "a.safetensors", lora, spec, "diffusers", "float32")
     target = tmp_path / "b.safetensors"
-    arguments = (source, target, "--to", "kohya", "--dtype", "float32")
+    arguments = (source, "--out", target, "--format", "kohya", "--dtype", "float32")
     args = parse(convert_command, *arguments, "--base", base, "--verify")
     assert convert_command.run(args) == 0
     printed = capsys.readouterr().out
@@ -135,7 +133,9 @@ def test_the_command_converts_verifies_and_reports(tmp_path, base, sd1_modules, 
 
 def test_the_command_takes_folders(tmp_path, capsys):
     save_lora(tmp_path / "in" / "a.safetensors", random_lora(SPEC), SPEC)
-    args = parse(convert_command, tmp_path / "in", tmp_path / "out", "--to", "diffusers")
+    args = parse(
+        convert_command, tmp_path / "in", "--out", tmp_path / "out", "--format", "diffusers"
+    )
     assert convert_command.run(args) == 0
     assert (tmp_path / "out" / "a.safetensors").exists()
     (tmp_path / "in" / "bad.safetensors").write_bytes(b"")

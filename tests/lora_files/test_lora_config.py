@@ -77,7 +77,12 @@ def test_old_names_with_a_config_in_the_header(name, tmp_path, capsys):
     assert all(".lora.down." in key or ".lora.up." in key for key in load_file(file))
     assert_equals(file, truth)
     written = tmp_path / "kohya.safetensors"
-    assert main(["convert", str(file), str(written), "--to", "kohya", "--dtype", "float32"]) == 0
+    assert (
+        main(
+            ["convert", str(file), "--out", str(written), "--format", "kohya", "--dtype", "float32"]
+        )
+        == 0
+    )
     if name != "patterns":  # padded to one rank there, the same change
         assert_equals(written, truth)
 
@@ -113,7 +118,9 @@ def test_initialisations_that_change_the_base_are_refused(init, form, tmp_path, 
         unet.add_adapter(config)
         unet.save_lora_adapter(tmp_path)
         path = tmp_path / "pytorch_lora_weights.safetensors"
-    assert main(["convert", str(path), str(tmp_path / "out"), "--to", "diffusers"]) == 2
+    assert (
+        main(["convert", str(path), "--out", str(tmp_path / "out"), "--format", "diffusers"]) == 2
+    )
     error = capsys.readouterr().err.strip()
     assert f"init_lora_weights '{init}' changes the base" in error and "\n" not in error
 

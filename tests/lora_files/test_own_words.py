@@ -35,7 +35,7 @@ def lora_file(path, layers, header=None, alpha=None):
 
 def converted(source, to, tmp_path):
     target = tmp_path / f"out-{to}.safetensors"
-    assert main(["convert", str(source), str(target), "--to", to]) == 0
+    assert main(["convert", str(source), "--out", str(target), "--format", to]) == 0
     with safe_open(target, "pt") as file:
         return load_file(target), file.metadata()
 
@@ -90,7 +90,9 @@ def test_flattened_windows_are_written_as_windows(tmp_path, capsys):
     scale = np.abs(down).max() / np.abs(written).max()  # balanced by a power of two
     np.testing.assert_allclose(written * scale, down, atol=2e-3)
     lora_file(tmp_path / "odd.safetensors", {stem: ((4, 100), (32, 4))})
-    assert main(["convert", str(tmp_path / "odd.safetensors"), "x", "--to", "kohya"]) == 2
+    assert (
+        main(["convert", str(tmp_path / "odd.safetensors"), "--out", "x", "--format", "kohya"]) == 2
+    )
     assert "100 columns, expected those of a 3×3 window" in capsys.readouterr().err
 
 
@@ -150,7 +152,7 @@ def test_differences_beside_the_factors_are_left_out_on_request(tmp_path, capsys
         load_lora(source)
     out = tmp_path / "out.safetensors"
     for command in (
-        ["convert", str(source), str(out), "--to", "kohya"],
+        ["convert", str(source), "--out", str(out), "--format", "kohya"],
         ["merge", str(source), "--out", str(out)],
     ):
         assert main([*command, "--drop", "differences"]) == 0
@@ -167,7 +169,7 @@ def test_layers_are_left_out_by_name(tmp_path, capsys):
     }
     source = lora_file(tmp_path / "in.safetensors", layers, HEADERS["sdxl"])
     out = str(tmp_path / "out.safetensors")
-    command = ["convert", str(source), out, "--to", "diffusers"]
+    command = ["convert", str(source), "--out", out, "--format", "diffusers"]
     assert main(command) == 0
     written = load_file(out)
     assert written["unet.conv_in.lora_A.weight"].shape == (4, 4, 3, 3)
@@ -200,7 +202,7 @@ def test_layers_by_number_and_pickles_are_named(tmp_path, capsys):
     (folder / "bob.v1").mkdir(parents=True)
     lora_file(folder / "bob.v1" / "pytorch_lora_weights.safetensors", {FIRST: ((4, 320), (320, 4))})
     torch.save({}, folder / "bob.v1" / "old.pt")
-    assert main(["convert", str(folder), str(tmp_path / "out"), "--to", "kohya"]) == 0
+    assert main(["convert", str(folder), "--out", str(tmp_path / "out"), "--format", "kohya"]) == 0
     assert "not read, Python pickles: bob.v1/old.pt" in capsys.readouterr().err
     assert (tmp_path / "out" / "bob.v1.safetensors").exists()
 
@@ -209,7 +211,9 @@ def test_a_rank_above_both_widths(tmp_path, capsys):
     source = lora_file(tmp_path / "in.safetensors", {FIRST: ((384, 320), (320, 384))}, alpha=384.0)
     assert load_lora(source)[1].sites[0].rank == 384
     out = str(tmp_path / "out.safetensors")
-    assert main(["convert", str(source), out, "--to", "kohya", "--dtype", "float32"]) == 0
+    assert (
+        main(["convert", str(source), "--out", out, "--format", "kohya", "--dtype", "float32"]) == 0
+    )
     assert "1 sites, rank 320," in capsys.readouterr().out
     lora, spec = load_lora(out)
     pair = site_factors(lora, spec.sites[0])
@@ -224,7 +228,10 @@ def test_two_sources_of_one_target(tmp_path, capsys):
     (tmp_path / "in" / "bob").mkdir(parents=True)
     lora_file(tmp_path / "in" / "bob.safetensors", layers)
     lora_file(tmp_path / "in" / "bob" / "pytorch_lora_weights.safetensors", layers)
-    assert main(["convert", str(tmp_path / "in"), str(tmp_path / "out"), "--to", "kohya"]) == 2
+    assert (
+        main(["convert", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--format", "kohya"])
+        == 2
+    )
     assert "would both become" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -278,7 +285,16 @@ def test_merging_two_files_of_the_embedded_base(tmp_path, capsys):
     assert not {"hyperlora.seed", "hyperlora.generator"} & set(header)
     assert load_lora(merged, sd)[1].max_rank == 4
     again = tmp_path / "again.safetensors"
-    checked = ["convert", str(merged), str(again), "--to", "diffusers", "--base", "tiny-sd"]
+    checked = [
+        "convert",
+        str(merged),
+        "--out",
+        str(again),
+        "--format",
+        "diffusers",
+        "--base",
+        "tiny-sd",
+    ]
     assert main(checked) == 0
     assert header["hyperlora.base"] == "tiny-sd"
 

@@ -55,7 +55,10 @@ def test_a_base_goes_on_from_its_own_weights_and_becomes_another_base(faces, tmp
     assert 0 < max(jax.tree.leaves(moved)) < 1e-2  # three steps of 1e-4, and float16
     for name in ("vae", "text_encoder"):
         jax.tree.map(np.testing.assert_array_equal, before.params[name], after.params[name])
-    code, exported = main(["export", str(run), str(tmp_path / "again")]), tmp_path / "again"
+    code, exported = (
+        main(["export", str(run), "--out", str(tmp_path / "again")]),
+        tmp_path / "again",
+    )
     assert code == 0
     assert load_base(str(exported)).base_hash == after.base_hash
 

@@ -374,7 +374,9 @@ def test_a_single_file_goes_through_the_commands(single, tmp_path, capsys):
     run(capsys, "sample", path, "--lora", lora, *draw, tmp_path / "a", *tokens)
     assert "equals PyTorch" in run(capsys, "inspect", path, "--verify")
     out = tmp_path / "out.safetensors"
-    said = run(capsys, "convert", lora, out, "--to", "kohya", "--base", path, "--verify")
+    said = run(
+        capsys, "convert", lora, "--out", out, "--format", "kohya", "--base", path, "--verify"
+    )
     assert "no missing and no unexpected key" in said
     run(capsys, "import", lora, "--base", path, "--out", tmp_path / "targets", "--workers", 1)
     tuned = tmp_path / "tuned.safetensors"

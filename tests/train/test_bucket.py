@@ -187,7 +187,7 @@ def test_every_stage_works_in_a_bucket_and_goes_on_on_another_host(server, tmp_p
     assert "<html" in read(environment, f"{run}/report/index.html")
     said = finished(hyperlora(environment, "inspect", run))
     assert "checkpoints at steps" in said
-    finished(hyperlora(environment, "export", run, str(tmp_path / "hyper")))
+    finished(hyperlora(environment, "export", run, "--out", str(tmp_path / "hyper")))
     assert (tmp_path / "hyper" / "model.safetensors").exists()
     flags = {"data.num_identities": 8, "data.num_views": 2, "train.num_steps": 2,
              "train.batch_size": 4, "export.path": "gs://test/encoder/result"}  # fmt: skip
