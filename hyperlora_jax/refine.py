@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from hyperlora_jax.array_types import Params
-from hyperlora_jax.distill.fit import ConceptArrays, fit_loras
+from hyperlora_jax.distill.fit import Base, ConceptArrays, Concepts, Plan, fit_loras
 from hyperlora_jax.distill.parametrisations import Added, Factors
 from hyperlora_jax.distill.slots import Recipe
 from hyperlora_jax.encoders import stored_encoder
@@ -75,20 +75,11 @@ def refine_loras(
     added = Factors(spec.with_rank(rank), recipe.alpha, recipe.init_seed)
     parametrisation = Added(spec, added)
     fitted = fit_loras(
-        sd.unet,
-        sd.params["unet"],
-        sd.schedule,
-        spec,
+        Base(sd.unet, sd.params["unet"], sd.schedule),
+        parametrisation,
         recipe,
-        range(len(singles)),
-        load,
-        num_slots=num_slots,
-        max_images=max_images,
-        steps_per_call=recipe.num_steps,
-        seed=seed,
-        progress=progress,
-        parametrisation=parametrisation,
-        start=lambda number: singles[number],
+        Concepts(range(len(singles)), load, lambda number: singles[number], max_images),
+        Plan(num_slots, steps_per_call=recipe.num_steps, seed=seed, progress=progress),
     )
     done = {result.index: result.lora for result in fitted}
     joined, joint_spec = [done[k] for k in range(len(singles))], parametrisation.spec

@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 
 from hyperlora_jax.array_types import Params
 from hyperlora_jax.distill.distillation import make_recipe
-from hyperlora_jax.distill.fit import fit_loras
+from hyperlora_jax.distill.fit import Base, Concepts, Plan, fit_loras
 from hyperlora_jax.distill.slots import Recipe
 from hyperlora_jax.evaluate import metrics
 from hyperlora_jax.evaluate.methods import sample_images
@@ -110,10 +110,12 @@ def ours(
 ) -> dict[int, Params]:
     """LoRAs by number."""
     fitting = fit_loras(
-        sd.unet.clone(mesh=mesh), sd.params["unet"], sd.schedule, spec, recipe, numbers,
-        encoded.concept, num_slots=slots, steps_per_call=25, progress=None,
-        mesh=mesh if mesh.size > 1 else None,
-    )  # fmt: skip
+        Base(sd.unet.clone(mesh=mesh), sd.params["unet"], sd.schedule),
+        recipe.factors(spec),
+        recipe,
+        Concepts(numbers, encoded.concept),
+        Plan(slots, steps_per_call=25, progress=None, mesh=mesh if mesh.size > 1 else None),
+    )
     return {done.index: done.lora for done in fitting}
 
 

@@ -17,16 +17,103 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from hyperlora_jax.stable_diffusion.weights.families import FAMILIES
-
-WIDTHS = {"sd15": 768, "sd21": 1024, "sdxl": 2048}
+_ATTENTION_DOWN = ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"]
+_ATTENTION_UP = ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3
+_VAE = {
+    "_class_name": "AutoencoderKL",
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "latent_channels": 4,
+    "layers_per_block": 2,
+    "norm_num_groups": 32,
+    "sample_size": 512,
+    "scaling_factor": 0.18215,
+}
+_CLIP_L = {
+    "architectures": ["CLIPTextModel"],
+    "hidden_act": "quick_gelu",
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_attention_heads": 12,
+    "num_hidden_layers": 12,
+    "projection_dim": 768,
+    "eos_token_id": 2,
+}
+_OPEN_CLIP_H = {
+    "architectures": ["CLIPTextModel"],
+    "hidden_act": "gelu",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 23,
+    "projection_dim": 512,
+    "eos_token_id": 2,
+}
+_OPEN_CLIP_G = {
+    "architectures": ["CLIPTextModelWithProjection"],
+    "hidden_act": "gelu",
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_attention_heads": 20,
+    "num_hidden_layers": 32,
+    "projection_dim": 1280,
+    "eos_token_id": 2,
+}
+_UNET = {
+    "_class_name": "UNet2DConditionModel",
+    "sample_size": 64,
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "down_block_types": _ATTENTION_DOWN,
+    "up_block_types": _ATTENTION_UP,
+    "layers_per_block": 2,
+}
+_UNET_XL = {
+    **_UNET,
+    "sample_size": 128,
+    "block_out_channels": [320, 640, 1280],
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "attention_head_dim": [5, 10, 20],
+    "transformer_layers_per_block": [1, 2, 10],
+    "use_linear_projection": True,
+    "cross_attention_dim": 2048,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+FAMILIES: dict[str, dict[str, dict[str, Any]]] = {
+    "sd15": {
+        "unet": {**_UNET, "attention_head_dim": 8, "cross_attention_dim": 768},
+        "vae": _VAE,
+        "text_encoder": _CLIP_L,
+    },
+    "sd21": {
+        "unet": {
+            **_UNET,
+            "attention_head_dim": [5, 10, 20, 20],
+            "use_linear_projection": True,
+            "cross_attention_dim": 1024,
+        },
+        "vae": _VAE,
+        "text_encoder": _OPEN_CLIP_H,
+    },
+    "sdxl": {
+        "unet": _UNET_XL,
+        "vae": {**_VAE, "scaling_factor": 0.13025, "sample_size": 1024},
+        "text_encoder": _CLIP_L,
+        "text_encoder_2": _OPEN_CLIP_G,
+    },
+}
 STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
 SHARD_BYTES = 1 << 30
 
 
 def write_random_model(family: str, root: Path, seed: int = 0) -> None:
     """UNet, autoencoder, text encoders and tokenizers of a family."""
-    for index, (name, config) in enumerate(FAMILIES[WIDTHS[family]].items()):
+    for index, (name, config) in enumerate(FAMILIES[family].items()):
         module = _meta_module(name, config)
         folder = root / name
         folder.mkdir(parents=True)

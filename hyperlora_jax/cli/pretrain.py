@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> int:
     """Runs the config's `task`."""
     config = command_config(args, "pretrain")
     module, function = TASKS[config.task]
-    train = getattr(importlib.import_module(f"hyperlora_jax.train.{module}"), function)
+    train = getattr(importlib.import_module(f"hyperlora_jax.pretrain.{module}"), function)
     with remembered(args.workdir, config):
         out = train(config, args.workdir)
     print(f"wrote {out}")

@@ -26,7 +26,14 @@ from etils import epath
 from hyperlora_jax import storage
 from hyperlora_jax.distill import finished, record
 from hyperlora_jax.distill.finished import Distilled
-from hyperlora_jax.distill.fit import ConceptArrays, FittedLora, fit_loras
+from hyperlora_jax.distill.fit import (
+    Base,
+    ConceptArrays,
+    Concepts,
+    FittedLora,
+    Plan,
+    fit_loras,
+)
 from hyperlora_jax.distill.prior import class_pictures
 from hyperlora_jax.distill.record import Record, There, compare
 from hyperlora_jax.distill.reference_embeddings import ReferenceEmbeddings
@@ -240,25 +247,21 @@ def _fit(
 
     few = -(-len(share) // mesh.size) * mesh.size
     yield from fit_loras(
-        sd.unet.clone(remat=section.remat, mesh=mesh),
-        sd.params["unet"],
-        sd.schedule,
-        spec,
+        Base(sd.unet.clone(remat=section.remat, mesh=mesh), sd.params["unet"], sd.schedule),
+        recipe.factors(spec),
         recipe,
-        list(position),
-        load,
-        num_slots=min(section.num_slots, few),
-        steps_per_call=section.steps_per_call,
-        seed=section.seed,
-        mesh=mesh if mesh.size > 1 else None,
-        state_file=state_file,
-        save_every_steps=section.save_every_steps,
-        on_save=lambda: storage.push(workdir, state_file.name),
-        progress=f"distill {_size_name(pictures)}" if multihost.is_first() else None,
+        Concepts(list(position), load, None, max(pictures.counts), name, reject),
+        Plan(
+            num_slots=min(section.num_slots, few),
+            steps_per_call=section.steps_per_call,
+            seed=section.seed,
+            mesh=mesh if mesh.size > 1 else None,
+            state_file=state_file,
+            save_every_steps=section.save_every_steps,
+            on_save=lambda: storage.push(workdir, state_file.name),
+            progress=f"distill {_size_name(pictures)}" if multihost.is_first() else None,
+        ),
         prior=prior,
-        name=name,
-        reject=reject,
-        max_images=max(pictures.counts),
     )
 
 

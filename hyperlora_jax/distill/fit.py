@@ -28,7 +28,6 @@ from hyperlora_jax.distill import slots as slot_state
 from hyperlora_jax.distill.parametrisations import Parametrisation, one_lora
 from hyperlora_jax.distill.slots import ConceptArrays, Recipe, Slots
 from hyperlora_jax.errors import UserError
-from hyperlora_jax.lora.sites import LoraSpec
 from hyperlora_jax.lora_files import safetensors_io
 from hyperlora_jax.stable_diffusion.text_conditions import Text
 
@@ -42,35 +41,67 @@ class FittedLora:
     losses: Float[np.ndarray, " t"]
 
 
-class SlotRun:
-    """Which slot works on which concept, and what is left.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Base:
+    """The frozen model that LoRAs are fitted on."""
 
-    Args:
-        name: number of a concept → what tells it and its pictures from others in the state file;
-            None where numbers do.
-        reject: what becomes of a concept that cannot be fitted, (number, reason); None: an error.
+    unet: Any
+    params: Params
+    schedule: Any
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Concepts:
+    """What is to be fitted.
+
+    Attributes:
+        numbers: of the concepts; the number fixes a concept's randomness.
+        load: number → (latents [m, h, w, c], text conditions), m images of the concept.
+        start: number → the concept's own start LoRA, where the parametrisation wants one.
+        max_images: room for a concept's images in a slot; None is as many as the first has.
+        name: number → what tells a concept and its pictures from others in the state file.
+        reject: called with the number of a concept that cannot be fitted (a loss, a LoRA or an
+            input that is not finite) and the reason; the others go on. None: that is an error.
     """
 
-    def __init__(
-        self,
-        trained,
-        recipe,
-        concepts,
-        load,
-        start,
-        num_slots,
-        seed,
-        state_file,
-        max_images=None,
-        name: Callable[[int], str] | None = None,
-        reject: Callable[[int, str], None] | None = None,
-    ):
-        self.name, self._reject = name or str, reject
-        self.trained, self.recipe, self.load, self.start = trained, recipe, load, start
-        self.seed, self.num_slots, self.state_file = seed, num_slots, state_file
-        self.max_images = max_images
-        self.waiting: list[int] = list(concepts)
-        self.owners: list[int | None] = [None] * num_slots
+    numbers: Sequence[int]
+    load: Callable[[int], ConceptArrays]
+    start: Callable[[int], Params] | None = None
+    max_images: int | None = None
+    name: Callable[[int], str] = str
+    reject: Callable[[int, str], None] | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plan:
+    """How the fits share the machine.
+
+    Attributes:
+        steps_per_call: optimiser steps between two looks at the slots; it must divide the recipe's
+            num_steps, so that no slot rests inside a call.
+        mesh: over whose axes the slots are spread.
+        state_file: where unfinished slots are kept for a restart; removed at the end.
+        on_save: called when the state file was written.
+        progress: title of the progress bar, None for none.
+    """
+
+    num_slots: int = 16
+    steps_per_call: int = 25
+    seed: int = 0
+    mesh: Mesh | None = None
+    state_file: Path | None = None
+    save_every_steps: int = 200
+    on_save: Callable[[], None] | None = None
+    progress: str | None = "distill"
+
+
+class SlotRun:
+    """Which slot works on which concept, and what is left."""
+
+    def __init__(self, trained: Parametrisation, recipe: Recipe, concepts: Concepts, plan: Plan):
+        self.trained, self.recipe, self.concepts, self.plan = trained, recipe, concepts, plan
+        self.waiting: list[int] = list(concepts.numbers)
+        self.owners: list[int | None] = [None] * plan.num_slots
         self.curves: dict[int, list[np.ndarray]] = {}
 
     @property
@@ -80,24 +111,43 @@ class SlotRun:
 
     def begin(self) -> Slots:
         """Restored slots, or new ones with the first concepts handed out."""
-        concept = self.load(self.waiting[0])
-        start = None if self.start is None else self.start(self.waiting[0])
-        room = self.max_images or len(concept[0])
-        slots = slot_state.empty_slots(
-            self.trained, self.recipe, self.num_slots, concept, room, start
-        )
-        if self.state_file and self.state_file.exists():
+        slots = self._resting()
+        if self.plan.state_file and self.plan.state_file.exists():
             return self._restore(slots)
-        for slot in range(self.num_slots):
+        for slot in range(self.plan.num_slots):
             slots = self.hand_over(slots, slot)
         return slots
+
+    def _resting(self) -> Slots:
+        """Slots without work, made where they belong: spread over every axis of the mesh."""
+        first, num_slots, mesh = self.waiting[0], self.plan.num_slots, self.plan.mesh
+        concept, start = self.concepts.load(first), self._start(first)
+        room = self.concepts.max_images or len(concept[0])
+
+        def make() -> Slots:
+            return slot_state.empty_slots(
+                self.trained, self.recipe, num_slots, concept, room, start
+            )
+
+        if mesh is None:
+            return make()
+        if num_slots % mesh.size:
+            raise UserError(
+                f"distill.num_slots: got {num_slots}, expected a multiple of the {mesh.size} "
+                "devices"
+            )
+        over_all = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        return jax.jit(make, out_shardings=over_all)()
+
+    def _start(self, concept: int) -> Params | None:
+        return None if self.concepts.start is None else self.concepts.start(concept)
 
     def hand_over(self, slots: Slots, slot: int) -> Slots:
         """Gives the slot the next waiting concept that can be fitted, or lets it rest."""
         self.owners[slot] = None
         while self.waiting:
             concept = self.waiting.pop(0)
-            arrays = self.load(concept)
+            arrays = self.concepts.load(concept)
             if unusable := _unusable(*arrays):
                 self.reject(concept, unusable)
                 continue
@@ -113,9 +163,9 @@ class SlotRun:
             UserError: nobody wants to hear of it.
         """
         self.curves.pop(concept, None)
-        if self._reject is None:
-            raise UserError(f"distill: concept {self.name(concept)}: {reason}")
-        self._reject(concept, reason)
+        if self.concepts.reject is None:
+            raise UserError(f"distill: concept {self.concepts.name(concept)}: {reason}")
+        self.concepts.reject(concept, reason)
 
     def _fill(self, slots: Slots, slot: int, concept: int, arrays: ConceptArrays) -> Slots:
         count, room = len(arrays[0]), slots.latents.shape[1]
@@ -124,10 +174,10 @@ class SlotRun:
         return slot_state.load_slot(
             slots,
             jnp.asarray(slot),
-            slot_state.concept_key(self.seed, concept),
+            slot_state.concept_key(self.plan.seed, concept),
             *jax.tree.map(jnp.asarray, slot_state.in_room(arrays, room)),
             jnp.asarray(count, jnp.int32),
-            None if self.start is None else self.start(concept),
+            self._start(concept),
             parametrisation=self.trained,
             recipe=self.recipe,
         )
@@ -181,18 +231,18 @@ class SlotRun:
         for slot in self.busy:
             curve = self.curves[self.owners[slot]]
             arrays[f"curve/{slot}"] = np.concatenate(curve) if curve else np.zeros(0, np.float32)
-        names = [None if owner is None else self.name(owner) for owner in self.owners]
+        names = [None if owner is None else self.concepts.name(owner) for owner in self.owners]
         metadata = {"run": json.dumps(self._facts()), "owners": json.dumps(names)}
-        safetensors_io.write(self.state_file, arrays, metadata)
+        safetensors_io.write(self.plan.state_file, arrays, metadata)
 
     def _restore(self, slots: Slots) -> Slots:
         """The slots of the state file whose concepts wait; it may be of another number of them."""
-        arrays, metadata = safetensors_io.read(self.state_file)
+        arrays, metadata = safetensors_io.read(self.plan.state_file)
         saved = json.loads(metadata.get("run", "{}"))
         saved.pop("slots", None)  # of a time when their number had to stay
         if found := facts.differences(saved, self._facts()):
-            raise UserError(facts.refusal(str(self.state_file), found))
-        waiting = {self.name(concept): concept for concept in self.waiting}
+            raise UserError(facts.refusal(str(self.plan.state_file), found))
+        waiting = {self.concepts.name(concept): concept for concept in self.waiting}
         owners = json.loads(metadata["owners"])
         # Others were finished and written after this state was saved.
         kept = [(place, waiting[str(o)]) for place, o in enumerate(owners) if str(o) in waiting]
@@ -200,10 +250,10 @@ class SlotRun:
         tree = serialization.to_state_dict(empty)
         flat = traverse_util.flatten_dict(tree, sep="/", keep_empty_nodes=True)
         filled = {k: np.array(v) if k in arrays else v for k, v in flat.items()}
-        for slot, (place, concept) in enumerate(kept[: self.num_slots]):
+        for slot, (place, concept) in enumerate(kept[: self.plan.num_slots]):
             for name in filled.keys() & arrays.keys():
                 filled[name][slot] = arrays[name][place]
-            slots = self._fill(slots, slot, concept, self.load(concept))
+            slots = self._fill(slots, slot, concept, self.concepts.load(concept))
             self.owners[slot] = concept
             self.waiting.remove(concept)
             self.curves[concept] = [arrays[f"curve/{place}"]]
@@ -224,7 +274,7 @@ class SlotRun:
         return {
             "spec": self.trained.spec.fingerprint,
             "recipe": dataclasses.asdict(self.recipe),
-            "seed": self.seed,
+            "seed": self.plan.seed,
             "trained": type(self.trained).__name__,
         }
 
@@ -257,48 +307,21 @@ __all__ = ["ConceptArrays", "FittedLora", "fit_loras"]
 
 
 def fit_loras(
-    unet: Any,
-    unet_params: Params,
-    schedule: Any,
-    spec: LoraSpec,
+    base: Base,
+    trained: Parametrisation,
     recipe: Recipe,
-    concepts: Sequence[int],
-    load: Callable[[int], ConceptArrays],
+    concepts: Concepts,
+    plan: Plan = Plan(),
     *,
-    num_slots: int = 16,
-    steps_per_call: int = 25,
-    seed: int = 0,
-    mesh: Mesh | None = None,
-    state_file: Path | None = None,
-    save_every_steps: int = 200,
-    on_save: Callable[[], None] | None = None,
-    progress: str | None = "distill",
-    parametrisation: Parametrisation | None = None,
-    start: Callable[[int], Params] | None = None,
     shared: Params | None = None,
     prior: ConceptArrays | None = None,
-    max_images: int | None = None,
-    name: Callable[[int], str] | None = None,
-    reject: Callable[[int, str], None] | None = None,
 ) -> Iterator[FittedLora]:
-    """Fits one LoRA per concept, `num_slots` at a time, and yields them as they finish.
+    """Fits one LoRA per concept, `plan.num_slots` at a time, and yields them as they finish.
 
     Args:
-        concepts: numbers of the concepts to fit; the number fixes a concept's randomness.
-        load: number → (latents [m, h, w, c], text conditions), m images of the concept.
-        steps_per_call: optimiser steps between two looks at the slots; it must divide the recipe's
-            num_steps, so that no slot rests inside a call.
-        state_file: where unfinished slots are kept for a restart; removed at the end.
-        on_save: called when the state file was written.
-        progress: title of the progress bar, None for none.
-        parametrisation: what is trained; None is the LoRA's factors, as the recipe says.
-        start: number → the concept's own start LoRA, where the parametrisation wants one.
+        trained: what is trained; `recipe.factors(spec)` are a LoRA's own factors.
         shared: what the parametrisation reads for all concepts alike.
         prior: (latents, text conditions) of class pictures, for a recipe with a `prior_weight`.
-        max_images: room for a concept's images in a slot; None is as many as the first has.
-        name: number → what tells a concept and its pictures from others in the state file.
-        reject: called with the number of a concept that cannot be fitted (a loss, a LoRA or an
-            input that is not finite) and the reason; the others go on. None: that is an error.
 
     Raises:
         UserError: steps_per_call does not divide num_steps, a concept without images or with more
@@ -311,30 +334,31 @@ def fit_loras(
             f"distill: prior_weight is {recipe.prior_weight} {'with' if prior else 'without'} "
             "class pictures, expected both or neither"
         )
-    steps_per_call = min(steps_per_call, recipe.num_steps)
+    steps_per_call = min(plan.steps_per_call, recipe.num_steps)
     if recipe.num_steps % steps_per_call:
         raise UserError(
             f"distill.num_steps: got {recipe.num_steps}, expected a multiple of "
             f"steps_per_call = {steps_per_call}"
         )
     # A restart has fewer concepts left, but its state file has all slots.
-    if not concepts:
+    if not concepts.numbers:
         return
+    count, mesh, state_file = len(concepts.numbers), plan.mesh, plan.state_file
     if state_file is None:
         devices = 1 if mesh is None else mesh.size
-        num_slots = min(num_slots, -(-len(concepts) // devices) * devices)
-    trained = recipe.factors(spec) if parametrisation is None else parametrisation
-    run = SlotRun(
-        trained, recipe, list(concepts), load, start, num_slots, seed, state_file, max_images,
-        name, reject,
-    )  # fmt: skip
-    slots, unet_params = place(run.begin(), unet_params, mesh, num_slots)
+        plan = dataclasses.replace(
+            plan, num_slots=min(plan.num_slots, -(-count // devices) * devices)
+        )
+    run = SlotRun(trained, recipe, concepts, plan)
+    slots, unet_params = run.begin(), base.params
+    if mesh is not None:
+        unet_params = jax.device_put(unet_params, NamedSharding(mesh, PartitionSpec()))
     bar = tqdm(
-        total=len(concepts) * recipe.num_steps,
+        total=count * recipe.num_steps,
         initial=run.steps_done(slots),
-        desc=progress,
+        desc=plan.progress,
         unit="step",
-        disable=progress is None,
+        disable=plan.progress is None,
     )
     bar.set_postfix_str("compiling fit step…")
     since_save = 0
@@ -344,8 +368,8 @@ def fit_loras(
             unet_params,
             shared,
             prior,
-            unet=unet,
-            schedule=schedule,
+            unet=base.unet,
+            schedule=base.schedule,
             recipe=recipe,
             parametrisation=trained,
             num_steps=steps_per_call,
@@ -364,24 +388,11 @@ def fit_loras(
                 yield fitted
             slots = run.hand_over(slots, slot)
         since_save += steps_per_call
-        if state_file and since_save >= save_every_steps and run.busy:
+        if state_file and since_save >= plan.save_every_steps and run.busy:
             run.save(slots)
             since_save = 0
-            if on_save:
-                on_save()
+            if plan.on_save:
+                plan.on_save()
     bar.close()
     if state_file:
         state_file.unlink(missing_ok=True)
-
-
-def place(slots: Slots, unet_params: Params, mesh: Mesh | None, num_slots: int):
-    """Slots over every axis of the mesh, the base on every device."""
-    if mesh is None:
-        return slots, unet_params
-    if num_slots % mesh.size:
-        raise UserError(
-            f"distill.num_slots: got {num_slots}, expected a multiple of the {mesh.size} devices"
-        )
-    over_all = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    return jax.device_put(slots, over_all), jax.device_put(unet_params, everywhere)

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from hyperlora_jax import storage
 from hyperlora_jax.array_types import AnyArray, Float, Params
 from hyperlora_jax.distill import slots as slot_state
-from hyperlora_jax.distill.fit import ConceptArrays, fit_loras
+from hyperlora_jax.distill.fit import Base, Concepts, Plan, fit_loras
 from hyperlora_jax.distill.parametrisations import Added, Mixture, Parametrisation
 from hyperlora_jax.distill.slots import Recipe
 from hyperlora_jax.evaluate.methods import fingerprint
@@ -201,11 +201,13 @@ class FittedSets:
                 name,
                 recipe,
                 trained,
-                sorted({*map(int, rows)}),
-                lambda number: encoded[owners[number][0]].concept(owners[number][1]),
-                start,
+                Concepts(
+                    sorted({*map(int, rows)}),
+                    lambda number: encoded[owners[number][0]].concept(owners[number][1]),
+                    start,
+                    most,
+                ),
                 shared,
-                most,
             )
             return factors.stack([found[row] for row in rows])
 
@@ -222,31 +224,24 @@ class FittedSets:
         name: str,
         recipe: Recipe,
         trained: Parametrisation,
-        numbers: Sequence[int],
-        load: Callable[[int], ConceptArrays],
-        start: Callable[[int], Params] | None,
+        concepts: Concepts,
         shared: Params | None,
-        room: int,
     ) -> dict[int, Params]:
         """The fits of some of the identities, by number."""
         fitted: dict[int, Params] = {}
         devices = 1 if self.mesh is None else self.mesh.size
         for result in fit_loras(
-            self.sd.unet,
-            self.sd.params["unet"],
-            self.sd.schedule,
-            self.spec,
+            Base(self.sd.unet, self.sd.params["unet"], self.sd.schedule),
+            trained,
             recipe,
-            numbers,
-            load,
-            num_slots=-(-self.num_slots // devices) * devices,
-            steps_per_call=math.gcd(self.steps_per_call, recipe.num_steps),
-            mesh=self.mesh,
-            progress=f"{name} LoRAs" if multihost.is_first() else None,
-            parametrisation=trained,
-            start=start,
+            concepts,
+            Plan(
+                num_slots=-(-self.num_slots // devices) * devices,
+                steps_per_call=math.gcd(self.steps_per_call, recipe.num_steps),
+                mesh=self.mesh,
+                progress=f"{name} LoRAs" if multihost.is_first() else None,
+            ),
             shared=shared,
-            max_images=room,
         ):
             fitted[result.index] = result.lora
         return fitted

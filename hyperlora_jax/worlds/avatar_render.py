@@ -57,7 +57,7 @@ def _style(style: str):
 def draw(options: dict, style: str, size: int) -> UInt8[np.ndarray, "h w 3"]:
     """One picture, composed on white; the styles of RENDERED by their modules' `draw`."""
     if style in RENDERED:
-        return importlib.import_module(f"hyperlora_jax.data.{style}").draw(options, size)
+        return importlib.import_module(f"hyperlora_jax.worlds.{style}").draw(options, size)
     import resvg_py
     from dicebear import Avatar
     from PIL import Image

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from hyperlora_jax.distill import slots as slot_state
-from hyperlora_jax.distill.fit import fit_loras
+from hyperlora_jax.distill.fit import Base, Concepts, Plan, fit_loras
 from hyperlora_jax.distill.slots import Recipe
 from hyperlora_jax.errors import UserError
 
@@ -14,18 +14,13 @@ RECIPE = Recipe(num_steps=50, images_per_step=2, learning_rate=1e-2, alpha=4.0)
 
 def fit(world, concepts, num_slots, recipe=RECIPE, **kwargs):
     unet, params, schedule, spec, arrays = world
+    of_concepts = {k: kwargs.pop(k) for k in ("max_images", "name", "reject") if k in kwargs}
     return fit_loras(
-        unet,
-        params,
-        schedule,
-        spec,
+        Base(unet, params, schedule),
+        recipe.factors(spec),
         recipe,
-        concepts,
-        lambda number: arrays[number],
-        num_slots=num_slots,
-        steps_per_call=25,
-        progress=None,
-        **kwargs,
+        Concepts(concepts, lambda number: arrays[number], **of_concepts),
+        Plan(num_slots, steps_per_call=25, progress=None, **kwargs),
     )
 
 

@@ -11,7 +11,7 @@ import pytest
 from hyperlora_jax.cli.config import load_config
 from hyperlora_jax.distill import slots as slot_state
 from hyperlora_jax.distill.distillation import make_recipe
-from hyperlora_jax.distill.fit import fit_loras, on_plateau
+from hyperlora_jax.distill.fit import Base, Concepts, Plan, fit_loras, on_plateau
 from hyperlora_jax.distill.slots import Recipe
 from hyperlora_jax.errors import UserError
 
@@ -22,9 +22,13 @@ PLAIN = Recipe(num_steps=4, images_per_step=2, learning_rate=1e-2)
 def fit(world, recipe, concepts=(0,), **kwargs):
     unet, params, schedule, spec, arrays = world
     fitted = fit_loras(
-        unet, params, schedule, spec, recipe, list(concepts), lambda k: arrays[k],
-        num_slots=1, steps_per_call=2, progress=None, **kwargs,
-    )  # fmt: skip
+        Base(unet, params, schedule),
+        recipe.factors(spec),
+        recipe,
+        Concepts(list(concepts), lambda k: arrays[k]),
+        Plan(1, steps_per_call=2, progress=None),
+        **kwargs,
+    )
     return {done.index: done for done in fitted}
 
 

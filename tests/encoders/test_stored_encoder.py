@@ -62,7 +62,9 @@ def _site(request, originals, tmp_path):
 
 def save_checkpoint(folder, name, **options):
     """A closed form, which needs no training: the mean of some LoRAs."""
-    spec = LoraSpec((LoraSite("down_blocks.0.attentions.0.proj.attn1.to_q", 8, 8, 2, "linear"),))
+    spec = LoraSpec(
+        (LoraSite("down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q", 8, 8, 2, "linear"),)
+    )
     model = {"generator": "mean"}
     generator = build_generator(spec, model)
     vectors = np.random.default_rng(1).normal(size=(3, spec.num_parameters)).astype(np.float32)

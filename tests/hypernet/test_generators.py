@@ -58,7 +58,11 @@ def test_every_generator_samples(kind, data):
     assert isinstance(generator, Generator)
     constants = constants_of(generator, vectors, condition.pooled)
     params = generator.init(jax.random.key(0), condition)
-    draw = Draw(num_steps=3)
+    # As after some training: an untrained network predicts zeros, whatever it starts from.
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(9), len(leaves))
+    leaves = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    params, draw = jax.tree.unflatten(tree, leaves), Draw(num_steps=3)
 
     @jax.jit
     def sample(key):

@@ -27,7 +27,7 @@ def vectors(monkeypatch):
 
 def test_mean_is_that_of_the_whole_array_to_the_last_bit(vectors):
     read = Read(vectors)
-    np.testing.assert_array_equal(baselines.mean(read), vectors.mean(axis=0))
+    np.testing.assert_array_equal(baselines.mean_vector(read), vectors.mean(axis=0))
     assert read.most == 7
 
 
@@ -35,7 +35,7 @@ def test_inner_products_and_sums_are_those_of_the_whole_array(vectors):
     read, centre = Read(vectors), vectors.mean(axis=0)
     whole = (vectors - centre).astype(np.float64)
     np.testing.assert_allclose(
-        baselines.gram(read, centre, np.float64), whole @ whole.T, rtol=1e-12, atol=1e-12
+        baselines.gram_matrix(read, centre, np.float64), whole @ whole.T, rtol=1e-12, atol=1e-12
     )
     weights = np.random.default_rng(1).normal(size=(4, 33))
     found = baselines.combined(weights, read, centre)

@@ -1,6 +1,7 @@
 """The LoRA training step at the true size of SD 1.5, by lowering shapes: no weights in memory."""
 
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +11,13 @@ from hyperlora_jax.lora import factors
 from hyperlora_jax.lora.sites import spec_from_shapes
 from hyperlora_jax.stable_diffusion.networks import attention
 from hyperlora_jax.stable_diffusion.networks.unet import unet_from_config
-from hyperlora_jax.stable_diffusion.weights.families import FAMILIES
+from hyperlora_jax.stable_diffusion.weights import directory
 from hyperlora_jax.stable_diffusion.weights.flax_trees import param_shapes
 
 BATCH, RANK = 2, 8
-UNET = unet_from_config(FAMILIES[768]["unet"])
+UNET = unet_from_config(
+    directory.read_json(Path(__file__).parents[2] / "configs/bases/sd15/unet/config.json")
+)
 
 
 def loss(lora, params, *inputs):

@@ -63,7 +63,7 @@ def test_killed_writer_leaves_only_whole_files(tmp_path):
     code = (
         "import sys, itertools; sys.path.insert(0, sys.argv[1])\n"
         "from targets_fixture import subject\n"
-        "from hyperlora_jax.data import spool\n"
+        "from hyperlora_jax.targets import spool\n"
         "for k in itertools.count(): spool.write_finished(sys.argv[2], subject(k))\n"
     )
     command = [sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path / "spool")]
