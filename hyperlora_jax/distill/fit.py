@@ -29,6 +29,7 @@ from hyperlora_jax.distill.parametrisations import Parametrisation, one_lora
 from hyperlora_jax.distill.slots import ConceptArrays, Recipe, Slots
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora_files import safetensors_io
+from hyperlora_jax.parallel import sharding
 from hyperlora_jax.stable_diffusion.text_conditions import Text
 
 
@@ -129,15 +130,7 @@ class SlotRun:
                 self.trained, self.recipe, num_slots, concept, room, start
             )
 
-        if mesh is None:
-            return make()
-        if num_slots % mesh.size:
-            raise UserError(
-                f"distill.num_slots: got {num_slots}, expected a multiple of the {mesh.size} "
-                "devices"
-            )
-        over_all = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-        return jax.jit(make, out_shardings=over_all)()
+        return make() if mesh is None else jax.jit(make, out_shardings=spread(mesh, num_slots))()
 
     def _start(self, concept: int) -> Params | None:
         return None if self.concepts.start is None else self.concepts.start(concept)
@@ -279,6 +272,19 @@ class SlotRun:
         }
 
 
+def spread(mesh: Mesh, num_slots: int) -> NamedSharding:
+    """Of slots: over every axis of the mesh.
+
+    Raises:
+        UserError: their number cannot be shared out evenly.
+    """
+    if num_slots % mesh.size:
+        raise UserError(
+            f"distill.num_slots: got {num_slots}, expected a multiple of the {mesh.size} devices"
+        )
+    return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+
+
 def _unusable(latents: AnyArray, text: Text) -> str:
     """Why a concept cannot be fitted; "" where it can."""
     if not all(np.isfinite(rows).all() for rows in text.values()):
@@ -352,7 +358,7 @@ def fit_loras(
     run = SlotRun(trained, recipe, concepts, plan)
     slots, unet_params = run.begin(), base.params
     if mesh is not None:
-        unet_params = jax.device_put(unet_params, NamedSharding(mesh, PartitionSpec()))
+        unet_params = jax.device_put(unet_params, sharding.replicated(mesh))
     bar = tqdm(
         total=count * recipe.num_steps,
         initial=run.steps_done(slots),

@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 
 from hyperlora_jax.array_types import AnyArray, Float, Int, Params
 from hyperlora_jax.distill import slots as slot_state
-from hyperlora_jax.distill.fit import place
+from hyperlora_jax.distill.fit import spread
 from hyperlora_jax.distill.parametrisations import Factors
 from hyperlora_jax.distill.slots import Recipe, Slots
 from hyperlora_jax.errors import UserError
@@ -34,7 +34,7 @@ from hyperlora_jax.evaluate.metrics import Estimate, clustered_mean, paired_rati
 from hyperlora_jax.evaluate.protocol import Questions
 from hyperlora_jax.lora import factors
 from hyperlora_jax.lora.sites import LoraSpec
-from hyperlora_jax.parallel import shared_work
+from hyperlora_jax.parallel import sharding, shared_work
 
 CHECKPOINTS = (0, 5, 10, 25, 50, 100, 200, 400, 800)
 TARGET = 0.95
@@ -237,7 +237,10 @@ def quality_curves(
         if start is not None:
             params = factors.scale(factors.index(start, mine), 1.0 / scale)
         fresh = jax.tree.map(jnp.array, loaded.replace(params=params))  # a copy: steps donate it
-        slots, unet_params = place(fresh, sd.params["unet"], mesh, len(mine))
+        slots, unet_params = fresh, sd.params["unet"]
+        if mesh is not None:
+            slots = jax.device_put(slots, spread(mesh, len(mine)))
+            unet_params = jax.device_put(unet_params, sharding.replicated(mesh))
         if not curves:  # compiles, so that no curve's seconds hold it
             step(jax.tree.map(jnp.copy, slots), unet_params)
 
