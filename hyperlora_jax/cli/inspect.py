@@ -29,7 +29,7 @@ def kind_of(path: epath.Path) -> str:
         raise UserError(f"{path}: no such file or folder")
     if (path / "metadata.json").exists() and (path / "index.json").exists():
         return "dataset"
-    if (path / "unet" / "config.json").exists():
+    if any((path / name).exists() for name in ("unet/config.json", "model_index.json")):
         return "base"
     if (path / "checkpoints").is_dir() or (path / "metrics.jsonl").exists():
         return "workdir"

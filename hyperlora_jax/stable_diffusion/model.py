@@ -6,6 +6,7 @@ static arguments, so that two models of one config share the compiled program.
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ from hyperlora_jax.stable_diffusion.networks.unet import UNet
 from hyperlora_jax.stable_diffusion.weights import directory, loading, single_file
 from hyperlora_jax.stable_diffusion.weights.flax_trees import param_shapes
 from hyperlora_jax.stable_diffusion.weights.parts import check_token_ids, load_tokenizer
+
+log = logging.getLogger(__name__)
 
 NO_LENGTH = 10**9  # transformers gives 1e30 for a tokenizer that names no model_max_length
 
@@ -179,6 +182,10 @@ class StableDiffusion:
                     "positions; they belong to different models"
                 )
             window = min(window, positions)
+        lengths = [len(ids) for ids in tokenizer(list(prompts), verbose=False)["input_ids"]]
+        if max(lengths, default=0) > window:
+            log.warning("a prompt of %d tokens is cut to %d, start and end included",
+                        max(lengths), window)  # fmt: skip
         tokens = tokenizer(
             list(prompts),
             padding="max_length",
@@ -396,6 +403,6 @@ class StableDiffusion:
     def _component(self, name: str) -> Any:
         module = getattr(self, name)
         if module is None:
-            where = f"{self.path / name}: folder not found" if self.path else "not given"
+            where = "not given" if self.path is None else single_file.place_of(self.path, name)
             raise UserError(f"{where}, expected the {name} of the model")
         return module

@@ -34,6 +34,12 @@ def test_unets_of_more_channels(copied, capsys, channels, kind):
     assert f"the UNet takes {channels} channels ({kind} model), the autoencoder makes 4" in error
 
 
+def test_a_unet_with_a_learned_variance(copied, capsys):
+    tiny.torch_unet(tiny.tiny_unet_config(out_channels=8)).save_pretrained(copied / "unet")
+    code, error = sample(copied, capsys)
+    assert code == 2 and "takes 4 channels and makes 8" in error and "\n" not in error
+
+
 def test_an_autoencoder_of_another_family(copied, capsys):
     tiny.torch_vae(tiny.tiny_vae_config(latent_channels=16)).save_pretrained(copied / "vae")
     code, error = sample(copied, capsys)
@@ -64,6 +70,13 @@ def test_a_vocabulary_that_is_larger_than_the_table(copied, capsys):
     small.save_pretrained(copied / "text_encoder")
     code, error = sample(copied, capsys)
     assert code == 2 and "gives token 98, the text encoder's table has 98 rows" in error
+
+
+def test_a_prompt_beyond_the_window_is_said(tiny_pipeline, caplog):
+    sd = StableDiffusion.outline(tiny_pipeline[0])
+    assert sd.tokenize(["cat " * 14]).shape == (1, 16) and not caplog.messages
+    sd.tokenize(["dog", "cat " * 15])
+    assert caplog.messages == ["a prompt of 17 tokens is cut to 16, start and end included"]
 
 
 def test_tokenizers_that_say_no_length_take_the_text_encoders(copied):
@@ -127,12 +140,15 @@ def test_damaged_helper_files(copied):
         assert StableDiffusion.from_pretrained(copied).base_hash == expected
     weights = copied / "unet" / "diffusion_pytorch_model.safetensors"
     weights.rename(copied / "unet" / "kept")
-    (copied / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text("{}")
-    with pytest.raises(UserError, match=r"index.json: has no weight_map"):
-        StableDiffusion.from_pretrained(copied)
+    for text in ("{}", '{"weight_map": [1]}', '{"weight_map": {"a": 3}}'):
+        (copied / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text(text)
+        with pytest.raises(UserError, match=r"index.json: has no weight_map|named by .*index.json"):
+            StableDiffusion.from_pretrained(copied)
 
 
-def test_a_folder_of_another_family_is_named(tmp_path):
+def test_a_folder_of_another_family_is_named(tmp_path, capsys):
     (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
     with pytest.raises(UserError, match=r"expected a Stable Diffusion .* found a FluxPipeline"):
         StableDiffusion.from_pretrained(tmp_path)
+    assert main(["inspect", str(tmp_path)]) == 2
+    assert "found a FluxPipeline" in capsys.readouterr().err

@@ -399,7 +399,13 @@ def test_what_a_single_file_needs_is_said(single, tmp_path, capsys, monkeypatch)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     draw = ("--prompt", "a", "--num_steps", 1, "--out", tmp_path / "a")
-    assert "give --tokenizer DIR" in run(capsys, "sample", path, *draw, code=2)
+    said = run(capsys, "sample", path, *draw, code=2)
+    assert f"{path}: holds no tokenizer" in said and "give --tokenizer DIR" in said
+    lacking = {k: v for k, v in load_file(path).items() if not k.startswith("first_stage_model.")}
+    bare = write(tmp_path / "bare.safetensors", lacking)
+    assert f"{bare}: has no such part, expected the vae" in run(
+        capsys, "sample", bare, *draw, code=2
+    )
     wrong = ("--prediction_type", "epsilon")
     assert "is for bases that are single files" in run(
         capsys, "sample", "tiny-sd", *draw, *wrong, code=2

@@ -70,7 +70,9 @@ def _of_variant(folder: Path, stem: str, suffix: str) -> list[Path]:
     indices = (f"{stem}.safetensors.index{suffix}.json", f"{stem}{suffix}.safetensors.index.json")
     for index in (folder / name for name in indices):
         if index.is_file():
-            names = sorted(set(read_json(index).get("weight_map", {}).values()))
+            shards = read_json(index).get("weight_map")
+            shards = shards.values() if isinstance(shards, dict) else ()
+            names = sorted({str(name) for name in shards})
             if not names:
                 raise UserError(f"{index}: has no weight_map, expected the names of the shards")
             for name in names:

@@ -28,6 +28,11 @@ def check_parts(modules: Mapping[str, Any], where: Path | str) -> None:
             f"{where}: the UNet takes {unet.in_channels} channels{kind}, the autoencoder makes "
             f"{latents}; expected a text-to-image UNet of {latents} channels"
         )
+    if unet.out_channels != unet.in_channels:
+        raise UserError(
+            f"{where}: the UNet takes {unet.in_channels} channels and makes {unet.out_channels} (a "
+            f"learned variance?), expected {unet.in_channels}"
+        )
     texts = [modules[n] for n in ("text_encoder", "text_encoder_2") if n in modules]
     if not texts:
         return

@@ -91,6 +91,13 @@ def unpacked(
     return folder
 
 
+def place_of(folder: Path, component: str) -> str:
+    """Where a component of a base was looked for, in the words of an error."""
+    if not (folder / STAMP).is_file():
+        return f"{folder / component}: folder not found"
+    return f"{directory.read_json(folder / STAMP)['file']}: has no such part"
+
+
 def _unpack(
     path: Path, folder: Path, stamp: Mapping[str, Any], prediction_type: str | None
 ) -> None:
@@ -292,7 +299,7 @@ def family_tokenizer(folder: Path) -> None:
         source = snapshot_download(CLIP, allow_patterns=wanted)
     except Exception as error:
         raise UserError(
-            f"{folder}: a single file holds no tokenizer, and {CLIP} cannot be downloaded "
+            f"{directory.read_json(folder / STAMP)['file']}: holds no tokenizer, and {CLIP} cannot be downloaded "
             f"({storage.reason(error)}); give --tokenizer DIR"
         ) from error
     _keep_tokenizer(Path(source), folder)
