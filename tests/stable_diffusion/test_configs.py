@@ -16,6 +16,15 @@ from .conftest import tiny_text_config, tiny_unet_config, tiny_vae_config
         ({"class_embed_type": "timestep"}, "class_embed_type = 'timestep' is not supported"),
         ({"only_cross_attention": [True, False]}, "only_cross_attention"),
         ({"addition_embed_type": "image"}, "addition_embed_type = 'image'"),
+        ({"addition_embed_type": "text_time"}, "input_dim is None, expected more than 6 x"),
+        (
+            {
+                "addition_embed_type": "text_time",
+                "addition_time_embed_dim": 256,
+                "projection_class_embeddings_input_dim": 56,
+            },
+            r"input_dim is 56, expected more than 6 x addition_time_embed_dim \(256\)",
+        ),
         ({"cross_attention_dim": [8, 16]}, "cross_attention_dim"),
         ({"mid_block_type": "UNetMidBlock2DSimpleCrossAttn"}, "mid_block_type"),
         ({"down_block_types": ["AttnDownBlock2D", "DownBlock2D"]}, "AttnDownBlock2D"),

@@ -209,7 +209,12 @@ def _addition(values: Mapping[str, Any]) -> dict[str, int | None]:
             f"{_WHAT} config: addition_embed_type = {kind!r} is not supported, expected "
             "'text_time' or null"
         )
-    return {
-        "addition_time_width": values["addition_time_embed_dim"],
-        "addition_input_width": values["projection_class_embeddings_input_dim"],
-    }
+    time, width = (
+        values[key] for key in ("addition_time_embed_dim", "projection_class_embeddings_input_dim")
+    )
+    if time is None or width is None or not 0 < NUM_SIZES * time < width:
+        raise UserError(
+            f"{_WHAT} config: projection_class_embeddings_input_dim is {width}, expected more than "
+            f"{NUM_SIZES} x addition_time_embed_dim ({time})"
+        )
+    return {"addition_time_width": time, "addition_input_width": width}

@@ -299,7 +299,7 @@ def family_tokenizer(folder: Path) -> None:
         source = snapshot_download(CLIP, allow_patterns=wanted)
     except Exception as error:
         raise UserError(
-            f"{directory.read_json(folder / STAMP)['file']}: holds no tokenizer, and {CLIP} cannot be downloaded "
-            f"({storage.reason(error)}); give --tokenizer DIR"
+            f"{directory.read_json(folder / STAMP)['file']}: holds no tokenizer, and {CLIP} cannot "
+            f"be downloaded ({storage.reason(error)}); give --tokenizer DIR"
         ) from error
     _keep_tokenizer(Path(source), folder)
