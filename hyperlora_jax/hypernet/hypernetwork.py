@@ -330,10 +330,10 @@ def read_stored(path: epath.PathLike) -> Stored:
         raise UserError(f"checkpoint {folder}: cannot be read ({error})") from error
     except Exception as error:  # SafetensorError is no ValueError
         raise UserError(f"checkpoint {folder}/model.safetensors: damaged ({error})") from error
-    if config.get("format") != FORMAT:
+    found = config.get("format") if isinstance(config, dict) else None
+    if found != FORMAT:
         raise UserError(
-            f"checkpoint {folder}: config.json is of format {config.get('format')!r}, "
-            f"expected {FORMAT!r}"
+            f"checkpoint {folder}: config.json is of format {found!r}, expected {FORMAT!r}"
         )
     params = traverse_util.unflatten_dict(
         {name: jnp.asarray(value) for name, value in arrays.items()}, sep="/"

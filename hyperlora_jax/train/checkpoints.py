@@ -37,11 +37,19 @@ _FILES = ("_CHECKPOINT_METADATA", "state/_METADATA", "data/metadata", "meta/meta
 def missing_files(folder: epath.Path) -> list[str]:
     """What a checkpoint folder lacks; an empty list means that it was written to its end."""
     missing = [name for name in _FILES if not (folder / name).exists()]
-    if not missing:
-        root = json.loads((folder / "_CHECKPOINT_METADATA").read_text() or "{}")
-        if not root.get("commit_timestamp_nsecs"):
-            missing = ["commit_timestamp_nsecs"]
-    return missing
+    if not missing and not _object(folder / _FILES[0]).get("commit_timestamp_nsecs"):
+        missing = ["commit_timestamp_nsecs"]
+    texts = [name for name in ("meta/metadata", "metrics/metrics") if (folder / name).exists()]
+    return missing or [f"readable {name}" for name in texts if not _object(folder / name)]
+
+
+def _object(file: epath.Path) -> dict[str, Any]:
+    """A file's JSON object; an empty one where it was cut off."""
+    try:
+        found = json.loads(file.read_text())
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def complete_steps(directory: epath.PathLike) -> list[int]:

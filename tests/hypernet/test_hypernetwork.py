@@ -148,9 +148,10 @@ def test_bad_checkpoints_are_named(hyper, tmp_path):
         Hypernetwork.restore(tmp_path)
     (tmp_path / "config.json").write_text('{"format": "other"}')
     hyper.save(tmp_path / "again")
-    (tmp_path / "again" / "config.json").write_text('{"format": "other"}')
-    with pytest.raises(UserError, match="is of format"):
-        Hypernetwork.restore(tmp_path / "again")
+    for text in ('{"format": "other"}', "[]"):
+        (tmp_path / "again" / "config.json").write_text(text)
+        with pytest.raises(UserError, match="is of format"):
+            Hypernetwork.restore(tmp_path / "again")
 
 
 def test_constants_and_defaults_are_kept(hyper, tmp_path):

@@ -151,7 +151,11 @@ def test_other_facts_are_refused(tmp_path):
         fit_toy(tmp_path, toy_task(facts={"spec": "xyz"}))
 
 
-@pytest.mark.parametrize("kind", ["empty", "no_metadata", "temporary"])
+# Cut off by a full disk.
+TEXTS = {"mark": "_CHECKPOINT_METADATA", "facts": "meta/metadata", "loss": "metrics/metrics"}
+
+
+@pytest.mark.parametrize("kind", ["empty", "no_metadata", "temporary", *TEXTS])
 def test_half_written_checkpoint_is_skipped_by_name(tmp_path, caplog, kind):
     whole = fit_toy(tmp_path)
     folder = tmp_path / "checkpoints" / "12"
@@ -160,6 +164,8 @@ def test_half_written_checkpoint_is_skipped_by_name(tmp_path, caplog, kind):
             path.rmdir() if path.is_dir() else path.unlink()
     elif kind == "no_metadata":
         (folder / "state" / "_METADATA").unlink()
+    elif kind in TEXTS:
+        (folder / TEXTS[kind]).write_text((folder / TEXTS[kind]).read_text()[:-2])
     else:
         folder.rename(folder.with_name("12.orbax-checkpoint-tmp"))
     with caplog.at_level(logging.WARNING):
