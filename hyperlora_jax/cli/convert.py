@@ -19,6 +19,7 @@ DROP_HELP = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Input, output, form."""
     from hyperlora_jax.cli import arguments
+    from hyperlora_jax.lora_files.algebra import DEFAULT_RANK
     from hyperlora_jax.lora_files.writing import DTYPES
 
     parser.add_argument("source", metavar="IN", help="LoRA file, adapter folder, or folder of them")
@@ -26,6 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add_format(parser, required=True, help="form of the output")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="float16")
     parser.add_argument("--base", help="a base, or sd1, sd2, sdxl; default: told from the layers")
+    parser.add_argument(
+        "--rank",
+        type=int,
+        help="highest rank of a layer (default: the file's; with --base DIR LoHa, LoKr and DoRA "
+        f"become a LoRA too, by default of rank {DEFAULT_RANK})",
+    )
     parser.add_argument("--drop", nargs="+", default=[], metavar="WHAT", help=DROP_HELP)
     parser.add_argument(
         "--verify", action="store_true", help="load source and result with PyTorch too"
@@ -44,10 +51,13 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--verify needs --base DIR, a diffusers directory to load the LoRA into")
     if args.workers is not None and args.workers < 1:
         raise UserError(f"--workers is {args.workers}, expected at least 1")
+    if args.rank is not None and args.rank < 1:
+        raise UserError(f"--rank is {args.rank}, expected at least 1")
     if source.is_dir() and not convert.is_one_lora(source):
         done = _folder(args, base)
     else:
-        done = [convert.convert_file(source, args.out, args.format, args.dtype, base, args.drop)]
+        reading = {"drop": args.drop, "rank": args.rank}
+        done = [convert.convert_file(source, args.out, args.format, args.dtype, base, **reading)]
     good = [result for result in done if not result.error]
     if args.verify:
         _verify(args.base, good, args.drop)
@@ -82,20 +92,23 @@ def _folder(args: argparse.Namespace, base) -> list:
     with tqdm(total=total, unit="LoRA", desc="convert") as bar:
         return convert.convert_folder(
             args.source, args.out, args.format, args.dtype, base, args.workers,
-            lambda result: bar.update(), drop=args.drop,
+            lambda result: bar.update(), drop=args.drop, rank=args.rank,
         )  # fmt: skip
 
 
 def _verify(base: str, done: list, drop: list[str]) -> None:
     from tqdm import tqdm
 
-    from hyperlora_jax.lora_files.reading import load_lora
+    from hyperlora_jax.lora_files.algebra import other_layers
+    from hyperlora_jax.lora_files.reading import load_lora, read_tensors
     from hyperlora_jax.lora_files.verify import load_modules, verify, verify_source
 
     modules = load_modules(base)
     worst_output = worst_delta = 0.0
     for result in tqdm(done, unit="LoRA", desc="verify"):
-        if result.source.suffix != ".npy":
+        if other_layers(read_tensors(result.source)[0] if result.source.suffix != ".npy" else ()):
+            tqdm.write(f"source {result.source}: no plain LoRA, not compared")
+        elif result.source.suffix != ".npy":
             meant = load_lora(result.source, None, drop)
             tqdm.write(f"source {verify_source(result.source, modules, *meant)}")
         found = verify(result.target, modules, *load_lora(result.target))

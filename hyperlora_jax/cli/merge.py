@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--rank is {args.rank}, expected at least 1")
     named = [_weighted(text) for text in args.loras]
     paths, weights = [path for path, _ in named], [weight for _, weight in named]
-    loras = [load_lora(path, model, args.drop) for path in paths]
+    loras = [load_lora(path, model, args.drop, args.rank) for path in paths]
     headers = [read_metadata(path) for path in paths]
     if model is not None:
         family = model.family

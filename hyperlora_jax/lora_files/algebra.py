@@ -1,32 +1,44 @@
 """Arithmetic on LoRAs of different files, and between LoRAs and whole checkpoints.
 
 Sums are exact: ranks are joined, no in×out matrix is built. Only `extract` and
-`merge_into_checkpoint` touch full matrices, one at a time.
+`merge_into_checkpoint` touch full matrices, one at a time, and `plain_tensors`, which makes plain
+LoRAs of LoHa, LoKr and DoRA.
 """
 
 import dataclasses
+import math
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from hyperlora_jax.array_types import Params
 from hyperlora_jax.errors import UserError
-from hyperlora_jax.lora import factors, gauge
+from hyperlora_jax.lora import factors, gauge, other_kinds
 from hyperlora_jax.lora.sites import (
     PRESETS,
+    TEXT_ENCODERS,
     LoraSite,
     LoraSpec,
+    module_path,
     site_factors,
     tree_from_sites,
 )
-from hyperlora_jax.lora_files import safetensors_io
-from hyperlora_jax.lora_files.base_check import read_base_model, tensor_files
+from hyperlora_jax.lora_files import keys, safetensors_io
+from hyperlora_jax.lora_files.base_check import (
+    BaseModel,
+    layers_per_block_of,
+    read_base_model,
+    tensor_files,
+)
 from hyperlora_jax.shipped import base_path
 
 Lora = tuple[Params, LoraSpec]
+DEFAULT_RANK = 32  # of LoRAs made of other kinds
 
 
 def merge(loras: Sequence[Lora], weights: Sequence[float], rank: int | None = None) -> Lora:
@@ -99,19 +111,136 @@ def extract(
         change = np.asarray(new[path], np.float32) - np.asarray(old, np.float32)
         layer = before[path]
         site = dataclasses.replace(layer, rank=min(rank, layer.fan_in, layer.out_features))
-        pairs[path] = _truncated(change, site)
+        pairs[path] = _truncated(change, site)[0]
         sites.append(site)
     return tree_from_sites(pairs), LoraSpec(tuple(sites))
 
 
-def _truncated(change: np.ndarray, site: LoraSite) -> dict[str, np.ndarray]:
-    """Balanced factors of one PyTorch weight difference, at the site's rank."""
+def _truncated(change: np.ndarray, site: LoraSite) -> tuple[dict[str, np.ndarray], float]:
+    """(balanced factors of one PyTorch weight difference, at the site's rank, relative error)."""
     order = (1, 0) if change.ndim == 2 else (2, 3, 1, 0)
     matrix = change.transpose(order).reshape(site.fan_in, site.out_features)
     left, sigma, right = np.linalg.svd(matrix, full_matrices=False)
     root = np.sqrt(sigma[: site.rank])
     down, up = left[:, : site.rank] * root, root[:, None] * right[: site.rank]
-    return {"down": down.reshape(site.down_shape), "up": up}
+    lost = np.linalg.norm(sigma[site.rank :]) / (np.linalg.norm(sigma) or 1.0)
+    return {"down": down.reshape(site.down_shape), "up": up}, float(lost)
+
+
+def plain_tensors(
+    path: str | Path, tensors: Mapping[str, np.ndarray], base: Any, rank: int | None = None
+) -> dict[str, np.ndarray]:
+    """The tensors of a file with every layer of LoHa, LoKr or DoRA as factors of the best LoRA of
+    this rank (None: `DEFAULT_RANK`); what that loses is said on stderr.
+
+    `base` is a `BaseModel` or a StableDiffusion. Raises UserError for layers it has not, and for
+    tensors that do not fit them.
+    """
+    groups = other_layers(tensors)
+    if not groups:
+        return dict(tensors)
+    layers = layers_per_block_of(base)
+    paths = {stem: keys.canonical_path(stem, layers) for stem in groups}
+    stems = {site: stem for stem, site in paths.items() if site is not None}
+    result = {key: tensors[key] for key in tensors
+              if key not in {k for group in groups.values() for k in group.values()}}  # fmt: skip
+    errors: dict[str, float] = {}
+    for site, weight in _base_weights(base, set(stems)):
+        stem = stems[site]
+        parts = {part: tensors[key] for part, key in groups[stem].items()}
+        change = _change(f"{path}: layer {site}", parts, groups[stem], np.asarray(weight))
+        pair, errors[site] = _truncated(change, _site_of(site, change, rank or DEFAULT_RANK))
+        ones = (1, 1) if change.ndim == 4 else ()
+        down = pair["down"].transpose(range(change.ndim)[::-1] if not ones else (3, 2, 0, 1))
+        result[f"{stem}.lora_down.weight"] = down.astype(np.float32)
+        result[f"{stem}.lora_up.weight"] = pair["up"].T.reshape(-1, len(down), *ones).astype("f4")
+    if missing := [stem for stem, site in paths.items() if site not in errors]:
+        raise UserError(f"{path}: LoRA of another base: it has no layer for {missing[0]!r}")
+    worst = max(errors, key=errors.__getitem__)
+    kinds = " and ".join(sorted({_other_kind(group) for group in groups.values()}))
+    print(
+        f"note: {path}: {kinds} of {len(groups)} layers became a LoRA of rank "
+        f"{rank or DEFAULT_RANK}; relative error of the change: mean "
+        f"{np.mean(list(errors.values())):.2%}, worst {errors[worst]:.2%} ({worst})",
+        file=sys.stderr,
+    )
+    return result
+
+
+def other_layers(names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """{stem: {part: key}} of a file's layers that are no plain LoRA, of LoHa, LoKr and DoRA."""
+    groups: dict[str, dict[str, str]] = {}
+    for key in names:
+        if found := keys.split_role(key):
+            stem, role = found
+            part = role if role in keys.PLAIN else key[len(stem) + 1 :]
+            groups.setdefault(stem, {})["magnitude" if role == "DoRA" else part] = key
+    return {stem: group for stem, group in groups.items() if _other_kind(group)}
+
+
+def _other_kind(parts: Mapping[str, str]) -> str:
+    """ "LoHa", "LoKr" or "DoRA", by the tensors of a layer; "" for a plain LoRA."""
+    if "magnitude" in parts:
+        return "DoRA"
+    start = next((part[:4] for part in parts if part[:5] in ("hada_", "lokr_")), "")
+    return {"hada": "LoHa", "lokr": "LoKr", "": ""}[start]
+
+
+def _change(
+    where: str, parts: dict[str, np.ndarray], names: Mapping[str, str], weight: np.ndarray
+) -> np.ndarray:
+    """The change of a weight, its alpha or scale honoured."""
+    scale = None
+    for role in ("alpha", "scale"):  # the latter comes from an adapter's config
+        if (given := parts.pop(role, None)) is not None:
+            number = float(given.reshape(-1)[0]) if given.size == 1 else math.nan
+            if not math.isfinite(number) or number == 0:
+                raise UserError(f"{where}: {role} is {given.tolist()!r}, expected a number")
+            rank = other_kinds.rank_of(parts)
+            scale = number if role == "scale" else None if rank is None else number / rank
+    if "magnitude" in parts and "lora_magnitude_vector" in names["magnitude"]:
+        parts["magnitude"] = parts["magnitude"].reshape(-1)  # PEFT's: [out] or [1, out, 1, 1]
+    try:
+        change = other_kinds.delta(parts, scale, weight.astype(np.float64))
+    except (KeyError, ValueError, IndexError) as error:
+        shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in sorted(parts.items()))
+        raise UserError(
+            f"{where}: {shapes} do not make a change of its weight {list(weight.shape)}"
+        ) from error
+    if not np.isfinite(change).all():
+        raise UserError(f"{where} has NaN or Inf")
+    return change
+
+
+def _site_of(path: str, change: np.ndarray, rank: int) -> LoraSite:
+    out_features, in_features, *window = change.shape
+    rank = min(rank, change[0].size, out_features)
+    kind, size = ("conv", (window[0], window[1])) if window else ("linear", (1, 1))
+    return LoraSite(path, in_features, out_features, rank, kind, size)
+
+
+def _base_weights(base: Any, paths: set[str]) -> Iterator[tuple[str, np.ndarray]]:
+    """(site path, weight in PyTorch's layout) of the base's layers among the wanted."""
+    by_component: dict[str, set[str]] = {}
+    for path in paths:
+        head = path.partition(".")[0]
+        by_component.setdefault(head if head in TEXT_ENCODERS else "unet", set()).add(path)
+    for component, wanted in sorted(by_component.items()):
+        if isinstance(base, BaseModel):
+            folder = Path(base_path(base.name))
+            if (folder / component).exists():
+                yield from _weights(folder, component, wanted)
+            continue
+        for path in sorted(wanted):
+            node = base.params.get(component, {})
+            inner = path if component == "unet" else path.removeprefix(f"{component}.")
+            for name in module_path(inner):
+                node = node.get(name, {})
+            if (kernel := node.get("kernel")) is not None:
+                yield (
+                    path,
+                    np.asarray(kernel).transpose((1, 0) if kernel.ndim == 2 else (3, 2, 0, 1)),
+                )
 
 
 def _weights(folder: Path, component: str, paths: set[str]) -> Iterator[tuple[str, np.ndarray]]:

@@ -46,16 +46,17 @@ def convert_file(
     dtype: str = "float16",
     base: BaseModel | families.Family | None = None,
     drop: Collection[str] = (),
+    rank: int | None = None,
 ) -> Converted:
     """Reads any form and writes another; the owner's header texts and our own are kept.
 
     `base` checks the layers and decides the family; without it the header does, or else the sites.
-    `drop` as in `load_lora`. Raises UserError.
+    `drop` as in `load_lora`; `rank` is the highest of a layer. Raises UserError.
     """
     source = Path(source)
     model = base if isinstance(base, BaseModel) else None
     lora, spec = load_lora(
-        source, _vector_spec(source, model) if source.suffix == ".npy" else model, drop
+        source, _vector_spec(source, model) if source.suffix == ".npy" else model, drop, rank
     )
     texts = {} if source.suffix == ".npy" else read_metadata(source)
     if model is not None:
@@ -66,7 +67,10 @@ def convert_file(
         family, evidence = _told(source, spec, texts)
     if model is None:
         lora, spec = of_family(source, lora, spec, family)
-    lora, spec = gauge.cut_above_width(lora, spec)
+    if rank is None:
+        lora, spec = gauge.cut_above_width(lora, spec)
+    else:
+        lora, spec = gauge.lower_ranks(lora, spec, rank)
     own = carried(texts)
     if families.predicts_velocity(texts):
         own[f"{PREFIX}prediction_type"] = "v_prediction"

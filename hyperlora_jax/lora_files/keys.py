@@ -39,6 +39,7 @@ _ROLES = (
 )
 ROLES = tuple((re.compile(pattern), role) for pattern, role in _ROLES)
 PLAIN = ("down", "up", "alpha", "scale")
+CONVERTED = ("LoHa", "LoKr", "DoRA")  # to plain LoRAs, where there is a base
 DIFFERENCES = ("full difference (diff)", "norm difference (w_norm)", "LoRA with a bias")
 
 # Grammar of UNet module paths with every separator written "_" (F4); groups are re-joined by ".".

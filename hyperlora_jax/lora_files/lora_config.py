@@ -9,7 +9,7 @@ against the fields of PEFT 0.21 (tests/lora_files/test_lora_config.py).
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -40,15 +40,35 @@ REFUSED = frozenset(
 # Initialisations that leave the base as it is; the others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA)
 # take the initial factors out of the base's weights.
 PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+# Kinds that are read with a base, by the tensors that they must then have; what their own configs
+# say beside a LoraConfig's fields, "alpha" for its "lora_alpha".
+OTHER_KINDS = {"LOHA": ".hada_w", "LOKR": ".lokr_w"}
+_OF_OTHER_KINDS = frozenset(
+    {
+        "alpha", "decompose_both", "decompose_factor", "init_weights", "module_dropout",
+        "rank_dropout", "rank_dropout_scale", "use_effective_conv2d",
+    }
+)  # fmt: skip
+_MAGNITUDES = ".lora_magnitude_vector"
 _EMPTY = (None, False, "none", [], {}, "")
 
 
-def check_config(path: str | os.PathLike[str], config: Mapping[str, Any]) -> None:
-    """Raises UserError for a LoraConfig of no plain LoRA, or with unknown fields."""
+def check_config(
+    path: str | os.PathLike[str], config: Mapping[str, Any], tensors: Collection[str] = ()
+) -> None:
+    """Raises UserError for a LoraConfig of no plain LoRA, or with unknown fields.
+
+    LoHa, LoKr and DoRA pass where the tensors' names are of that kind.
+    """
     kind = config.get("peft_type", "LORA")
-    if kind != "LORA":
+    own = OTHER_KINDS.get(kind) if isinstance(kind, str) else None
+    other = own is not None and any(own in name for name in tensors)
+    dora = bool(config.get("use_dora")) and any(_MAGNITUDES in name for name in tensors)
+    if kind != "LORA" and not other:
         raise UserError(f"{path}: peft_type {kind!r} is not supported, only LORA is")
     for field, value in config.items():
+        if (dora and field == "use_dora") or (other and field in _OF_OTHER_KINDS):
+            continue
         if field == "init_lora_weights":
             if value not in PLAIN_INITIALISATIONS:
                 raise UserError(
@@ -63,16 +83,18 @@ def check_config(path: str | os.PathLike[str], config: Mapping[str, Any]) -> Non
 
 
 def config_scale(
-    path: str | os.PathLike[str], config: Mapping[str, Any], module: str, rank: int
+    path: str | os.PathLike[str], config: Mapping[str, Any], module: str, rank: int | None
 ) -> float:
     """alpha/r (alpha/√r with rslora) of one module by a LoraConfig, patterns included.
 
-    Raises UserError when the rank is another one.
+    Raises UserError when the rank is another one; None where the tensors do not show it.
     """
     wanted = _pattern(config.get("rank_pattern"), module, config.get("r", 8))
-    alpha = _pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
+    usual = config.get("lora_alpha", config.get("alpha", 8))
+    alpha = _pattern(config.get("alpha_pattern"), module, usual)
     if not _is_number(wanted) or not _is_number(alpha) or 0 in (alpha, wanted):
         raise UserError(f"{path}: r {wanted!r}, lora_alpha {alpha!r} of {module}, expected numbers")
+    rank = wanted if rank is None else rank
     if wanted != rank:
         raise UserError(f"{path}: rank of {module} is {wanted}, its factors have {rank}")
     return float(alpha) / (float(rank) ** 0.5 if config.get("use_rslora") else float(rank))
@@ -113,7 +135,7 @@ def header_scales(
         if config is None:
             continue
         if component not in checked:
-            check_config(path, config)
+            check_config(path, config, tensors)
             checked.add(component)
         scale = config_scale(path, config, module, array.shape[0])
         own = tensors.get(f"{stem}.alpha")

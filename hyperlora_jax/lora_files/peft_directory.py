@@ -11,6 +11,7 @@ import collections
 import functools
 import io
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -56,14 +57,15 @@ def read_folder(path: Path, component: str) -> tuple[dict[str, np.ndarray], dict
         raise UserError(f"{config_path}: no valid JSON") from error
     if not isinstance(config, dict):
         raise UserError(f"{config_path}: expected a JSON object")
-    check_config(config_path, config)
+    check_config(config_path, config, tensors)
     component = component or _second_text_encoder(tensors)
     result = {}
     for key, array in tensors.items():
         name, module, scale_name = _names(key, component)
         result[name] = array
         if module is not None and array.ndim >= 1:
-            scale = config_scale(config_path, config, module, array.shape[0])
+            rank = None if ".lokr_" in key else array.shape[0]
+            scale = config_scale(config_path, config, module, rank)
             result[scale_name] = np.array(scale, np.float64)
     return result, metadata
 
@@ -80,11 +82,13 @@ def _second_text_encoder(tensors: Mapping[str, np.ndarray]) -> str:
 
 @functools.lru_cache(maxsize=1 << 16)
 def _names(key: str, component: str) -> tuple[str, str | None, str]:
-    """(key as in a single file, module of a lora_A key or None, name of its scale)."""
+    """(key as in a single file, module of the layer's first key or None, name of its scale)."""
     bare = key.removeprefix("base_model.model.")
     name = f"{component}.{bare}" if component else key
-    module, found, _ = bare.rpartition(".lora_A")
-    return name, module if found else None, name.rpartition(".lora_A")[0] + ".scale"
+    # hada_w1_b: its rows are the rank in every form of LoHa.
+    found = re.search(r"\.(?:lora_A|hada_w1_b|lokr_w1(?:_a)?$)", bare)
+    module = bare[: found.start()] if found else None
+    return name, module, name[: len(name) - len(bare) + found.start()] + ".scale" if found else ""
 
 
 def write_peft(path: Path, sites: Arrays, spec: LoraSpec, metadata: Mapping[str, str]) -> Path:

@@ -20,6 +20,7 @@ from hyperlora_jax.array_types import Params
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora.sites import LoraSite, LoraSpec, site_factors, tree_from_sites
 from hyperlora_jax.lora_files import keys, safetensors_io
+from hyperlora_jax.lora_files.algebra import plain_tensors
 from hyperlora_jax.lora_files.base_check import check_base, layers_per_block_of
 from hyperlora_jax.lora_files.lora_config import header_scales
 from hyperlora_jax.lora_files.peft_directory import (
@@ -49,7 +50,10 @@ class _Differences(UserError):
 
 
 def load_lora(
-    path: str | os.PathLike[str], base: Any = None, drop: Collection[str] = ()
+    path: str | os.PathLike[str],
+    base: Any = None,
+    drop: Collection[str] = (),
+    rank: int | None = None,
 ) -> tuple[Params, LoraSpec]:
     """(LoRA tree of float32 numpy arrays, its spec). Folded: alpha is multiplied into up.
 
@@ -58,8 +62,11 @@ def load_lora(
     `BaseModel` is checked against the file: another base raises UserError that names both sides.
     `drop` leaves out "differences" (of biases and norms, beside the factors) and layers, named by
     any whole parts of their paths ("conv_in", "text_encoder"). What is left out is said on stderr.
+    With a base that has weights, layers of LoHa, LoKr and DoRA become factors of `rank`.
     """
     tensors, metadata = read_tensors(Path(path), base if isinstance(base, LoraSpec) else None)
+    if base is not None and not isinstance(base, LoraSpec):
+        tensors = plain_tensors(path, tensors, base, rank)
     lora, spec = fold(path, tensors, layers_per_block_of(base), DROP_DIFFERENCES in drop)
     written = metadata.get(safetensors_io.OWN_MARK)
     # One folder of an adapter directory carries the fingerprint of the whole.
@@ -222,7 +229,8 @@ def _groups(names: Sequence[str], layers_per_block: int) -> dict[str, dict[str, 
             differences.append(key)
             continue
         if role not in keys.PLAIN:
-            raise UserError(f"{role} is not supported, only plain LoRA is (key {key!r})")
+            hint = ", or LoHa, LoKr and DoRA with a base (--base DIR)" * (role in keys.CONVERTED)
+            raise UserError(f"{role} is not supported, only plain LoRA is{hint} (key {key!r})")
         site = keys.canonical_path(stem, layers_per_block)
         if site is None:
             unknown.append(key)
