@@ -26,6 +26,8 @@ def delta(parts: Arrays, scale: float | None, weight: np.ndarray) -> np.ndarray:
         change = _product(parts, "hada_w1", "hada_t1") * _product(parts, "hada_w2", "hada_t2")
     elif any(name.startswith("lokr_") for name in parts):
         first, second = _product(parts, "lokr_w1", ""), _product(parts, "lokr_w2", "lokr_t2")
+        if first.size * second.size != weight.size:  # before it fills the memory
+            raise ValueError(f"{first.size} times {second.size} numbers, not {weight.size}")
         change = np.kron(first, second.reshape(len(second), -1))
     else:
         down, up = parts["down"], parts["up"]

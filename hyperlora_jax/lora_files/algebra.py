@@ -202,7 +202,7 @@ def _change(
         parts["magnitude"] = parts["magnitude"].reshape(-1)  # PEFT's: [out] or [1, out, 1, 1]
     try:
         change = other_kinds.delta(parts, scale, weight.astype(np.float64))
-    except (KeyError, ValueError, IndexError) as error:
+    except (KeyError, ValueError, IndexError, TypeError) as error:
         shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in sorted(parts.items()))
         raise UserError(
             f"{where}: {shapes} do not make a change of its weight {list(weight.shape)}"
