@@ -200,6 +200,8 @@ _OTHER_KINDS = (
     (b"PK\x03\x04", "a zip archive (a PyTorch pickle or .npz)"),
     (b"\x80", "a Python pickle"),
     (b"GGUF", "a GGUF file"),
+    (b"\x89PNG", "a PNG picture"),
+    (b"\xff\xd8\xff", "a JPEG picture"),
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself"),
     (b"<", "HTML or XML text, not weights"),
 )

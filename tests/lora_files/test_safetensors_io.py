@@ -137,6 +137,7 @@ def entry(begin=0, end=8, shape=(2,), dtype="F32"):
         (b"12345", "too few"),
         (b"PK\x03\x04" + b"0" * 60, "a zip archive"),
         (b"\x80\x02}q\x00." + b"0" * 60, "a Python pickle"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(20), "a PNG picture, expected a .safetensors file"),
         (b"version https://git-lfs.github.com/spec/v1\noid", "Git LFS pointer"),
         (b"<!DOCTYPE html><html>", "HTML"),
         (b"GGUF" + b"0" * 60, "GGUF"),

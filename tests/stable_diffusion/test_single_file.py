@@ -298,6 +298,10 @@ def test_foreign_files_are_refused(tmp_path):
     lacking = {name: value for name, value in whole.items() if name != KEY}
     with pytest.raises(UserError, match=r"1 tensors are missing, first '.*attn2.to_k.weight'"):
         StableDiffusion.from_pretrained(write(path, lacking))
+    xl = original_file(TINY["sdxl"], random_tensors(TINY["sdxl"]))
+    bare = {name: value for name, value in xl.items() if not name.startswith("conditioner.")}
+    with pytest.raises(UserError, match=r"model.safetensors: UNet config: .*_dim is 56, expected"):
+        StableDiffusion.from_pretrained(write(path, bare))
     with pytest.raises(UserError, match=r"'control\.x' belongs to no known part"):
         StableDiffusion.from_pretrained(write(path, {**whole, "control.x": np.zeros(1)}))
 

@@ -110,11 +110,10 @@ def _unpack(
     schedule = _schedule(tensors, path, is_sd2, prediction_type)
     try:
         parts = _parts(tensors, configs)
+        modules = {name: loading.CONSTRUCTORS[name](config) for name, config in configs.items()}
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    modules = {}
-    for name, config in configs.items():
-        modules[name] = loading.CONSTRUCTORS[name](config)
+    for name in modules:
         # Shapes alone: every tensor is known, there once, and fits.
         empty = [(tensor_name, t.outline) for tensor_name, t in parts[name].items()]
         torch_to_flax(empty, param_shapes(modules[name]), name, str(path), lambda _, array: array)
