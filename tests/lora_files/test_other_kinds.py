@@ -184,3 +184,25 @@ def test_refused_without_a_base_and_where_it_does_not_fit(base, adapter, tmp_pat
     assert main(["convert", str(path), *words]) == 2
     assert "of another base" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_loaded_base_gives_what_its_folder_gives(base, adapter, sd1_modules):
+    """`sample` and `refine` read with the weights they hold already."""
+    import types
+
+    import jax
+
+    from hyperlora_jax.lora.sites import module_path
+
+    folder, _ = adapter
+    params = {}
+    for name in TARGETS:
+        weight = sd1_modules["unet"].get_submodule(name).weight.detach().numpy()
+        node = params
+        for part in module_path(name):
+            node = node.setdefault(part, {})
+        node["kernel"] = weight.transpose((1, 0) if weight.ndim == 2 else (2, 3, 1, 0))
+    loaded = types.SimpleNamespace(params={"unet": jax.device_put(params)}, base_hash="")
+    wanted = deltas(*load_lora(folder, read_base_model(base), rank=4))
+    found = deltas(*load_lora(folder, loaded, rank=4))
+    assert max(differences(found, wanted).values()) < 1e-5
