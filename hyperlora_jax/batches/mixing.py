@@ -1,13 +1,12 @@
 """Batches from several datasets at once, each with its own share, resumable like all others."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-import grain.python as grain
 import numpy as np
 
 from hyperlora_jax.array_types import Float, Int
 from hyperlora_jax.batches import stable_random
-from hyperlora_jax.batches.pipelines import Batch, Order, common_length, step_batches
+from hyperlora_jax.batches.pipelines import Order
 from hyperlora_jax.errors import UserError
 
 PATTERN = 1024  # positions after which the pattern of datasets repeats
@@ -80,42 +79,3 @@ def _apportion(shares: Float[np.ndarray, " k"]) -> Int[np.ndarray, " k"]:
         counts[k] += 1
     counts[counts.argmax()] += PATTERN - counts.sum()
     return counts
-
-
-def mixed_batches(
-    datasets: Sequence[Mapping[str, np.ndarray]],
-    weights: Sequence[float | int],
-    batch_size: int,
-    seed: int,
-    rows: Int[np.ndarray, " b"] | None = None,
-) -> grain.DatasetIterator:
-    """Batches of rows from several dicts of arrays with the same names and row shapes.
-
-    A batch holds the arrays' rows, "dataset_id" [b] and "record_id" [b], the number in its dataset.
-    """
-    _check_same_rows(datasets)
-    order = MixedOrder([common_length(arrays) for arrays in datasets], weights, seed)
-    own = np.arange(batch_size) if rows is None else rows
-
-    def make_batch(step: int) -> Batch:
-        owners, records = order.at(step * batch_size + own)
-        batch: Batch = {}
-        for name, like in datasets[0].items():
-            found = np.empty((len(own), *like.shape[1:]), like.dtype)
-            for k, arrays in enumerate(datasets):
-                mine = owners == k
-                found[mine] = arrays[name][records[mine]]
-            batch[name] = found
-        return {**batch, "dataset_id": owners, "record_id": records}
-
-    return step_batches(make_batch)
-
-
-def _check_same_rows(datasets: Sequence[Mapping[str, np.ndarray]]) -> None:
-    if not datasets:
-        raise UserError("no datasets to mix, expected at least one")
-    first = {name: (array.shape[1:], array.dtype) for name, array in datasets[0].items()}
-    for k, arrays in enumerate(datasets):
-        rows = {name: (array.shape[1:], array.dtype) for name, array in arrays.items()}
-        if rows != first:
-            raise UserError(f"dataset {k} has the arrays {rows}, dataset 0 has {first}")

@@ -65,13 +65,13 @@ class Ragged:
 
     def means(self, name: str) -> Float[np.ndarray, "n *any"]:
         """The mean of every subject's rows, float32."""
-        found = np.empty((len(self), *self.arrays[name].shape[1:]), np.float32)
+        means = np.empty((len(self), *self.arrays[name].shape[1:]), np.float32)
         for start in range(0, len(self), SUBJECTS_AT_ONCE):
             own = self.offsets[start : start + SUBJECTS_AT_ONCE + 1]
             rows = np.asarray(self.arrays[name][int(own[0]) : int(own[-1])], np.float32)
             for k, one in enumerate(np.split(rows, own[1:-1] - own[0]), start):
-                found[k] = one.mean(axis=0)
-        return found
+                means[k] = one.mean(axis=0)
+        return means
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -39,10 +39,10 @@ class RowFiles:
 
     def _add(self, file: Path) -> None:
         entries = safetensors_io.read_entries(file)
-        found = {name: (dtype, shape[1:]) for name, (dtype, shape, _) in entries.items()}
-        if self._kinds and found != self._kinds:
-            raise UserError(f"{file}: holds {found}, the files before it {self._kinds}")
-        self._kinds = found
+        kinds = {name: (dtype, shape[1:]) for name, (dtype, shape, _) in entries.items()}
+        if self._kinds and kinds != self._kinds:
+            raise UserError(f"{file}: holds {kinds}, the files before it {self._kinds}")
+        self._kinds = kinds
         try:
             opened = file.open("rb", buffering=0)
         except OSError as error:
@@ -52,10 +52,10 @@ class RowFiles:
 
     def tables(self) -> dict[str, "Rows | np.ndarray"]:
         """All tables by name."""
-        found = {name: Rows(parts, *self._kinds[name]) for name, parts in self._parts.items()}
-        if sum(rows.num_bytes for rows in found.values()) > WHOLE_BYTES:
-            return dict(found)
-        return {name: rows.whole() for name, rows in found.items()}
+        tables = {name: Rows(parts, *self._kinds[name]) for name, parts in self._parts.items()}
+        if sum(rows.num_bytes for rows in tables.values()) > WHOLE_BYTES:
+            return dict(tables)
+        return {name: rows.whole() for name, rows in tables.items()}
 
 
 def _allow_open_files() -> None:

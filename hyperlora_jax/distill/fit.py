@@ -191,14 +191,14 @@ class SlotRun:
 
     def diverged(self, losses: np.ndarray) -> dict[int, str]:
         """{slot: reason} of busy slots whose losses [t, s] of the last steps are not finite."""
-        found = {}
+        reasons = {}
         for slot in self.busy:
             bad = np.flatnonzero(~np.isfinite(losses[:, slot]))
             if len(bad):
                 done = sum(map(len, self.curves[self.owners[slot]])) - len(losses)
                 step = done + int(bad[0]) + 1
-                found[slot] = f"its loss is not finite at step {step} of {self.recipe.num_steps}"
-        return found
+                reasons[slot] = f"its loss is not finite at step {step} of {self.recipe.num_steps}"
+        return reasons
 
     def take(self, slots: Slots, slot: int, shared: Params | None) -> FittedLora | None:
         """The finished LoRA of a slot; None where it has numbers that are not finite."""
@@ -233,17 +233,19 @@ class SlotRun:
         arrays, metadata = safetensors_io.read(self.plan.state_file)
         saved = json.loads(metadata.get("run", "{}"))
         saved.pop("slots", None)  # of a time when their number had to stay
-        if found := facts.differences(saved, self._facts()):
-            raise UserError(facts.refusal(str(self.plan.state_file), found))
+        if differing := facts.differences(saved, self._facts()):
+            raise UserError(facts.refusal(str(self.plan.state_file), differing))
         waiting = {self.concepts.name(concept): concept for concept in self.waiting}
         owners = json.loads(metadata["owners"])
         # Others were finished and written after this state was saved.
-        kept = [(place, waiting[str(o)]) for place, o in enumerate(owners) if str(o) in waiting]
+        unfinished = [
+            (place, waiting[str(o)]) for place, o in enumerate(owners) if str(o) in waiting
+        ]
         empty = _without_inputs(slots)
         tree = serialization.to_state_dict(empty)
         flat = traverse_util.flatten_dict(tree, sep="/", keep_empty_nodes=True)
         filled = {k: np.array(v) if k in arrays else v for k, v in flat.items()}
-        for slot, (place, concept) in enumerate(kept[: self.plan.num_slots]):
+        for slot, (place, concept) in enumerate(unfinished[: self.plan.num_slots]):
             for name in filled.keys() & arrays.keys():
                 filled[name][slot] = arrays[name][place]
             slots = self._fill(slots, slot, concept, self.concepts.load(concept))

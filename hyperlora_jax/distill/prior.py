@@ -4,6 +4,7 @@ A fit on a few pictures of one subject pulls the whole class towards it; a secon
 that the base made of the class holds it back (DreamBooth, arXiv 2208.12242, section 3.2).
 """
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from hyperlora_jax import storage
 from hyperlora_jax.distill.slots import ConceptArrays
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.stable_diffusion.embedded import image_size
@@ -20,13 +22,13 @@ from hyperlora_jax.subjects.encoded_subjects import encode_in_batches, texts_by
 LAYOUT = 2  # of the file
 
 
-def class_pictures(sd: Any, section: Any, seed: int, kept: Path) -> ConceptArrays:
+def class_pictures(sd: Any, section: Any, seed: int, cache: Path) -> ConceptArrays:
     """(latents, text conditions) of pictures that the base draws; made once and kept in a file.
 
     Args:
         section: `prompts` (drawn in turn), `num_images`, `batch_size`, `num_steps`, `guidance`.
         seed: of the start noise.
-        kept: .npz file; that of other settings is drawn again.
+        cache: .npz file; that of other settings is drawn again.
 
     Raises:
         UserError: no prompt, fewer than one image.
@@ -38,21 +40,20 @@ def class_pictures(sd: Any, section: Any, seed: int, kept: Path) -> ConceptArray
             "prompt and one image"
         )
     facts = repr((LAYOUT, sorted(section.to_dict().items()), seed, sd.base_hash))
-    if kept.exists():
-        with np.load(kept, allow_pickle=False) as file:
+    if cache.exists():
+        with np.load(cache, allow_pickle=False) as file:
             if str(file["facts"]) == facts:
                 names = [name for name in file.files if name not in ("latents", "facts")]
                 return file["latents"], {name: file[name] for name in names}
     texts = [prompts[k % len(prompts)] for k in range(count)]
     latents = _latents(sd, section, texts, seed)
     size = image_size(sd)
-    found = encode_in_batches(texts_by(sd, (size, size)), prompts, section.batch_size, None)
+    encoded = encode_in_batches(texts_by(sd, (size, size)), prompts, section.batch_size, None)
     rows = np.arange(count) % len(prompts)
-    text = {name: np.asarray(array, np.float32)[rows] for name, array in found.items()}
-    partial = kept.with_name(f".{kept.name}")
-    with partial.open("wb") as file:
-        np.savez(file, latents=latents, **text, facts=np.array(facts))
-    partial.replace(kept)
+    text = {name: np.asarray(array, np.float32)[rows] for name, array in encoded.items()}
+    content = io.BytesIO()
+    np.savez(content, latents=latents, **text, facts=np.array(facts))
+    storage.replaced(cache, content.getvalue())
     return latents, text
 
 

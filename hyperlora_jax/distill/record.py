@@ -79,9 +79,9 @@ def compare(record: Record, spool: Path, targets: epath.Path) -> There:
     fitted = finished_files(spool)
     rejected = read_rejected(spool)
     if (spool / FILE).exists():
-        known = _read_json(epath.Path(spool / FILE))
-        _refuse(str(spool), known["facts"], record.facts)
-        marks = {**marks, **known["concepts"]}
+        spooled = _read_json(epath.Path(spool / FILE))
+        _refuse(str(spool), spooled["facts"], record.facts)
+        marks = {**marks, **spooled["concepts"]}
     elif fitted and not dataset:
         notes.append(_adopted(record, spool, fitted))
     has_lora = dataset | frozenset(fitted)
@@ -142,10 +142,10 @@ def _check_dataset(
 
 def _refuse(where: str, saved: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     """UserError naming both sides of the settings that differ; older facts lack some of them."""
-    known = {name: expected[name] for name in _LATER if name not in saved and name in expected}
-    found = differences(_settings({**known, **saved}), _settings(expected))
-    if found:
-        raise UserError(refusal(where, found))
+    defaults = {name: expected[name] for name in _LATER if name not in saved and name in expected}
+    differing = differences(_settings({**defaults, **saved}), _settings(expected))
+    if differing:
+        raise UserError(refusal(where, differing))
 
 
 def _settings(facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -165,15 +165,15 @@ def _adopted(record: Record, spool: Path, fitted: Mapping[str, Path]) -> str:
     recipe = record.facts["recipe"]
     ends_early = recipe["plateau_window"] is not None
     for name, file in fitted.items():
-        found = fit_settings(file)
+        settings = fit_settings(file)
         wanted = {
             "seed": record.facts["seed"],
             "num_steps": recipe["num_steps"],
             "num_parameters": record.num_parameters,
         }
         if ends_early:
-            wanted["num_steps"] = min(found["num_steps"], recipe["num_steps"])
-        if unequal := differences(found, wanted):
+            wanted["num_steps"] = min(settings["num_steps"], recipe["num_steps"])
+        if unequal := differences(settings, wanted):
             raise UserError(refusal(f"{spool}: the LoRA of {name!r}", unequal))
     return (
         f"{spool}: {len(fitted)} LoRAs of an older version are taken over; their seed, steps and "

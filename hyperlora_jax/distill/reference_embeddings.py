@@ -9,6 +9,7 @@ from hyperlora_jax.array_types import Float
 from hyperlora_jax.encoders.named_encoders import load_condition_encoder
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.pictures import pictures
+from hyperlora_jax.subjects.encoded_subjects import encode_in_batches
 
 AT_ONCE = 16  # pictures in a batch; the last one is filled up, so that one program serves all
 
@@ -39,13 +40,11 @@ class ReferenceEmbeddings:
         """One row per reference, by encoder."""
         if not self.encoders:
             return {}
-        count = len(references)
         images = np.stack([pictures.decode(png, self.size) for png in references])
-        images = np.pad(images, [(0, -count % AT_ONCE), (0, 0), (0, 0), (0, 0)], "edge")
-        batches = images.reshape(-1, AT_ONCE, *images.shape[1:]).astype(np.float32) / 255.0
-        found = {}
-        for name, kept in self.encoders.items():
-            encoder = dataclasses.replace(kept)  # whose parameters leave the devices with it
-            rows = [np.asarray(encoder.encode(batch)[0], np.float32) for batch in batches]
-            found[name] = np.concatenate(rows)[:count]
-        return found
+        images = images.astype(np.float32) / 255.0
+        embeddings = {}
+        for name, on_host in self.encoders.items():
+            encoder = dataclasses.replace(on_host)  # whose parameters leave the devices with it
+            pooled, _ = encode_in_batches(encoder.encode, images, AT_ONCE, whole=True)
+            embeddings[name] = np.asarray(pooled, np.float32)
+        return embeddings

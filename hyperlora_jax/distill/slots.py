@@ -247,8 +247,8 @@ def advance(
         else:
 
             def add(total, k):
-                found = gradient(slots.params, *draw(slots, k))
-                return jax.tree.map(jnp.add, total, found), None
+                gradients = gradient(slots.params, *draw(slots, k))
+                return jax.tree.map(jnp.add, total, gradients), None
 
             zero = (jax.tree.map(jnp.zeros_like, slots.params), jnp.zeros((num_slots,)))
             summed, _ = jax.lax.scan(add, zero, jnp.arange(recipe.accumulate))

@@ -25,6 +25,7 @@ from hyperlora_jax import storage
 from hyperlora_jax.array_types import AnyArray, Float, Params
 from hyperlora_jax.encoders.image_encoder import ConvEncoder
 from hyperlora_jax.errors import UserError
+from hyperlora_jax.lora_files import safetensors_io
 
 OURS, CLIP, ONNX, TRANSFORMERS = KINDS = ("hyperlora", "clip", "onnx", "transformers")
 FORMAT = "hyperlora-image-encoder"
@@ -182,12 +183,10 @@ def save_weights(
 ) -> str:
     """Writes a small model as config.json + model.safetensors; returns the hash of the weights.
     Each file appears whole or not at all."""
-    from safetensors.numpy import save
-
     folder = epath.Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     flat = {name: np.ascontiguousarray(v, dtype) for name, v in flatten_names(params).items()}
-    storage.replaced(folder / "model.safetensors", save(flat))
+    storage.replaced(folder / "model.safetensors", safetensors_io.encode(flat, {}))
     text = json.dumps({"format": kind, "version": VERSION, **config}, indent=2, sort_keys=True)
     storage.replaced(folder / "config.json", f"{text}\n".encode())
     return tree_hash(flat)
@@ -196,9 +195,6 @@ def save_weights(
 def load_weights(path: epath.PathLike, kind: str) -> tuple[dict[str, Any], Params, str]:
     """Reads what `save_weights` wrote: (config, with the weights' dtype under "dtype", float32
     parameters, hash of the stored weights)."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load
-
     folder = epath.Path(path)
     config = read_config(folder)
     if config.get("format") != kind or config.get("version") != VERSION:
@@ -206,10 +202,7 @@ def load_weights(path: epath.PathLike, kind: str) -> tuple[dict[str, Any], Param
             f"{folder}: found format {config.get('format')!r} version {config.get('version')!r}, "
             f"expected {kind!r} version {VERSION}"
         )
-    try:
-        flat = load((folder / "model.safetensors").read_bytes())
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder}/model.safetensors: cannot be read ({error})") from error
+    flat, _ = safetensors_io.read(storage.fetched(folder / "model.safetensors"))
     params = flax.traverse_util.unflatten_dict(
         {name: value.astype(np.float32) for name, value in flat.items()}, sep="/"
     )

@@ -73,7 +73,7 @@ def checked_options(source: epath.PathLike, options: Mapping[str, Any]) -> dict[
     Raises:
       UserError: an unknown option, or one with other values than that.
     """
-    found = {}
+    checked = {}
     for name, value in options.items():
         if name not in OPTIONS:
             raise UserError(f"encoder {source}: unknown option {name!r}, expected one of {OPTIONS}")
@@ -93,8 +93,8 @@ def checked_options(source: epath.PathLike, options: Mapping[str, Any]) -> dict[
             values = values * 3 if len(values) == 1 else values
         if not good:
             raise UserError(f"encoder {source}: {name} is {value!r}, {expected}")
-        found[name] = values if name == "image_size" else tuple(map(float, values))
-    return found
+        checked[name] = values if name == "image_size" else tuple(map(float, values))
+    return checked
 
 
 def of_folder(folder: epath.Path) -> dict[str, Any]:
@@ -114,11 +114,11 @@ def of_folder(folder: epath.Path) -> dict[str, Any]:
         if isinstance(size, dict):
             edge = size.get("shortest_edge")
             size = [size.get("height", edge), size.get("width", edge)]
-        found = {
+        options = {
             "mean": values.get("image_mean"),
             "std": values.get("image_std"),
             "image_size": None if size in ([None, None], None) else size,
         }
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{file}: is no JSON object ({error})") from error
-    return checked_options(file, found)
+    return checked_options(file, options)

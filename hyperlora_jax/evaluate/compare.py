@@ -146,13 +146,13 @@ def score(evaluation: EvaluationSet, images: Float[AnyArray, "i c h w 3"], probe
     exact, finite = questions.exact, metrics.is_finite(pictures)
     if pictures.shape != exact.shape:
         raise ValueError(f"pictures of another shape. Got: {pictures.shape=} and {exact.shape=}")
-    found = [
+    columns = [
         metrics.nearest_candidates(pictures[i : i + 1], questions.candidate_renders(i)[None])
         for i in range(count)
     ]
-    nearest = np.concatenate([column for _, column in found])
+    nearest = np.concatenate([column for _, column in columns])
     return Scores(
-        top1=np.concatenate([share for share, _ in found]),
+        top1=np.concatenate([share for share, _ in columns]),
         error=metrics.image_error(pictures, exact),
         caption=metrics.caption_accuracy(probe.classes(pictures), questions.caption_labels, finite),
         diversity=metrics.diversity(pictures, exact),

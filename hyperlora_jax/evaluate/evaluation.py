@@ -82,7 +82,7 @@ class Evaluation:
         self.spec = self.hyper.spec
         check_base(self.hyper, self.sd, config.base)
         check_source(config, self.hyper.facts, self.workdir)
-        self.known = open_training_loras(
+        self.training = open_training_loras(
             config.data, self.workdir / "targets", self.spec, self.sd.base_hash
         )
         trained_on = frozenset(self.hyper.facts.get("trained_on", ()))
@@ -92,7 +92,7 @@ class Evaluation:
                 config,
                 image_size(self.sd),
                 trained_on,
-                trained_on | self.known.ids,
+                trained_on | self.training.ids,
                 self.scratch,
                 self.hyper.encoder,
             ),
@@ -102,7 +102,7 @@ class Evaluation:
         self.names, lines = runnable_methods(
             config.evaluate.methods,
             [name for name, path in config.evaluate.others.items() if path],
-            self.known,
+            self.training,
             self.test.num_identities,
             given=given,
         )
@@ -132,12 +132,12 @@ class Evaluation:
     @functools.cached_property
     def context(self) -> Context:
         """What the methods' LoRAs are made of."""
-        section, known = self.config.evaluate, self.known
+        section, training = self.config.evaluate, self.training
         vectors = embeddings = None
-        if not known.no_loras:
-            vectors = known.vectors(self.config.data.gauge, self.scratch / "cache")
+        if not training.no_loras:
+            vectors = training.vectors(self.config.data.gauge, self.scratch / "cache")
         if {*NEED_PICTURES} & {*self.names}:
-            embeddings = known.embeddings(self.hyper.encoder, self.scratch / EMBEDDINGS)
+            embeddings = training.embeddings(self.hyper.encoder, self.scratch / EMBEDDINGS)
         sets = [self.test.first(section.conventional.num_identities)]
         if self.validation is not None:
             sets.append(self.validation.first(section.conventional.num_validation))
@@ -167,13 +167,13 @@ class Evaluation:
     @functools.cached_property
     def others(self) -> dict[str, Hypernetwork]:
         """More trained generators, by name."""
-        found = {}
+        hypers = {}
         for name, path in self.config.evaluate.others.items():
             if path:
-                found[name] = Hypernetwork.restore(path)
-                check_base(found[name], self.sd, self.config.base)
-                check_disjoint(self.test.identities, frozenset(found[name].facts["trained_on"]))
-        return found
+                hypers[name] = Hypernetwork.restore(path)
+                check_base(hypers[name], self.sd, self.config.base)
+                check_disjoint(self.test.identities, frozenset(hypers[name].facts["trained_on"]))
+        return hypers
 
     def sources(self, names: Sequence[str]) -> dict[str, Source]:
         """Where the LoRAs of some methods come from."""
@@ -240,11 +240,11 @@ class Evaluation:
 
     def _keep_defaults(self, chosen: MethodResult, say: Any) -> None:
         assert self.validation is not None
-        kept, where = self.exam.knows_all, self.workdir / FOLDER
-        self.defaults = ChosenDefaults.of(self.hyper, chosen, self.validation, kept=kept)
+        writes, where = self.exam.knows_all, self.workdir / FOLDER
+        self.defaults = ChosenDefaults.of(self.hyper, chosen, self.validation, kept=writes)
         # Kept or not: refinement in this evaluation starts from the best strength.
         self.hyper = self.defaults.applied(self.hyper)
-        if kept and multihost.is_first():
+        if writes and multihost.is_first():
             self.hyper.save(where)
         self.context = dataclasses.replace(self.context, hyper=self.hyper)
         say(self.defaults.line(str(where)))
@@ -278,13 +278,13 @@ class Evaluation:
                 "base_hash": self.sd.base_hash,
                 "spec": self.spec.fingerprint,
                 "generator": self.hyper.model.get("generator", "regression"),
-                "num_targets": len(self.known),
+                "num_targets": len(self.training),
                 "num_training_identities": len(self.hyper.facts.get("trained_on", ())),
                 "training_steps": self.hyper.facts.get("num_steps"),
                 "training_seconds": self.training_seconds,
                 "trained_on_targets": "targets" in self.hyper.facts,
                 "data": self.hyper.facts.get("data", {}),
-                "targets": self.known.facts(),
+                "targets": self.training.facts(),
                 "defaults": self.defaults and self.defaults.to_json(),
                 "notes": [*self.notes, *defaults],
                 "command": self.command,

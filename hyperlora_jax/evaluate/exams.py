@@ -136,9 +136,9 @@ def _parted(asked: Sizes, explicit: set[str], offer: Offer) -> tuple[int, int]:
         return validation, identities
     held_out = "subjects that were not trained on and have two pictures or more"
     if "num_identities" in explicit:
-        kept = validation if "num_validation" in explicit else 0
-        if identities + kept > there:
-            raise _not_there("num_identities", asked, there - kept, held_out, offer.source)
+        reserved = validation if "num_validation" in explicit else 0
+        if identities + reserved > there:
+            raise _not_there("num_identities", asked, there - reserved, held_out, offer.source)
         return min(validation, there - identities), identities
     if "num_validation" in explicit:
         if validation >= there:
@@ -220,7 +220,7 @@ def open_exam(
     config: Any,
     size: int,
     trained_on: frozenset[str],
-    known: frozenset[str],
+    training_ids: frozenset[str],
     workdir: Path,
     condition: ImageEncoder,
 ) -> Exam:
@@ -228,8 +228,8 @@ def open_exam(
 
     Args:
         size: pixels of the base model's pictures.
-        trained_on: names that the hypernetwork was trained on; known: those and all others that a
-            method may have seen.
+        trained_on: names that the hypernetwork was trained on.
+        training_ids: those and all others that a method may have seen.
         workdir: where renders and the judges' embeddings are kept.
         condition: the encoder that conditions the hypernetwork.
 
@@ -243,9 +243,13 @@ def open_exam(
     detects = judges.load_detector(section.detector)
     chosen = choose_judges(section, condition, size, real=source != "avatars")
     if source == "avatars":
-        return _avatar_exam(config, asked, given, trained_on, known, workdir, chosen, detects)
+        return _avatar_exam(
+            config, asked, given, trained_on, training_ids, workdir, chosen, detects
+        )
     listed = list_concepts(str(source), square(size), skip_damaged=config.data.skip_damaged)
-    people, strangers, sizes, notes = _subjects(config, listed, asked, given, known, str(source))
+    people, strangers, sizes, notes = _subjects(
+        config, listed, asked, given, training_ids, str(source)
+    )
     validation, test = make_picture_sets(
         people,
         str(source),
@@ -253,7 +257,7 @@ def open_exam(
         prompts=tuple(section.prompts),
         split_seed=config.data.split_seed,
         identity_seed=section.identity_seed,
-        training_ids=known,
+        training_ids=training_ids,
         strangers=strangers,
         seen=_seen(listed, condition),
     )
@@ -278,11 +282,11 @@ def _subjects(
     listed: Sequence[Concept],
     asked: Sizes,
     given: frozenset[str],
-    known: frozenset[str],
+    training_ids: frozenset[str],
     source: str,
 ) -> tuple[list[Subject], list[Subject], Sizes, list[str]]:
     """(held-out subjects, validation first; others to tell apart, the sizes to use, notes)."""
-    free = picture_sets.held_out(listed, known)
+    free = picture_sets.held_out(listed, training_ids)
     if not free:
         raise UserError(
             f"{source}: none of its {len(listed)} subjects is held out, all were trained on or are "
@@ -322,11 +326,11 @@ def _subjects(
 def _others(rest: Sequence[Concept], people: Sequence[Subject]) -> list[Concept]:
     """One concept of every identity that is not among the people."""
     taken = {person.identity for person in people}
-    found: dict[str, Concept] = {}
+    by_identity: dict[str, Concept] = {}
     for concept in rest:
         if concept.identity not in taken:
-            found.setdefault(concept.identity, concept)
-    return list(found.values())
+            by_identity.setdefault(concept.identity, concept)
+    return list(by_identity.values())
 
 
 def _alone_note(alone: Sequence[Subject]) -> str:
@@ -364,7 +368,7 @@ def _avatar_exam(
     asked: Sizes,
     given: frozenset[str],
     trained_on: frozenset[str],
-    known: frozenset[str],
+    training_ids: frozenset[str],
     workdir: Path,
     chosen: Judges,
     detects: judges.Detects | None,
@@ -384,7 +388,7 @@ def _avatar_exam(
             num_captions=sizes.num_captions,
             num_views=sizes.num_views,
             num_candidates=sizes.num_candidates,
-            training_ids=known,
+            training_ids=training_ids,
             cache_dir=workdir / RENDERS,
         )
         if count

@@ -143,10 +143,10 @@ class FittedSets:
         """{split: LoRAs} that mix the training LoRAs, fitted to the reference; and the steps."""
         trained = Mixture(self.spec, len(vectors), self.mixture)
         shared = trained.arrange(vectors)
-        found = self._kept(
+        mixtures = self._kept(
             "linear_combination", self.mixture_recipe, trained, 1, None, shared, vectors
         )
-        return found, self.mixture_recipe.num_steps
+        return mixtures, self.mixture_recipe.num_steps
 
     def _kept(
         self,
@@ -165,11 +165,11 @@ class FittedSets:
             *(tuple(questions.views) for questions in self.sets),
             depends_on,
         )
-        kept = self.folder / f"{name}-{mark[:24]}.npz"
+        file = self.folder / f"{name}-{mark[:24]}.npz"
         splits = [questions.split for questions in self.sets]
-        found = {s: shared_work.of_first(lambda split=s: _read(kept, split)) for s in splits}
-        if all(vectors is not None for vectors in found.values()):
-            return {s: vectorize.unflatten(jnp.asarray(v), trained.spec) for s, v in found.items()}
+        cached = {s: shared_work.of_first(lambda split=s: _read(file, split)) for s in splits}
+        if all(vectors is not None for vectors in cached.values()):
+            return {s: vectorize.unflatten(jnp.asarray(v), trained.spec) for s, v in cached.items()}
         start = None
         if starts is not None:
             singles = [
@@ -181,7 +181,7 @@ class FittedSets:
         encoded = [encode_views(self.sd, questions, num_views) for questions in self.sets]
         fitted = self._fit(name, recipe, trained, encoded, start, shared)
         if multihost.is_first():
-            _write(kept, {k: vectorize.flatten(v, trained.spec) for k, v in fitted.items()})
+            _write(file, {k: vectorize.flatten(v, trained.spec) for k, v in fitted.items()})
         return fitted
 
     def _fit(
@@ -197,7 +197,7 @@ class FittedSets:
         most = max(map(most_views, encoded))
 
         def fit(rows: np.ndarray) -> Params:
-            found = self._fit_here(
+            loras = self._fit_here(
                 name,
                 recipe,
                 trained,
@@ -209,7 +209,7 @@ class FittedSets:
                 ),
                 shared,
             )
-            return factors.stack([found[row] for row in rows])
+            return factors.stack([loras[row] for row in rows])
 
         every = shared_work.shared_rows(len(owners), fit)
         return {

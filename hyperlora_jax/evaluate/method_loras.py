@@ -118,10 +118,10 @@ def check_name(name: str, others: Collection[str] = ()) -> None:
     Args:
         others: names of more generators.
     """
-    known = [*MAKERS, *BASELINE_NAMES, *others]
+    names = [*MAKERS, *BASELINE_NAMES, *others]
     refined = name.startswith("refined_") and name.removeprefix("refined_").isdigit()
-    if name not in known and not refined:
-        expected = ", ".join([*known, "refined_N"])
+    if name not in names and not refined:
+        expected = ", ".join([*names, "refined_N"])
         raise ValueError(f"method {name!r} is unknown, expected one of {expected}")
 
 
@@ -178,18 +178,18 @@ def _baseline(name: str, context: Context) -> Source:
 
 
 def _noisy_copy(context: Context) -> Source:
-    nearest, known = fitted_baseline("nearest", context), _vectors(context)
+    nearest, trained = fitted_baseline("nearest", context), _vectors(context)
 
     def loras_of(questions: Questions, guidance: float) -> Params:
         copies = one_per_identity(nearest, questions.conditions, guidance)
         vectors = np.asarray(vectorize.flatten(jax.tree.map(jnp.asarray, copies), context.spec))
         noise = np.random.default_rng(0).standard_normal(vectors.shape).astype(np.float32)
-        spread = known.std(axis=0)
+        spread = trained.std(axis=0)
         noise *= spread / max(float(np.linalg.norm(spread)), 1e-12)
-        length = COPY_NOISE * median_nearest_distance(known)
+        length = COPY_NOISE * median_nearest_distance(trained)
         return vectorize.unflatten(jnp.asarray(vectors + length * noise), context.spec)
 
-    return Source(loras_of, ["noisy_copy", known, context.embeddings])
+    return Source(loras_of, ["noisy_copy", trained, context.embeddings])
 
 
 def median_nearest_distance(vectors: Float[np.ndarray, "t d"]) -> float:

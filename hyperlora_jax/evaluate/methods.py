@@ -153,13 +153,13 @@ def lora_method(
     `loras_of` is called once per evaluation set and guidance; it may serve the first identities
     only.
     """
-    kept: dict[tuple[int, float], tuple[Questions, Params]] = {}
+    cached: dict[tuple[int, float], tuple[Questions, Params]] = {}
 
     def sample(questions: Questions, strength: float, guidance: float = 1.0) -> np.ndarray:
         key = (id(questions), guidance)
-        if key not in kept:
-            kept[key] = (questions, jax.device_get(loras_of(questions, guidance)))
-        return sample_images(sd, questions, kept[key][1], strength, **sampling)
+        if key not in cached:
+            cached[key] = (questions, jax.device_get(loras_of(questions, guidance)))
+        return sample_images(sd, questions, cached[key][1], strength, **sampling)
 
     return Method(name, sample, tuple(strengths), fingerprint, tuple(guidances))
 

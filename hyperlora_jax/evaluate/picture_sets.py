@@ -71,12 +71,12 @@ class Sizes:
 def held_out(subjects: Iterable[AnyNamed], trained_on: frozenset[str]) -> list[AnyNamed]:
     """One subject of every identity that was not trained on, under whatever name."""
     subjects = list(subjects)
-    known = trained_on | {s.identity for s in subjects if s.id in trained_on}
-    found: dict[str, AnyNamed] = {}
+    seen = trained_on | {s.identity for s in subjects if s.id in trained_on}
+    free: dict[str, AnyNamed] = {}
     for subject in subjects:
-        if subject.id not in known and subject.identity not in known:
-            found.setdefault(subject.identity, subject)
-    return list(found.values())
+        if subject.id not in seen and subject.identity not in seen:
+            free.setdefault(subject.identity, subject)
+    return list(free.values())
 
 
 def in_order(subjects: Iterable[AnyNamed], split_seed: int) -> list[AnyNamed]:

@@ -45,17 +45,17 @@ class SampleCache:
         """The pictures of that key, from the folder or from `sample`, which then is called once."""
         if self.folder is None or not fingerprint:
             return np.asarray(sample(), np.float32)
-        return kept(self.folder, cache_key(fingerprint, evaluation, strength), sample)
+        return remembered(self.folder, cache_key(fingerprint, evaluation, strength), sample)
 
 
-def kept(
+def remembered(
     folder: epath.PathLike, key: str, make: Callable[[], AnyArray]
 ) -> Float[np.ndarray, "*any"]:
     """The array of a hashed name, from `folder` or, float32, from `make`, and then kept there."""
     file = epath.Path(folder) / f"{key}.npy"
-    found = shared_work.of_first(lambda: _read(file))
-    if found is not None:
-        return found
+    cached = shared_work.of_first(lambda: _read(file))
+    if cached is not None:
+        return cached
     array = np.asarray(make(), np.float32)
     if not multihost.is_first():
         return array
@@ -115,7 +115,7 @@ def pooled_embeddings(
         return _encode(encoder, pictures, title)
     digest = hashlib.sha256(f"{encoder.hash} {pictures.shape}".encode())
     digest.update(pictures.tobytes())
-    return kept(folder, digest.hexdigest(), lambda: _encode(encoder, pictures, title))
+    return remembered(folder, digest.hexdigest(), lambda: _encode(encoder, pictures, title))
 
 
 def _encode(encoder: ImageEncoder, pictures: np.ndarray, title: str) -> np.ndarray:

@@ -56,13 +56,13 @@ class TrainingLoras:
 
     def vectors(self, gauge: str, cache: Path) -> Float[np.ndarray, "t d"]:
         """The LoRAs in a gauge, turned ones kept in the folder `cache`."""
-        found = []
+        parts = []
         for dataset, rows in zip(self.datasets, self.rows, strict=True):
             gauged = multihost.first_then_others(
                 "gauge", lambda dataset=dataset: read_in_gauge(dataset, gauge, cache)
             )
-            found.append(np.asarray(gauged.vectors[rows]))
-        return np.concatenate(found)
+            parts.append(np.asarray(gauged.vectors[rows]))
+        return np.concatenate(parts)
 
     def embeddings(
         self, encoder: ImageEncoder, folder: epath.PathLike | None = None
@@ -85,10 +85,10 @@ def open_training_loras(
     Raises:
         UserError: a dataset of `data.targets` that is none, or of another base or layers.
     """
-    found: list[LoraTargets] = []
+    datasets: list[LoraTargets] = []
     for path in split_paths(data.targets) if data.targets else [own]:
         try:
-            found.append(open_lora_targets(path, spec, base_hash, data.skip_damaged))
+            datasets.append(open_lora_targets(path, spec, base_hash, data.skip_damaged))
         except UserError as error:
             if data.targets:
                 raise
@@ -96,11 +96,13 @@ def open_training_loras(
             if not (epath.Path(own) / "metadata.json").exists():
                 why = f"{own}: no LoRA dataset, `hyperlora distill` would make one"
             return TrainingLoras((), (), why, why)
-    rows = [dataset.split_indices("train") for dataset in found]
+    rows = [dataset.split_indices("train") for dataset in datasets]
     if data.num_targets:
         rows = [own[: data.num_targets] for own in rows]
-    nobody = "" if any(len(own) for own in rows) else f"{found[0].path}: has no training LoRAs"
-    return TrainingLoras(tuple(found), tuple(rows), nobody, nobody or _no_pictures(found, rows))
+    nobody = "" if any(len(own) for own in rows) else f"{datasets[0].path}: has no training LoRAs"
+    return TrainingLoras(
+        tuple(datasets), tuple(rows), nobody, nobody or _no_pictures(datasets, rows)
+    )
 
 
 def _no_pictures(datasets: Sequence[LoraTargets], rows: Sequence[np.ndarray]) -> str:
@@ -119,7 +121,7 @@ def _embeddings(
     rows: Int[np.ndarray, " t"],
     folder: epath.PathLike | None,
 ) -> Float[np.ndarray, "t e"]:
-    found = [np.zeros((0, encoder.embedding_dim), np.float32)]
+    parts = [np.zeros((0, encoder.embedding_dim), np.float32)]
     for start in range(0, len(rows), READ_AT_ONCE):
         subjects = [dataset[int(i)] for i in rows[start : start + READ_AT_ONCE]]
         for subject in subjects:
@@ -135,5 +137,5 @@ def _embeddings(
         title = f"encoding references of targets {start + len(shown)}/{len(rows)}"
         pooled = pooled_embeddings(encoder, flat / 255.0, folder, title)
         ends = np.cumsum([len(views) for views in shown])
-        found += [own.mean(axis=0, keepdims=True) for own in np.split(pooled, ends[:-1])]
-    return np.concatenate(found)
+        parts += [own.mean(axis=0, keepdims=True) for own in np.split(pooled, ends[:-1])]
+    return np.concatenate(parts)

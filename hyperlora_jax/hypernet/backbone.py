@@ -76,8 +76,8 @@ class Attention(nn.Module):
         query = nn.DenseGeneral(shape, dtype=self.dtype, name="query")(x)
         key = nn.DenseGeneral(shape, dtype=self.dtype, name="key")(context)
         value = nn.DenseGeneral(shape, dtype=self.dtype, name="value")(context)
-        kept = None if mask is None else mask[:, None, None, :]
-        mixed = jax.nn.dot_product_attention(query, key, value, mask=kept)
+        visible = None if mask is None else mask[:, None, None, :]
+        mixed = jax.nn.dot_product_attention(query, key, value, mask=visible)
         return nn.DenseGeneral(width, axis=(-2, -1), dtype=self.dtype, name="out")(mixed)
 
 

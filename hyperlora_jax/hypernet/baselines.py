@@ -55,26 +55,26 @@ def gram_matrix(
     vectors: Any, centre: Float[np.ndarray, " d"], dtype: Any
 ) -> Float[np.ndarray, "t t"]:
     """Inner products of vectors [t, d] less `centre`, counted in `dtype`, as float64."""
-    found = np.empty((len(vectors), len(vectors)))
+    products = np.empty((len(vectors), len(vectors)))
     for a in chunks(vectors):
         left = (vectors[a] - centre).astype(dtype)
         for b in chunks(vectors):
             if b.start > a.start:
                 break
             right = left if b == a else (vectors[b] - centre).astype(dtype)
-            found[a, b] = left @ right.T
-            found[b, a] = found[a, b].T
-    return found
+            products[a, b] = left @ right.T
+            products[b, a] = products[a, b].T
+    return products
 
 
 def combined(
     weights: Float[np.ndarray, "k t"], vectors: Any, centre: Float[np.ndarray, " d"]
 ) -> Float[np.ndarray, "k d"]:
     """weights @ (vectors - centre)."""
-    found = np.zeros((len(weights), len(centre)))
+    total = np.zeros((len(weights), len(centre)))
     for rows in chunks(vectors):
-        found += weights[:, rows] @ (vectors[rows] - centre)
-    return found
+        total += weights[:, rows] @ (vectors[rows] - centre)
+    return total
 
 
 SPACES = ("raw", "delta")
@@ -83,8 +83,9 @@ PENALTIES = tuple(10.0**k for k in range(-4, 4))
 
 
 def unit(embeddings: Float[AnyArray, "n e"]) -> Float[AnyArray, "n e"]:
-    """Embeddings of length 1."""
-    return embeddings / (np.sqrt(np.square(embeddings).sum(axis=1, keepdims=True)) + 1e-9)
+    """Embeddings of length 1, of numpy or JAX as they come."""
+    lengths = (embeddings**2).sum(axis=1, keepdims=True) ** 0.5
+    return embeddings / (lengths + 1e-9)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +178,7 @@ class Neighbours(Blend):
 
     def weights(self, constants: Params, pooled: Float[Array, "l e"]) -> Float[Array, "l t"]:
         """See `Blend`."""
-        asked = pooled / (jnp.linalg.norm(pooled, axis=1, keepdims=True) + 1e-9)
+        asked = unit(pooled)
         similarity = asked @ constants["embeddings"].T
         values, chosen = jax.lax.top_k(similarity, self.num_neighbours)
         share = jax.nn.softmax(values / self.temperature, axis=1)
@@ -197,14 +198,14 @@ class Ridge(Blend):
 
     def fit(self, embeddings: Float[np.ndarray, "t e"], vectors: Vectors) -> Params:
         """Constants."""
-        known = unit(embeddings)
-        kernel = self._kernel(known, known).astype(np.float64)
+        directions = unit(embeddings)
+        kernel = self._kernel(directions, directions).astype(np.float64)
         gram = gram_matrix(vectors, mean_vector(vectors), np.float64)
         scores = {p: _leave_one_out_cosine(kernel, gram, p) for p in PENALTIES}
         penalty = max(scores, key=lambda p: scores[p])
         inverse = np.linalg.inv(kernel + penalty * np.eye(len(kernel)))
         return {
-            "embeddings": known,
+            "embeddings": directions,
             "vectors": np.asarray(vectors),
             "inverse": inverse.astype(np.float32),
             "penalty": np.float32(penalty),
@@ -216,7 +217,7 @@ class Ridge(Blend):
 
     def weights(self, constants: Params, pooled: Float[Array, "l e"]) -> Float[Array, "l t"]:
         """See `Blend`."""
-        asked = pooled / (jnp.linalg.norm(pooled, axis=1, keepdims=True) + 1e-9)
+        asked = unit(pooled)
         raw = self._kernel(asked, jnp.asarray(constants["embeddings"])) @ constants["inverse"]
         # mean + Σ raw (v - mean): the shares of the vectors themselves.
         return raw + (1.0 - raw.sum(axis=1, keepdims=True)) / raw.shape[1]
@@ -270,11 +271,11 @@ def principal_components(
     From the t×t inner products: vectors are long and few.
     """
     values, left = np.linalg.eigh(gram_matrix(vectors, mean, np.float32))
-    kept = np.argsort(values)[::-1][: min(count, len(vectors) - 1)]
-    kept = kept[values[kept] > 1e-6 * values.max()]
-    weights = (left[:, kept] / np.sqrt(values[kept])).T
+    order = np.argsort(values)[::-1][: min(count, len(vectors) - 1)]
+    order = order[values[order] > 1e-6 * values.max()]
+    weights = (left[:, order] / np.sqrt(values[order])).T
     components = combined(weights, vectors, mean)
-    spread = np.sqrt(values[kept] / max(len(vectors) - 1, 1))
+    spread = np.sqrt(values[order] / max(len(vectors) - 1, 1))
     return components.astype(np.float32), spread.astype(np.float32)
 
 
@@ -282,23 +283,23 @@ def blend_deltas(
     weights: Float[Array, "l t"], vectors: Float[Array, "t d"], spec: LoraSpec
 ) -> Params:
     """Σ_t weight · delta_t per site, cut back to the site's rank by SVD; balanced factors."""
-    known = vectorize.unflatten(vectors, spec)
+    loras = vectorize.unflatten(vectors, spec)
     return tree_from_sites(
         {
-            site.path: blend_site(weights, site_factors(known, site), site.rank)
+            site.path: blend_site(weights, site_factors(loras, site), site.rank)
             for site in spec.sites
         }
     )
 
 
 @functools.partial(jax.jit, static_argnames="rank")
-def blend_site(weights: Float[AnyArray, "l t"], known: Params, rank: int) -> Params:
+def blend_site(weights: Float[AnyArray, "l t"], pairs: Params, rank: int) -> Params:
     """`blend_deltas` of one site, whose factors are known [t, ...].
 
     Builds one LoRA's delta at a time (in×out): fitting data is small, and this is no training loss.
     """
-    down = jnp.reshape(known["down"], (len(known["down"]), -1, known["down"].shape[-1]))
-    up = jnp.asarray(known["up"])
+    down = jnp.reshape(pairs["down"], (len(pairs["down"]), -1, pairs["down"].shape[-1]))
+    up = jnp.asarray(pairs["up"])
 
     def one(row: Array) -> tuple[Array, Array]:
         delta = jnp.einsum("tir,tro->io", row[:, None, None] * down, up)
@@ -312,7 +313,7 @@ def blend_site(weights: Float[AnyArray, "l t"], known: Params, rank: int) -> Par
         )
 
     downs, ups = jax.lax.map(one, jnp.asarray(weights))
-    return {"down": downs.reshape(len(weights), *known["down"].shape[1:-1], rank), "up": ups}
+    return {"down": downs.reshape(len(weights), *pairs["down"].shape[1:-1], rank), "up": ups}
 
 
 BASELINES = ("mean", "nearest", "knn", "ridge", "pca_gaussian")

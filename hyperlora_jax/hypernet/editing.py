@@ -23,8 +23,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from hyperlora_jax import storage
 from hyperlora_jax.array_types import AnyArray, Array, Bool, Float, Params
@@ -33,6 +31,7 @@ from hyperlora_jax.hypernet.baselines import blend_site
 from hyperlora_jax.hypernet.hypernetwork import Hypernetwork
 from hyperlora_jax.lora import factors, losses, vectorize
 from hyperlora_jax.lora.sites import LoraSpec, site_factors, tree_from_sites
+from hyperlora_jax.lora_files import safetensors_io
 
 MARK, SIZE = "hyperlora.directions", "hyperlora.delta_norm"
 
@@ -106,15 +105,15 @@ def fit_directions(
             "directions cannot be told apart; leave it out"
         )
     weights = np.linalg.pinv(table)[1:].astype(np.float32)
-    found, squares, start = {}, np.zeros(len(vectors)), 0
+    blended, squares, start = {}, np.zeros(len(vectors)), 0
     for site in spec.sites:  # one at a time: deltas of all sites are as large as the base
         alone = LoraSpec((site,))
         own = vectors[:, start : start + site.num_parameters]
-        known = site_factors(vectorize.unflatten(own, alone), site)
-        found[site.path] = blend_site(weights, known, site.rank)
-        squares += np.asarray(losses.delta_inner(known, known))
+        pairs = site_factors(vectorize.unflatten(own, alone), site)
+        blended[site.path] = blend_site(weights, pairs, site.rank)
+        squares += np.asarray(losses.delta_inner(pairs, pairs))
         start += site.num_parameters
-    flat = np.asarray(vectorize.flatten(tree_from_sites(found), spec))
+    flat = np.asarray(vectorize.flatten(tree_from_sites(blended), spec))
     size = float(np.sqrt(squares).mean())
     if not size:
         raise UserError(f"directions: the deltas of all {len(vectors)} LoRAs are zero")
@@ -136,8 +135,8 @@ def edit(
     share = jnp.sqrt(losses.delta_inner(lora, lora)) / directions.size
     for name, amount in amounts.items():
         if name not in directions.vectors:
-            known = ", ".join(sorted(directions.vectors)) or "none"
-            raise UserError(f"edit: no direction {name!r}, there are {known}")
+            names = ", ".join(sorted(directions.vectors)) or "none"
+            raise UserError(f"edit: no direction {name!r}, there are {names}")
         added = vectorize.unflatten(jnp.asarray(directions.vectors[name]), spec)
         count = factors.num_loras(lora)
         added = added if count is None else factors.repeat(added, count)
@@ -152,7 +151,7 @@ def save_directions(path: epath.PathLike, directions: Directions) -> None:
     arrays = {n: np.ascontiguousarray(v, np.float32) for n, v in directions.vectors.items()}
     facts = {MARK: directions.spec.to_json(), SIZE: repr(directions.size)}
     try:
-        epath.Path(path).write_bytes(save(arrays, facts))
+        storage.replaced(path, safetensors_io.encode(arrays, facts))
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({storage.reason(error)})") from error
 
@@ -163,12 +162,7 @@ def load_directions(path: epath.PathLike, spec: LoraSpec) -> Directions:
     Raises:
         UserError: no such file, a damaged one, or directions for another spec.
     """
-    try:
-        with safe_open(str(path), "numpy") as file:
-            facts = file.metadata() or {}
-            vectors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"directions {path}: cannot be read ({storage.reason(error)})") from error
+    vectors, facts = safetensors_io.read(storage.fetched(path))
     if MARK not in facts or SIZE not in facts:
         raise UserError(f"directions {path}: is no file of `hyperlora directions`")
     own = LoraSpec.from_json(facts[MARK])

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hyperlora_jax.array_types import AnyArray, Float, Params
+from hyperlora_jax.hypernet.baselines import unit
 
 BLOCK = 256  # subjects that are compared with all at once
 
@@ -26,24 +27,20 @@ def fit(means: Float[np.ndarray, "n e"], singles: Any) -> Params:
         singles: [n, e], the embedding of one picture of each; read in blocks, as there may be
             many subjects.
     """
-    known = _unit(np.asarray(means, np.float32))
+    trained = unit(np.asarray(means, np.float32))
     del means
-    typical = np.empty(len(known), np.float32)
-    for start in range(0, len(known), BLOCK):
-        asked = _unit(np.asarray(singles[start : start + BLOCK], np.float32))
-        similarity = asked @ known.T
+    typical = np.empty(len(trained), np.float32)
+    for start in range(0, len(trained), BLOCK):
+        asked = unit(np.asarray(singles[start : start + BLOCK], np.float32))
+        similarity = asked @ trained.T
         similarity[np.arange(len(similarity)), np.arange(start, start + len(similarity))] = -1.0
         typical[start : start + BLOCK] = similarity.max(axis=1)
-    return {"known": known, "typical": np.sort(typical)}
+    return {"known": trained, "typical": np.sort(typical)}
 
 
-def score(kept: Params, pooled: Float[AnyArray, "l k e"]) -> Float[np.ndarray, " l"]:
+def score(constants: Params, pooled: Float[AnyArray, "l k e"]) -> Float[np.ndarray, " l"]:
     """Familiarity of subjects told by k pictures each, in [0, 1]."""
-    asked = _unit(np.asarray(pooled).mean(axis=1))
-    nearest = np.asarray(jnp.asarray(asked) @ jnp.asarray(kept["known"]).T).max(axis=1)
-    typical = np.asarray(kept["typical"])
+    asked = unit(np.asarray(pooled).mean(axis=1))
+    nearest = np.asarray(jnp.asarray(asked) @ jnp.asarray(constants["known"]).T).max(axis=1)
+    typical = np.asarray(constants["typical"])
     return np.searchsorted(typical, nearest, side="right") / len(typical)
-
-
-def _unit(embeddings: Float[np.ndarray, "n e"]) -> Float[np.ndarray, "n e"]:
-    return embeddings / (np.linalg.norm(embeddings, axis=1, keepdims=True) + 1e-9)

@@ -77,8 +77,8 @@ class Hypernetwork:
     @property
     def default_draw(self) -> Draw:
         """Guidance, steps and sampler that `generate` uses unless told otherwise."""
-        known = dict(self.facts.get("generate", {}))
-        return Draw(**{name: known[name] for name in Draw._fields if name in known})
+        settings = dict(self.facts.get("generate", {}))
+        return Draw(**{name: settings[name] for name in Draw._fields if name in settings})
 
     def with_facts(self, **facts: Any) -> "Hypernetwork":
         """The same with more facts."""
@@ -165,14 +165,14 @@ class Hypernetwork:
         all training subjects) to 1; None for a checkpoint that does not know. See
         `hypernet/familiarity.py`; `references` as in `generate`."""
         groups = by_number(references, self.encoder)
-        found = np.empty(sum(len(members) for members, _ in groups))
+        familiarities = np.empty(sum(len(members) for members, _ in groups))
         for members, pixels in groups:
             pooled, _ = _embedded(self.encoder.encode, jnp.asarray(pixels))
             scores = self.familiarity_of(pooled)
             if scores is None:
                 return None
-            found[members] = scores
-        return found
+            familiarities[members] = scores
+        return familiarities
 
     def familiarity_of(self, pooled: Float[AnyArray, "l k e"]) -> Float[np.ndarray, " l"] | None:
         """`familiarity` of subjects that are embedded already."""
@@ -183,9 +183,9 @@ class Hypernetwork:
     @property
     def provenance(self) -> dict[str, Any]:
         """Header texts of the files of its LoRAs: base, encoder, generator."""
-        known = {name: self.facts[name] for name in ("base", "base_hash") if name in self.facts}
+        base = {name: self.facts[name] for name in ("base", "base_hash") if name in self.facts}
         return {
-            **known,
+            **base,
             "encoder": json.dumps(stored_encoder.describe(self.encoder)),
             "encoder_hash": self.encoder.hash,
             "generator": self.model.get("generator", "regression"),
@@ -270,8 +270,8 @@ class Hypernetwork:
             "facts": dict(self.facts),
         }
         flat = traverse_util.flatten_dict(dict(self.params), sep="/")
-        kept = traverse_util.flatten_dict({"constants": dict(self.constants)}, sep="/")
-        flat |= {name: np.asarray(value) for name, value in kept.items()}
+        constants = traverse_util.flatten_dict({"constants": dict(self.constants)}, sep="/")
+        flat |= {name: np.asarray(value) for name, value in constants.items()}
         arrays = {k: np.ascontiguousarray(jax.device_get(v)) for k, v in flat.items()}
         storage.replaced(folder / "model.safetensors", save_safetensors(arrays))
         storage.replaced(folder / "config.json", (json.dumps(config, indent=1) + "\n").encode())
@@ -292,10 +292,10 @@ class Hypernetwork:
             UserError: no such folder, not a hypernetwork, damaged files, no or another encoder.
         """
         stored = read_stored(path)
-        found = stored_encoder.find(stored.folder, stored.config["encoder"], encoder)
+        image_encoder = stored_encoder.find(stored.folder, stored.config["encoder"], encoder)
         generator = build_generator(stored.spec, stored.config["model"])
         facts, model = stored.config["facts"], stored.config["model"]
-        return cls(generator, stored.params, found, facts, model, stored.constants)
+        return cls(generator, stored.params, image_encoder, facts, model, stored.constants)
 
 
 class Stored(NamedTuple):
@@ -378,9 +378,9 @@ def _generate(
 
 def _embedded(encode: Callable[[Array], Any], references: Array) -> tuple[Array, Array]:
     """Pooled [l, k, e] and tokens [l, k, m, e] of pictures [l, k, h, w, 3]."""
-    lead, found = references.shape[:2], encode(references.reshape(-1, *references.shape[2:]))
+    lead, encoded = references.shape[:2], encode(references.reshape(-1, *references.shape[2:]))
     # Foreign encoders answer in numpy, which jnp.reshape would leave as it is.
-    pooled, tokens = map(jnp.asarray, found)
+    pooled, tokens = map(jnp.asarray, encoded)
     return (
         pooled.reshape(*lead, *pooled.shape[1:]),
         tokens.reshape(*lead, *tokens.shape[1:]),

@@ -279,15 +279,15 @@ def _leaf_numbers(structure: Any, spec: LoraSpec) -> tuple[tuple[int, int], ...]
     """Which leaves of a tree are the (down, up) of each site: names are compared once a kind."""
     numbered = jax.tree.unflatten(structure, range(structure.num_leaves))
     leaves = jax.tree_util.tree_flatten_with_path(numbered)[0]
-    found = {tuple(str(key.key) for key in keys): number for keys, number in leaves}
+    numbers = {tuple(str(key.key) for key in keys): number for keys, number in leaves}
     expected = {(*site.module_path, side) for site in spec.sites for side in ("down", "up")}
-    if missing := sorted(expected - set(found)):
+    if missing := sorted(expected - set(numbers)):
         name = torch_path(missing[0])
         raise UserError(f"LoRA lacks {len(missing)} factors of its spec, first {name}")
-    if extra := sorted(set(found) - expected):
+    if extra := sorted(set(numbers) - expected):
         name = torch_path(extra[0])
         raise UserError(f"LoRA has {len(extra)} factors that its spec does not name, first {name}")
     return tuple(
-        (found[(*site.module_path, "down")], found[(*site.module_path, "up")])
+        (numbers[(*site.module_path, "down")], numbers[(*site.module_path, "up")])
         for site in spec.sites
     )

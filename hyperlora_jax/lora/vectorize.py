@@ -6,9 +6,6 @@ layout of weights2weights, bit for bit. Tokens: one for each (site, side, rank c
 width fan_in (down) or out (up), bucketed by width so that shapes stay static.
 """
 
-import dataclasses
-import functools
-import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -16,10 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hyperlora_jax.array_types import AnyArray, Array, Float, Int, Params
+from hyperlora_jax.array_types import AnyArray, Array, Float, Params
 from hyperlora_jax.lora.sites import LoraSpec, site_factors, tree_from_sites
-
-DOWN, UP = 0, 1
 
 
 def flatten(lora: Params, spec: LoraSpec) -> Float[Array, "*l d"]:
@@ -51,65 +46,6 @@ def unflatten(vector: Float[AnyArray, "*l d"], spec: LoraSpec) -> Params:
         }
         start += down_size + up_size
     return tree_from_sites(pairs)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class TokenBucket:
-    """Where the n tokens of one width come from; every field is int32 [n].
-
-    `block`, `kind`, `projection` index the names of the `TokenTable`.
-    """
-
-    site: Int[np.ndarray, " n"]
-    component: Int[np.ndarray, " n"]
-    side: Int[np.ndarray, " n"]
-    block: Int[np.ndarray, " n"]
-    kind: Int[np.ndarray, " n"]
-    projection: Int[np.ndarray, " n"]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class TokenTable:
-    """Static description of the tokens of a spec: buckets by width, and the names of the ids."""
-
-    buckets: Mapping[int, TokenBucket]
-    blocks: tuple[str, ...]
-    kinds: tuple[str, ...]
-    projections: tuple[str, ...]
-    max_rank: int
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of one LoRA over all buckets."""
-        return sum(len(bucket.site) for bucket in self.buckets.values())
-
-
-_LAYER = re.compile(r"^(?P<block>.*)\.(?P<kind>attn1|attn2|ff|self_attn|mlp)\.(?P<projection>.+)$")
-
-
-def _describe(path: str) -> tuple[str, str, str]:
-    """(block, kind, projection): ("down_blocks.0...blocks.0", "attn1", "to_q")."""
-    if match := _LAYER.match(path):
-        return match["block"], match["kind"], match["projection"]
-    block, _, projection = path.rpartition(".")
-    return block, "other", projection
-
-
-@functools.lru_cache(maxsize=64)
-def token_table(spec: LoraSpec) -> TokenTable:
-    """Metadata of every token, bucket by bucket (widths ascending), in the order of `tokens`."""
-    names = [_describe(site.path) for site in spec.sites]
-    blocks, kinds, projections = (tuple(sorted(set(column))) for column in zip(*names, strict=True))
-    rows: dict[int, list[tuple[int, ...]]] = {}
-    for number, (site, (block, kind, projection)) in enumerate(zip(spec.sites, names, strict=True)):
-        ids = (blocks.index(block), kinds.index(kind), projections.index(projection))
-        for side, width in ((DOWN, site.fan_in), (UP, site.out_features)):
-            for component in range(site.rank):
-                rows.setdefault(width, []).append((number, component, side, *ids))
-    buckets = {
-        width: TokenBucket(*np.asarray(rows[width], np.int32).T.copy()) for width in sorted(rows)
-    }
-    return TokenTable(buckets, blocks, kinds, projections, spec.max_rank)
 
 
 def tokens(lora: Params, spec: LoraSpec) -> dict[int, Float[Array, "*l n width"]]:
@@ -167,11 +103,6 @@ def whitening(lora: Params) -> Whitening:
 def whiten(lora: Params, stats: Whitening) -> Params:
     """(lora - mean) / std."""
     return jax.tree.map(lambda x, m, s: (x - m) / s, lora, stats.mean, stats.std)
-
-
-def unwhiten(lora: Params, stats: Whitening) -> Params:
-    """lora · std + mean."""
-    return jax.tree.map(lambda x, m, s: x * s + m, lora, stats.mean, stats.std)
 
 
 def element_spread(std: Float[AnyArray, " m"], spec: LoraSpec) -> Float[Array, " d"]:

@@ -33,22 +33,22 @@ def list_concepts(
         UserError: no folder or dataset, fewer than `count` concepts, one that is there twice or
             has no pictures.
     """
-    found: list[Concept] = []
+    concepts: list[Concept] = []
     for given in split_paths(source):
         path = str(storage.fetched(given))
         if _holds(path, "index.json", "metadata.json"):
-            found += _dataset_concepts(path, buckets, skip_damaged)
+            concepts += _dataset_concepts(path, buckets, skip_damaged)
         elif _holds(path, "dataset_info.json", "features.json"):
-            found += _tfds_concepts(path, buckets)
+            concepts += _tfds_concepts(path, buckets)
         else:
             folders = image_folder.open_image_folder(path)
-            found += [image_folder.open_concept(folder, buckets) for folder in folders]
-    if count > len(found):
-        raise UserError(f"{source}: has {len(found)} concepts, expected {count}")
-    counts = collections.Counter(concept.id for concept in found)
+            concepts += [image_folder.open_concept(folder, buckets) for folder in folders]
+    if count > len(concepts):
+        raise UserError(f"{source}: has {len(concepts)} concepts, expected {count}")
+    counts = collections.Counter(concept.id for concept in concepts)
     if twice := [name for name, number in counts.items() if number > 1]:
         raise UserError(f"{source}: {len(twice)} concepts are there twice, first {twice[0]!r}")
-    return found
+    return concepts
 
 
 def identified(listed: Sequence[Concept]) -> list[Concept]:
@@ -104,13 +104,13 @@ def _dataset_concepts(path: str, buckets: Sequence[Size], skip_damaged: bool) ->
         )
         return dataclasses.replace(subject, references=references, targets=cut)
 
-    found = []
+    listed = []
     for k in map(int, targets.split_indices("train")):
         subject = targets[k]
         if not subject.targets or not subject.references:
             raise UserError(f"{path}: subject {subject.id} has no pictures, expected some")
         size = size_of(subject)
-        found.append(
+        listed.append(
             concepts.of_subject(
                 subject,
                 size,
@@ -118,9 +118,9 @@ def _dataset_concepts(path: str, buckets: Sequence[Size], skip_damaged: bool) ->
                 lambda k=k: targets[k].references,
             )
         )
-    if not found:
+    if not listed:
         raise UserError(f"{path}: has no subjects in its train split, expected some")
-    return found
+    return listed
 
 
 def _tfds_concepts(path: str, buckets: Sequence[Size]) -> list[Concept]:

@@ -54,28 +54,33 @@ def in_batches(
     count: int,
     batch_size: int,
     title: str | None,
+    whole: bool = False,
 ) -> Iterator[Any]:
     """`encode` of `count` arrays or texts, batch by batch, as trees of numpy arrays.
 
     The last batch is filled up with its last item, so that one program serves all of them, and cut
-    again.
+    again. With `whole` that holds for the only batch of fewer items, too.
     """
-    batch_size = min(batch_size, count)
+    batch_size = batch_size if whole else min(batch_size, count)
     rest = iter(items)
     starts = range(0, count, batch_size)
     for start in tqdm(starts, desc=title, unit="batch", disable=title is None):
         own = list(itertools.islice(rest, min(batch_size, count - start)))
         filled = [*own, *[own[-1]] * (batch_size - len(own))]
         given = filled if isinstance(own[0], str) else np.stack(filled)
-        found = jax.device_get(encode(given))
-        yield jax.tree.map(lambda rows, own=own: np.asarray(rows)[: len(own)], found)
+        encoded = jax.device_get(encode(given))
+        yield jax.tree.map(lambda rows, own=own: np.asarray(rows)[: len(own)], encoded)
 
 
 def encode_in_batches(
-    function: Callable[[Any], Any], items: Any, batch_size: int, title: str | None
+    function: Callable[[Any], Any],
+    items: Any,
+    batch_size: int,
+    title: str | None = None,
+    whole: bool = False,
 ) -> Any:
     """function over slices of `items` (array or list), results as numpy arrays, concatenated."""
-    parts = list(in_batches(function, items, len(items), batch_size, title))
+    parts = list(in_batches(function, items, len(items), batch_size, title, whole))
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
 
 
@@ -103,8 +108,8 @@ def encode_subjects(
     offsets = ragged.offsets_of([len(own) for own in images])
 
     def run(encode: Encode, items: Any, title: str) -> dict[str, np.ndarray]:
-        found = encode_in_batches(encode, items, batch_size, title if progress else None)
-        return {name: np.asarray(rows, np.float32) for name, rows in found.items()}
+        encoded = encode_in_batches(encode, items, batch_size, title if progress else None)
+        return {name: np.asarray(rows, np.float32) for name, rows in encoded.items()}
 
     latents = run(latents_by(sd), every, "latents")
     texts = run(texts_by(sd, size), unique, "texts")

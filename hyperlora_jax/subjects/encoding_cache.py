@@ -65,13 +65,13 @@ class _Part:
     def files(self) -> dict[str, range]:
         """{file: its subjects}: as many as do not exceed the limits, at least one."""
         most = max(1, min(CHUNK, CHUNK_BYTES // self.row_bytes))
-        found, first, rows = {}, 0, 0
+        files, first, rows = {}, 0, 0
         for k, count in enumerate(self.counts):
             if rows and rows + count > most:
-                found[f"{first:08d}.safetensors"] = range(first, k)
+                files[f"{first:08d}.safetensors"] = range(first, k)
                 first, rows = k, 0
             rows += count
-        return {**found, f"{first:08d}.safetensors": range(first, len(self.counts))}
+        return {**files, f"{first:08d}.safetensors": range(first, len(self.counts))}
 
     def make(self, file: Path, subjects: range, batch_size: int) -> None:
         """Encodes some subjects, batch by batch, into a file."""
@@ -118,15 +118,15 @@ def encode_once(
     Raises:
         UserError: a file cannot be written or read.
     """
-    ids, size, kept = list(pictures.ids), pictures.size, np.dtype(dtype)
+    ids, size, stored_dtype = list(pictures.ids), pictures.size, np.dtype(dtype)
     unique, index = encoded_subjects.number_captions(pictures.captions)
     models = _Models(sd, encoder)
 
     def of_pictures(kind: str, images: LazyPictures, model: str, encode: Any) -> _Part:
         shown = [images.mark, ids, list(images.counts), list(images.size)]
-        name = _named(kind, model, kept, shown)
+        name = _named(kind, model, stored_dtype, shown)
         row_bytes = 3 * images.size[0] * images.size[1]
-        return _Part(name, kept, images.counts, row_bytes, images.one_by_one, encode)
+        return _Part(name, stored_dtype, images.counts, row_bytes, images.one_by_one, encode)
 
     parts: dict[str, _Part] = {}
     if encoder is not None:
@@ -136,22 +136,22 @@ def encode_once(
         parts["latents"] = of_pictures("latents", pictures.images, models.base, models.latents)
     if texts:
         parts["texts"] = _Part(
-            _named("texts", models.base, kept, [unique, list(size)]),
-            kept,
+            _named("texts", models.base, stored_dtype, [unique, list(size)]),
+            stored_dtype,
             [1] * len(unique),
             1,
             lambda chosen: unique[chosen.start : chosen.stop],
             lambda: models.texts(size),
         )
     batch_size = -(-batch_size // models.mesh.size) * models.mesh.size
-    found = _made(folder, parts, batch_size, f"encoded/{len(ids)} of {size}")
+    arrays = _made(folder, parts, batch_size, f"encoded/{len(ids)} of {size}")
     references = None
     if encoder is not None:
         told = ragged.offsets_of(parts["conditions"].counts)
-        references = Ragged(told, found["conditions"])
-    shown = dict(found.get("latents", {}))
+        references = Ragged(told, arrays["conditions"])
+    shown = dict(arrays.get("latents", {}))
     if texts:
-        shown["text"] = ragged.shared(index, found["texts"])
+        shown["text"] = ragged.shared(index, arrays["texts"])
     targets = Ragged(ragged.offsets_of(pictures.counts), shown) if shown else None
     return EncodedSubjects(tuple(ids), references, targets)
 
@@ -221,8 +221,8 @@ def _made(
         for file, subjects in part.files().items()
     }
     there = json.dumps([job for job in jobs if (epath.Path(folder) / job).exists()])
-    found = set(json.loads(multihost.agree(f"{'/'.join(names.values())}/found", there)))
-    missing = [job for job in jobs if job not in found]
+    done = set(json.loads(multihost.agree(f"{'/'.join(names.values())}/found", there)))
+    missing = [job for job in jobs if job not in done]
     scratch = storage.scratch(folder)
     for job in missing[jax.process_index() :: jax.process_count()]:
         part, subjects = jobs[job]

@@ -195,8 +195,8 @@ def load_pictures(
     if data.source == "avatars":
         return _avatars(data, count, size, cache_dir)
     listed = list_concepts(data.source, square(size), count, data.skip_damaged)[:count]
-    (found,) = _by_size(identified(listed), data.source)
-    return found
+    (pictures,) = _by_size(identified(listed), data.source)
+    return pictures
 
 
 def load_in_sizes(

@@ -18,14 +18,14 @@ log = logging.getLogger(__name__)
 
 def digest(dataset: Path) -> str:
     """Changes with every file of the dataset."""
-    found = hashlib.sha256()
+    sha = hashlib.sha256()
     for name in ("metadata.json", "index.json", "dataset_info.json"):
         file = dataset / name
-        found.update(file.read_bytes() if file.is_file() else b"missing")
+        sha.update(file.read_bytes() if file.is_file() else b"missing")
     for shard in sorted(dataset.glob("*.array_record-*")):
         status = shard.stat()
-        found.update(f"{shard.name} {status.st_size} {status.st_mtime_ns}".encode())
-    return found.hexdigest()[:24]
+        sha.update(f"{shard.name} {status.st_size} {status.st_mtime_ns}".encode())
+    return sha.hexdigest()[:24]
 
 
 def folders(dataset: Path, of_run: str | Path | None = None) -> list[Path]:

@@ -92,7 +92,7 @@ def find_duplicates(
     sizes = np.linalg.norm(sketches, axis=1)
     valid = np.flatnonzero((sizes > 0) & (norms > 0))
     unit = (sketches[valid] / sizes[valid, None]).astype(np.float32)
-    found = []
+    duplicates = []
     for start in range(0, len(valid), block):
         rows = unit[start : start + block]
         cosines = unit[: start + len(rows)] @ rows.T
@@ -101,8 +101,8 @@ def find_duplicates(
         for column in np.flatnonzero(same.any(axis=0)):
             i, j = valid[int(same[:, column].argmax())], valid[start + column]
             sign = np.sign(sketches[i] @ sketches[j])
-            found.append((int(i), int(j), float(sign * norms[j] / norms[i])))
-    return found
+            duplicates.append((int(i), int(j), float(sign * norms[j] / norms[i])))
+    return duplicates
 
 
 def explained_variance(vectors: Float[np.ndarray, "n d"]) -> Float[np.ndarray, " n"]:
@@ -230,11 +230,11 @@ def report_lines(report: dict, shown: int = 8) -> list[str]:
     lines.append("largest sites  (median norm)")
     lines += [f"  {row['median']:9.4g}  {path}" for path, row in sites[:shown]]
     for name in ("empty", "duplicates", "outliers"):
-        found = report[name]
-        lines.append(f"{name:<14} {len(found) or 'none'}")
-        lines += [f"  {_one_line(row)}" for row in found[:shown]]
-        if len(found) > shown:
-            lines.append(f"  … and {len(found) - shown} more")
+        rows = report[name]
+        lines.append(f"{name:<14} {len(rows) or 'none'}")
+        lines += [f"  {_one_line(row)}" for row in rows[:shown]]
+        if len(rows) > shown:
+            lines.append(f"  … and {len(rows) - shown} more")
     return lines
 
 

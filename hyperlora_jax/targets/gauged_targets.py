@@ -81,8 +81,8 @@ def of_vectors(
                 if counted:
                     running.add(vectors)
                 bar.update(len(rows))
-    found = running.result()
-    return found.mean, found.std, np.asarray(not_finite, np.int64)
+    whitening = running.result()
+    return whitening.mean, whitening.std, np.asarray(not_finite, np.int64)
 
 
 def training_rows(targets: LoraTargets) -> Int[np.ndarray, " n"]:
@@ -92,10 +92,12 @@ def training_rows(targets: LoraTargets) -> Int[np.ndarray, " n"]:
 
 def name_of(targets: LoraTargets, kind: str) -> str:
     """GAUGE-DIGEST: another one for every state of the dataset, and for what of it was read."""
-    found = beside_dataset.digest(targets.path)
+    digest = beside_dataset.digest(targets.path)
     if len(targets) != sum(targets.metadata["num_subjects"].values()):
-        found = hashlib.sha256("\n".join([found, *targets.ids]).encode()).hexdigest()[: len(found)]
-    return f"{kind}-{found}"
+        digest = hashlib.sha256("\n".join([digest, *targets.ids]).encode()).hexdigest()[
+            : len(digest)
+        ]
+    return f"{kind}-{digest}"
 
 
 def find(places: Sequence[Path], name: str, targets: LoraTargets) -> Summary | None:
@@ -103,9 +105,9 @@ def find(places: Sequence[Path], name: str, targets: LoraTargets) -> Summary | N
     for path in (place / f"summary-{name}.npz" for place in places):
         try:
             with np.load(path, allow_pickle=False) as arrays:
-                found = {key: arrays[key] for key in arrays.files}
-            texts = {"mark": str(found["mark"]), "files": tuple(map(str, found["files"]))}
-            summary = Summary(**{**found, **texts})
+                fields = {key: arrays[key] for key in arrays.files}
+            texts = {"mark": str(fields["mark"]), "files": tuple(map(str, fields["files"]))}
+            summary = Summary(**{**fields, **texts})
         except (FileNotFoundError, NotADirectoryError):
             continue
         except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
@@ -175,8 +177,8 @@ def read_in_gauge(
         raise UserError(f"gauge is {kind!r}, expected one of {', '.join(GAUGES)}")
     places = beside_dataset.folders(targets.path, cache_dir)
     name = name_of(targets, kind)
-    known = find(places, name, targets)
-    summary = _raw_summary(targets) if known is None and kind == "raw" else known
+    cached = find(places, name, targets)
+    summary = _raw_summary(targets) if cached is None and kind == "raw" else cached
     if summary is not None and summary.files:
         files = [MappedFile(targets.path / file) for file in summary.files]
         size = targets.spec.num_parameters
@@ -185,9 +187,9 @@ def read_in_gauge(
         reference = gauge_reference(targets, kind) if summary is None else summary.reference
         vectors = _turned(targets, kind, reference, places, f"vectors-{name}.npy")
         if summary is None:
-            found = of_vectors(targets, lambda rows: np.asarray(vectors[rows]))
-            summary = Summary(*found, _mark(targets), reference)
-    if known is None:
+            statistics = of_vectors(targets, lambda rows: np.asarray(vectors[rows]))
+            summary = Summary(*statistics, _mark(targets), reference)
+    if cached is None:
         keep(places, name, summary)
     reference = None if kind == "raw" else summary.reference
     whitening = VectorWhitening(summary.mean, summary.std)
@@ -219,18 +221,18 @@ def _raw_summary(targets: LoraTargets) -> Summary:
             *(targets.read(row, parse) for row in range(rows.start, rows.stop)), strict=True
         )
         starts[rows] += offsets
-        found = np.stack(vectors)
+        stacked = np.stack(vectors)
         if mapped:
             there = MappedVectors(
-                files, file_of[rows], starts[rows], found.shape[1], targets.lora_dtype
+                files, file_of[rows], starts[rows], stacked.shape[1], targets.lora_dtype
             )
-            mapped = there[:].tobytes() == found.tobytes()
-        return found
+            mapped = there[:].tobytes() == stacked.tobytes()
+        return stacked
 
-    found = of_vectors(targets, read)
+    statistics = of_vectors(targets, read)
     none, mark = np.zeros(0, np.float32), hashlib.sha256(b"").hexdigest()[:16]
     places = (names, file_of, starts) if mapped else ()
-    return Summary(*found, mark, none, *places)
+    return Summary(*statistics, mark, none, *places)
 
 
 def _mark(targets: LoraTargets) -> str:

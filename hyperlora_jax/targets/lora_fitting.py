@@ -42,19 +42,19 @@ class Fitted:
 
 def fit_to_spec(
     lora: Params,
-    found: LoraSpec,
+    own_spec: LoraSpec,
     spec: LoraSpec,
     on_missing: OnMissing = "error",
     on_extra: OnExtra = "error",
 ) -> Fitted:
-    """The LoRA (numpy leaves) with sites `found` as a vector of `spec`.
+    """The LoRA (numpy leaves) with sites `own_spec` as a vector of `spec`.
 
     Raises UserError without a file name, both sides named, when it belongs to other layers.
     """
-    theirs = found.by_path
+    theirs = own_spec.by_path
     missing = [site.path for site in spec.sites if site.path not in theirs]
     extra = [path for path in theirs if path not in spec.by_path]
-    _check_sites(spec, found, missing, extra, on_missing, on_extra)
+    _check_sites(spec, own_spec, missing, extra, on_missing, on_extra)
     pieces: list[np.ndarray] = []
     total = lost = 0.0
     truncated = padded = 0
@@ -120,7 +120,7 @@ def flat_factors(down: np.ndarray, up: np.ndarray, site: LoraSite) -> list[np.nd
 
 def _check_sites(
     spec: LoraSpec,
-    found: LoraSpec,
+    own_spec: LoraSpec,
     missing: list[str],
     extra: list[str],
     on_missing: OnMissing,
@@ -129,7 +129,7 @@ def _check_sites(
     if len(missing) == len(spec):
         raise UserError(
             f"LoRA of other layers: it has none of the {len(spec)} sites, "
-            f"its first is {found.sites[0].path}"
+            f"its first is {own_spec.sites[0].path}"
         )
     if missing and on_missing == "error":
         raise UserError(

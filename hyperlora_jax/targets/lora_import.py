@@ -131,11 +131,11 @@ def choose_spec(
     problems = []
     for _, path in files:
         try:
-            found = load_lora(path, base)[1]
+            spec = load_lora(path, base)[1]
         except UserError as error:
             problems.append(str(error))
             continue
-        return found.with_rank(rank or found.max_rank)
+        return spec.with_rank(rank or spec.max_rank)
     raise UserError(f"none of {len(files)} LoRAs can be imported, first {problems[0]}")
 
 
@@ -208,8 +208,8 @@ def read_identities(path: str | Path) -> dict[str, str]:
     else:
         rows = list(csv.DictReader(text.splitlines()))
         if not rows or not {"id", "identity"} <= set(rows[0]):
-            found = ", ".join(rows[0]) if rows else "nothing"
-            raise UserError(f"{path}: found columns {found}, expected id and identity")
+            columns = ", ".join(rows[0]) if rows else "nothing"
+            raise UserError(f"{path}: found columns {columns}, expected id and identity")
         table = {row["id"]: row["identity"] for row in rows}
     return {
         (f"{int(key):06d}" if key.isdecimal() else key): str(identity)

@@ -57,12 +57,12 @@ def find_lora_files(paths: Sequence[str | Path]) -> list[tuple[str, Path]]:
     Ids are paths relative to the given folder without suffix, made unique by the folder's name.
     Raises UserError for a path that does not exist and for paths without any LoRA.
     """
-    found: list[tuple[str, Path]] = []
+    files: list[tuple[str, Path]] = []
     for given in map(Path, paths):
         if not given.exists():
             raise UserError(f"{given}: no such file or folder, expected LoRAs")
         if given.is_file() or _is_adapter(given):
-            found.append((_stem(given), given))
+            files.append((_stem(given), given))
             continue
         for folder, subfolders, names in os.walk(given):
             here = Path(folder)
@@ -70,16 +70,16 @@ def find_lora_files(paths: Sequence[str | Path]) -> list[tuple[str, Path]]:
             if _is_adapter(here):
                 subfolders.clear()
                 named = here.parent if here.name == "unet" and here.parent != given else here
-                found.append((str(named.relative_to(given)), here))
+                files.append((str(named.relative_to(given)), here))
                 continue
             for name in sorted(names):
                 if name.endswith(LORA_SUFFIXES) and not name.startswith("."):
                     path = here / name
-                    found.append((str((path.relative_to(given)).with_name(_stem(path))), path))
-    if not found:
+                    files.append((str((path.relative_to(given)).with_name(_stem(path))), path))
+    if not files:
         shown = ", ".join(map(str, paths))
         raise UserError(f"{shown}: no LoRA files, expected {' '.join(LORA_SUFFIXES)}")
-    return unique_names(found)
+    return unique_names(files)
 
 
 def _is_adapter(folder: Path) -> bool:
@@ -90,12 +90,12 @@ def _stem(path: Path) -> str:
     return path.stem if path.suffix in LORA_SUFFIXES else path.name
 
 
-def unique_names(found: list[tuple[str, Path]]) -> list[tuple[str, Path]]:
+def unique_names(files: list[tuple[str, Path]]) -> list[tuple[str, Path]]:
     """Equal ids (two roots, or two formats of one name) get the suffix, then a number."""
-    counts = collections.Counter(name for name, _ in found)
+    counts = collections.Counter(name for name, _ in files)
     used: set[str] = set()
     result = []
-    for name, path in found:
+    for name, path in files:
         given = f"{name}{path.suffix}" if counts[name] > 1 else name
         names = itertools.chain([given], (f"{given} {k}" for k in itertools.count(2)))
         chosen = next(n for n in names if n not in used)
@@ -124,7 +124,7 @@ class FileReader:
             return Rejected(name, str(path), f"unreadable ({type(error).__name__}: {error})")
 
     def _fitted(self, path: Path) -> Fitted:
-        lora, found = load_lora(path)
+        lora, spec = load_lora(path)
         if self.base_hash:
             made_for = read_metadata(path).get("hyperlora.base_hash", self.base_hash)
             if made_for != self.base_hash:
@@ -132,7 +132,7 @@ class FileReader:
                     f"LoRA of another base: made for base {made_for[:12]}, "
                     f"this base is {self.base_hash[:12]}"
                 )
-        return lora_fitting.fit_to_spec(lora, found, self.spec, self.on_missing, self.on_extra)
+        return lora_fitting.fit_to_spec(lora, spec, self.spec, self.on_missing, self.on_extra)
 
 
 def read_files(

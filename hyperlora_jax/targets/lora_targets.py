@@ -66,14 +66,14 @@ class LoraTargets:
         try:
             self.metadata = json.loads((path / "metadata.json").read_text(encoding="utf-8"))
             index = json.loads((path / "index.json").read_text(encoding="utf-8"))
-            found = self.metadata["format"]
+            file_format = self.metadata["format"]
         except (OSError, ValueError, KeyError, TypeError):
             raise UserError(
                 f"{path}: is no LoRA-target dataset, expected a folder written by "
                 "`hyperlora distill` or `hyperlora import`"
             ) from None
-        if found != FORMAT:
-            raise UserError(f"{path}: is of format {found!r}, expected {FORMAT!r}")
+        if file_format != FORMAT:
+            raise UserError(f"{path}: is of format {file_format!r}, expected {FORMAT!r}")
         self.spec = LoraSpec.from_json(self.metadata["spec"])
         self.base_hash: str = self.metadata["base_hash"]
         self.facts: dict = self.metadata["facts"]
@@ -151,8 +151,8 @@ class LoraTargets:
         places = beside_dataset.folders(self.path)
         name = f"readable-{beside_dataset.digest(self.path)}.json"
         try:
-            kept = json.loads((places[0] / name).read_text(encoding="utf-8"))
-            good, lost = kept["records"], kept["lost"]
+            record = json.loads((places[0] / name).read_text(encoding="utf-8"))
+            good, lost = record["records"], record["lost"]
         except (OSError, ValueError, KeyError, TypeError):
             good, lost = self._read_all()
             text = json.dumps({"records": good, "lost": lost})
@@ -192,10 +192,10 @@ class LoraTargets:
     @functools.cached_property
     def _shards(self) -> dict[str, tuple[list[str], Int[np.ndarray, " s"]]]:
         """Of every split: (its files, number of records up to the end of each)."""
-        found = {split: self._builder.info.splits[split] for split in self.splits}
+        infos = {split: self._builder.info.splits[split] for split in self.splits}
         return {
             split: (sorted(info.filenames), np.cumsum(info.shard_lengths))
-            for split, info in found.items()
+            for split, info in infos.items()
         }
 
     @functools.cached_property

@@ -190,10 +190,10 @@ class _Writer:
         if subject.id in self.ids:
             raise UserError(f"subject {subject.id!r} is given twice")
         self.ids.add(subject.id)
-        found = 0 if subject.lora is None else subject.lora.size
-        if found != self.spec.num_parameters:
+        size = 0 if subject.lora is None else subject.lora.size
+        if size != self.spec.num_parameters:
             raise UserError(
-                f"subject {subject.id!r}: its LoRA has {found} numbers, "
+                f"subject {subject.id!r}: its LoRA has {size} numbers, "
                 f"the spec {self.spec.fingerprint[:12]} has {self.spec.num_parameters}"
             )
         sizes = {encoder: rows.shape[-1] for encoder, rows in subject.embeddings.items()}

@@ -105,12 +105,12 @@ class MappedVectors:
     def __getitem__(self, index: Any) -> Float[np.ndarray, "*b d"]:
         chosen = np.arange(len(self))[index]
         rows = np.atleast_1d(chosen)
-        found = np.empty((len(rows), self.shape[1]), self._stored)
-        for row, out in zip(rows, found.view(np.uint8), strict=True):
+        vectors = np.empty((len(rows), self.shape[1]), self._stored)
+        for row, out in zip(rows, vectors.view(np.uint8), strict=True):
             self._files[self._file_of[row]].copy(int(self._starts[row]), out)
         if self._stored != self.dtype:
-            found = (found.astype(np.uint32) << 16).view(np.float32)
-        return found if chosen.ndim else found[0]
+            vectors = (vectors.astype(np.uint32) << 16).view(np.float32)
+        return vectors if chosen.ndim else vectors[0]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         del copy

@@ -99,8 +99,8 @@ def write_rejected(spool: str | Path, rejected: Rejected) -> Path:
 def read_rejected(spool: str | Path) -> dict[str, Rejected]:
     """{id: why it could not be fitted}, in the order of the ids."""
     files = Path(spool).glob(f"*{REJECTED}")
-    found = [Rejected(**json.loads(path.read_text(encoding="utf-8"))) for path in files]
-    return {row.id: row for row in sorted(found, key=lambda row: row.id)}
+    rejected = [Rejected(**json.loads(path.read_text(encoding="utf-8"))) for path in files]
+    return {row.id: row for row in sorted(rejected, key=lambda row: row.id)}
 
 
 def read_finished(path: str | Path) -> Subject:

@@ -39,11 +39,6 @@ class VectorWhitening:
     mean: Float[np.ndarray, " d"]
     std: Float[np.ndarray, " m"]
 
-    def per_element(self, spec: LoraSpec) -> Float[np.ndarray, " d"]:
-        """The standard deviation that belongs to every element of the vector."""
-        sizes = [s.stop - s.start for s in factor_slices(spec)]
-        return np.repeat(self.std, sizes).astype(np.float32)
-
 
 def pooled(
     parts: Sequence[VectorWhitening], shares: Sequence[float | int], spec: LoraSpec

@@ -91,9 +91,9 @@ def check_facts(saved: Mapping[str, Any], expected: Mapping[str, Any], where: st
     Raises:
       UserError: names the facts that differ, with both sides.
     """
-    found = facts.differences(saved, expected)
-    if found:
-        raise UserError(facts.refusal(where, found))
+    differences = facts.differences(saved, expected)
+    if differences:
+        raise UserError(facts.refusal(where, differences))
 
 
 def changed_settings(
@@ -105,14 +105,14 @@ def changed_settings(
       UserError: a moving average or clipping that is there on one side only: the state of one has
         no place for that of the other.
     """
-    found = facts.differences(saved, expected)
-    shape = {name: pair for name, pair in found.items() if name in _SHAPING and None in pair}
+    differences = facts.differences(saved, expected)
+    shape = {name: pair for name, pair in differences.items() if name in _SHAPING and None in pair}
     if shape:
         raise UserError(
             f"{facts.refusal(where, shape).removesuffix('; use another workdir')}; keep the "
             "setting, or use another workdir"
         )
-    return found
+    return differences
 
 
 def best_step(directory: epath.PathLike) -> int | None:
@@ -214,8 +214,8 @@ class Checkpoints:
         self.directory = absolute(workdir) / "checkpoints"
         self.directory.mkdir(parents=True, exist_ok=True)
         # All processes go by what the first one found: a listing can differ between hosts.
-        found = json.dumps(complete_steps(self.directory) if multihost.is_first() else [])
-        self._steps = json.loads(multihost.agree(f"checkpoints/{self.directory}", found))
+        steps = json.dumps(complete_steps(self.directory) if multihost.is_first() else [])
+        self._steps = json.loads(multihost.agree(f"checkpoints/{self.directory}", steps))
         _set_aside(self.directory, self._steps)
         policies: list[checkpoint_managers.PreservationPolicy] = [checkpoint_managers.LatestN(keep)]
         if keep_best:

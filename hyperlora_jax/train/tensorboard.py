@@ -17,10 +17,10 @@ FOLDER = "tensorboard"
 def check_installed() -> None:
     """Raises UserError where the optional package is missing."""
     try:
-        found = importlib.util.find_spec("tensorboardX")
+        spec = importlib.util.find_spec("tensorboardX")
     except ValueError:
-        found = None
-    if found is None:
+        spec = None
+    if spec is None:
         raise UserError(
             "train.tensorboard: package tensorboardX is not installed;"
             ' pip install "hyperlora-jax[tensorboard]"'

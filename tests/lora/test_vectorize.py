@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from hyperlora_jax.lora import factors, vectorize
-from hyperlora_jax.lora.sites import LoraSite, LoraSpec, site_factors
+from hyperlora_jax.lora.sites import site_factors
 
 
 def assert_same(a, b):
@@ -32,36 +32,6 @@ def test_the_flat_order_is_that_of_sorted_peft_keys(spec, random_lora):
     np.testing.assert_array_equal(vectorize.flatten(lora, spec), wanted)
 
 
-def test_the_token_table_describes_every_token(spec, random_lora):
-    lora = random_lora()
-    table = vectorize.token_table(spec)
-    values = vectorize.tokens(lora, spec)
-    assert list(values) == list(table.buckets) == sorted(values)
-    assert table.num_tokens == 2 * sum(site.rank for site in spec)
-    for width, bucket in table.buckets.items():
-        assert values[width].shape == (len(bucket.site), width)
-        for row, token in enumerate(values[width]):
-            site = spec.sites[bucket.site[row]]
-            pair = site_factors(lora, site)
-            component = bucket.component[row]
-            if bucket.side[row] == vectorize.DOWN:
-                wanted = pair["down"].reshape(site.fan_in, site.rank)[:, component]
-            else:
-                wanted = pair["up"][component]
-            np.testing.assert_array_equal(token, wanted)
-            projection = table.projections[bucket.projection[row]]
-            assert site.path.endswith(projection)
-            assert site.path.startswith(table.blocks[bucket.block[row]])
-    assert table.kinds == ("attn1", "attn2", "other")
-
-
-def test_w2w_at_rank_one_has_one_token_for_each_matrix():
-    block = "mid_block.attentions.0.transformer_blocks.0."
-    spec = LoraSpec(tuple(LoraSite(f"{block}attn{k}.to_{p}", 4, 4, 1) for k in "12" for p in "qv"))
-    assert vectorize.token_table(spec).num_tokens == 8
-    assert vectorize.token_table(spec) is vectorize.token_table(spec)
-
-
 def test_wrong_sizes_are_refused(spec, random_lora):
     with pytest.raises(ValueError, match="5 numbers, spec has"):
         vectorize.unflatten(np.zeros(5, np.float32), spec)
@@ -71,14 +41,12 @@ def test_wrong_sizes_are_refused(spec, random_lora):
         vectorize.untokens(more, spec)
 
 
-def test_whitening_has_an_inverse_and_unit_spread(spec, random_lora):
+def test_whitened_loras_have_mean_zero_and_unit_spread(spec, random_lora):
     lora = random_lora(16)
     stats = vectorize.whitening(lora)
     white = vectorize.whiten(lora, stats)
     for leaf in jax.tree.leaves(white):
         assert abs(float(leaf.std()) - 1) < 1e-3
         np.testing.assert_allclose(leaf.mean(0), 0, atol=1e-5)
-    back = vectorize.unwhiten(white, stats)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), back, lora)
     same = vectorize.whitening(factors.repeat(factors.index(lora, 0), 4))
     assert all(float(std) == 1.0 for std in jax.tree.leaves(same.std))

@@ -37,10 +37,10 @@ def all_sections(evaluation: Any, results: Mapping[str, MethodResult]) -> list[S
     def loras(name: str, questions: Questions) -> Params:
         return jax.device_get(sources[name].loras_of(questions, results[name].guidance))
 
-    found: list[Section] = []
+    all_of_them: list[Section] = []
     fitted = loras("conventional", evaluation.test) if "conventional" in results else None
     if "generated" in results:
-        found += standard_sections(
+        all_of_them += standard_sections(
             sd=evaluation.sd,
             spec=evaluation.spec,
             avatars=evaluation.exam.avatars,
@@ -54,13 +54,13 @@ def all_sections(evaluation: Any, results: Mapping[str, MethodResult]) -> list[S
             num_steps=evaluation.sampling["num_steps"],
             renders=evaluation.scratch / RENDERS,
         )
-        found += _confidence(evaluation, results["generated"])
+        all_of_them += _confidence(evaluation, results["generated"])
     metrics_file = evaluation.workdir / "metrics.jsonl"
     if metrics_file.exists():
-        found.append(sections.learning_section(metrics_file))
+        all_of_them.append(sections.learning_section(metrics_file))
     wanted = evaluation.config.evaluate.steps_to_quality
     if not wanted.num_identities or fitted is None:
-        return found
+        return all_of_them
     conventional = results["conventional"]
     count = min(wanted.num_identities, factors.num_loras(fitted))
     questions = evaluation.test.first(count)
@@ -84,7 +84,7 @@ def all_sections(evaluation: Any, results: Mapping[str, MethodResult]) -> list[S
         start_seconds={"generated": took},
         mesh=evaluation.mesh if evaluation.mesh.size > 1 else None,
     )
-    return [*found, sections.steps_section(curves, conventional.scores.top1[:count])]
+    return [*all_of_them, sections.steps_section(curves, conventional.scores.top1[:count])]
 
 
 def _confidence(evaluation: Any, generated: MethodResult) -> list[Section]:
@@ -128,7 +128,7 @@ def standard_sections(
         renders: folder that keeps exact pictures.
     """
     if training is not None and len(training) >= 4:
-        known = vectorize.unflatten(jnp.asarray(training), spec)
+        training_loras = vectorize.unflatten(jnp.asarray(training), spec)
         images = None
         if avatars is not None and isinstance(test, EvaluationSet):
             num = pictures.shape[1]
@@ -138,7 +138,7 @@ def standard_sections(
             )
             if suspects.shape[2]:
                 images = image_memorisation(pictures, test.exact, suspects)
-        yield sections.memorisation_section(generated, known, images)
+        yield sections.memorisation_section(generated, training_loras, images)
     if conventional is not None:
         count = factors.num_loras(conventional)
         yield sections.weight_section(factors.index(generated, slice(count)), conventional)
@@ -182,13 +182,13 @@ def interpolation_strips(
 def _training_renders(
     avatars: World,
     test: EvaluationSet,
-    known: frozenset[str],
+    training_ids: frozenset[str],
     num_captions: int,
     renders: Path | None = None,
 ) -> Float[np.ndarray, "i c t h w 3"]:
     """Exact renders of training identities under the captions of the test set."""
     people = [avatars.identity("train", k) for k in range(NUM_TRAINING_RENDERS)]
-    people = [person for person in people if person.id in known]
+    people = [person for person in people if person.id in training_ids]
     pool = test.facts["identity_seed"] * test.pool.shape[1]
     views = avatars.views("test", test.pool.shape[1], pool)
     pairs = [(person, view) for view in views for person in people]

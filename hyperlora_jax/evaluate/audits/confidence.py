@@ -32,7 +32,7 @@ def strangers(references: Pictures, world: World | None = None) -> dict[str, Pic
     random = np.random.default_rng(0)
     count, size = references.shape[:2]
     pixels = references.reshape(count, -1, 3)
-    found = {
+    drawn_people = {
         "noise": random.uniform(size=references.shape).astype(np.float32),
         "its pixels in random order": np.stack(
             [random.permutation(picture) for picture in pixels]
@@ -45,8 +45,8 @@ def strangers(references: Pictures, world: World | None = None) -> dict[str, Pic
             other = Avatars(style, size, world.split_seed)
             pairs = [(other.identity("test", k), other.view("test", k)) for k in range(count)]
             drawn = other.render_many(pairs, progress=False)
-            found[f"people of {style}"] = np.asarray(drawn, np.float32) / 255.0
-    return found
+            drawn_people[f"people of {style}"] = np.asarray(drawn, np.float32) / 255.0
+    return drawn_people
 
 
 def confidence_section(
@@ -62,23 +62,23 @@ def confidence_section(
         references: of the held-out subjects; others: of strangers, by kind.
         losses: of the pictures drawn for every held-out subject.
     """
-    known = familiarity_of(references)
-    found = {kind: familiarity_of(pictures) for kind, pictures in others.items()}
-    differ = len({*known}) > 1 and len({*losses}) > 1
-    rank = stats.spearmanr(known, losses) if differ and len(known) > 2 else None
+    held_out = familiarity_of(references)
+    familiarities = {kind: familiarity_of(pictures) for kind, pictures in others.items()}
+    differ = len({*held_out}) > 1 and len({*losses}) > 1
+    rank = stats.spearmanr(held_out, losses) if differ and len(held_out) > 2 else None
     numbers: dict[str, Any] = {
-        "held_out": {"familiarity": float(known.mean()), "n": len(known)},
+        "held_out": {"familiarity": float(held_out.mean()), "n": len(held_out)},
         "strangers": {
-            kind: {"familiarity": float(scores.mean()), "auc": auc(known, scores)}
-            for kind, scores in found.items()
+            kind: {"familiarity": float(scores.mean()), "auc": auc(held_out, scores)}
+            for kind, scores in familiarities.items()
         },
     }
     if rank is not None:
         numbers["rank_correlation_with_error"] = {
-            "rho": float(rank.statistic), "p": float(rank.pvalue), "n": len(known),
+            "rho": float(rank.statistic), "p": float(rank.pvalue), "n": len(held_out),
         }  # fmt: skip
-    bars = {"held-out subjects": float(known.mean())}
-    bars |= {kind: float(scores.mean()) for kind, scores in found.items()}
+    bars = {"held-out subjects": float(held_out.mean())}
+    bars |= {kind: float(scores.mean()) for kind, scores in familiarities.items()}
     worst = min(numbers["strangers"].values(), key=lambda kind: kind["auc"])["auc"]
     note = (
         "Mean familiarity, the share of training subjects that are less like their own nearest "
@@ -96,5 +96,5 @@ def confidence_section(
 
 def auc(higher: Float[np.ndarray, " n"], lower: Float[np.ndarray, " m"]) -> float:
     """Probability that a value of `higher` exceeds one of `lower`; ties count half."""
-    found = stats.mannwhitneyu(higher, lower).statistic
-    return float(found / (len(higher) * len(lower)))
+    statistic = stats.mannwhitneyu(higher, lower).statistic
+    return float(statistic / (len(higher) * len(lower)))

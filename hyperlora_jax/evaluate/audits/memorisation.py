@@ -81,9 +81,9 @@ class Audit:
     def to_json(self) -> dict[str, Any]:
         """All numbers but the two lists of distances, and their medians."""
         skipped = ("nearest", "leave_one_out")
-        kept = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {
-            **{name: value for name, value in kept.items() if name not in skipped},
+            **{name: value for name, value in fields.items() if name not in skipped},
             "median_nearest": float(np.median(self.nearest)),
             "median_leave_one_out": float(np.median(self.leave_one_out)),
             "num_generated": len(self.nearest),
@@ -143,9 +143,9 @@ def projected_products(products: InnerProducts, num_components: int) -> InnerPro
     member are its row of products times V / sqrt(s).
     """
     values, vectors = np.linalg.eigh(products.training)
-    kept = np.argsort(values)[::-1][:num_components]
-    kept = kept[values[kept] > 1e-9 * max(values.max(), 1e-300)]
-    basis = vectors[:, kept] / np.sqrt(values[kept])
+    order = np.argsort(values)[::-1][:num_components]
+    order = order[values[order] > 1e-9 * max(values.max(), 1e-300)]
+    basis = vectors[:, order] / np.sqrt(values[order])
     return vector_products(products.across @ basis, products.training @ basis)
 
 

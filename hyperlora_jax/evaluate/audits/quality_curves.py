@@ -107,13 +107,13 @@ def run_curve(
     if not checkpoints or checkpoints[0] != 0 or not ascending:
         raise ValueError(f"checkpoints must ascend from 0. Got: {checkpoints=}")
     loras, done, seconds = start, 0, [start_seconds]
-    found = [dict(score(loras))]
+    rows = [dict(score(loras))]
     for steps in checkpoints[1:]:
         loras, took = advance(loras, done, steps)
         done = steps
         seconds.append(seconds[-1] + took)
-        found.append(dict(score(loras)))
-    scores = {name: [np.asarray(row[name]) for row in found] for name in found[0]}
+        rows.append(dict(score(loras)))
+    scores = {name: [np.asarray(row[name]) for row in rows] for name in rows[0]}
     return Curve(tuple(checkpoints), tuple(seconds), scores)
 
 
@@ -132,25 +132,25 @@ def headlines(
       target: share of the full score to reach.
     """
     wanted = target * clustered_mean(full).mean
-    found = {}
+    lines = {}
     for name, curve in curves.items():
         means = [estimate.mean for estimate in curve.estimates(score)]
         at = next((k for k, mean in enumerate(means) if mean >= wanted), None)
         where = len(means) - 1 if at is None else at
         relative = paired_ratio(curve.scores[score][where], full)
         count = len(curve.scores[score][where])
-        found[name] = Headline(
+        lines[name] = Headline(
             None if at is None else curve.steps[at],
             None if at is None else curve.seconds[at] / count,
             relative,
         )
-    return found
+    return lines
 
 
-def to_json(curves: Mapping[str, Curve], found: Mapping[str, Headline]) -> dict[str, Any]:
+def to_json(curves: Mapping[str, Curve], lines: Mapping[str, Headline]) -> dict[str, Any]:
     """Curves and headlines for metrics.json."""
     return {
-        "headline": {name: headline.to_json() for name, headline in found.items()},
+        "headline": {name: headline.to_json() for name, headline in lines.items()},
         "curves": {
             name: {
                 "steps": list(curve.steps),

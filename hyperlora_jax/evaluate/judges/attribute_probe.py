@@ -15,6 +15,7 @@ from hyperlora_jax.encoders.condition_encoders import check_params, load_weights
 from hyperlora_jax.encoders.image_encoder import ConvEncoder
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.pretrain.probe_task import FORMAT, ProbeNetwork
+from hyperlora_jax.subjects.encoded_subjects import encode_in_batches
 
 BATCH = 256  # pictures at a time
 
@@ -62,13 +63,8 @@ class AttributeProbe:
         pictures = np.asarray(images, np.float32)
         flat = np.nan_to_num(pictures.reshape(-1, *pictures.shape[-3:]))
         flat = np.clip(flat, 0.0, 1.0)
-        padded = np.zeros((-(-len(flat) // BATCH) * BATCH, *flat.shape[1:]), np.float32)
-        padded[: len(flat)] = flat
-        found = [
-            np.asarray(_classes(self.module, self.params, jnp.asarray(padded[i : i + BATCH])))
-            for i in range(0, len(padded), BATCH)
-        ]
-        every = np.concatenate(found)[: len(flat)]
+        classes_of = functools.partial(_classes, self.module, self.params)
+        every = encode_in_batches(classes_of, flat, BATCH, whole=True)
         return every.reshape(*pictures.shape[:-3], len(self.parts))
 
     def check_parts(self, parts: Mapping[str, Any]) -> None:

@@ -27,10 +27,10 @@ def further_scorers(section: Any, test: AnySet) -> dict[str, Further]:
     Raises:
         UserError: a path that holds no such model, or LPIPS without exact pictures.
     """
-    found: dict[str, Further] = {}
+    scorers: dict[str, Further] = {}
     if section.clip:
         clip = load_clip(section.clip)
-        found["clip_text"] = lambda images: clip.similarity(images, test.captions[: len(images)])
+        scorers["clip_text"] = lambda images: clip.similarity(images, test.captions[: len(images)])
     if section.lpips:
         if not isinstance(test, EvaluationSet):
             raise UserError(
@@ -40,11 +40,11 @@ def further_scorers(section: Any, test: AnySet) -> dict[str, Further]:
         lpips, exact = load_lpips(section.lpips), test.exact
 
         def distance(images: np.ndarray) -> np.ndarray:
-            found = lpips.distance(images, exact[: len(images)])
-            return np.where(is_finite(images), found, WORST_LPIPS)
+            scorers = lpips.distance(images, exact[: len(images)])
+            return np.where(is_finite(images), scorers, WORST_LPIPS)
 
-        found["lpips"] = distance
-    return found
+        scorers["lpips"] = distance
+    return scorers
 
 
 def further_scores(

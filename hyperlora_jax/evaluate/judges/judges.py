@@ -51,9 +51,9 @@ def mean_embeddings(
     encoder: ImageEncoder, pictures: RealPictures, folder: epath.PathLike | None = None
 ) -> Float[np.ndarray, "i e"]:
     """Mean over every subject's pictures of their unit embeddings; see `embeddings`."""
-    found = embeddings(encoder, np.concatenate(list(pictures))[None], folder)[0]
+    rows = embeddings(encoder, np.concatenate(list(pictures))[None], folder)[0]
     ends = np.cumsum([len(own) for own in pictures])
-    return np.stack([own.mean(axis=0) for own in np.split(found, ends[:-1])])
+    return np.stack([own.mean(axis=0) for own in np.split(rows, ends[:-1])])
 
 
 def embeddings(
@@ -70,8 +70,8 @@ def embeddings(
     """
     pictures = np.clip(np.nan_to_num(np.asarray(images, np.float32)), 0.0, 1.0)
     flat = pictures.reshape(-1, *pictures.shape[2:])
-    found = unit(pooled_embeddings(encoder, flat, folder, "judging"))
-    return found.reshape(*pictures.shape[:2], -1)
+    vectors = unit(pooled_embeddings(encoder, flat, folder, "judging"))
+    return vectors.reshape(*pictures.shape[:2], -1)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -90,8 +90,8 @@ class ClipJudge:
         self, generated: Float[AnyArray, "i c h w 3"], captions: Sequence[Sequence[str]]
     ) -> Float[np.ndarray, "i c"]:
         """Equation 2; failures score 0."""
-        found = self.embed_texts([text for row in captions for text in row])
-        theirs = found.reshape(len(captions), -1, found.shape[-1])
+        embedded = self.embed_texts([text for row in captions for text in row])
+        theirs = embedded.reshape(len(captions), -1, embedded.shape[-1])
         ours = embeddings(self.vision, generated)
         return np.where(detected(generated, None), (ours * theirs).sum(axis=-1), 0.0)
 
@@ -157,15 +157,15 @@ def load_detector(name: str) -> Detects | None:
         return None
     module, _, function = name.partition(":")
     try:
-        found = getattr(importlib.import_module(module), function)
+        detector = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(
             f"evaluate.detector: found {name!r} ({error}), expected module:function that can be "
             "imported"
         ) from error
-    if not callable(found):
+    if not callable(detector):
         raise UserError(f"evaluate.detector: {name!r} is no function")
-    return found
+    return detector
 
 
 def similarity_numbers(
@@ -243,16 +243,16 @@ def choose_judges(section: Any, condition: ImageEncoder, size: int, *, real: boo
     Raises:
         UserError: a judge that cannot be loaded.
     """
-    found = load_judges(dict(section.judges))
-    if not found and not real:
+    given = load_judges(dict(section.judges))
+    if not given and not real:
         return Judges({}, frozenset(), "", "")
-    if not found and section.clip:
-        found = {"clip": load_clip(section.clip).vision}
-    leaky = {name for name, judge in found.items() if same_encoder(judge, condition, size)}
-    every = found if leaky else {OWN: condition, **found}
-    independent = [name for name in found if name not in leaky]
-    main = [*independent, *found, *every][0]
-    return Judges(every, frozenset(leaky or {OWN}), main, _note(main, found, leaky, real))
+    if not given and section.clip:
+        given = {"clip": load_clip(section.clip).vision}
+    leaky = {name for name, judge in given.items() if same_encoder(judge, condition, size)}
+    every = given if leaky else {OWN: condition, **given}
+    independent = [name for name in given if name not in leaky]
+    main = [*independent, *given, *every][0]
+    return Judges(every, frozenset(leaky or {OWN}), main, _note(main, given, leaky, real))
 
 
 def same_encoder(one: ImageEncoder, other: ImageEncoder, size: int) -> bool:
@@ -267,8 +267,8 @@ def same_encoder(one: ImageEncoder, other: ImageEncoder, size: int) -> bool:
     return bool(np.abs(answers[0] - answers[1]).max() < SAME)
 
 
-def _note(main: str, found: Mapping[str, Any], leaky: set[str], real: bool) -> str:
-    if real and not found:
+def _note(main: str, given: Mapping[str, Any], leaky: set[str], real: bool) -> str:
+    if real and not given:
         return (
             "no judge was given, so the encoder that conditions the hypernetwork judges: it is not "
             f"independent, and what it says of generated LoRAs is optimistic; {HINT}"

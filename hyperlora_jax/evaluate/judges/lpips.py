@@ -26,6 +26,7 @@ from hyperlora_jax import storage
 from hyperlora_jax.array_types import AnyArray, Array, Float
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora_files import safetensors_io
+from hyperlora_jax.subjects.encoded_subjects import encode_in_batches
 
 SMALLEST = 64  # pixels per side that the heads were trained at; smaller pictures are enlarged
 BATCH = 32
@@ -88,14 +89,12 @@ class Lpips:
         """Distances of pictures in [0, 1] (clipped; what is not finite counts as black)."""
         leading = np.shape(first)[:-3]
         a, b = (_cleaned(images) for images in (first, second))
-        count = len(a)
-        batch = min(BATCH, count)
-        rows = np.arange(-(-count // batch) * batch).clip(max=count - 1)
-        found = [
-            _distance(self.name, self.weights, a[rows[k : k + batch]], b[rows[k : k + batch]])
-            for k in range(0, len(rows), batch)
-        ]
-        return np.concatenate([np.asarray(part) for part in found])[:count].reshape(leading)
+        distances = encode_in_batches(
+            lambda rows: _distance(self.name, self.weights, a[rows], b[rows]),
+            np.arange(len(a)),
+            BATCH,
+        )
+        return distances.reshape(leading)
 
 
 def load_lpips(path: epath.PathLike) -> Lpips:
@@ -109,12 +108,12 @@ def load_lpips(path: epath.PathLike) -> Lpips:
     except UserError as error:
         wanted = "expected a .safetensors file made by tools/convert_lpips.py"
         raise UserError(f"lpips {error}; {wanted}") from error
-    found = {name: value.shape for name, value in weights.items()}
+    shapes = {name: value.shape for name, value in weights.items()}
     for name, layout in LAYOUTS.items():
-        if found == weight_shapes(layout):
+        if shapes == weight_shapes(layout):
             return Lpips(name, {k: np.float32(v) for k, v in weights.items()})
     raise UserError(
-        f"lpips {path}: found {len(found)} tensors of neither {' nor '.join(LAYOUTS)}, expected a "
+        f"lpips {path}: found {len(shapes)} tensors of neither {' nor '.join(LAYOUTS)}, expected a "
         "file made by tools/convert_lpips.py"
     )
 
@@ -148,7 +147,7 @@ def _distance(
 def _features(
     layout: Layout, weights: Mapping[str, Array], images: Float[Array, "b h w 3"]
 ) -> list[Float[Array, "b _ _ _"]]:
-    x, found = (images - jnp.asarray(MEAN)) / jnp.asarray(STD), []
+    x, features = (images - jnp.asarray(MEAN)) / jnp.asarray(STD), []
     for k, (stride, padding) in enumerate(zip(layout.stride, layout.padding, strict=True)):
         if k in layout.pool_before:
             x = nn.max_pool(x, (layout.pool, layout.pool), (2, 2))
@@ -161,8 +160,8 @@ def _features(
         )
         x = nn.relu(x + weights[f"backbone/{k}/bias"])
         if k in layout.taps:
-            found.append(x / (jnp.linalg.norm(x, axis=-1, keepdims=True) + 1e-10))
-    return found
+            features.append(x / (jnp.linalg.norm(x, axis=-1, keepdims=True) + 1e-10))
+    return features
 
 
 def _cleaned(images: AnyArray) -> Float[np.ndarray, "n h w 3"]:

@@ -73,9 +73,9 @@ class PictureScorer:
             )
         pictures = np.asarray(images, np.float32)
         usable = detected(pictures, self.detects)
-        found = embeddings(self.judge, pictures, self.folder)
+        embedded = embeddings(self.judge, pictures, self.folder)
         candidates = questions.candidates[:count]
-        alike = np.einsum("ice,ine->icn", found, self._means(questions)[candidates])
+        alike = np.einsum("ice,ine->icn", embedded, self._means(questions)[candidates])
         best = alike == alike.max(axis=2, keepdims=True)
         return PictureScores(
             top1=usable * best[:, :, 0] / best.sum(axis=2),
@@ -100,10 +100,10 @@ def _diversity(
     pictures: Float[np.ndarray, "i c h w 3"], gallery: Sequence[UInt8[np.ndarray, "_ h w 3"]]
 ) -> Float[np.ndarray, " i"]:
     # Variances with n - 1, as there may be fewer pictures in the gallery than captions.
-    found = np.full(len(pictures), np.nan)
+    diversity = np.full(len(pictures), np.nan)
     count = pictures.shape[1]
     for i, own in enumerate(gallery):
         if count > 1 and len(own) > 1:
             (ratio,) = metrics.diversity(pictures[i : i + 1], unit_pixels(own)[None])
-            found[i] = ratio * count / (count - 1) * (len(own) - 1) / len(own)
-    return found
+            diversity[i] = ratio * count / (count - 1) * (len(own) - 1) / len(own)
+    return diversity

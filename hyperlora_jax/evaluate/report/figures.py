@@ -110,12 +110,12 @@ def worst_cases(test: AnySet, result: MethodResult, count: int = 10) -> list[Wor
     """The `count` worst pictures: unrecognised ones first, then by loss; one per identity."""
     top1, loss, taken_for = result.scores.top1, result.scores.loss, result.scores.taken_for
     order = sorted(np.ndindex(*top1.shape), key=lambda at: (top1[at], -loss[at]))
-    found: dict[int, WorstCase] = {}
+    worst: dict[int, WorstCase] = {}
     for i, c in order:
-        if i not in found and len(found) < count:
+        if i not in worst and len(worst) < count:
             case = WorstCase(i, c, float(loss[i, c]), float(top1[i, c]), int(taken_for[i, c]))
-            found[i] = case
-    return list(found.values())
+            worst[i] = case
+    return list(worst.values())
 
 
 def worst_grid(test: AnySet, result: MethodResult, cases: Sequence[WorstCase]) -> "Image.Image":

@@ -101,7 +101,7 @@ def standard_figures(
     """The grid, the worst ten and the strength curves, as far as there are results for them."""
     exact = isinstance(test, EvaluationSet)
     shown = "picture but the reference" if exact else "drawn picture"
-    found = [
+    every = [
         Figure(
             "grid",
             figures.to_png(figures.main_grid(test, results, num_rows)),
@@ -115,12 +115,12 @@ def standard_figures(
         page = figures.worst_grid(test, results["generated"], cases)
         near = "exact render is nearest" if exact else "pictures the judge finds most similar"
         note = f"“Taken for” is the candidate whose {near} to the generated one."
-        found.append(Figure("worst", figures.to_png(page), note, place="worst"))
+        every.append(Figure("worst", figures.to_png(page), note, place="worst"))
     chart = charts.strength_chart(results)
     if chart is not None:
         note = "On validation identities, who are not among those scored above."
-        found.append(Figure("strength", chart, note, "Strength, chosen per method"))
-    return found
+        every.append(Figure("strength", chart, note, "Strength, chosen per method"))
+    return every
 
 
 def render_page(

@@ -94,10 +94,10 @@ def grouped(values: Mapping[str, float], most: int = 40) -> dict[str, float]:
         words = [f"{place}.{index}" if index else place, *kind, re.sub(r"^to_|_0$", "", last)]
         return " ".join(words)
 
-    found: dict[str, list[float]] = {}
+    groups: dict[str, list[float]] = {}
     for path, value in values.items():
-        found.setdefault(name(path, whole=len(values) <= most), []).append(value)
-    return {short: float(np.mean(group)) for short, group in found.items()}
+        groups.setdefault(name(path, whole=len(values) <= most), []).append(value)
+    return {short: float(np.mean(group)) for short, group in groups.items()}
 
 
 def steps_section(curves: Mapping[str, Curve], full: Float[AnyArray, "l *rest"]) -> Section:
@@ -107,13 +107,13 @@ def steps_section(curves: Mapping[str, Curve], full: Float[AnyArray, "l *rest"])
       curves: {initialisation: curve}; "hypernetwork" and "zero" are compared in words.
       full: identity scores of the full conventional LoRA on the same identities.
     """
-    found = quality_curves.headlines(curves, full)
+    headlines = quality_curves.headlines(curves, full)
     chart = charts.line_chart(
         quality_curves.chart_series(curves), "fitting steps", "identity top-1", log_x=True
     )
     note = "Identity score along a conventional fit, by what it starts from."
     figure = Figure("steps_to_quality", chart, note, "Steps to quality")
-    return Section("steps_to_quality", quality_curves.to_json(curves, found), (figure,))
+    return Section("steps_to_quality", quality_curves.to_json(curves, headlines), (figure,))
 
 
 def learning_section(metrics_file: epath.PathLike) -> Section:

@@ -92,13 +92,13 @@ def _each(numbers: Sequence[int], what: str) -> str:
 def _conventional(summary: Mapping[str, Any]) -> str:
     if "conventional" not in summary["identity_top1"]:
         return ""
-    test, found = summary["evaluation"]["test"], summary["identity_top1"]["conventional"]
+    test, top1 = summary["evaluation"]["test"], summary["identity_top1"]["conventional"]
     section = summary["facts"]["config"]["evaluate"]["conventional"]["recipe"]
     steps = section.get("num_steps", summary["facts"]["config"]["distill"]["num_steps"])
-    shown = test.get("pictures_shown", [test["num_views"]])[: found["n"]]
-    who = f"of each of {found['n']} of these identities"
-    if found["n"] == 1:
+    shown = test.get("pictures_shown", [test["num_views"]])[: top1["n"]]
+    who = f"of each of {top1['n']} of these identities"
+    if top1["n"] == 1:
         who = "of the first of these identities" if test["num_identities"] > 1 else "of it"
-    elif found["n"] == test["num_identities"]:
+    elif top1["n"] == test["num_identities"]:
         who = "of each of these identities"
     return f"The conventional LoRA was fitted to {_each(shown, 'picture')} {who} for {steps} steps."

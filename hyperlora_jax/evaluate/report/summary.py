@@ -63,7 +63,7 @@ def summarise(
         "versions": versions(),
     }
     if isinstance(test, EvaluationSet):
-        caption = {name: found.caption for name, found in scores.items()}
+        caption = {name: score.caption for name, score in scores.items()}
         summary["caption_all_parts"] = {n: _mean(caption[n].min(axis=2)) for n in names}
         summary["caption_parts"] = {n: _per_part(caption[n], test) for n in names}
     if judges:
@@ -98,27 +98,29 @@ def differences(columns: Columns, method: str = "generated") -> dict[str, Any]:
     if len(others) == len(columns["identity_top1"]):
         return {}
     return {
-        other: {name: _difference(found[method], found[other]) for name, found in columns.items()}
+        other: {
+            name: _difference(column[method], column[other]) for name, column in columns.items()
+        }
         for other in others
     }
 
 
 def versions() -> dict[str, str]:
     """Versions of the libraries that matter, of Python, and the number of cores."""
-    found = {"python": platform.python_version(), "cores": str(os.cpu_count())}
+    installed = {"python": platform.python_version(), "cores": str(os.cpu_count())}
     for name in LIBRARIES:
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            installed[name] = "not installed"
+    return installed
 
 
 def _columns(scores: Mapping[str, AnyScores]) -> dict[str, dict[str, np.ndarray]]:
-    found = {name: score.columns() for name, score in scores.items()}
+    by_method = {name: score.columns() for name, score in scores.items()}
     return {
-        column: {name: columns[column] for name, columns in found.items()}
-        for column in next(iter(found.values()))
+        column: {name: columns[column] for name, columns in by_method.items()}
+        for column in next(iter(by_method.values()))
     }
 
 
@@ -142,11 +144,13 @@ def _strength(result: MethodResult) -> dict[str, Any]:
         {"strength": strength, **{name: _mean(v) for name, v in scores.columns().items()}}
         for strength, scores in result.curve.items()
     ]
-    found = {"best": result.strength, "validation": curve}
+    chosen = {"best": result.strength, "validation": curve}
     if result.guidance_curve:
-        found["guidance"] = result.guidance
-        found["guidance_top1"] = {f"{g:g}": _mean(s.top1) for g, s in result.guidance_curve.items()}
-    return found
+        chosen["guidance"] = result.guidance
+        chosen["guidance_top1"] = {
+            f"{g:g}": _mean(s.top1) for g, s in result.guidance_curve.items()
+        }
+    return chosen
 
 
 def _common(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -22,14 +22,14 @@ FEWEST = 3  # identities from which on a standard error says something
 
 def verdicts(summary: Summary) -> list[dict[str, str]]:
     """[{"tone": "good" or "bad", "text"}] of a summary."""
-    found = []
+    lines = []
     loss = next(name for name in LOSSES if name in summary)
     word = {"image_error": "error"}.get(loss, loss)
-    found += _judge_verdict(summary)
+    lines += _judge_verdict(summary)
     tested = summary["identity_top1"].get("generated", {"n": 0})["n"]
     if tested < FEWEST and summary["differences"]:
         text = f"{counted(tested, 'subject was', 'subjects were')} tested: too few to tell a "
-        found.append(_verdict(False, text + "difference between methods from chance."))
+        lines.append(_verdict(False, text + "difference between methods from chance."))
     for name in CONTROLS:
         if name not in summary["differences"] or tested < FEWEST:
             continue
@@ -47,10 +47,10 @@ def verdicts(summary: Summary) -> list[dict[str, str]]:
             f"Generated LoRAs beat “{title(name)}” {words[sum(better)]} "
             f"by more than {STANDARD_ERRORS:g} standard errors."
         )
-        found.append(_verdict(all(better), text))
-    found += _copy_verdict(summary) + _paired_verdict(summary) + _parity_verdict(summary)
-    found += _memorisation_verdict(summary) + _confidence_verdict(summary)
-    found += _steps_verdict(summary)
+        lines.append(_verdict(all(better), text))
+    lines += _copy_verdict(summary) + _paired_verdict(summary) + _parity_verdict(summary)
+    lines += _memorisation_verdict(summary) + _confidence_verdict(summary)
+    lines += _steps_verdict(summary)
     failures = {n: k for n, k in summary["failures"].items() if k}
     text = (
         "No method failed to make a picture."
@@ -58,8 +58,8 @@ def verdicts(summary: Summary) -> list[dict[str, str]]:
         else "Failed pictures, counted as wrong: "
         + ", ".join(f"{title(name)} {count}" for name, count in failures.items())
     )
-    found.append(_verdict(not failures, text))
-    return found
+    lines.append(_verdict(not failures, text))
+    return lines
 
 
 def _verdict(good: bool, text: str) -> dict[str, str]:
@@ -114,15 +114,15 @@ def _parity_verdict(summary: Summary) -> list[dict[str, str]]:
 
 
 def _memorisation_verdict(summary: Summary) -> list[dict[str, str]]:
-    found = []
+    lines = []
     for space, audit in summary.get("memorisation", {}).get("weights", {}).items():
         text = (
             f"Memorisation audit ({space}): generated LoRAs are {audit['median_ratio']:.2f} times "
             "as far from the nearest training LoRA as training LoRAs are from each other; noisy "
             f"copies would be {audit['noisy_copy'] / audit['median_leave_one_out']:.2f} times."
         )
-        found.append(_verdict(audit["passed"], text))
-    return found
+        lines.append(_verdict(audit["passed"], text))
+    return lines
 
 
 def _confidence_verdict(summary: Summary) -> list[dict[str, str]]:

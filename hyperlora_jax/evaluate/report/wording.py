@@ -32,42 +32,44 @@ TIMING_NAMES = {  # in the order of the page
 
 def method_order(names: Any) -> list[str]:
     """Known methods in the order of tables, then all others."""
-    known = [name for name in ORDER if name in names]
-    return known + [name for name in names if name not in known]
+    ordered = [name for name in ORDER if name in names]
+    return ordered + [name for name in names if name not in ordered]
 
 
 def tiles(summary: Summary) -> list[dict[str, str]]:
     """The few large numbers on top."""
-    found = []
+    cards = []
     top1 = summary["identity_top1"].get("generated")
     chosen_from = summary["evaluation"]["test"].get("num_candidates")
     if top1:
         among = f" of {chosen_from}" if chosen_from else ""
         label = f"identity recognised, top-1{among}"
-        found.append({"value": percent(top1["mean"]), "label": label})
+        cards.append({"value": percent(top1["mean"]), "label": label})
     pair = summary["paired"]
     if pair.get("ratio") is not None:
         error = "" if pair["ratio_stderr"] is None else f" (± {pair['ratio_stderr']:.2f})"
         label = f"of a conventional LoRA’s identity score{error}"
-        found.append({"value": f"{pair['ratio']:.2f}×", "label": label})
+        cards.append({"value": f"{pair['ratio']:.2f}×", "label": label})
     caption = summary.get("caption_accuracy", {}).get("generated")
     if caption:
-        found.append({"value": percent(caption["mean"]), "label": "caption parts right"})
+        cards.append({"value": percent(caption["mean"]), "label": "caption parts right"})
     speed = speed_up(summary)
     if speed:
-        found.append({"value": f"{speed:,.0f}×", "label": "less time per LoRA than fitting one"})
-    return found
+        cards.append({"value": f"{speed:,.0f}×", "label": "less time per LoRA than fitting one"})
+    return cards
 
 
 def score_table(summary: Summary) -> dict[str, Any]:
     """Methods × scores with standard errors."""
-    found = {name: spec for name, spec in COLUMNS.items() if name in summary}
-    columns = [title for title, _, _ in found.values()] + ["diversity", "strength", "n"]
+    measured = {name: spec for name, spec in COLUMNS.items() if name in summary}
+    columns = [title for title, _, _ in measured.values()] + ["diversity", "strength", "n"]
     rows = []
     for name in method_order(summary["identity_top1"]):
         strength = summary["strength"].get(name, {})
         chosen = f"{strength['best']:g}" if strength.get("validation") else "–"
-        cells = [estimate(summary[score][name], digits) for score, (_, digits, _) in found.items()]
+        cells = [
+            estimate(summary[score][name], digits) for score, (_, digits, _) in measured.items()
+        ]
         cells += [
             estimate(summary["diversity"][name], 2),
             {"value": chosen, "pm": ""},
@@ -114,20 +116,20 @@ def _judge(test: Mapping[str, Any]) -> str:
 
 def difference_table(summary: Summary) -> dict[str, Any]:
     """Paired differences of generated to all others."""
-    found = {name: spec for name, spec in COLUMNS.items() if name in summary}
+    measured = {name: spec for name, spec in COLUMNS.items() if name in summary}
     rows = []
     for name in method_order(summary["differences"]):
         difference = summary["differences"][name]
         cells = [
             _signed(difference[score], digits, more_is_better=more)
-            for score, (_, digits, more) in found.items()
+            for score, (_, digits, more) in measured.items()
         ]
         rows.append({"name": title(name), "cells": cells})
     note = (
         "Same identities, captions and start noise; mean ± standard error of the paired difference"
     )
     colour = f"in colour where it exceeds {STANDARD_ERRORS:g} standard errors"
-    columns = [title for title, _, _ in found.values()]
+    columns = [title for title, _, _ in measured.values()]
     return {"columns": columns, "rows": rows, "note": note, "colour": colour}
 
 
@@ -159,9 +161,9 @@ def judge_table(summary: Summary) -> dict[str, Any]:
 def timings(summary: Summary) -> list[dict[str, str]]:
     """Stage -> time, in the order of the stages; the speed-up last."""
     seconds = summary["seconds"]
-    known = [name for name in TIMING_NAMES if name in seconds]
+    ordered = [name for name in TIMING_NAMES if name in seconds]
     rows = []
-    for name in [*known, *(name for name in seconds if name not in TIMING_NAMES)]:
+    for name in [*ordered, *(name for name in seconds if name not in TIMING_NAMES)]:
         # Drawing is most of the evaluation: a part of the row above it, where that is there.
         part = "of which " if name == "sampling" and "evaluate" in seconds else ""
         told = part + TIMING_NAMES.get(name, name)
@@ -174,8 +176,8 @@ def timings(summary: Summary) -> list[dict[str, str]]:
 
 def glossary(summary: Summary) -> list[dict[str, str]]:
     """What the methods of the table are."""
-    known = {name: meaning(name) for name in method_order(summary["identity_top1"])}
-    return [{"name": title(name), "text": text} for name, text in known.items() if text]
+    meanings = {name: meaning(name) for name in method_order(summary["identity_top1"])}
+    return [{"name": title(name), "text": text} for name, text in meanings.items() if text]
 
 
 def provenance(summary: Summary) -> list[dict[str, str]]:
@@ -237,25 +239,25 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.1f} min"
 
 
-def estimate(found: Mapping[str, Any], digits: int) -> dict[str, str]:
+def estimate(score: Mapping[str, Any], digits: int) -> dict[str, str]:
     """{"value", "pm"} of an Estimate's JSON; pm is empty when there is no standard error."""
-    stderr = found["stderr"]
-    if found["mean"] is None:
+    stderr = score["stderr"]
+    if score["mean"] is None:
         return {"value": "–", "pm": ""}
     pm = "" if stderr is None else f"{stderr:.{digits}f}"
-    return {"value": f"{found['mean']:.{digits}f}", "pm": pm}
+    return {"value": f"{score['mean']:.{digits}f}", "pm": pm}
 
 
-def beats(found: Mapping[str, Any], more_is_better: bool) -> bool:
+def beats(difference: Mapping[str, Any], more_is_better: bool) -> bool:
     """Whether a paired difference is a gain of more than `STANDARD_ERRORS`."""
-    if found["stderr"] is None:
+    if difference["stderr"] is None:
         return False
-    gain = found["mean"] if more_is_better else -found["mean"]
-    return gain > 0 and gain > STANDARD_ERRORS * found["stderr"]
+    gain = difference["mean"] if more_is_better else -difference["mean"]
+    return gain > 0 and gain > STANDARD_ERRORS * difference["stderr"]
 
 
-def _signed(found: Mapping[str, Any], digits: int, more_is_better: bool) -> dict[str, str]:
-    cell = estimate(found, digits)
-    tone = "good" if beats(found, more_is_better) else ""
-    tone = "bad" if beats(found, not more_is_better) else tone
-    return {**cell, "value": f"{found['mean']:+.{digits}f}", "tone": tone}
+def _signed(difference: Mapping[str, Any], digits: int, more_is_better: bool) -> dict[str, str]:
+    cell = estimate(difference, digits)
+    tone = "good" if beats(difference, more_is_better) else ""
+    tone = "bad" if beats(difference, not more_is_better) else tone
+    return {**cell, "value": f"{difference['mean']:+.{digits}f}", "tone": tone}

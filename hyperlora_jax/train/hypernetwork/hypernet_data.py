@@ -55,11 +55,11 @@ class Rows:
         rows, datasets = self.row_of[subjects], self.dataset_of[subjects]
         if len(self.vectors) == 1 and (rows >= 0).all():
             return self.vectors[0][rows]
-        found = np.zeros((len(rows), self.vectors[0].shape[1]), np.float32)
+        batch = np.zeros((len(rows), self.vectors[0].shape[1]), np.float32)
         for k, vectors in enumerate(self.vectors):
             mine = (rows >= 0) & (datasets == k)
-            found[mine] = vectors[rows[mine]]
-        return found
+            batch[mine] = vectors[rows[mine]]
+        return batch
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -74,9 +74,9 @@ def hypernet_loss(
     zeros = jnp.zeros(len(batch["pooled"]))
 
     def branch(weights: ObjectiveWeights) -> tuple[Float[Array, " l"], Parts]:
-        found = parts_of(weights)
-        total = sum((getattr(weights, name) * value for name, value in found.items()), zeros)
-        return total, {name: found.get(name, zeros) for name in used}
+        parts = parts_of(weights)
+        total = sum((getattr(weights, name) * value for name, value in parts.items()), zeros)
+        return total, {name: parts.get(name, zeros) for name in used}
 
     if len(phases) == 1:
         return branch(phases[0].weights)
@@ -139,10 +139,10 @@ def _parts(
     if weights.whitened:
         constants = frozen["constants"]
         stats = vectorize.whitening_of_vectors(constants["mean"], constants["std"], spec)
-    found = objectives.weight_losses(weights, estimate.lora, wanted, stats)
-    found |= {name: loss for name, loss in estimate.losses.items() if getattr(weights, name)}
+    parts = objectives.weight_losses(weights, estimate.lora, wanted, stats)
+    parts |= {name: loss for name, loss in estimate.losses.items() if getattr(weights, name)}
     if weights.end_to_end:
-        found["end_to_end"] = objectives.end_to_end_loss(
+        parts["end_to_end"] = objectives.end_to_end_loss(
             base.unet,
             frozen["unet"],
             base.schedule,
@@ -153,7 +153,7 @@ def _parts(
             base.min_snr_gamma,
         )
     if weights.prior:
-        found["prior"] = objectives.prior_loss(
+        parts["prior"] = objectives.prior_loss(
             base.unet,
             frozen["unet"],
             base.schedule,
@@ -162,7 +162,7 @@ def _parts(
             frozen["prior_text"],
             keys[1],
         )
-    return found
+    return parts
 
 
 def hypernet_task(

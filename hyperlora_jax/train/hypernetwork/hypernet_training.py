@@ -117,8 +117,10 @@ def train_hypernetwork(config: Any, workdir: epath.PathLike) -> Hypernetwork:
         task, section, workdir=workdir, mesh=mesh, seed=section.seed, config=config
     )
     params = sharding.gather(trained, mesh)
-    kept = {**(constants if generator.needs_targets else {}), **_known(conditions)}
-    return _saved(Hypernetwork(generator, params, encoder, stored, model, kept), workdir)
+    stored_constants = {**(constants if generator.needs_targets else {}), **_known(conditions)}
+    return _saved(
+        Hypernetwork(generator, params, encoder, stored, model, stored_constants), workdir
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,10 +153,10 @@ class Needs:
 
     def frozen(self, unet: Params, prior: Params | None, constants: Params) -> Params:
         """The frozen tree of the task, of arrays or of shapes."""
-        found: dict[str, Any] = {"constants": constants} if constants else {}
+        frozen: dict[str, Any] = {"constants": constants} if constants else {}
         if self.base:
-            found["unet"] = unet
-        return found if prior is None else {**found, "prior_text": prior}
+            frozen["unet"] = unet
+        return frozen if prior is None else {**frozen, "prior_text": prior}
 
 
 def configured_generator(config: Any, sd: Any) -> Generator:
@@ -257,8 +259,8 @@ def _fitted(
 
 def _known(conditions: Ragged) -> Params:
     """Who the training subjects were. Compares them all: at the end, not before the first step."""
-    found = familiarity.fit(conditions.means("pooled"), conditions.first("pooled"))
-    return {"familiarity": found}
+    scale = familiarity.fit(conditions.means("pooled"), conditions.first("pooled"))
+    return {"familiarity": scale}
 
 
 def make_phases(section: Any) -> tuple[Phase, ...]:

@@ -78,8 +78,8 @@ def train_vae(
         facts=facts,
     )
     trained = fit_section(task, section, workdir=workdir, mesh=mesh, seed=seed, config=config)
-    found = {**constants, "vae": sharding.gather(trained, mesh)}
-    return {**found, **latent_statistics(codec, found, targets, subjects)}
+    trained_constants = {**constants, "vae": sharding.gather(trained, mesh)}
+    return {**trained_constants, **latent_statistics(codec, trained_constants, targets, subjects)}
 
 
 def latent_statistics(
