@@ -85,7 +85,7 @@ def test_directions_refused(labelled, tmp_path):
     with pytest.raises(UserError, match=r"\(1 sites, rank 2\), the checkpoint's is .* rank 1\)"):
         load_directions(file, SPEC.with_rank(1))
     file.write_bytes(b"no tensors")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match=r"d\.safetensors: header of .* cut off"):
         load_directions(file, SPEC)
     save_file({"a": vectors[0]}, file)
     with pytest.raises(UserError, match="is no file of `hyperlora directions`"):
