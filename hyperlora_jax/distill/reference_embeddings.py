@@ -45,6 +45,10 @@ class ReferenceEmbeddings:
         embeddings = {}
         for name, on_host in self.encoders.items():
             encoder = dataclasses.replace(on_host)  # whose parameters leave the devices with it
-            pooled, _ = encode_in_batches(encoder.encode, images, AT_ONCE, whole=True)
-            embeddings[name] = np.asarray(pooled, np.float32)
+            embeddings[name] = encode_in_batches(
+                lambda batch, encoder=encoder: encoder.encode(batch)[0].astype(np.float32),
+                images,
+                AT_ONCE,
+                whole=True,
+            )
         return embeddings

@@ -40,8 +40,8 @@ def further_scorers(section: Any, test: AnySet) -> dict[str, Further]:
         lpips, exact = load_lpips(section.lpips), test.exact
 
         def distance(images: np.ndarray) -> np.ndarray:
-            scorers = lpips.distance(images, exact[: len(images)])
-            return np.where(is_finite(images), scorers, WORST_LPIPS)
+            distances = lpips.distance(images, exact[: len(images)])
+            return np.where(is_finite(images), distances, WORST_LPIPS)
 
         scorers["lpips"] = distance
     return scorers
