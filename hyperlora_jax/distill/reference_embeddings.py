@@ -46,7 +46,7 @@ class ReferenceEmbeddings:
         for name, on_host in self.encoders.items():
             encoder = dataclasses.replace(on_host)  # whose parameters leave the devices with it
             embeddings[name] = encode_in_batches(
-                lambda batch, encoder=encoder: encoder.encode(batch)[0].astype(np.float32),
+                lambda batch, encoder=encoder: np.asarray(encoder.encode(batch)[0], np.float32),
                 images,
                 AT_ONCE,
                 whole=True,
