@@ -5,15 +5,17 @@ channels, e embedding, h w c image height, width, channels.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int, Key, Shaped, UInt8, UInt32
 
-Array = jax.Array
-AnyArray = jax.Array | np.ndarray
-PRNGKey = Key[Array, ""] | UInt32[Array, "2"]
+if TYPE_CHECKING:
+    import jax
+
+    Array = jax.Array
+    AnyArray = jax.Array | np.ndarray
+    PRNGKey = Key[Array, ""] | UInt32[Array, "2"]
 Params = Mapping[str, Any]  # nested dict of arrays
 ArrayTree = Any  # any pytree of arrays
 
@@ -31,3 +33,16 @@ __all__ = [
     "UInt8",
     "UInt32",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """JAX's own types, when first asked for: files of LoRAs are read without JAX."""
+    if name not in ("AnyArray", "Array", "PRNGKey"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from jax import Array
+
+    types = {
+        "Array": Array, "AnyArray": Array | np.ndarray,
+        "PRNGKey": Key[Array, ""] | UInt32[Array, "2"],
+    }  # fmt: skip
+    return globals().setdefault(name, types[name])

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 from etils import epath
-from tqdm import tqdm
 
 from hyperlora_jax.errors import UserError
 
@@ -150,6 +149,8 @@ def fetched(path: epath.PathLike) -> Path:
             if not version or copied.get(name) != version or not (target / name).is_file()
         ]
         _remove_others(target, there)
+        from tqdm import tqdm
+
         try:
             for name in tqdm(stale, f"fetching {path}", unit="file", disable=not stale):
                 copied.pop(name, None)

@@ -13,7 +13,7 @@ from hyperlora_jax.errors import UserError
 from hyperlora_jax.pictures.image_folder import open_image_folder
 from hyperlora_jax.pictures.pictures import decode
 from hyperlora_jax.stable_diffusion.weights import loading
-from hyperlora_jax.stable_diffusion.weights.parts import load_tokenizer
+from hyperlora_jax.stable_diffusion.weights.clip_tokenizer import load_tokenizer
 from tests.stable_diffusion import conftest as tiny
 from tests.user_world import write_base
 

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from hyperlora_jax.cli import arguments
 from hyperlora_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -12,7 +13,6 @@ if TYPE_CHECKING:
     from hyperlora_jax.lora.sites import LoraSpec
 
 UNFAMILIAR = 0.02  # below, hardly a subject of the training was as unlike all others
-FORMATS = ("kohya", "diffusers", "peft", "weights2weights")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reference", metavar="IMG", nargs="+", help="pictures of one subject")
     parser.add_argument("--subjects", metavar="DIR", help="a folder of pictures per subject")
     parser.add_argument("--out", metavar="PATH", required=True, help="file, or folder for many")
-    parser.add_argument("--format", choices=FORMATS, help="default: the checkpoint's own")
+    arguments.add_format(parser, help="default: the checkpoint's own")
     parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16")
     parser.add_argument("--strength", type=float, help="default: the checkpoint's own")
     parser.add_argument("--num_samples", type=int, help="LoRAs per subject; default: its own")

@@ -38,16 +38,27 @@ def kind_of(path: epath.Path) -> str:
     return "lora"
 
 
-def run(args: argparse.Namespace) -> int:
-    """Hands over to the command for that kind."""
-    path = epath.Path(storage.place(base_path(args.path)))
+def needs_jax(args: argparse.Namespace) -> bool:
+    """Whether JAX works on what lies there; LoRA files and the journals of runs need none."""
+    return _found(args.path)[1] not in ("lora", "workdir")
+
+
+def _found(given: str) -> tuple[epath.PathLike, str]:
+    """The path, a copy of it where it is one file in a bucket, and what kind of thing is there."""
+    path = epath.Path(storage.place(base_path(given)))
     with storage.asking(path):
         kind = kind_of(path)
     if kind == "lora" and str(path).endswith((".safetensors", ".ckpt")):
-        from hyperlora_jax.stable_diffusion.weights.single_file import is_base
+        from hyperlora_jax.stable_diffusion.weights.families import is_base
 
         path = storage.fetched(path)
         kind = "base" if is_base(path) else kind
+    return path, kind
+
+
+def run(args: argparse.Namespace) -> int:
+    """Hands over to the command for that kind."""
+    path, kind = _found(args.path)
     if kind == "base":
         return _base(storage.fetched(path), args.options)
     if kind == "lora":

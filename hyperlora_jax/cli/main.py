@@ -12,8 +12,6 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from hyperlora_jax.cli import buckets, config_text
-from hyperlora_jax.cli.arguments import parse
 from hyperlora_jax.cli.process import PREEMPTED, Process, said
 from hyperlora_jax.errors import Interrupted, Preempted, TrainingDiverged, UserError
 
@@ -66,16 +64,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_command(name: str, arguments: Sequence[str]) -> int:
     """Runs one command in this process alone; returns its exit code."""
-    code, line = _outcome(name, arguments, lambda: False)
+    code, line = _outcome(name, arguments, lambda needs_jax: False)
     return said(code, line)
 
 
-def _outcome(name: str, arguments: Sequence[str], start: Callable[[], bool]) -> tuple[int, str]:
+def _outcome(name: str, arguments: Sequence[str], start: Callable[[bool], bool]) -> tuple[int, str]:
     """Parses the arguments of one command and runs it: (exit code, what to say on stderr).
 
     Args:
-        start: called once they are known to be right; returns whether to be quiet.
+        start: called once they are known to be right, with whether the command needs JAX; returns
+            whether to be quiet.
     """
+    from hyperlora_jax.cli import buckets, config_text
+    from hyperlora_jax.cli.arguments import parse
+
     module_name, summary = COMMANDS[name]
     module = importlib.import_module(f"hyperlora_jax.cli.{module_name}")
     try:
@@ -83,7 +85,7 @@ def _outcome(name: str, arguments: Sequence[str], start: Callable[[], bool]) -> 
         if getattr(known, "print_config", False):
             print(config_text.of_command(known))
             return 0, ""
-        quiet = start()
+        quiet = start(not hasattr(module, "needs_jax") or module.needs_jax(known))
         # What a run wrote is said by one process; errors, on stderr, are everybody's.
         with (
             contextlib.redirect_stdout(io.StringIO() if quiet else sys.stdout),

@@ -38,9 +38,9 @@ class Process:
 
             self._joint.announce(of_error(error), error)
 
-    def start(self) -> bool:
+    def start(self, needs_jax: bool = True) -> bool:
         """Imports JAX as this program wants it and joins the other processes; whether this one
-        leaves the talking to another.
+        leaves the talking to another. A process alone that needs no JAX imports none.
 
         Raises:
             UserError: the environment names other processes in a way that cannot be.
@@ -49,6 +49,8 @@ class Process:
         # of 700 the collector takes a quarter of the time to the first step.
         gc.set_threshold(OBJECTS_UNLOOKED_AT)
         logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+        if not needs_jax and environment.settings(os.environ) is None:
+            return False
         devices = ("accel*", "vfio/[0-9]*", "nvidia*")
         if sys.platform == "linux" and not any(any(Path("/dev").glob(d)) for d in devices):
             # libtpu without a TPU (it is installed for `hyperlora compile`) would look for one at

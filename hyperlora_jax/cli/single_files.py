@@ -26,9 +26,9 @@ def keep_options(base: str, known: argparse.Namespace) -> None:
     given = {"prediction_type": known.prediction_type, "tokenizer": known.tokenizer}
     if not any(given.values()):
         return
-    from hyperlora_jax.stable_diffusion.weights import single_file
+    from hyperlora_jax.stable_diffusion.weights import families, single_file
 
-    if not single_file.is_base(base):
+    if not families.is_base(base):
         name = next(name for name, value in given.items() if value)
         raise UserError(f"--{name}: is for bases that are single files, {base} is none")
     single_file.unpacked(Path(base), **given)

@@ -335,9 +335,7 @@ def read_stored(path: epath.PathLike) -> Stored:
         raise UserError(
             f"checkpoint {folder}: config.json is of format {found!r}, expected {FORMAT!r}"
         )
-    params = traverse_util.unflatten_dict(
-        {name: jnp.asarray(value) for name, value in arrays.items()}, sep="/"
-    )
+    params = traverse_util.unflatten_dict(jax.device_put(arrays), sep="/")
     constants = params.pop("constants", {})
     spec = LoraSpec.from_json(json.dumps(config["spec"]))
     return Stored(folder, config, spec, params, constants)

@@ -18,8 +18,6 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-import jax
-
 from hyperlora_jax.array_types import Params
 from hyperlora_jax.errors import UserError
 
@@ -217,6 +215,8 @@ def spec_from_shapes(
 
 
 def _kernels(param_shapes: Params) -> Iterator[tuple[str, tuple[int, ...]]]:
+    import jax
+
     for keys, leaf in jax.tree_util.tree_flatten_with_path(param_shapes)[0]:
         names = [str(key.key) for key in keys]
         if names[-1] == "kernel" and len(leaf.shape) in (2, 4):
@@ -257,6 +257,8 @@ def validate(lora: Params, spec: LoraSpec) -> None:
 
 def ordered_factors(lora: Params, spec: LoraSpec) -> list[tuple[Any, Any]]:
     """[(down, up)] in the order of the spec's sites. Raises like `validate`."""
+    import jax
+
     leaves, structure = jax.tree.flatten(lora)
     batch = None
     pairs = []
@@ -277,6 +279,8 @@ def ordered_factors(lora: Params, spec: LoraSpec) -> list[tuple[Any, Any]]:
 @functools.lru_cache(maxsize=64)
 def _leaf_numbers(structure: Any, spec: LoraSpec) -> tuple[tuple[int, int], ...]:
     """Which leaves of a tree are the (down, up) of each site: names are compared once a kind."""
+    import jax
+
     numbered = jax.tree.unflatten(structure, range(structure.num_leaves))
     leaves = jax.tree_util.tree_flatten_with_path(numbered)[0]
     numbers = {tuple(str(key.key) for key in keys): number for keys, number in leaves}

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from hyperlora_jax.errors import UserError
-from hyperlora_jax.lora import gauge
 from hyperlora_jax.lora.sites import PRESETS, LoraSpec
 from hyperlora_jax.lora_files import header as families
 from hyperlora_jax.lora_files.base_check import BaseModel, of_family, read_base_model
@@ -67,6 +66,8 @@ def convert_file(
         family, evidence = _told(source, spec, texts)
     if model is None:
         lora, spec = of_family(source, lora, spec, family)
+    from hyperlora_jax.lora import gauge
+
     if rank is None:
         lora, spec = gauge.cut_above_width(lora, spec)
     else:

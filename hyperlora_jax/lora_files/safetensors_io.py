@@ -27,7 +27,6 @@ import ml_dtypes
 import numpy as np
 
 from hyperlora_jax import storage
-from hyperlora_jax.array_types import AnyArray
 from hyperlora_jax.errors import UserError
 
 MAX_DIMENSIONS = 8
@@ -78,7 +77,7 @@ class Layout:
     num_bytes: int
 
 
-def signature(tensors: Mapping[str, AnyArray]) -> Signature:
+def signature(tensors: Mapping[str, Any]) -> Signature:
     """All of a set of tensors but their numbers."""
     return tuple((name, array.dtype, array.shape) for name, array in tensors.items())
 
@@ -245,13 +244,13 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
 
 
 def write(
-    path: str | os.PathLike[str], tensors: Mapping[str, AnyArray], metadata: Mapping[str, str]
+    path: str | os.PathLike[str], tensors: Mapping[str, Any], metadata: Mapping[str, str]
 ) -> None:
     """Writes the file: temporary file beside it, fsync, rename."""
     atomic_write(path, *_parts(tensors, metadata))
 
 
-def encode(tensors: Mapping[str, AnyArray], metadata: Mapping[str, str]) -> bytes:
+def encode(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> bytes:
     """The bytes of the file.
 
     Adds the sha256 of the data: as `sshs_model_hash` to a header with ss_ keys, as `OWN_HASH` to
@@ -260,7 +259,7 @@ def encode(tensors: Mapping[str, AnyArray], metadata: Mapping[str, str]) -> byte
     return b"".join(_parts(tensors, metadata))
 
 
-def _parts(tensors: Mapping[str, AnyArray], metadata: Mapping[str, str]) -> list[Buffer]:
+def _parts(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> list[Buffer]:
     """[header, data], not joined: the data would be copied once more."""
     arrays = {name: np.asarray(value) for name, value in tensors.items()}
     order, entries = describe(signature(arrays))

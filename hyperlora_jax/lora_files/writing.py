@@ -20,7 +20,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import jax
 import ml_dtypes
 import numpy as np
 from etils import epath
@@ -28,7 +27,6 @@ from etils import epath
 from hyperlora_jax import storage
 from hyperlora_jax.array_types import Bool, Float, Params
 from hyperlora_jax.errors import UserError
-from hyperlora_jax.lora import factors, gauge
 from hyperlora_jax.lora.sites import LoraSpec, ordered_factors, validate
 from hyperlora_jax.lora_files import header, keys, peft_directory, safetensors_io
 from hyperlora_jax.lora_files import header as families
@@ -61,6 +59,8 @@ def normal_form(
     packing = _packing(spec)
     if pairs[0][1].ndim == 3:
         raise ValueError("save_lora takes one LoRA, got a batch: use save_loras")
+    import jax
+
     vector = _packed(jax.device_get(pairs), spec, packing)
     peaks = _peaks(vector, packing)
     if (bad := _first(~np.isfinite(peaks))) is not None:
@@ -198,6 +198,8 @@ def save_lora(
             return epath.Path(str(path)).parent / written.relative_to(local.parent)
     if format not in FORMATS:
         raise UserError(f"LoRA format {format!r} is unknown; expected one of {list(FORMATS)}")
+    from hyperlora_jax.lora import gauge  # JAX: reading does without
+
     lora, spec = gauge.cut_above_width(lora, spec)
     scales: list[float] = []
     if format == "kohya":
@@ -245,6 +247,10 @@ def save_loras(
     `metadata` has an entry for each file; `num_workers` None means `default_workers()`. The rest
     is as in `save_lora`, whose errors it raises; files that are done by then stay.
     """
+    import jax
+
+    from hyperlora_jax.lora import factors
+
     validate(loras, spec)
     found = factors.num_loras(loras)
     texts = [None] * len(paths) if metadata is None else list(metadata)

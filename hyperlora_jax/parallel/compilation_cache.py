@@ -10,7 +10,7 @@ def default_directory() -> str:
     return str(storage.cache_folder() / "xla")
 
 
-def enable(directory: str | None = None, min_compile_seconds: float = 0.5) -> str:
+def enable(directory: str | None = None, min_compile_seconds: float = 0.0) -> str:
     """Keeps compiled programs in `directory` (local or gs://), on CPU too; returns the directory.
 
     A directory that cannot be written only costs the cache: JAX warns and compiles as usual.

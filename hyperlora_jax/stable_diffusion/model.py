@@ -33,8 +33,9 @@ from hyperlora_jax.stable_diffusion.networks.lora_argument import (
 )
 from hyperlora_jax.stable_diffusion.networks.unet import UNet
 from hyperlora_jax.stable_diffusion.weights import directory, loading, single_file
+from hyperlora_jax.stable_diffusion.weights.clip_tokenizer import load_tokenizer, most_tokens, token_ids
 from hyperlora_jax.stable_diffusion.weights.flax_trees import param_shapes
-from hyperlora_jax.stable_diffusion.weights.parts import check_token_ids, load_tokenizer
+from hyperlora_jax.stable_diffusion.weights.parts import check_token_ids
 
 log = logging.getLogger(__name__)
 
@@ -146,12 +147,13 @@ class StableDiffusion:
 
     @functools.cached_property
     def tokenizer(self) -> Any:
-        """transformers' CLIPTokenizer of the first text encoder, read when first used."""
+        """The tokenizer of the first text encoder, read when first used; transformers'
+        CLIPTokenizer once it is asked for more than token ids."""
         return self._tokenizer(0)
 
     @functools.cached_property
     def tokenizer_2(self) -> Any:
-        """transformers' CLIPTokenizer of SDXL's second text encoder."""
+        """The same of SDXL's second text encoder."""
         return self._tokenizer(1)
 
     def _tokenizer(self, i: int) -> Any:
@@ -172,7 +174,8 @@ class StableDiffusion:
 
         Raises UserError for a tokenizer of another vocabulary or window than the text encoder.
         """
-        tokenizer, encoder = tokenizer or self.tokenizer, getattr(self, name)
+        tokenizer = self.tokenizer if tokenizer is None else tokenizer
+        encoder = getattr(self, name)
         window = tokenizer.model_max_length
         if encoder is not None:
             positions = encoder.values["max_position_embeddings"]
@@ -182,17 +185,11 @@ class StableDiffusion:
                     "positions; they belong to different models"
                 )
             window = min(window, positions)
-        lengths = [len(ids) for ids in tokenizer(list(prompts), verbose=False)["input_ids"]]
-        if max(lengths, default=0) > window:
+        longest = most_tokens(tokenizer, prompts)
+        if longest > window:
             log.warning("a prompt of %d tokens is cut to %d, start and end included",
-                        max(lengths), window)  # fmt: skip
-        tokens = tokenizer(
-            list(prompts),
-            padding="max_length",
-            max_length=window,
-            truncation=True,
-            return_tensors="np",
-        )["input_ids"].astype(np.int32)
+                        longest, window)  # fmt: skip
+        tokens = token_ids(tokenizer, prompts, window)
         if encoder is not None:
             check_token_ids(tokens, encoder.values["vocab_size"])
         return tokens

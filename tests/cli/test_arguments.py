@@ -8,6 +8,9 @@ import pytest
 from hyperlora_jax.cli import arguments, convert
 from hyperlora_jax.cli.main import COMMANDS, main
 from hyperlora_jax.errors import UserError
+from hyperlora_jax.lora.factors import zeros
+from hyperlora_jax.lora.sites import LoraSite, LoraSpec
+from hyperlora_jax.lora_files import save_lora
 
 AVATARS = ["--config", "avatars", "--workdir", "nowhere"]
 
@@ -72,15 +75,21 @@ def test_keys_of_the_help_are_keys(capsys):
             assert f"\n{key.removeprefix('--config.')} = " in f"\n{known}"
 
 
-def test_arguments_are_parsed_without_jax():
+def test_arguments_are_parsed_without_jax(tmp_path):
+    file = tmp_path / "lora.safetensors"
+    spec = LoraSpec((LoraSite("mid_block.attentions.0.proj_in", 8, 4, 2),))
+    save_lora(file, zeros(spec), spec)
     code = (
-        "import sys; from hyperlora_jax.cli.main import main\n"
-        "for name in ('train', 'generate', 'sample', 'inspect'): main([name, '--help'])\n"
-        "main(['train', '--config', 'avatars', '--print_config'])\n"
+        "import sys; from hyperlora_jax.cli.main import COMMANDS, main\n"
+        "for name in COMMANDS: assert main([name, '--help']) == 0\n"
+        "assert main(['train', '--config', 'avatars', '--print_config']) == 0\n"
         "assert main(['train', '--config', 'avatars', '--config.train.num_step=3']) == 2\n"
-        "sys.exit('jax' in sys.modules)"
+        "assert main(['convert', 'a', '--out', 'b', '--format', 'zip']) == 2\n"
+        f"assert main(['inspect', {str(file)!r}]) == 0\n"
+        "print({'jax', 'flax', 'transformers', 'torch', 'tqdm'} & sys.modules.keys())"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.splitlines()[-1:]) == (0, ["set()"]), done.stderr
 
 
 def test_homes_are_expanded(monkeypatch, tmp_path, capsys):

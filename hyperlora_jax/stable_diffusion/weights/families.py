@@ -7,9 +7,11 @@ What shapes cannot tell is the same in all files of the original layout: 32 grou
 import itertools
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from hyperlora_jax.errors import UserError
+from hyperlora_jax.lora_files import safetensors_io
 
 Shapes = Mapping[str, tuple[int, ...]]
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
@@ -28,6 +30,16 @@ SCHEDULER: dict[str, Any] = {
     "steps_offset": 1,
     "timestep_spacing": "leading",
 }
+
+
+def is_base(path: str | Path) -> bool:
+    """Whether a path is a file with a whole UNet (and no LoRA)."""
+    path = Path(path)
+    if path.suffix == ".ckpt":
+        return path.is_file()
+    if path.suffix != ".safetensors" or not path.is_file():
+        return False
+    return any(name.startswith(UNET) for name in safetensors_io.read_entries(path))
 
 
 def configs_of(shapes: Shapes) -> dict[str, dict[str, Any]]:

@@ -11,8 +11,6 @@ from typing import Any
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.stable_diffusion.networks.unet_config import NUM_SIZES
 
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
-
 
 def check_parts(modules: Mapping[str, Any], where: Path | str) -> None:
     """Compares the configs of the components that are there ("unet", "vae", "text_encoder", …).
@@ -62,35 +60,6 @@ def _check_pooled(unet: Any, text: Any, where: Path | str) -> None:
             f"{where}: the UNet's added embedding takes {unet.addition_input_width} numbers, the "
             f"pooled text state and {NUM_SIZES} sizes are {pooled} + {NUM_SIZES} x {time}"
         )
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """transformers' CLIPTokenizer of a folder.
-
-    Raises:
-        UserError: no folder, or without its vocabulary (transformers would make an empty one, and
-            all prompts alike: findings/empty_vocabulary.sh).
-    """
-    if not folder.is_dir():
-        raise UserError(f"{folder}: folder not found, expected the tokenizer of the model")
-    present = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
-    if not present:
-        raise UserError(f"{folder}: has no vocabulary, expected {' or '.join(TOKENIZER_FILES)}")
-    if present == ["vocab.json"] and not (folder / "merges.txt").is_file():
-        raise UserError(f"{folder}: has vocab.json without merges.txt, expected both")
-    from transformers import CLIPTokenizer
-
-    try:
-        found = CLIPTokenizer.from_pretrained(str(folder))
-        if found.model_max_length < 3:
-            raise ValueError(f"model_max_length is {found.model_max_length}, expected 3 or more")
-        found(["a"], padding="max_length", max_length=3, truncation=True)
-        return found
-    except BaseException as error:  # tokenizers raises bare exceptions, and panics that are none
-        if isinstance(error, KeyboardInterrupt | SystemExit):
-            raise
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{folder}: cannot be read as a CLIP tokenizer ({reason})") from error
 
 
 def check_token_ids(ids: Any, vocab_size: int) -> None:

@@ -20,10 +20,11 @@ from hyperlora_jax.diffusion.scheduler_config import read_scheduler_config
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora_files import safetensors_io
 from hyperlora_jax.stable_diffusion.weights import directory, loading
-from hyperlora_jax.stable_diffusion.weights.families import SCHEDULER, UNET, configs_of
+from hyperlora_jax.stable_diffusion.weights.clip_tokenizer import load_tokenizer
+from hyperlora_jax.stable_diffusion.weights.families import SCHEDULER, configs_of
 from hyperlora_jax.stable_diffusion.weights.flax_trees import param_shapes, torch_to_flax
 from hyperlora_jax.stable_diffusion.weights.original_names import Target, translate
-from hyperlora_jax.stable_diffusion.weights.parts import check_parts, load_tokenizer
+from hyperlora_jax.stable_diffusion.weights.parts import check_parts
 from hyperlora_jax.stable_diffusion.weights.tensor_stream import Loader, read_tensors
 
 SUFFIXES = (".safetensors", ".ckpt")
@@ -31,16 +32,6 @@ SD2_BASE_STEP = 875000
 CLIP = "openai/clip-vit-large-patch14"  # whose tokenizer all families have
 STAMP = "single_file.json"
 _PREDICTIONS = {"v": "v_prediction", "epsilon": "epsilon", "eps": "epsilon"}
-
-
-def is_base(path: str | Path) -> bool:
-    """Whether a path is a file with a whole UNet (and no LoRA)."""
-    path = Path(path)
-    if path.suffix == ".ckpt":
-        return path.is_file()
-    if path.suffix != ".safetensors" or not path.is_file():
-        return False
-    return any(name.startswith(UNET) for name in safetensors_io.read_entries(path))
 
 
 def base_folder(source: str | Path, variant: str | None = None) -> Path:

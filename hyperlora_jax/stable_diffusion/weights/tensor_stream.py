@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
@@ -86,7 +85,7 @@ def to_devices(
     host memory.
     """
     if mesh is None:
-        return lambda _, array: jnp.asarray(_cast(array, dtype)).block_until_ready()
+        return lambda _, array: jax.device_put(_cast(array, dtype)).block_until_ready()
     places = flatten_dict(param_shardings(shapes, mesh, rules))
 
     def place(path: tuple[str, ...], array: np.ndarray) -> jax.Array:
