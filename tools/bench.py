@@ -28,8 +28,9 @@ BENCHMARKS = {
     "distill": "bench_distill",
     "hypernet": "bench_hypernet",
     "restart": "bench_restart",
+    "shell": "bench_shell",
 }
-COMPARING = ("data", "restart")  # two builds of this project
+COMPARING = ("data", "restart", "shell")  # two builds of this project
 COLUMNS = ("workload", "ours", "peer", "unit", "ratio", "runs")
 
 

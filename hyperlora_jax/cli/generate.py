@@ -83,12 +83,12 @@ def _say(written: "Sequence[Written]", out: str) -> None:
 
 def _edits(args: argparse.Namespace, spec: "LoraSpec") -> "Edits | None":
     """Directions and amounts of `--edit NAME=AMOUNT …`."""
-    from hyperlora_jax.hypernet.editing import load_directions
-
     if bool(args.edit) != bool(args.directions):
         raise UserError("--edit and --directions belong together, found only one of them")
     if not args.edit:
         return None
+    from hyperlora_jax.hypernet.editing import load_directions
+
     amounts = {}
     for text in args.edit:
         name, _, amount = text.rpartition("=")

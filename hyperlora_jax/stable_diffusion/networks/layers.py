@@ -18,7 +18,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from hyperlora_jax.array_types import Array, Float
@@ -116,7 +115,7 @@ def _input_gradient(
 def _param(module: nn.Module, name: str, shape: tuple[int, ...], fill: float = 0.0) -> Array:
     """A parameter. `initialization` draws it, never the module: Flax's own `param` would trace a
     random key for each, a fifth of the time that a model's first call takes."""
-    return module.variable("params", name, np.broadcast_to, np.float32(fill), shape).value
+    return module.variable("params", name, jnp.full, shape, fill, jnp.float32).value
 
 
 def lora_linear(
