@@ -33,7 +33,11 @@ from hyperlora_jax.stable_diffusion.networks.lora_argument import (
 )
 from hyperlora_jax.stable_diffusion.networks.unet import UNet
 from hyperlora_jax.stable_diffusion.weights import directory, loading, single_file
-from hyperlora_jax.stable_diffusion.weights.clip_tokenizer import load_tokenizer, most_tokens, token_ids
+from hyperlora_jax.stable_diffusion.weights.clip_tokenizer import (
+    load_tokenizer,
+    most_tokens,
+    token_ids,
+)
 from hyperlora_jax.stable_diffusion.weights.flax_trees import param_shapes
 from hyperlora_jax.stable_diffusion.weights.parts import check_token_ids
 
