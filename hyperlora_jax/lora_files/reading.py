@@ -20,7 +20,6 @@ from hyperlora_jax.array_types import Params
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora.sites import LoraSite, LoraSpec, site_factors, tree_from_sites
 from hyperlora_jax.lora_files import keys, safetensors_io
-from hyperlora_jax.lora_files.algebra import plain_tensors
 from hyperlora_jax.lora_files.base_check import check_base, layers_per_block_of
 from hyperlora_jax.lora_files.lora_config import header_scales
 from hyperlora_jax.lora_files.peft_directory import (
@@ -66,6 +65,8 @@ def load_lora(
     """
     tensors, metadata = read_tensors(Path(path), base if isinstance(base, LoraSpec) else None)
     if base is not None and not isinstance(base, LoraSpec):
+        from hyperlora_jax.lora_files.algebra import plain_tensors  # JAX
+
         tensors = plain_tensors(path, tensors, base, rank)
     lora, spec = fold(path, tensors, layers_per_block_of(base), DROP_DIFFERENCES in drop)
     written = metadata.get(safetensors_io.OWN_MARK)
