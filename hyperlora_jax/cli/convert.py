@@ -19,7 +19,7 @@ DROP_HELP = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Input, output, form."""
     from hyperlora_jax.cli import arguments
-    from hyperlora_jax.lora_files.algebra import DEFAULT_RANK
+    from hyperlora_jax.lora.other_kinds import DEFAULT_RANK
     from hyperlora_jax.lora_files.writing import DTYPES
 
     parser.add_argument("source", metavar="IN", help="LoRA file, adapter folder, or folder of them")

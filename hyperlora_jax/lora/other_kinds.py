@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import numpy as np
 
 Arrays = Mapping[str, np.ndarray]
+DEFAULT_RANK = 32  # of LoRAs made of them
 
 
 def delta(parts: Arrays, scale: float | None, weight: np.ndarray) -> np.ndarray:

@@ -38,7 +38,6 @@ from hyperlora_jax.lora_files.base_check import (
 from hyperlora_jax.shipped import base_path
 
 Lora = tuple[Params, LoraSpec]
-DEFAULT_RANK = 32  # of LoRAs made of other kinds
 
 
 def merge(loras: Sequence[Lora], weights: Sequence[float], rank: int | None = None) -> Lora:
@@ -131,7 +130,7 @@ def plain_tensors(
     path: str | Path, tensors: Mapping[str, np.ndarray], base: Any, rank: int | None = None
 ) -> dict[str, np.ndarray]:
     """The tensors of a file with every layer of LoHa, LoKr or DoRA as factors of the best LoRA of
-    this rank (None: `DEFAULT_RANK`); what that loses is said on stderr.
+    this rank (None: `other_kinds.DEFAULT_RANK`); what that loses is said on stderr.
 
     `base` is a `BaseModel` or a StableDiffusion. Raises UserError for layers it has not, and for
     tensors that do not fit them.
@@ -149,7 +148,9 @@ def plain_tensors(
         stem = stems[site]
         parts = {part: tensors[key] for part, key in groups[stem].items()}
         change = _change(f"{path}: layer {site}", parts, groups[stem], np.asarray(weight))
-        pair, errors[site] = _truncated(change, _site_of(site, change, rank or DEFAULT_RANK))
+        pair, errors[site] = _truncated(
+            change, _site_of(site, change, rank or other_kinds.DEFAULT_RANK)
+        )
         ones = (1, 1) if change.ndim == 4 else ()
         down = pair["down"].transpose(range(change.ndim)[::-1] if not ones else (3, 2, 0, 1))
         result[f"{stem}.lora_down.weight"] = down.astype(np.float32)
@@ -160,7 +161,7 @@ def plain_tensors(
     kinds = " and ".join(sorted({_other_kind(group) for group in groups.values()}))
     print(
         f"note: {path}: {kinds} of {len(groups)} layers became a LoRA of rank "
-        f"{rank or DEFAULT_RANK}; relative error of the change: mean "
+        f"{rank or other_kinds.DEFAULT_RANK}; relative error of the change: mean "
         f"{np.mean(list(errors.values())):.2%}, worst {errors[worst]:.2%} ({worst})",
         file=sys.stderr,
     )
