@@ -150,7 +150,7 @@ def subject_batches(
         UserError: numbers that cannot be.
     """
     per_subject = per_subject or {}
-    ragged = {name: rows for name, rows in (("r", references), ("t", targets)) if rows is not None}
+    ragged = {k: part for k, part in (("r", references), ("t", targets)) if part is not None}
     num_records = common_length({**ragged, **per_subject})
     chosen = np.arange(num_records) if subjects is None else np.asarray(subjects, np.int64)
     least, most = check_numbers(num_references, num_targets)
@@ -173,7 +173,7 @@ def subject_batches(
         if references is not None:
             counts = available[records].tolist()
             columns = _drawn(generators, counts, most)
-            ranges = [(min(least, own), min(most, own) + 1) for own in counts]
+            ranges = [(min(least, count), min(most, count) + 1) for count in counts]
             given = np.array([g.integers(*r) for g, r in zip(generators, ranges, strict=True)])
             batch["reference_mask"] = np.arange(most) < given[:, None]
             batch |= references.at(records, columns)

@@ -1,8 +1,11 @@
 """Original single files. The names are written out here from diffusers' names by the inverse of
 the public converters' tables, then read back; diffusers' own converters judge."""
 
+import concurrent.futures
 import json
 import re
+import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -396,6 +399,15 @@ def test_a_single_file_goes_through_the_commands(single, tmp_path, capsys):
     assert np.abs(pictures[0] - pictures[1]).max() <= 2
     run(capsys, "extract", path, tuned, "--rank", 2, "--preset", "attn-qkvo", "--out", out)
     run(capsys, "inspect", out, "--base", path)
+
+
+def test_processes_that_unpack_one_file_at_once_do_not_disturb_each_other(single, tmp_path):
+    path = Path(shutil.copy(single[0], tmp_path / "fresh.safetensors"))
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        folders = {*pool.map(unpacked, [path] * 3)}
+    (folder,) = folders
+    assert StableDiffusion.from_pretrained(folder).params.keys() >= {"unet", "vae"}
+    assert [path for path in folder.parent.iterdir() if path.name.startswith(".")] == []
 
 
 def test_what_a_single_file_needs_is_said(single, tmp_path, capsys, monkeypatch):

@@ -8,6 +8,7 @@ tensors nor header say is given once (`prediction_type`, `tokenizer`) and kept w
 import dataclasses
 import json
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -63,11 +64,7 @@ def unpacked(
     stat = path.stat()
     stamp = {"file": str(path), "size": stat.st_size, "time": stat.st_mtime_ns}
     try:
-        found = json.loads((folder / STAMP).read_text())
-    except (OSError, ValueError):
-        found = None
-    try:
-        if found != stamp:
+        if _stamp_of(folder) != stamp:
             _unpack(path, folder, stamp, prediction_type)
         elif prediction_type:
             schedule = _schedule(dict(_tensors(path)), path, _is_sd2(folder), prediction_type)
@@ -87,6 +84,13 @@ def place_of(folder: Path, component: str) -> str:
     if not (folder / STAMP).is_file():
         return f"{folder / component}: folder not found"
     return f"{directory.read_json(folder / STAMP)['file']}: has no such part"
+
+
+def _stamp_of(folder: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads((folder / STAMP).read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def _unpack(
@@ -111,25 +115,31 @@ def _unpack(
     check_parts(modules, path)
     if is_sd2 and schedule.prediction_type == "v_prediction":
         configs["unet"]["sample_size"] = 96
-    new = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(new, ignore_errors=True)
-    for name, config in configs.items():
-        directory.write_json(new / name / "config.json", config)
-        own = parts[name]
-        safetensors_io.write_streamed(
-            new / name / f"{directory.WEIGHT_STEMS[name]}.safetensors",
-            {key: tensor.outline() for key, tensor in own.items()},
-            lambda key, own=own: own[key].load(),
-            {"format": "pt"},
-        )
-    _write_schedule(new, schedule)
-    tokenizers = [n.replace("text_encoder", "tokenizer") for n in modules if n.startswith("text")]
-    is_xl = "addition_embed_type" in configs["unet"]
-    index = loading.model_index(modules, tokenizers, schedule, is_xl)
-    directory.write_json(new / "model_index.json", index)
-    directory.write_json(new / STAMP, stamp)
-    shutil.rmtree(folder, ignore_errors=True)
-    new.replace(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Of its own name: several processes of one host may unpack the same file at once.
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as place:
+        new = Path(place) / "base"
+        for name, config in configs.items():
+            directory.write_json(new / name / "config.json", config)
+            own = parts[name]
+            safetensors_io.write_streamed(
+                new / name / f"{directory.WEIGHT_STEMS[name]}.safetensors",
+                {key: tensor.outline() for key, tensor in own.items()},
+                lambda key, own=own: own[key].load(),
+                {"format": "pt"},
+            )
+        _write_schedule(new, schedule)
+        tokenizers = [
+            n.replace("text_encoder", "tokenizer") for n in modules if n.startswith("text")
+        ]
+        is_xl = "addition_embed_type" in configs["unet"]
+        index = loading.model_index(modules, tokenizers, schedule, is_xl)
+        directory.write_json(new / "model_index.json", index)
+        directory.write_json(new / STAMP, stamp)
+        if _stamp_of(folder) == stamp:  # another process was first, and may be reading it
+            return
+        shutil.rmtree(folder, ignore_errors=True)
+        new.replace(folder)
     print(f"{path}: {' '.join(configs)}, predicts {schedule.prediction_type}; unpacked to {folder}")
 
 
