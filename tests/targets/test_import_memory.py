@@ -15,7 +15,7 @@ LIMIT = 2**31
 PROGRAM = """
 import itertools, resource, sys
 from pathlib import Path
-from hyperlora_jax.data import lora_import, lora_sources
+from hyperlora_jax.targets import lora_import, lora_sources
 sys.path.insert(0, "tools")
 from bench_data import w2w_spec
 matrix, out, num_rows = sys.argv[1], sys.argv[2], int(sys.argv[3])
