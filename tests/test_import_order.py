@@ -40,6 +40,7 @@ ROOMS = [
     "distill",
     "generate",
     "refine",
+    "runtime",
     "evaluate",
     "demo",
     "cli",

@@ -27,11 +27,13 @@ def add_output(parser: argparse.ArgumentParser, metavar: str, help: str) -> None
     parser.add_argument("old_out", nargs="?", help=argparse.SUPPRESS)
 
 
-def add_format(parser: argparse.ArgumentParser, **options: Any) -> None:
-    """--format of written LoRAs, --to in older versions."""
+def add_format(
+    parser: argparse.ArgumentParser, choices: Sequence[str] = (), **options: Any
+) -> None:
+    """--format of what is written (LoRAs unless told otherwise), --to in older versions."""
     from hyperlora_jax.lora_files.writing import FORMATS
 
-    parser.add_argument("--format", "--to", choices=FORMATS, **options)
+    parser.add_argument("--format", "--to", choices=choices or FORMATS, **options)
 
 
 def parse(name: str, summary: str, module: ModuleType, given: Sequence[str]) -> argparse.Namespace:

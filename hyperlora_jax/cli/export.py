@@ -1,6 +1,7 @@
-"""`hyperlora export`: the newest checkpoint of a workdir as files that others read.
+"""`hyperlora export`: what was trained, as files that others read.
 
-A `pretrain` workdir becomes a diffusers directory, a `train` workdir a hypernetwork folder.
+pretrain workdir                        diffusers   a folder of diffusers (the default)
+train workdir or hypernetwork folder    jax         a hypernetwork folder (the default)
 """
 
 import argparse
@@ -11,22 +12,33 @@ from etils import epath
 
 from hyperlora_jax import storage
 from hyperlora_jax.array_types import Params
+from hyperlora_jax.cli import arguments
 from hyperlora_jax.errors import UserError
 
 if TYPE_CHECKING:
     from hyperlora_jax.hypernet.hypernetwork import Hypernetwork
 
+OF_BASES = ("diffusers",)
+OF_HYPERNETWORKS = ("jax",)
+FORMATS = (*OF_HYPERNETWORKS, *OF_BASES)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Workdir and output folder."""
-    from hyperlora_jax.cli import arguments
-
-    parser.add_argument("workdir", help="workdir of `hyperlora pretrain` or `hyperlora train`")
+    """What to export, output folder, format."""
+    parser.add_argument(
+        "workdir", metavar="WORKDIR", help="of `hyperlora pretrain` or `hyperlora train`, "
+        "or a hypernetwork folder",
+    )  # fmt: skip
     arguments.add_output(parser, "DIR", "folder to write")
+    arguments.add_format(
+        parser, FORMATS, help="default: jax of a hypernetwork, diffusers of a base"
+    )
     parser.add_argument(
         "--step", type=_step, help="checkpoint: its step, or `best`; default: the newest"
     )
-    parser.add_argument("--dtype", choices=("float16", "float32"), default="float16")
+    parser.add_argument(
+        "--dtype", choices=("float16", "float32"), default="float16", help="of a base"
+    )
     parser.add_argument(
         "--encoder", metavar="PATH", help="of a hypernetwork: condition encoder, where it was moved"
     )
@@ -40,24 +52,23 @@ def run(args: argparse.Namespace) -> int:
     """Writes the folder."""
     import ml_collections
 
+    from hyperlora_jax.hypernet.hypernetwork import Hypernetwork, is_stored
     from hyperlora_jax.train.checkpoints import restore_params
 
-    workdir = epath.Path(args.workdir)
+    workdir, out = epath.Path(args.workdir), epath.Path(args.out)
+    if is_stored(workdir):
+        hyper = Hypernetwork.restore(workdir, args.encoder)
+        _write_hypernetwork(hyper, out, args)
+        print(f"wrote {out}")
+        return 0
     params, meta = restore_params(workdir, args.step)
     config = ml_collections.ConfigDict(meta["config"])
-    out = epath.Path(args.out)
-    if config.get("task") == "unet":
-        from hyperlora_jax.stable_diffusion.embedded import load_base
-
-        with storage.writing(out, storage.scratch(workdir)) as folder:
-            load_base(config.base).replace_params(params).save_pretrained(folder, dtype=args.dtype)
-    elif "unet" in params:
-        from hyperlora_jax.pretrain.pretraining import assemble
-
-        with storage.writing(out, storage.scratch(workdir)) as folder:
-            assemble(config, workdir, params).save_pretrained(folder, dtype=args.dtype)
+    if config.get("task") == "unet" or "unet" in params:
+        _check_format(args, OF_BASES, "a base model")
+        _write_base(workdir, config, params, out, args.dtype)
     elif "spec" in meta["facts"] and "encoder" in meta["facts"]:
-        _hypernetwork(workdir, config, params, meta, args.encoder).save(out)
+        hyper = _hypernetwork(workdir, config, params, meta, args.encoder)
+        _write_hypernetwork(hyper, out, args)
     else:
         raise UserError(
             f"{args.workdir}: its checkpoint holds {', '.join(sorted(params))}; expected the "
@@ -65,6 +76,33 @@ def run(args: argparse.Namespace) -> int:
         )
     print(f"wrote {out} (step {meta['step']})")
     return 0
+
+
+def _check_format(args: argparse.Namespace, known: tuple[str, ...], what: str) -> None:
+    if args.format not in (None, *known):
+        raise UserError(
+            f"--format {args.format}: {args.workdir} holds {what}, expected {' or '.join(known)}"
+        )
+
+
+def _write_base(
+    workdir: epath.Path, config: Any, params: Params, out: epath.Path, dtype: str
+) -> None:
+    with storage.writing(out, storage.scratch(workdir)) as folder:
+        if config.get("task") == "unet":
+            from hyperlora_jax.stable_diffusion.embedded import load_base
+
+            base = load_base(config.base).replace_params(params)
+        else:
+            from hyperlora_jax.pretrain.pretraining import assemble
+
+            base = assemble(config, workdir, params)
+        base.save_pretrained(folder, dtype=dtype)
+
+
+def _write_hypernetwork(hyper: "Hypernetwork", out: epath.Path, args: argparse.Namespace) -> None:
+    _check_format(args, OF_HYPERNETWORKS, "a hypernetwork")
+    hyper.save(out)
 
 
 def _hypernetwork(

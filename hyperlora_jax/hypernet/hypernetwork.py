@@ -385,9 +385,14 @@ def _embedded(encode: Callable[[Array], Any], references: Array) -> tuple[Array,
     )
 
 
+def is_stored(folder: epath.Path) -> bool:
+    """Whether a folder is one that `Hypernetwork.save` wrote, by the names of its files."""
+    return (folder / "model.safetensors").exists() and (folder / "config.json").exists()
+
+
 def _find(path: epath.Path) -> epath.Path:
     for folder in (path, path / FOLDER):
-        if (folder / "model.safetensors").exists() and (folder / "config.json").exists():
+        if is_stored(folder):
             return folder
     state = "has none" if path.exists() else "does not exist"
     raise UserError(

@@ -34,6 +34,7 @@ AVATARS = ["--config", "avatars", "--workdir", "nowhere"]
         (["generate", "--checkpoint", "x", "--reference"], "expected at least one argument"),
         (["sample", "tiny-sd", "--prompt", "a", "--num_steps", "x"], "invalid int value: 'x'"),
         (["convert", "a", "--out", "b", "--format", "zip"], "invalid choice: 'zip'"),
+        (["export", "runs/me", "--out", "b", "--to", "zip"], "invalid choice: 'zip'"),
         (["inspect", "configs", "--frob"], "unrecognized arguments: --frob"),
         (["merge", "a=1", "--uot", "x"], "the following arguments are required: --out"),
         (["train", *AVATARS, "--workdir=hyperlora_jax/assets"], "lies in the installed package"),

@@ -1,0 +1,1 @@
+"""What leaves JAX: programs and files that PyTorch and ONNX Runtime run."""
