@@ -99,7 +99,7 @@ def _folder(args: argparse.Namespace, base) -> list:
 def _verify(base: str, done: list, drop: list[str]) -> None:
     from tqdm import tqdm
 
-    from hyperlora_jax.lora_files.algebra import other_layers
+    from hyperlora_jax.lora_files.keys import other_layers
     from hyperlora_jax.lora_files.reading import load_lora, read_tensors
     from hyperlora_jax.lora_files.verify import load_modules, verify, verify_source
 

@@ -23,25 +23,29 @@ def run(args: argparse.Namespace) -> int:
     from hyperlora_jax.lora_files.header import FAMILIES
 
     found = inspect_lora(args.path, single_files.folder_of(args.base))
-    ranks = sorted({site["rank"] for site in found["sites"]})
-    print(f"{'kind':<12}LoRA, {found['form']} keys, {found['family']} ({found['evidence']})")
+    ranks = sorted({site["rank"] for site in found["sites"] if site["rank"] is not None})
+    told = f"{found['form']} keys, {found['family']} ({found['evidence']})"
+    print(f"{'kind':<12}{found['kind']}, {told}")
     print(f"{'sites':<12}{len(found['sites'])}, {found['num_parameters']:,} numbers")
-    print(f"{'ranks':<12}{', '.join(map(str, ranks))}")
+    print(f"{'ranks':<12}{', '.join(map(str, ranks)) or 'none (whole matrices)'}")
     print(f"{'dtypes':<12}{', '.join(found['dtypes'])}")
-    print(f"{'delta norm':<12}{found['norm']:.4g}")
-    print(f"{'spectrum':<12}{found['effective_rank']:.2f} effective rank on average")
-    print(f"{'spec':<12}{found['fingerprint'][:12]}")
+    if "norm" in found:
+        print(f"{'delta norm':<12}{found['norm']:.4g}")
+        print(f"{'spectrum':<12}{found['effective_rank']:.2f} effective rank on average")
+        print(f"{'spec':<12}{found['fingerprint'][:12]}")
     for key, text in sorted(found["metadata"].items()):
         print(f"  {key} = {text[:100]}")
     for note in found["notes"]:
         print(f"note: {note}")
     if args.sites:
         for site in found["sites"]:
-            values = " ".join(f"{value:.3g}" for value in site["singular_values"][:6])
-            print(f"  {site['path']}  {site['size']}  rank {site['rank']}  σ {values}")
-    print("loads in")
-    rows = [compatibility.ToolReport(**row) for row in found["tools"]]
-    print("\n".join(compatibility.lines(rows, len(found["sites"]))))
+            sigmas = [f"{value:.3g}" for value in site.get("singular_values", ())[:6]]
+            size = f"  {site['size']}" if "size" in site else f"  {site['kind']}"
+            print(f"  {site['path']}{size}  rank {site['rank']}  {' '.join(['σ', *sigmas])}")
+    if found["tools"]:
+        print("loads in")
+        rows = [compatibility.ToolReport(**row) for row in found["tools"]]
+        print("\n".join(compatibility.lines(rows, len(found["sites"]))))
     if args.verify:
         from hyperlora_jax.lora_files.reading import load_lora
         from hyperlora_jax.lora_files.verify import load_modules, verify_source

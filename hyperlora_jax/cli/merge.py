@@ -112,8 +112,11 @@ def _family(paths: Sequence[str], headers: Sequence[Mapping[str, str]], spec) ->
 
     said = {}
     for path, header in zip(paths, headers, strict=True):
-        if found := family.declared(header):
-            said.setdefault(found[0], path)
+        try:
+            if found := family.declared(header):
+                said.setdefault(found[0], path)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
     if len(said) > 1:
         both = ", ".join(f"{path} is for {name}" for name, path in said.items())
         raise UserError(f"{both}; LoRAs of different families cannot be merged")

@@ -27,7 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num_steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, help="default: the base's own, mostly 7.5")
     parser.add_argument(
-        "--sampler", help="ddim, euler, euler_a, dpmpp_2m, lcm or tcd; default: the base's own"
+        "--sampler",
+        help="ddim, euler, euler_a, dpmpp_2m, pndm, unipc, lcm or tcd; default: the base's own",
     )
     parser.add_argument(
         "--clip_skip",

@@ -53,11 +53,15 @@ def read_config(workdir: epath.PathLike) -> ml_collections.ConfigDict | None:
     try:
         if not file.exists():
             return None
-        return ml_collections.ConfigDict(_with_tuples(json.loads(file.read_text())["config"]))
+        content = json.loads(file.read_text())
+    except ValueError:
+        content = None
     except Exception as error:  # a bucket's file system has errors of its own
-        raise UserError(
-            f"{file}: found {storage.reason(error)}, expected the config of a run"
-        ) from error
+        raise UserError(f"{file}: cannot be read ({storage.reason(error)})") from error
+    own = content.get("config") if isinstance(content, dict) else None
+    if not isinstance(own, dict):
+        raise UserError(f'{file}: found no JSON object with a "config", expected that of a run')
+    return ml_collections.ConfigDict(_with_tuples(own))
 
 
 def run_config(

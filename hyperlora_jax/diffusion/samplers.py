@@ -52,10 +52,56 @@ def ddim(
     """Deterministic DDIM from `noise` (standard normal) to x0: (1)."""
     del draw
     timesteps = timesteps_of(schedule, num_steps)
-    previous = timesteps - schedule.num_train_timesteps // num_steps
-    final = 1.0 if schedule.set_alpha_to_one else schedule.alphas_cumprod[0]
-    alphas = np.where(previous >= 0, schedule.alphas_cumprod[np.maximum(previous, 0)], final)
+    alphas = _powers_after(schedule, timesteps - schedule.num_train_timesteps // num_steps)
     return _mixed(denoise, schedule, noise, timesteps, (np.sqrt(alphas), np.sqrt(1.0 - alphas)))
+
+
+def pndm(
+    denoise: Denoiser,
+    schedule: NoiseSchedule,
+    noise: Float[Array, "b ..."],
+    num_steps: int,
+    draw: Draw | None = None,
+) -> Float[Array, "b ..."]:
+    """Pseudo linear multistep from `noise` to x0 (Liu et al. 2022, without Runge-Kutta steps): DDIM
+    steps along a mean of the latest predictions, which from the fourth on is
+
+    (8) (55 p0 - 59 p1 + 37 p2 - 9 p3) / 24
+
+    The first step is taken twice, then with the mean of both its ends: one call more than steps.
+    """
+    del draw
+    timesteps, total = timesteps_of(schedule, num_steps), schedule.num_train_timesteps
+    ratio = total // num_steps
+    seen = np.concatenate([timesteps[:2], timesteps[1:]])
+    begin = np.concatenate([timesteps[:1], timesteps[1:2] + ratio, timesteps[1:]])
+    after = np.sqrt(_powers_after(schedule, begin - ratio))
+    weights = [[24, 0, 0, 0], [12, 12, 0, 0], [36, -12, 0, 0], [46, -32, 10, 0]]
+    weights = np.float64([*weights, *[[55, -59, 37, -9]] * num_steps])[: len(seen)] / 24
+
+    def step(carry, inputs):
+        number, timestep, start, weight, signal, sigma = inputs
+        x, before = carry
+        now = denoise(x, jnp.full((x.shape[0],), timestep)).astype(jnp.float32)
+        latest = jnp.concatenate([now[None], before])
+        again = number == 1
+        x, times = jnp.where(again, noise, x), jnp.full((x.shape[0],), start)
+        prediction = jnp.tensordot(weight, latest, 1)
+        x0 = to_x0(schedule, prediction, x, times)
+        x = signal * x0 + sigma * to_eps(schedule, prediction, x, times)
+        return (x, jnp.where(again, before, latest[:3])), None
+
+    noise = noise.astype(jnp.float32)
+    times = (jnp.asarray(seen), jnp.asarray(np.minimum(begin, total - 1)))
+    mix = _float32(weights, after, np.sqrt(1 - after**2))
+    start = (noise, jnp.zeros((3, *noise.shape), jnp.float32))
+    return lax.scan(step, start, (jnp.arange(len(seen)), *times, *mix))[0][0]
+
+
+def _powers_after(schedule: NoiseSchedule, previous: np.ndarray) -> np.ndarray:
+    """Signal power at the timesteps that steps lead to; what lies before 0 is the final one."""
+    final = 1.0 if schedule.set_alpha_to_one else schedule.alphas_cumprod[0]
+    return np.where(previous >= 0, schedule.alphas_cumprod[np.maximum(previous, 0)], final)
 
 
 def ancestral(
@@ -250,32 +296,76 @@ def dpmpp_2m(
     (3) x_prev = s_prev / s x - a_prev (exp(-h) - 1) (x0 + (x0 - x0_before) / (2 r))
     """
     del draw
+    return _multistep(denoise, schedule, noise, num_steps, corrects=False)
+
+
+def unipc(
+    denoise: Denoiser,
+    schedule: NoiseSchedule,
+    noise: Float[Array, "b ..."],
+    num_steps: int,
+    draw: Draw | None = None,
+) -> Float[Array, "b ..."]:
+    """UniPC of order two (Zhao et al. 2023, B(h) = exp(h) - 1): steps (3), and once x0 is known at
+    the end of one, the step is taken again along
+
+    (9) x0_begin + p (x0_before - x0_begin) + q (x0_end - x0_begin)
+    """
+    del draw
+    return _multistep(denoise, schedule, noise, num_steps, corrects=True)
+
+
+def _multistep(
+    denoise: Denoiser, schedule: NoiseSchedule, noise: Array, num_steps: int, corrects: bool
+) -> Array:
     timesteps = _dpm_timesteps(schedule, num_steps)
     sigmas = sigmas_at(schedule, timesteps)
     signal = 1 / np.sqrt(sigmas**2 + 1)
     with np.errstate(divide="ignore", invalid="ignore"):
         h = -np.diff(np.log(sigmas))  # lambda = -log(sigma); the last is infinite
-        correction = 0.5 * h[1:] / h[:-1]
-    correction = np.append(0.0, correction)
-    correction[-1] = 0.0
+        half = 0.5 * h[1:] / h[:-1]
+    half = np.append(0.0, half)
+    half[-1] = 0.0
+    keep = (sigmas * signal)[1:] / (sigmas * signal)[:-1]
+    gain = -signal[1:] * np.expm1(-h)
+    # Of the step before, which the corrector takes again.
+    again = np.insert(_corrections(h), 0, 0.0, axis=0)
     inputs = _float32(
-        timesteps,
-        sigmas[:-1],
-        (sigmas * signal)[1:] / (sigmas * signal)[:-1],
-        -signal[1:] * np.expm1(-h),
-        correction,
-    )
+        timesteps, sigmas[:-1], keep, gain, half,
+        np.insert(keep[:-1], 0, 1.0), np.insert(gain[:-1], 0, 0.0), *again.T,
+    )  # fmt: skip
 
     def step(carry, inputs):
-        x, before = carry
-        timestep, sigma, keep, gain, correct = inputs
+        x, begin, before, last = carry
+        timestep, sigma, keep, gain, half, keep_again, gain_again, p, q = inputs
         times = jnp.full(noise.shape[:1], timestep)
         prediction = denoise(x, times).astype(jnp.float32)
         x0 = _denoised(schedule, prediction, x, sigma)
-        return (keep * x + gain * (x0 + correct * (x0 - before)), x0), None  # (3)
+        if corrects:
+            x = keep_again * last + gain_again * (
+                begin + p * (before - begin) + q * (x0 - begin)
+            )  # (9)
+        return (keep * x + gain * (x0 + half * (x0 - begin)), x0, begin, x), None  # (3)
 
     start = noise.astype(jnp.float32)
-    return lax.scan(step, (start, jnp.zeros_like(start)), inputs)[0][0]
+    nothing = jnp.zeros_like(start)
+    return lax.scan(step, (start, nothing, nothing, start), inputs)[0][0]
+
+
+def _corrections(h: np.ndarray) -> Float[np.ndarray, "s1 2"]:
+    """p and q of (9) for every step but the last, of the widths h in lambda."""
+    found = np.zeros((len(h) - 1, 2))
+    for k, width in enumerate(-h[:-1]):
+        one = np.expm1(width)
+        two = one / width - 1
+        if k == 0:
+            found[k] = 0.0, 0.5
+        else:
+            ratio = -h[k - 1] / h[k]
+            right = two / one, (two / width - 0.5) * 2 / one
+            found[k] = np.linalg.solve([[1.0, 1.0], [ratio, 1.0]], right)
+            found[k, 0] /= ratio
+    return found
 
 
 def _dpm_timesteps(schedule: NoiseSchedule, num_steps: int) -> np.ndarray:
@@ -300,6 +390,8 @@ SAMPLERS: dict[str, Callable] = {
     "euler": euler,
     "euler_a": euler_a,
     "dpmpp_2m": dpmpp_2m,
+    "pndm": pndm,
+    "unipc": unipc,
     "lcm": lcm,
     "tcd": tcd,
 }

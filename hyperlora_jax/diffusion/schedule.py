@@ -22,11 +22,16 @@ from hyperlora_jax.errors import UserError
 _BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 _PREDICTIONS = ("epsilon", "v_prediction", "sample")
 _SPACINGS = ("leading", "trailing", "linspace")
-# Classes of diffusers whose bases need their own sampler: DDIM does not stand for it.
+# Classes of diffusers and the sampler that draws what they draw.
 SAMPLER_OF = {
-    "LCMScheduler": "lcm",
-    "TCDScheduler": "tcd",
+    "DDIMScheduler": "ddim",
+    "DPMSolverMultistepScheduler": "dpmpp_2m",
     "EulerAncestralDiscreteScheduler": "euler_a",
+    "EulerDiscreteScheduler": "euler",
+    "LCMScheduler": "lcm",
+    "PNDMScheduler": "pndm",
+    "TCDScheduler": "tcd",
+    "UniPCMultistepScheduler": "unipc",
 }
 
 
@@ -90,13 +95,19 @@ class NoiseSchedule:
         """scheduler_config.json as diffusers' class of `sampler` reads it."""
         values = dataclasses.asdict(self)
         sampler = values.pop("sampler")
-        kind = next((name for name, own in SAMPLER_OF.items() if own == sampler), "DDIMScheduler")
-        config = {"_class_name": kind, "clip_sample": False, **values}
+        kind = next(name for name, own in SAMPLER_OF.items() if own == sampler)
+        config = {"_class_name": kind, **values}
         if sampler not in ("lcm", "tcd"):
             del config["original_inference_steps"], config["timestep_scaling"]
-        if sampler == "euler_a":
-            del config["clip_sample"], config["set_alpha_to_one"]
-        config["timestep_spacing"] = self.timestep_spacing or "leading"
+        if sampler in ("ddim", "lcm", "tcd"):
+            config["clip_sample"] = False
+        elif sampler == "pndm":
+            config["skip_prk_steps"] = True
+        else:
+            del config["set_alpha_to_one"]
+        if self.timestep_spacing is None:
+            own = "linspace" if sampler in ("dpmpp_2m", "euler", "euler_a", "unipc") else "leading"
+            config["timestep_spacing"] = own
         return config
 
     @functools.cached_property

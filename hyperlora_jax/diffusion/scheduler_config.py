@@ -58,7 +58,8 @@ REFUSED: dict[str, tuple[Any, ...]] = {
 }
 # Key -> values with which PyTorch draws what we draw; with others it draws something a little
 # different, which is said. A second entry names the classes that the key concerns.
-_DPM = ("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler")
+_DPM = ("DPMSolverMultistepScheduler",)
+_PC = ("UniPCMultistepScheduler",)
 NOT_HONOURED: dict[str, tuple[tuple[Any, ...], tuple[str, ...]]] = {
     "clip_sample": ((False,), ()),
     "thresholding": ((False,), ()),
@@ -69,19 +70,21 @@ NOT_HONOURED: dict[str, tuple[tuple[Any, ...], tuple[str, ...]]] = {
     "final_sigmas_type": (("zero",), ()),
     "interpolation_type": (("linear",), ()),
     "euler_at_final": ((False,), ()),
-    "solver_order": ((2,), _DPM),
-    "solver_type": (("midpoint",), _DPM),
+    "solver_order": ((2,), _DPM + _PC),
+    "solver_type": (("midpoint", "bh2"), _DPM + _PC),  # PyTorch takes each class' own for the other
     "algorithm_type": (("dpmsolver++",), _DPM),
-    "lower_order_final": ((True,), _DPM),
+    "lower_order_final": ((True,), _DPM + _PC),
+    "predict_x0": ((True,), _PC),
+    "disable_corrector": (([],), _PC),
+    "skip_prk_steps": ((True,), ("PNDMScheduler",)),
 }
 # Without effect by themselves (the range of a clipping that is off), or settings of a sampler that
-# is not drawn with here: only the classes of `SAMPLER_OF` choose the sampler.
+# is not drawn with here: `SAMPLER_OF` has those that are.
 HARMLESS = frozenset(
     {
-        "clip_sample_range", "corrector_order", "disable_corrector", "dynamic_thresholding_ratio",
-        "flow_shift", "lambda_min_clipped", "noise_sampler_seed", "predict_x0", "predictor_order",
-        "sample_max_value", "skip_prk_steps", "solver_p", "tau_func", "time_shift_type",
-        "variance_type",
+        "clip_sample_range", "corrector_order", "dynamic_thresholding_ratio", "flow_shift",
+        "lambda_min_clipped", "noise_sampler_seed", "predictor_order", "sample_max_value",
+        "solver_p", "tau_func", "time_shift_type", "variance_type",
     }
 )  # fmt: skip
 HONOURED = tuple(f.name for f in dataclasses.fields(NoiseSchedule) if f.name != "sampler")
@@ -102,6 +105,10 @@ def read_scheduler_config(config: Mapping[str, Any]) -> NoiseSchedule:
         )
     values = dict(CLASSES.get(kind, {}))
     values["sampler"] = SAMPLER_OF.get(kind or "", "ddim")
+    if kind is not None and kind not in SAMPLER_OF:
+        log.warning("scheduler: no sampler draws as %s does, pictures are drawn with ddim", kind)
+    if kind == "PNDMScheduler":  # without the key it takes Runge-Kutta steps
+        config = {"skip_prk_steps": False, **config}
     for key, value in config.items():
         if key.startswith("_") or value is None:
             continue

@@ -10,7 +10,7 @@ import math
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +135,7 @@ def plain_tensors(
     `base` is a `BaseModel` or a StableDiffusion. Raises UserError for layers it has not, and for
     tensors that do not fit them.
     """
-    groups = other_layers(tensors)
+    groups = keys.other_layers(tensors)
     if not groups:
         return dict(tensors)
     layers = layers_per_block_of(base)
@@ -158,7 +158,7 @@ def plain_tensors(
     if missing := [stem for stem, site in paths.items() if site not in errors]:
         raise UserError(f"{path}: LoRA of another base: it has no layer for {missing[0]!r}")
     worst = max(errors, key=errors.__getitem__)
-    kinds = " and ".join(sorted({_other_kind(group) for group in groups.values()}))
+    kinds = " and ".join(sorted({keys.other_kind(group) for group in groups.values()}))
     print(
         f"note: {path}: {kinds} of {len(groups)} layers became a LoRA of rank "
         f"{rank or other_kinds.DEFAULT_RANK}; relative error of the change: mean "
@@ -166,25 +166,6 @@ def plain_tensors(
         file=sys.stderr,
     )
     return result
-
-
-def other_layers(names: Iterable[str]) -> dict[str, dict[str, str]]:
-    """{stem: {part: key}} of a file's layers that are no plain LoRA, of LoHa, LoKr and DoRA."""
-    groups: dict[str, dict[str, str]] = {}
-    for key in names:
-        if found := keys.split_role(key):
-            stem, role = found
-            part = role if role in keys.PLAIN else key[len(stem) + 1 :]
-            groups.setdefault(stem, {})["magnitude" if role == "DoRA" else part] = key
-    return {stem: group for stem, group in groups.items() if _other_kind(group)}
-
-
-def _other_kind(parts: Mapping[str, str]) -> str:
-    """ "LoHa", "LoKr" or "DoRA", by the tensors of a layer; "" for a plain LoRA."""
-    if "magnitude" in parts:
-        return "DoRA"
-    start = next((part[:4] for part in parts if part[:5] in ("hada_", "lokr_")), "")
-    return {"hada": "LoHa", "lokr": "LoKr", "": ""}[start]
 
 
 def _change(

@@ -59,13 +59,29 @@ def read_base_model(path: str | Path) -> BaseModel:
 
 
 def _config(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise UserError(f"{folder}: folder not found, expected {what_is_there(folder.parent)}")
+    return _json(folder / "config.json")
+
+
+def _json(file: Path) -> dict[str, Any]:
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(
-            f"{folder}: no readable config.json, expected a diffusers model directory"
+            f"{file}: not readable, expected the config of a diffusers model"
         ) from error
-    return config if isinstance(config, dict) else {}
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: found {type(content).__name__}, expected a JSON object")
+    return content
+
+
+def what_is_there(root: Path) -> str:
+    """What was expected of a folder without a UNet, in the words of what it holds."""
+    kind = root / "model_index.json"
+    if kind.is_file() and (name := _json(kind).get("_class_name")):
+        return f"a Stable Diffusion 1.x, 2.x or XL model, found a {name}"
+    return "the UNet of a diffusers model directory"
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -73,7 +89,14 @@ def weight_files(folder: Path) -> list[Path]:
     files = sorted(folder.glob("*.safetensors"))
     plain = [file for file in files if file.name.count(".") == 1]
     if not files:
-        raise UserError(f"{folder}: no .safetensors file, expected model weights")
+        pickles = sorted(folder.glob("*.bin"))
+        other = (
+            f", found {pickles[0].name}; save_pretrained of diffusers or transformers writes it as "
+            "safetensors"
+        )
+        raise UserError(
+            f"{folder}: no .safetensors file, expected model weights{other if pickles else ''}"
+        )
     return plain or files
 
 

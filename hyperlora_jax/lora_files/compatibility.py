@@ -16,12 +16,13 @@ from typing import Any, Literal
 
 import numpy as np
 
+from hyperlora_jax.lora import other_kinds
 from hyperlora_jax.lora.sites import LoraSite, LoraSpec, site_factors
 from hyperlora_jax.lora_files import convert, keys
 from hyperlora_jax.lora_files import header as families
 from hyperlora_jax.lora_files.base_check import BaseModel, of_family
 from hyperlora_jax.lora_files.header import Family
-from hyperlora_jax.lora_files.reading import load_lora, read_tensors
+from hyperlora_jax.lora_files.reading import DROP_DIFFERENCES, load_lora, read_tensors
 
 Form = Literal[
     "kohya", "kohya-ldm", "diffusers", "old-diffusers", "comfy", "peft", "weights2weights"
@@ -307,22 +308,33 @@ def lines(rows: Iterable[ToolReport], total: int) -> list[str]:
 def inspect_lora(path: str | os.PathLike[str], base: str | None = None) -> dict[str, Any]:
     """JSON-able report: form, family, sites with singular values, norms, tools, header texts.
 
-    `base` is a diffusers directory or a family. Raises UserError for what is no readable LoRA.
+    `base` is a diffusers directory or a family. LoHa, LoKr and DoRA are shown as the LoRA that they
+    become on a directory, else their layers and ranks are. Raises UserError for what is no readable
+    LoRA.
     """
     given = convert.open_base(base)
     model = given if isinstance(given, BaseModel) else None
-    lora, spec = as_it_is = load_lora(path)
     tensors, metadata = read_tensors(Path(path))
-    family, evidence = families.tell(spec, metadata)
-    if given is not None:
+    others = keys.other_layers(tensors)
+    if others and model is None:
+        return _of_other_kinds(path, tensors, metadata, others)
+    lora, spec = load_lora(path, model, [DROP_DIFFERENCES])
+    if given is None:
+        family, evidence = convert.told(path, spec, metadata)
+    else:
         family = model.family if model else families.check(str(base), spec)
         evidence = "given"
-    lora, spec = load_lora(path, model) if model else of_family(path, lora, spec, family)
-    fits = spec == as_it_is[1] and _equal_dimensions(tensors)
-    rows = source_report(tensors, metadata, spec, family, fits)
+    if model is None:
+        lora, spec = of_family(path, lora, spec, family)
+    layers = model.layers_per_block if model else 2
+    rows = source_report(tensors, metadata, spec, family, _fits(tensors, spec, layers))
+    if others:
+        kinds = _kinds(others)
+        rows = [ToolReport(t, "untested", 0, (), f"never tried with {kinds}") for t in TOOLS]
     sites, squares, effective = _sites(lora, spec)
     return {
         "path": str(path),
+        "kind": _kinds(others) or "LoRA",
         "form": form_of(tensors),
         "family": family,
         "evidence": evidence,
@@ -338,14 +350,53 @@ def inspect_lora(path: str | os.PathLike[str], base: str | None = None) -> dict[
     }
 
 
-def _equal_dimensions(tensors: Mapping[str, np.ndarray]) -> bool:
-    """Whether both factors of every layer have as many dimensions."""
-    found: dict[str, set[int]] = {}
+def _kinds(others: Mapping[str, Mapping[str, str]]) -> str:
+    """ "LoHa", or "DoRA and LoKr"."""
+    return " and ".join(sorted({keys.other_kind(group) for group in others.values()}))
+
+
+def _of_other_kinds(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, np.ndarray],
+    metadata: dict[str, str],
+    others: Mapping[str, Mapping[str, str]],
+) -> dict[str, Any]:
+    """What names and shapes say of a file with layers that are no plain LoRA."""
+    sites = []
+    for stem, group in others.items():
+        parts = {part: tensors[key] for part, key in group.items()}
+        rank = other_kinds.rank_of(parts)
+        kind = keys.other_kind(group)
+        sites.append({"path": keys.canonical_path(stem) or stem, "kind": kind, "rank": rank})
+    told = families.declared(metadata)
+    return {
+        "path": str(path),
+        "kind": _kinds(others),
+        "form": form_of(tensors),
+        "family": told[0] if told else "base unknown",
+        "evidence": told[1] if told else "its header does not name one",
+        "num_parameters": sum(tensors[key].size for key in tensors if _is_factor(key)),
+        "sites": sites,
+        "dtypes": sorted({array.dtype.name for key, array in tensors.items() if _is_factor(key)}),
+        "metadata": metadata,
+        "notes": [
+            f"{_kinds(others)} is no plain LoRA; with --base DIR this shows the LoRA of rank "
+            f"{other_kinds.DEFAULT_RANK} that it becomes on that base and what that loses, and "
+            "convert --base DIR --rank N writes it"
+        ],
+        "tools": [],
+    }
+
+
+def _fits(tensors: Mapping[str, np.ndarray], spec: LoraSpec, layers_per_block: int) -> bool:
+    """Whether all factors have the number of dimensions that their layers have."""
     for key, array in tensors.items():
         role = keys.split_role(key)
         if role is not None and role[1] in ("down", "up"):
-            found.setdefault(role[0], set()).add(array.ndim)
-    return all(len(dimensions) == 1 for dimensions in found.values())
+            site = spec.by_path.get(keys.canonical_path(role[0], layers_per_block) or "")
+            if site is not None and array.ndim != (2 if site.kind == "linear" else 4):
+                return False
+    return True
 
 
 def _is_factor(key: str) -> bool:

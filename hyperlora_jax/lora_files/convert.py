@@ -5,7 +5,7 @@ import dataclasses
 import os
 import re
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ def convert_file(
     elif isinstance(base, str):
         family, evidence = families.check(base, spec), "given"
     else:
-        family, evidence = _told(source, spec, texts)
+        family, evidence = told(source, spec, texts)
     if model is None:
         lora, spec = of_family(source, lora, spec, family)
     from hyperlora_jax.lora import gauge
@@ -80,7 +80,10 @@ def convert_file(
     return Converted(source, written, spec, family, evidence)
 
 
-def _told(source: Path, spec: LoraSpec, texts: dict[str, str]) -> tuple[families.Family, str]:
+def told(
+    source: str | os.PathLike[str], spec: LoraSpec, texts: Mapping[str, str]
+) -> tuple[families.Family, str]:
+    """(family, evidence) of a file: see `header.tell`, whose errors get the file's name."""
     try:
         return families.tell(spec, texts)
     except UserError as error:

@@ -55,10 +55,12 @@ def declared(metadata: Mapping[str, str]) -> tuple[Family, str] | None:
     said: dict[Family, str] = {}
     for key, start, family in _DECLARED:
         if metadata.get(key, "").lower().startswith(start):
-            said.setdefault(family, f"its header says {key} = {metadata[key]}")
+            said.setdefault(family, f"{key} = {metadata[key]}")
     if len(said) > 1:
-        raise UserError(f"{' but '.join(said.values())}; name the base's family (--base sd1, …)")
-    return next(iter(said.items()), None)
+        raise UserError(
+            f"its header says {' but '.join(said.values())}; name the base's family (--base sd1, …)"
+        )
+    return next(((family, f"its header says {text}") for family, text in said.items()), None)
 
 
 def predicts_velocity(metadata: Mapping[str, str]) -> bool:

@@ -11,6 +11,7 @@ Forms of the UNet path P = down_blocks.0.attentions.0.transformer_blocks.0.attn1
 
 import functools
 import re
+from collections.abc import Iterable, Mapping
 
 from hyperlora_jax.lora.sites import TEXT_ENCODERS
 
@@ -109,6 +110,25 @@ def split_role(key: str) -> tuple[str, str] | None:
             stem = key[: match.start()]
             return (_unprocessed(stem, key), role) if key[match.start()] == "_" else (stem, role)
     return None
+
+
+def other_layers(names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """{stem: {part: key}} of a file's layers that are no plain LoRA, of LoHa, LoKr and DoRA."""
+    groups: dict[str, dict[str, str]] = {}
+    for key in names:
+        if found := split_role(key):
+            stem, role = found
+            part = role if role in PLAIN else key[len(stem) + 1 :]
+            groups.setdefault(stem, {})["magnitude" if role == "DoRA" else part] = key
+    return {stem: group for stem, group in groups.items() if other_kind(group)}
+
+
+def other_kind(parts: Mapping[str, str]) -> str:
+    """ "LoHa", "LoKr" or "DoRA", by the tensors of a layer; "" for a plain LoRA."""
+    if "magnitude" in parts:
+        return "DoRA"
+    start = next((part[:4] for part in parts if part[:5] in ("hada_", "lokr_")), "")
+    return {"hada": "LoHa", "lokr": "LoKr", "": ""}[start]
 
 
 def _unprocessed(stem: str, key: str) -> str:

@@ -196,7 +196,7 @@ Entry = tuple[np.dtype, tuple[int, ...], int]  # dtype, shape, byte of the file 
 MAX_HEADER_BYTES = 100_000_000
 OWN_MARK, OWN_HASH, KOHYA_HASH = "hyperlora.spec", "hyperlora.sha256", "sshs_model_hash"
 _OTHER_KINDS = (
-    (b"PK\x03\x04", "a zip archive (a PyTorch pickle or .npz)"),
+    (b"PK\x03\x04", "a zip archive (a PyTorch pickle, which may run code when it is read)"),
     (b"\x80", "a Python pickle"),
     (b"GGUF", "a GGUF file"),
     (b"\x89PNG", "a PNG picture"),
@@ -374,13 +374,17 @@ def _bytes(path: str | os.PathLike[str]) -> bytes | mmap.mmap:
         raise UserError(f"{path}: cannot be read ({reason})") from error
 
 
+def other_kind(data: bytes | mmap.mmap) -> str:
+    """What a file is that begins with these bytes, in words; "" for none of the known kinds."""
+    return next((kind for magic, kind in _OTHER_KINDS if data[: len(magic)] == magic), "")
+
+
 def _header(
     path: str | os.PathLike[str], data: bytes | mmap.mmap
 ) -> tuple[Layout, dict[str, str], int]:
     """(layout, metadata, first byte of the data)."""
-    for magic, kind in _OTHER_KINDS:
-        if data[: len(magic)] == magic and data[8:9] != b"{":
-            raise UserError(f"{path}: {kind}, expected a .safetensors file")
+    if data[8:9] != b"{" and (kind := other_kind(data)):
+        raise UserError(f"{path}: {kind}, expected a .safetensors file")
     if len(data) < 10:
         raise UserError(f"{path}: {len(data)} bytes are too few for a .safetensors file")
     size = int.from_bytes(data[:8], "little")

@@ -14,12 +14,14 @@ SYSTEM = {
     *("@eadir", "__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "#recycle"),
     *("system volume information", "lost+found"),
 }
+DOUBLE = "._"  # starts the names of what macOS keeps beside the files of other file systems
 DEEPEST = 3  # levels below a folder that are searched for pictures that nobody reads
 
 
 @dataclasses.dataclass(frozen=True)
 class Listing:
-    """Names in a folder, sorted: pictures, folders, other files (dead links too)."""
+    """Names in a folder, sorted: pictures, folders, other files (dead links and macOS' AppleDouble
+    companions too)."""
 
     pictures: tuple[str, ...]
     folders: tuple[str, ...]
@@ -32,13 +34,15 @@ def list_folder(folder: Path) -> Listing:
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
-                if entry.name.startswith(".") or entry.name.lower() in SYSTEM:
+                double = entry.name.startswith(DOUBLE) and not entry.is_dir()
+                if entry.name.lower() in SYSTEM or (entry.name.startswith(".") and not double):
                     continue
                 if entry.is_dir():
                     kind = "folders"
                 else:
                     readable = entry.name.lower().endswith(pictures.SUFFIXES)
-                    kind = "pictures" if readable and entry.is_file() else "others"
+                    sound = readable and not double and entry.is_file()
+                    kind = "pictures" if sound else "others"
                 found[kind].append(entry.name)
     except OSError as error:
         raise UserError(f"{folder}: cannot be listed ({error.strerror})") from None
@@ -61,5 +65,17 @@ def pictures_below(folder: Path, names: Iterable[str], depth: int = DEEPEST) -> 
 
 def counted(names: Iterable[str]) -> str:
     """Files by suffix, the most frequent first: ".heic 3, .psd 1"."""
-    kinds = collections.Counter(PurePath(name).suffix.lower() or "no suffix" for name in names)
+    kinds = collections.Counter(map(_kind, names))
     return ", ".join(f"{kind} {count}" for kind, count in kinds.most_common())
+
+
+def way_out(names: Iterable[str]) -> str:
+    """What to do about those of the files that are pictures nobody here reads; "" without any."""
+    foreign = sorted(pictures.UNREAD & set(map(_kind, names)))
+    return f"; save {' '.join(foreign)} as .jpg or .png to have them read" if foreign else ""
+
+
+def _kind(name: str) -> str:
+    if PurePath(name).name.startswith(DOUBLE):
+        return "AppleDouble ._*"
+    return PurePath(name).suffix.lower() or "no suffix"

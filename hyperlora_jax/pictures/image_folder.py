@@ -90,7 +90,8 @@ def open_image_folder(path: str | Path) -> list[SubjectFolder]:
     rows = _rows(path, top)
     if top.pictures:
         subjects = [_subject(path, top, rows)]
-        notes = _not_read(subjects, (), folder_listing.pictures_below(path, top.folders), ())
+        inside = folder_listing.pictures_below(path, top.folders)
+        notes = _not_read(subjects, (), inside, _without(top.folders, inside))
         notes += _metadata_above(subjects[0])
     else:
         shared = _by_folder(path, rows, full)
@@ -104,9 +105,11 @@ def open_image_folder(path: str | Path) -> list[SubjectFolder]:
             if listing.folders
             for way in folder_listing.pictures_below(path / name, listing.folders)
         ]
-        empty = [name for name in below if name not in full and name not in captions.FILES]
+        empty = [name for name in below if name not in full]
         files = [name for name in top.others if name not in captions.FILES]
         files += [file for name in empty for file in below[name].others]
+        nested = [f"{name}/{folder}" for name in full for folder in below[name].folders]
+        empty += _without(nested, inside)
         notes = _not_read(subjects, files, inside, empty)
     if notes:
         print(f"note: {path}: not read: {'; '.join(notes)}", file=sys.stderr)
@@ -232,7 +235,8 @@ def _not_read(
     parts = []
     files = [*files, *(name for subject in subjects for name in subject.left_out)]
     if files:
-        parts.append(f"{_some(files, 'file')} ({folder_listing.counted(files)})")
+        counts = folder_listing.counted(files) + folder_listing.way_out(files)
+        parts.append(f"{_some(files, 'file')} ({counts})")
     if inside:
         parts.append(f"{_some(inside, 'folder')} of pictures further below (first {inside[0]!r})")
     if empty:
@@ -240,6 +244,11 @@ def _not_read(
     if keys := sorted(set().union(*(subject.unread for subject in subjects))):
         parts.append(f"keys of the metadata: {', '.join(keys)}")
     return parts
+
+
+def _without(folders: Iterable[str], inside: Sequence[str]) -> list[str]:
+    """Folders that no way to pictures leads through."""
+    return [name for name in folders if not any(f"{way}/".startswith(f"{name}/") for way in inside)]
 
 
 def _some(things: Sized, name: str) -> str:
@@ -262,4 +271,5 @@ def _no_pictures(path: Path, top: Listing, below: Mapping[str, Listing]) -> str:
         return f"its pictures lie deeper, expected them one folder below (found {deeper[0]!r})"
     others = [name for listing in (top, *below.values()) for name in listing.others]
     found = f"no picture, but {folder_listing.counted(others)}" if others else "empty"
-    return f"{found}, expected a folder per concept with pictures ({kinds})"
+    way_out = folder_listing.way_out(others)
+    return f"{found}, expected a folder per concept with pictures ({kinds}){way_out}"

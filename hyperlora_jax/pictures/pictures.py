@@ -12,6 +12,7 @@ What a condition encoder sees is cut from the picture as it was given, to the en
 """
 
 import io
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,12 +26,21 @@ from hyperlora_jax.pictures.size_buckets import Size
 if TYPE_CHECKING:
     from PIL import Image
 
+warnings.filterwarnings("ignore", module=r"PIL\.TiffImagePlugin")  # of broken EXIF blocks
 SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".avif"),
     *(".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"),
 )
 SMALLEST_SIDE = 8  # pixels; below this a file shows no subject
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
+_UPRIGHT = {  # of EXIF orientations, by Pillow's names
+    2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE",
+    6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90",
+}  # fmt: skip
+# Pictures that are not read: by suffix, and the kinds of HEIC.
+UNREAD = {".heic", ".heif", ".hif", ".jxl", ".jp2", ".psd", ".svg", ".cr2", ".cr3", ".nef", ".arw",
+          ".dng", ".raf", ".orf", ".rw2"}  # fmt: skip
+_HEIC = (b"heic", b"heix", b"hevc", b"heim", b"mif1", b"msf1")
 
 
 def encode_png(picture: UInt8[np.ndarray, "h w 3"]) -> bytes:
@@ -141,13 +151,13 @@ def upright_size(path: str | Path) -> Size:
 
     Raises UserError as `load_image` does.
     """
-    from PIL import ExifTags, Image, UnidentifiedImageError
+    from PIL import Image, UnidentifiedImageError
 
     path = Path(path)
     encoded = _read(path)
     try:
         with Image.open(io.BytesIO(encoded)) as opened:
-            turned = opened.getexif().get(ExifTags.Base.Orientation) in SIDEWAYS
+            turned = _orientation(opened) in SIDEWAYS
             return (opened.width, opened.height) if turned else (opened.height, opened.width)
     except UnidentifiedImageError:
         raise _no_picture(encoded, str(path)) from None
@@ -173,9 +183,11 @@ def _decoded(
 
 def _upright(opened: "Image.Image", name: str) -> "Image.Image":
     """The first frame in mode RGB, upright, on white."""
-    from PIL import Image, ImageOps
+    from PIL import Image
 
-    picture = ImageOps.exif_transpose(opened)
+    opened.load()
+    how = _UPRIGHT.get(_orientation(opened))
+    picture = opened if how is None else opened.transpose(Image.Transpose[how])
     if picture.mode[0] in "IF":
         return _of_deep_gray(picture, name)
     if picture.mode != "RGB" or picture.has_transparency_data:
@@ -184,6 +196,16 @@ def _upright(opened: "Image.Image", name: str) -> "Image.Image":
         canvas = Image.new("RGBA", picture.size, (255, 255, 255, 255))
         picture = Image.alpha_composite(canvas, picture).convert("RGB")
     return picture
+
+
+def _orientation(opened: "Image.Image") -> int | None:
+    """What EXIF says; a broken block says nothing, the pixels may be sound."""
+    from PIL import ExifTags
+
+    try:
+        return opened.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # Pillow's SyntaxError, struct.error, …
+        return None
 
 
 def _of_deep_gray(picture: "Image.Image", name: str) -> "Image.Image":
@@ -242,6 +264,13 @@ def _cut(
 
 
 def _no_picture(encoded: bytes, name: str) -> UserError:
+    kind = ""
+    if encoded[4:8] == b"ftyp" and encoded[8:12] in _HEIC:
+        kind = "a HEIC picture, as phones write them"
+    elif encoded.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")):
+        kind = "a JPEG XL picture"
+    if kind:
+        return UserError(f"{name}: {kind}, which is not read; save it as .jpg or .png")
     found = f"{len(encoded)} bytes that are no picture" if encoded else "an empty file"
     return UserError(f"{name}: found {found}, expected {', '.join(SUFFIXES)}")
 

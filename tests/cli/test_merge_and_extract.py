@@ -68,9 +68,9 @@ def test_wrong_use_is_one_line_and_code_2(world, tmp_path, capsys):
         (("merge", f"{a}=x", "--out", out), "expected LORA=WEIGHT"),
         (("merge", folder / "none.safetensors", "--out", out), "no such file"),
         (("merge", a, "--rank", 0, "--out", out), "--rank is 0, expected at least 1"),
-        (("merge", a, "--into", tmp_path, "--out", out), "expected a diffusers model directory"),
+        (("merge", a, "--into", tmp_path, "--out", out), "the UNet of a diffusers model directory"),
         (("merge", a, "--into", base, "--out", base), "already exists, expected a new folder"),
-        (("extract", base, tmp_path, "--out", out), "expected a diffusers model directory"),
+        (("extract", base, tmp_path, "--out", out), "the UNet of a diffusers model directory"),
         (("extract", base, base, "--rank", -1, "--out", out), "--rank is -1"),
     ):
         assert run(*arguments) == 2, arguments

@@ -93,12 +93,10 @@ def test_what_the_training_loop_wrote_is_kept(tmp_path):
     assert read_config(tmp_path).train.num_steps == 7
 
 
-@pytest.mark.parametrize(
-    ("text", "reason"), [("{", "config.json: found .* expected the config"), ("{}", "config")]
-)
-def test_a_damaged_file_is_named(text, reason, tmp_path):
+@pytest.mark.parametrize("text", ["{", "{}", "", "[]", '{"config": [1]}', '{"config": 3}', '"x"'])
+def test_a_damaged_file_is_named(text, tmp_path):
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(UserError, match=reason):
+    with pytest.raises(UserError, match=r"config.json: found no JSON object with a .config."):
         run_config(AVATARS, tmp_path)
 
 

@@ -13,7 +13,9 @@ from diffusers import (
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     LCMScheduler,
+    PNDMScheduler,
     TCDScheduler,
+    UniPCMultistepScheduler,
 )
 
 from hyperlora_jax.diffusion.samplers import SAMPLERS, _distilled_timesteps, timesteps_of
@@ -99,6 +101,31 @@ def test_euler_equals_diffusers(name, spacing):
 def test_dpm_solver_equals_diffusers(name, spacing):
     config = {k: v for k, v in CONFIGS[name].items() if k != "set_alpha_to_one"}
     check("dpmpp_2m", DPMSolverMultistepScheduler, {**config, "timestep_spacing": spacing}, 7)
+
+
+@pytest.mark.parametrize("kind", [PNDMScheduler, UniPCMultistepScheduler])
+@pytest.mark.parametrize(
+    ("name", "spacing", "num_steps"),
+    [(name, "leading", 13) for name in CONFIGS]
+    + [
+        (name, spacing, 7)
+        for name in ("epsilon", "velocity")
+        for spacing in ("linspace", "trailing")
+    ]
+    + [("offset", "leading", count) for count in (1, 2, 3)],
+)
+def test_samplers_that_remember_equal_diffusers(kind, name, spacing, num_steps):
+    known = inspect.signature(kind.__init__).parameters
+    config = {key: value for key, value in CONFIGS[name].items() if key in known}
+    if kind is PNDMScheduler:
+        config["skip_prk_steps"] = True
+        if name in ("sample", "zero-snr"):
+            pytest.skip("diffusers' class has neither")
+    config |= {"_class_name": kind.__name__, "timestep_spacing": spacing}
+    theirs = diffusers_sample(kind.from_config(config), num_steps)
+    ours = our_sample(read_scheduler_config(config).sampler, config, num_steps)
+    tolerance = 1e-4 if name == "zero-snr" else 1e-5
+    assert np.abs(ours - theirs).max() <= tolerance * np.abs(theirs).max()
 
 
 @pytest.mark.parametrize("kind", [EulerAncestralDiscreteScheduler, LCMScheduler, TCDScheduler])

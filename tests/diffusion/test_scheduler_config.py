@@ -9,7 +9,7 @@ import pytest
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from hyperlora_jax.diffusion import scheduler_config as table
-from hyperlora_jax.diffusion.schedule import NoiseSchedule
+from hyperlora_jax.diffusion.schedule import SAMPLER_OF, NoiseSchedule
 from hyperlora_jax.diffusion.scheduler_config import read_scheduler_config
 from hyperlora_jax.errors import UserError
 
@@ -88,12 +88,23 @@ def test_values_of_another_type_or_length_are_named(key, value):
 def test_what_is_not_honoured_is_said_unless_it_changes_nothing(key, caplog):
     same, classes = table.NOT_HONOURED[key]
     other = (not same[0]) if isinstance(same[0], bool) else "other"
-    for kind in table.CLASSES:
+    for kind in SAMPLER_OF:
+        config = {**SD, "_class_name": kind, "skip_prk_steps": True}
         caplog.clear()
         with caplog.at_level(logging.WARNING):
-            found = [read_scheduler_config({**SD, "_class_name": kind, key: v}) for v in same]
+            found = [read_scheduler_config({**config, key: v}) for v in same]
             assert not caplog.records
-            found.append(read_scheduler_config({**SD, "_class_name": kind, key: other}))
+            found.append(read_scheduler_config({**config, key: other}))
         assert all(isinstance(schedule, NoiseSchedule) for schedule in found)
         assert len(caplog.records) == (not classes or kind in classes)
         assert all(key in record.getMessage() for record in caplog.records)
+
+
+def test_a_class_without_a_sampler_here_is_said(caplog):
+    with caplog.at_level(logging.WARNING):
+        for kind in sorted(set(table.CLASSES) - set(SAMPLER_OF)):
+            assert read_scheduler_config({**SD, "_class_name": kind}).sampler == "ddim"
+            assert f"no sampler draws as {kind} does" in caplog.records.pop().getMessage()
+        # Without the key PyTorch takes Runge-Kutta steps.
+        assert read_scheduler_config({**SD, "_class_name": "PNDMScheduler"}).sampler == "pndm"
+        assert "skip_prk_steps = False is not honoured" in caplog.text

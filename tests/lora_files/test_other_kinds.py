@@ -206,3 +206,20 @@ def test_a_loaded_base_gives_what_its_folder_gives(base, adapter, sd1_modules):
     wanted = deltas(*load_lora(folder, read_base_model(base), rank=4))
     found = deltas(*load_lora(folder, loaded, rank=4))
     assert max(differences(found, wanted).values()) < 1e-5
+
+
+def test_inspect_says_what_it_is_and_what_becomes_of_it(base, adapter, capsys):
+    folder, _ = adapter
+    kind = {"lo": f"Lo{folder.name[2].upper()}a", "do": "DoRA"}[folder.name[:2]]
+    kind = "LoKr" if folder.name.startswith("lokr") else kind
+    assert main(["inspect", str(folder), "--sites"]) == 0
+    said = capsys.readouterr().out
+    assert f"{kind}, peft keys" in said and f"sites       {len(TARGETS)}, " in said
+    assert f"{kind} is no plain LoRA; with --base DIR" in said and "loads in" not in said
+    assert all(f"  {path}  {kind}  rank" in said for path in TARGETS)
+    if folder.name.startswith(("loha", "dora")):
+        assert "ranks       3\n" in said
+    assert main(["inspect", str(folder), "--base", str(base)]) == 0
+    said = capsys.readouterr()
+    assert f"{kind}, peft keys" in said.out and f"(never tried with {kind})" in said.out
+    assert f"{kind} of {len(TARGETS)} layers became a LoRA of rank 32; relative" in said.err

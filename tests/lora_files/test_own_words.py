@@ -97,7 +97,7 @@ def test_flattened_windows_are_written_as_windows(tmp_path, capsys):
 
 
 def test_headers_that_say_two_things():
-    with pytest.raises(UserError, match="sd_v1 but its header says modelspec"):
+    with pytest.raises(UserError, match="sd_v1 but modelspec"):
         declared({**HEADERS["sd1"], **HEADERS["sdxl"]})
     assert declared({"ss_v2": "False"}) is None
 

@@ -127,12 +127,13 @@ def test_what_systems_leave_behind_is_no_subject(tmp_path, capsys):
         (tmp_path / name).write_bytes(b"x")
     folders = image_folder.open_image_folder(tmp_path)
     assert names_of(folders) == {tmp_path.name: ["1.png", "2.JPG"]}
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err == (f"note: {tmp_path}: not read: 1 file (AppleDouble ._* 1)\n")
 
 
 def test_what_is_not_read_is_counted_in_one_line(tmp_path, capsys):
     save(tmp_path / "anna" / "1.png")
     save(tmp_path / "anna" / "album.jpg" / "2.png")  # a folder by this name
+    (tmp_path / "anna" / "empty.jpg").mkdir()
     save(tmp_path / "bert" / "old" / "3.png")
     for name in ("anna/a.heic", "anna/b.HEIC", "carl/c.heic", "readme.md"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -142,9 +143,10 @@ def test_what_is_not_read_is_counted_in_one_line(tmp_path, capsys):
     (tmp_path / "anna" / "metadata.jsonl").write_text(json.dumps(row))
     assert names_of(image_folder.open_image_folder(tmp_path)) == {"anna": ["1.png"]}
     assert capsys.readouterr().err == (
-        f"note: {tmp_path}: not read: 5 files (.heic 3, .md 1, .png 1); "
+        f"note: {tmp_path}: not read: 5 files (.heic 3, .md 1, .png 1; "
+        "save .heic as .jpg or .png to have them read); "
         "2 folders of pictures further below (first 'anna/album.jpg'); "
-        "2 folders without a picture (first 'bert'); keys of the metadata: caption, label\n"
+        "3 folders without a picture (first 'bert'); keys of the metadata: caption, label\n"
     )
 
 

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.pictures import pictures
@@ -111,12 +111,35 @@ def test_the_first_of_several_frames_counts(tmp_path):
         assert (np.abs(pictures.load_image(tmp_path / name) - np.array([255.0, 0, 0])) < 4).all()
 
 
-def test_broken_metadata_is_one_line(tmp_path):
+@pytest.mark.parametrize("block", [b"Exif\0\0MM\xd8*\0\0\0\x08", b"Exif\0\0garbage"])
+def test_broken_metadata_says_nothing_of_the_pixels(tmp_path, block):
     """Pillow raises SyntaxError for it."""
-    Image.new("RGB", (32, 32)).save(tmp_path / "b.webp", exif=b"Exif\0\0MM\xd8*\0\0\0\x08")
-    for read in (pictures.load_image, pictures.upright_size):
-        with pytest.raises(UserError, match=r"b\.webp: the picture cannot be read"):
-            read(tmp_path / "b.webp")
+    picture = Image.new("RGB", (32, 24), (200, 10, 30))
+    for name in ("b.webp", "b.png", "b.jpg"):
+        picture.save(tmp_path / name, exif=block)
+        assert pictures.upright_size(tmp_path / name) == (24, 32)
+        assert np.abs(pictures.load_image(tmp_path / name).astype(int) - (200, 10, 30)).max() < 8
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_as_pillow_turns_it(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    pixels = np.random.default_rng(0).integers(0, 255, (12, 20, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    wanted = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / "a.png")))
+    np.testing.assert_array_equal(pictures.load_image(tmp_path / "a.png"), wanted)
+
+
+@pytest.mark.parametrize(
+    ("start", "kind"),
+    [(b"\0\0\0\x18ftypheic", "a HEIC picture"), (b"\xff\x0a", "a JPEG XL picture"),
+     (b"\0\0\0\x0cJXL ", "a JPEG XL picture")],
+)  # fmt: skip
+def test_pictures_that_are_not_read_are_named_with_a_way_out(tmp_path, start, kind):
+    (tmp_path / "1.jpg").write_bytes(start + bytes(60))
+    with pytest.raises(UserError, match=rf"1\.jpg: {kind}.*save it as \.jpg or \.png"):
+        pictures.load_image(tmp_path / "1.jpg")
 
 
 @pytest.mark.parametrize("width, height", [(1, 1), (3, 2000), (2000, 7)])

@@ -21,7 +21,7 @@ def rewrite(file, **values):
 
 
 def sample(base, capsys):
-    code = main(["sample", str(base), "--prompt", "a cat", "--out", str(base / "out"),
+    code = main(["sample", str(base), "--prompt", "a cat", "--out", f"{base}-out",
                  "--num_steps", "1"])  # fmt: skip
     return code, capsys.readouterr().err.strip()
 
@@ -32,6 +32,8 @@ def test_unets_of_more_channels(copied, capsys, channels, kind):
     code, error = sample(copied, capsys)
     assert code == 2 and "\n" not in error
     assert f"the UNet takes {channels} channels ({kind} model), the autoencoder makes 4" in error
+    with pytest.raises(UserError, match=rf"{channels} channels \({kind} model\) and makes 4, "):
+        StableDiffusion.outline(copied)  # as import and compile read it
 
 
 def test_a_unet_with_a_learned_variance(copied, capsys):
@@ -104,7 +106,7 @@ def test_tokenizers_without_a_vocabulary(copied):
     with pytest.raises(UserError, match=r"vocab.json without merges.txt"):
         StableDiffusion.from_pretrained(copied).tokenize(["a cat"])
     (folder / "merges.txt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1")
-    with pytest.raises(UserError, match="cannot be read as a CLIP tokenizer"):
+    with pytest.raises(UserError, match=r"merges.txt: a Git LFS pointer"):
         StableDiffusion.from_pretrained(copied).tokenize(["a cat"])
 
 
@@ -152,3 +154,41 @@ def test_a_folder_of_another_family_is_named(tmp_path, capsys):
         StableDiffusion.from_pretrained(tmp_path)
     assert main(["inspect", str(tmp_path)]) == 2
     assert "found a FluxPipeline" in capsys.readouterr().err
+
+
+def test_what_is_no_base_is_named_where_only_its_layers_are_read(copied, tmp_path, capsys):
+    """By merge, extract, convert and inspect."""
+
+    def refusal(base):
+        lora = ("x.safetensors", "--out", tmp_path / "out", "--format", "kohya")
+        assert main([str(w) for w in ("convert", *lora, "--base", base)]) == 2
+        return capsys.readouterr().err
+
+    file = copied / "unet" / "diffusion_pytorch_model.safetensors"
+    file.rename(file.with_suffix(".bin"))
+    error = refusal(copied)
+    assert "no .safetensors file" in error and "found diffusion_pytorch_model.bin; save" in error
+    for text, reason in (("[]", "found list, expected a JSON object"), ("{", "not readable")):
+        (copied / "unet" / "config.json").write_text(text)
+        assert f"unet/config.json: {reason}" in refusal(copied)
+    flux = tmp_path / "flux"
+    flux.mkdir()
+    (flux / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    assert "or XL model, found a FluxPipeline" in refusal(flux)
+    assert "folder not found, expected the UNet" in refusal(tmp_path / "nothing")
+
+
+class Callback:
+    """What Lightning keeps in its checkpoints."""
+
+
+def test_checkpoints_of_trainers_are_refused_with_a_way_out(tmp_path, capsys):
+    import torch
+
+    path = tmp_path / "model.ckpt"
+    torch.save({"state_dict": {"a": torch.ones(2)}, "callbacks": {Callback: 1}}, path)
+    assert "save its state_dict as .safetensors" in sample(path, capsys)[1]
+    path.write_text("version https://git-lfs.github.com/spec/v1\n")
+    assert "model.ckpt: a Git LFS pointer" in sample(path, capsys)[1]
+    torch.save([torch.ones(2)], path)
+    assert "found list, expected tensors by their names" in sample(path, capsys)[1]

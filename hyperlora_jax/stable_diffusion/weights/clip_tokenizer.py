@@ -16,6 +16,7 @@ from hyperlora_jax.array_types import Int
 from hyperlora_jax.errors import UserError
 
 FILES = ("tokenizer.json", "vocab.json")
+LFS = b"version https://git-lfs"
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 _WORDS = (
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -203,6 +204,9 @@ def load_tokenizer(folder: Path) -> ClipTokenizer:
     present = [name for name in FILES if (folder / name).is_file()]
     if not present:
         raise UserError(f"{folder}: has no vocabulary, expected {' or '.join(FILES)}")
+    for name in (*present, "merges.txt"):
+        if (folder / name).is_file() and (folder / name).read_bytes().startswith(LFS):
+            raise UserError(f"{folder / name}: a Git LFS pointer, not the file itself")
     if present == ["vocab.json"] and not (folder / "merges.txt").is_file():
         raise UserError(f"{folder}: has vocab.json without merges.txt, expected both")
     try:

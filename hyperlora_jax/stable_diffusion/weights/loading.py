@@ -14,6 +14,7 @@ from hyperlora_jax.array_types import Params
 from hyperlora_jax.diffusion.schedule import NoiseSchedule
 from hyperlora_jax.diffusion.scheduler_config import read_scheduler_config
 from hyperlora_jax.errors import UserError
+from hyperlora_jax.lora_files.base_check import what_is_there
 from hyperlora_jax.parallel.sharding import DEFAULT_RULES, Rule
 from hyperlora_jax.shipped import base_path
 from hyperlora_jax.stable_diffusion.networks.autoencoder import vae_from_config
@@ -91,20 +92,12 @@ def load_modules(root: Path, dtype: Any, names: Iterable[str]) -> dict[str, tupl
         UserError: no UNet, a config that is not supported, parts that do not belong together.
     """
     if not (root / "unet").is_dir():
-        raise UserError(f"{root / 'unet'}: folder not found, expected {_what_is_there(root)}")
+        raise UserError(f"{root / 'unet'}: folder not found, expected {what_is_there(root)}")
     modules = {
         name: load_module(root / name, name, dtype) for name in names if (root / name).is_dir()
     }
     check_parts({name: module for name, (module, _) in modules.items()}, root)
     return modules
-
-
-def _what_is_there(root: Path) -> str:
-    """What was expected of a folder without a UNet, in the words of what it holds."""
-    kind = root / "model_index.json"
-    if kind.is_file() and (name := directory.read_json(kind).get("_class_name")):
-        return f"a Stable Diffusion 1.x, 2.x or XL model, found a {name}"
-    return "the UNet of the model"
 
 
 def load_schedule(root: Path) -> NoiseSchedule:

@@ -19,17 +19,18 @@ def check_parts(modules: Mapping[str, Any], where: Path | str) -> None:
         UserError: two parts of different widths, with both numbers.
     """
     unet, vae = modules["unet"].settings, modules.get("vae")
+    kind = {9: " (an inpainting model)", 8: " (a pix2pix model)"}.get(unet.in_channels, "")
     if vae is not None and vae.values["latent_channels"] != unet.in_channels:
         latents = vae.values["latent_channels"]
-        kind = {9: " (an inpainting model)", 8: " (a pix2pix model)"}.get(unet.in_channels, "")
         raise UserError(
             f"{where}: the UNet takes {unet.in_channels} channels{kind}, the autoencoder makes "
             f"{latents}; expected a text-to-image UNet of {latents} channels"
         )
     if unet.out_channels != unet.in_channels:
+        reason = "" if kind else " (a learned variance?)"
         raise UserError(
-            f"{where}: the UNet takes {unet.in_channels} channels and makes {unet.out_channels} (a "
-            f"learned variance?), expected {unet.in_channels}"
+            f"{where}: the UNet takes {unet.in_channels} channels{kind} and makes "
+            f"{unet.out_channels}{reason}, expected a text-to-image UNet that makes as many"
         )
     texts = [modules[n] for n in ("text_encoder", "text_encoder_2") if n in modules]
     if not texts:

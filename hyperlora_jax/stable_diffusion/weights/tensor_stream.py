@@ -68,7 +68,17 @@ def _read_pickle(path: Path) -> Iterator[tuple[str, Loader]]:
         mapped = zipfile.is_zipfile(path)
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:
-        raise UserError(f"{path}: not a file of plain tensors ({type(error).__name__})") from error
+        with path.open("rb") as file:
+            kind = safetensors_io.other_kind(file.read(64))
+        if kind and "pickle" not in kind:
+            raise UserError(f"{path}: {kind}, expected PyTorch weights") from error
+        raise UserError(
+            f"{path}: no PyTorch file of plain tensors ({type(error).__name__}); if it holds "
+            "Python objects too (checkpoints of trainers do), reading it would run code: save its "
+            "state_dict as .safetensors where you trust it"
+        ) from error
+    if not isinstance(tensors, dict):
+        raise UserError(f"{path}: found {type(tensors).__name__}, expected tensors by their names")
     for name, tensor in tensors.get("state_dict", tensors).items():
         if not hasattr(tensor, "numpy"):
             continue  # training bookkeeping: step counters and the like
