@@ -72,7 +72,7 @@ def get_config() -> ConfigDict:
                 "checkpoint_every_steps": 500,
                 "keep": 2,  # newest checkpoints
                 "keep_best": 1,  # and those of the lowest mean loss
-                "tensorboard": False,
+                "trackers": (),  # of "tensorboard", "wandb", "trackio"
                 "profile_steps": (),  # (first, last) of a profile in WORKDIR/profile
                 "stall_timeout_seconds": 1800,
                 "optimizer": {

@@ -45,10 +45,10 @@ def check(config: Any, command: str, source: Any) -> None:
         raise UserError(
             f"--config.train.objectives: all are 0, expected a weight for one of {names}"
         )
-    if command in ("train", "pretrain") and config.train.get("tensorboard"):
-        from hyperlora_jax.train.tensorboard import check_installed
+    if command in ("train", "pretrain") and config.train.get("trackers"):
+        from hyperlora_jax.train.trackers import check_installed
 
-        check_installed()
+        check_installed(config.train.trackers)
     if command in ("train", "distill", "evaluate"):
         for key, expected in WANTED.items():
             unused = key == "model.encoder" and command == "distill"

@@ -104,6 +104,7 @@ def table() -> Mapping[str, Rule]:
     from hyperlora_jax.lora_files.writing import FORMATS
     from hyperlora_jax.stable_diffusion.networks.blocks import REMAT_POLICIES
     from hyperlora_jax.targets.gauged_targets import GAUGES
+    from hyperlora_jax.train.trackers import PACKAGES
     from hyperlora_jax.worlds import fonts, heads
     from hyperlora_jax.worlds.avatar_styles import STYLES
 
@@ -163,7 +164,7 @@ def table() -> Mapping[str, Rule]:
         "train.caption_dropout": SHARE, "train.prior_caption": TEXT,
         "train.objectives.*": NUMBER, "train.warm_up.objectives.*": NUMBER,
         "train.warm_up.num_steps": whole(0), "train.keep": COUNT, "train.keep_best": whole(0),
-        "train.tensorboard": FLAG, "train.profile_steps": WINDOW,
+        "train.trackers": several(one_of(PACKAGES)), "train.profile_steps": WINDOW,
         "train.stall_timeout_seconds": POSITIVE, "train.vae.workdir": TEXT,
         "train.augmentation.*": NUMBER, "train.weights.temperature": POSITIVE,
         "train.weights.*": NUMBER, "*.kl_weight": NUMBER, "*.l1_weight": NUMBER,

@@ -157,7 +157,7 @@ def train(**changes: Any) -> dict[str, Any]:
         "checkpoint_every_steps": 200,
         "keep": 2,  # newest checkpoints
         "keep_best": 1,  # and those of the lowest mean loss
-        "tensorboard": False,
+        "trackers": (),  # of "tensorboard", "wandb", "trackio"
         "profile_steps": (),  # (first, last) of a profile in WORKDIR/profile
         "stall_timeout_seconds": 1800,
         "optimizer": {

@@ -122,14 +122,15 @@ def fit(
     keep_best: int = 1,
     config: Mapping[str, Any] | None = None,
     progress: bool = True,
-    tensorboard: bool = False,
+    trackers: Sequence[str] = (),
     profile_steps: tuple[int, int] | None = None,
     stall_timeout_seconds: float | int = 1800,
 ) -> TrainState:
     """Trains `task` up to `num_steps`, from the newest checkpoint in `workdir` if there is one.
 
     `optimizer` are the keyword arguments of `make_optimizer`, `config` the resolved config, kept
-    beside the checkpoints, `profile_steps` the (first, last) step of a profile in WORKDIR/profile.
+    beside the checkpoints, `profile_steps` the (first, last) step of a profile in WORKDIR/profile,
+    `trackers` names of `trackers.PACKAGES`.
     The `keep` newest checkpoints stay, and the `keep_best` of the lowest mean loss.
     A finished workdir gives its state at once.
 
@@ -206,7 +207,7 @@ def fit(
     report = Report(
         task.name, workdir, events, start_step, num_steps,
         log_every_steps=log_every_steps, units=task.units,
-        progress=progress, tensorboard=tensorboard,
+        progress=progress, tracked_by=trackers, config=meta["config"],
     )  # fmt: skip
     profile = Profile(workdir / "profile", profile_steps) if profile_steps else None
     run = _Run(task, mesh, step_fn, frozen, key, checkpoints, meta, events, report, profile)
@@ -321,7 +322,7 @@ class _Run:
         self.events.switch("step")
 
 
-OPTIONS = ("keep", "keep_best", "tensorboard", "stall_timeout_seconds")
+OPTIONS = ("keep", "keep_best", "trackers", "stall_timeout_seconds")
 
 
 def arithmetic_dtype(section: Any) -> Any:

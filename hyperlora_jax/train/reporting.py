@@ -7,7 +7,7 @@ metrics.jsonl has one row per logged step, with that step's own values, never ru
 
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,14 +20,17 @@ from hyperlora_jax.array_types import Array, ArrayTree
 from hyperlora_jax.errors import TrainingDiverged
 from hyperlora_jax.parallel import multihost
 from hyperlora_jax.parallel.topology import peak_flops
+from hyperlora_jax.train import trackers
 from hyperlora_jax.train.events import EventLog
 from hyperlora_jax.train.json_lines import JsonLines, read_rows
-from hyperlora_jax.train.tensorboard import Board
 
 
-def open_metrics(path: epath.PathLike, start_step: int) -> JsonLines:
-    """The metrics file of a run that goes on from `start_step`: rows of lost steps are dropped."""
-    return JsonLines(path, [row for row in read_rows(path) if row["step"] <= start_step])
+def open_metrics(path: epath.PathLike, start_step: int) -> tuple[JsonLines, int]:
+    """The metrics file of a run that goes on from `start_step`, without the rows of lost steps;
+    and the last step that had been logged."""
+    rows = read_rows(path)
+    kept = [row for row in rows if row["step"] <= start_step]
+    return JsonLines(path, kept), max([start_step, *(row["step"] for row in rows)])
 
 
 def device_memory_gib() -> float | None:
@@ -153,7 +156,7 @@ class Profile:
 
 
 class Report:
-    """Metrics, progress bar, TensorBoard and events of one run."""
+    """Metrics, progress bar, trackers and events of one run."""
 
     def __init__(
         self,
@@ -166,15 +169,19 @@ class Report:
         log_every_steps: int,
         units: Mapping[str, float | int],
         progress: bool,
-        tensorboard: bool,
+        tracked_by: Sequence[str],
+        config: Mapping[str, Any],
     ):
         primary = multihost.is_first()
         self.name, self.events = name, events
         self._every, self._last = log_every_steps, num_steps
         self._finished = start_step
         self._losses: list[float] = []
-        self._rows = open_metrics(workdir / "metrics.jsonl", start_step) if primary else None
-        self._board = Board(workdir) if tensorboard and primary else None
+        self._rows, self._trackers = None, []
+        if primary:
+            self._rows, logged = open_metrics(workdir / "metrics.jsonl", start_step)
+            run = trackers.Run(workdir, name, config, start_step, logged)
+            self._trackers = trackers.open_trackers(tracked_by, run)
         self.throughput = Throughput(units)
         self.progress = Progress(name, start_step, num_steps, shown=primary and progress)
 
@@ -226,16 +233,17 @@ class Report:
         if self._rows is not None:
             self._rows.write(row)
             self.events.alive(step)
-        if self._board is not None:
-            self._board.write(row, step)
+        for tracker in self._trackers:
+            tracker.write(row, step)
         self.progress.show(row)
 
     def close(self) -> None:
         """Closes what is open."""
         self.progress.close()
-        for writer in (self._rows, self._board):
-            if writer is not None:
-                writer.close()
+        if self._rows is not None:
+            self._rows.close()
+        for tracker in self._trackers:
+            tracker.close()
 
 
 def _short(record_ids: Any) -> str:
