@@ -118,7 +118,7 @@ class TokenHypernetwork(nn.Module):
         shape = (num_loras, self.layout.num_tokens, self.width)
         return split_activations(jnp.broadcast_to(jnp.asarray(total, self.dtype), shape))
 
-    def _scale(self, group: TokenGroup) -> float:
+    def unit_size(self, group: TokenGroup) -> float:
         """Size of the numbers that a unit output of a group's head writes."""
         if self.output == "whitened":
             return 1.0
@@ -128,7 +128,7 @@ class TokenHypernetwork(nn.Module):
         """The groups of a LoRA in units of what heads write."""
         parts = disassemble(self.layout, lora)
         groups = self.layout.groups
-        return [part / self._scale(group) for group, part in zip(groups, parts, strict=True)]
+        return [part / self.unit_size(group) for group, part in zip(groups, parts, strict=True)]
 
     def _noise_embeddings(self, parts: list[Array]) -> Float[Array, "l n c"]:
         columns = [
@@ -162,7 +162,7 @@ class TokenHypernetwork(nn.Module):
                 written = head(x[:, start:stop])
                 if gates is not None:
                     written = written + gates[0][:, number, None, None, None] * gates[1][number]
-                output = output + self._scale(group) * written
+                output = output + self.unit_size(group) * written
             outputs.append(output)
             start = stop
         return assemble(self.layout, outputs)

@@ -280,9 +280,14 @@ def diffusers_tensors(sites: Matrices) -> dict[str, np.ndarray]:
     """Keys of diffusers' `load_lora_weights`: "unet." or "text_encoder." + path + lora_A/lora_B."""
     tensors = {}
     for path, (a, b) in sites.items():
-        name = path if path.startswith("text_encoder") else f"unet.{path}"
+        name = diffusers_name(path)
         tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = a, b
     return tensors
+
+
+def diffusers_name(path: str) -> str:
+    """A layer of a UNet or text encoder as a part of diffusers' pipeline."""
+    return path if path.startswith("text_encoder") else f"unet.{path}"
 
 
 def kohya_tensors(

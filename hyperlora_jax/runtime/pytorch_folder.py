@@ -1,0 +1,188 @@
+"""A hypernetwork as a folder for PyTorch: model.safetensors, config.json, and as generate.py the
+one file that runs them, `generate_lora.py`. Nothing of this package or of JAX is needed there.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from hyperlora_jax import storage
+from hyperlora_jax.encoders.clip_encoder import ClipImageEncoder
+from hyperlora_jax.encoders.condition_encoders import FlaxImageEncoder
+from hyperlora_jax.encoders.foreign_encoders import ForeignImageEncoder
+from hyperlora_jax.errors import UserError
+from hyperlora_jax.hypernet.baselines import Fitted
+from hyperlora_jax.hypernet.generators import Iterative, Regression
+from hyperlora_jax.hypernet.hypernetwork import Hypernetwork
+from hyperlora_jax.hypernet.mlp_denoiser import MlpDenoiser
+from hyperlora_jax.hypernet.weight_diffusion import Diffusion, Latents, TokenDenoiser
+from hyperlora_jax.lora import vectorize
+from hyperlora_jax.lora_files import header, safetensors_io, writing
+from hyperlora_jax.runtime import plain_weights, sampling_tables
+from hyperlora_jax.runtime.plain_weights import Described, Tensors
+from hyperlora_jax.stable_diffusion.weights.flax_trees import flax_to_torch
+
+FORMAT = "hyperlora-pytorch-1"
+PROGRAM = Path(__file__).with_name("generate_lora.py")
+_CLIP_NAMES = (
+    (r"\.", "/"),
+    ("^vision_model/", ""),
+    ("^embeddings/class_embedding", "first"),
+    ("^embeddings/patch_embedding", "patches"),
+    ("^embeddings/position_embedding/weight", "positions"),
+    ("^pre_layrnorm", "norm_in"),
+    ("^post_layernorm", "norm_out"),
+    ("^visual_projection", "projection"),
+    ("^encoder/layers/", "block_"),
+    ("/self_attn/", "/self_attention/"),
+    ("/(q|k|v|out)_proj/", lambda found: f"/{_PROJECTIONS[found[1]]}/"),
+    ("/layer_norm1/", "/norm_self_attention/"),
+    ("/layer_norm2/", "/norm_mlp/"),
+    ("/mlp/fc1/", "/mlp/in/"),
+    ("/mlp/fc2/", "/mlp/out/"),
+)
+_PROJECTIONS = {"q": "query", "k": "key", "v": "value", "out": "out"}
+
+
+def write_pytorch(hyper: Hypernetwork, out: epath.PathLike) -> None:
+    """Writes the folder; every file appears whole or not at all.
+
+    Raises:
+        UserError: an encoder or a generator that only JAX or transformers runs; a folder that
+            cannot be written.
+    """
+    config, tensors = described(hyper)
+    with storage.writing(out, storage.scratch(out)) as folder:
+        safetensors_io.write(folder / "model.safetensors", tensors, {})
+        if isinstance(hyper.encoder, ForeignImageEncoder):
+            data = epath.Path(hyper.encoder.source).read_bytes()
+            safetensors_io.atomic_write(folder / "encoder.onnx", data)
+        safetensors_io.atomic_write(folder / "generate.py", PROGRAM.read_bytes())
+        text = json.dumps(config, indent=1) + "\n"
+        safetensors_io.atomic_write(folder / "config.json", text.encode())
+
+
+def described(hyper: Hypernetwork) -> Described:
+    """What the program reads: config.json and tensors."""
+    config, tensors = _generator(hyper)
+    config["encoder"], own = _encoder(hyper.encoder)
+    tensors |= own
+    if (known := hyper.constants.get("familiarity")) is not None:
+        tensors |= {f"familiarity/{k}": np.asarray(v, np.float32) for k, v in known.items()}
+    draw = hyper.default_draw
+    return {"format": FORMAT, **config, "draw": draw._asdict(), **_lora(hyper)}, tensors
+
+
+def _generator(hyper: Hypernetwork) -> Described:
+    generator: Any = hyper.generator
+    if isinstance(generator, Fitted):
+        form, tensors = plain_weights.closed_form(
+            generator, hyper.constants, hyper.encoder.embedding_dim
+        )
+        size = len(tensors["lora/directions"]) if generator.stochastic else 0
+        return {"generator": "closed", "noise_size": size, **form}, tensors
+    config: dict[str, Any] = {"guided": generator.condition_dropout > 0}
+    if isinstance(generator, Regression | Iterative):
+        network, own = plain_weights.token_network(generator.net, hyper.params)
+        count = generator.num_iterations if isinstance(generator, Iterative) else 1
+        config |= {"generator": "iterative", "times": [k / count for k in range(count)]}
+        return {**config, "noise_size": 0, "network": network}, _below("network", own)
+    if not isinstance(generator, Diffusion):
+        raise UserError(f"generator {type(generator).__name__}: cannot leave JAX")
+    denoiser, constants = generator.denoiser, hyper.constants
+    if isinstance(denoiser, TokenDenoiser):
+        network, own = plain_weights.token_network(denoiser.net, hyper.params["net"])
+    else:
+        assert isinstance(denoiser, MlpDenoiser)
+        network, own = plain_weights.mlp_network(denoiser, hyper.params)
+    steps = hyper.default_draw.num_steps
+    spread = vectorize.element_spread(constants["std"], hyper.spec)
+    tensors = {
+        **_below("network", own),
+        **_below("steps", sampling_tables.tables(generator.process, steps)),
+        "lora/mean": np.asarray(constants["mean"], np.float32),
+        "lora/spread": np.asarray(spread, np.float32),
+    }
+    config |= {
+        "generator": "diffusion",
+        "noise_size": generator.codec.size,
+        "max_steps": sampling_tables.most_steps(generator.process, steps),
+        "network": network,
+    }
+    if isinstance(generator.codec, Latents):
+        config["vae"], own = plain_weights.vae_decoder(generator.codec.vae, constants)
+        tensors |= _below("vae", own)
+    return config, tensors
+
+
+def _encoder(encoder: Any) -> Described:
+    """Of ours and of CLIP the weights, in their own dtype; an ONNX file is copied as it is."""
+    config: dict[str, Any] = {"name": encoder.name, "image_size": list(encoder.image_size)}
+    if isinstance(encoder, FlaxImageEncoder):
+        module, own = encoder.module, plain_weights.plain(encoder.params)
+        config |= {"kind": "hyperlora", "groups": module.groups, "blocks": module.blocks}
+        config["num_stages"] = len(module.widths)
+        mean = std = (0.5,) * 3
+    elif isinstance(encoder, ClipImageEncoder):
+        values, names = encoder.module.values, ("layer_norm_eps", "patch_size")
+        own = plain_weights.renamed(dict(flax_to_torch(encoder.params)), _CLIP_NAMES)
+        config |= {"kind": "clip", **{name: values[name] for name in names}}
+        config |= {"depth": values["num_hidden_layers"], "num_heads": values["num_attention_heads"]}
+        tanh = {"name": "gelu", "approximate": "tanh"}
+        activation = values["hidden_act"]
+        config["activation"] = tanh if activation == "gelu_new" else {"name": activation}
+        mean, std = encoder.preprocessing.mean, encoder.preprocessing.std
+    elif isinstance(encoder, ForeignImageEncoder) and encoder.kind == "onnx":
+        config |= {"kind": "onnx", "channels_first": encoder.channels_first}
+        own, mean, std = {}, encoder.preprocessing.mean, encoder.preprocessing.std
+    else:
+        kind = getattr(encoder, "kind", type(encoder).__name__)
+        raise UserError(
+            f"encoder {encoder.name}: is one of {kind}, expected one of ours, CLIP, or an .onnx "
+            "file (torch.onnx.export makes one)"
+        )
+    dtype = writing.DTYPES[getattr(encoder, "dtype", "float32")]
+    tensors = {name: np.asarray(value).astype(dtype) for name, value in own.items()}
+    statistics = {"mean": np.float32(mean), "std": np.float32(std)}
+    return config, {**_below("encoder", tensors), **statistics}
+
+
+def _lora(hyper: Hypernetwork) -> dict[str, Any]:
+    """Sites, and what files of them are called and say."""
+    spec, family = hyper.spec, header.check(hyper.facts.get("family"), hyper.spec)
+    kohya = writing.kohya_names(spec, family, 2)
+    sites = []
+    for site in spec.sites:
+        window = site.kernel_size if site.kind == "conv" else ()
+        down, up = (site.rank, site.in_features, *window), (site.out_features, site.rank)
+        sites.append({"path": site.path, "down": down, "up": (*up, *(1 for _ in window))})
+    return {
+        "family": family,
+        "strength": hyper.default_strength,
+        "sites": sites,
+        "files": {
+            "kohya": {
+                "names": [kohya[site.path] for site in spec.sites],
+                "down": "lora_down",
+                "up": "lora_up",
+                "alpha": spec.max_rank,
+                "hash": safetensors_io.KOHYA_HASH,
+                "header": header.build(spec, family, hyper.provenance, True),
+            },
+            "diffusers": {
+                "names": [writing.diffusers_name(site.path) for site in spec.sites],
+                "down": "lora_A",
+                "up": "lora_B",
+                "alpha": 0,
+                "hash": safetensors_io.OWN_HASH,
+                "header": header.build(spec, family, hyper.provenance, False),
+            },
+        },
+    }
+
+
+def _below(name: str, tensors: Tensors) -> Tensors:
+    return {f"{name}/{own}": value for own, value in tensors.items()}
