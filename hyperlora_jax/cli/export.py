@@ -2,6 +2,8 @@
 
 pretrain workdir                        diffusers   a folder of diffusers (the default)
 train workdir or hypernetwork folder    jax         a hypernetwork folder (the default)
+                                        pytorch     weights and the one file that runs them
+                                        onnx        pictures to flat vectors, as one graph
 """
 
 import argparse
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
     from hyperlora_jax.hypernet.hypernetwork import Hypernetwork
 
 OF_BASES = ("diffusers",)
-OF_HYPERNETWORKS = ("jax",)
+OF_HYPERNETWORKS = ("jax", "pytorch", "onnx")
 FORMATS = (*OF_HYPERNETWORKS, *OF_BASES)
 
 
@@ -102,7 +104,16 @@ def _write_base(
 
 def _write_hypernetwork(hyper: "Hypernetwork", out: epath.Path, args: argparse.Namespace) -> None:
     _check_format(args, OF_HYPERNETWORKS, "a hypernetwork")
-    hyper.save(out)
+    if args.format == "pytorch":
+        from hyperlora_jax.runtime.pytorch_folder import write_pytorch
+
+        write_pytorch(hyper, out)
+    elif args.format == "onnx":
+        from hyperlora_jax.runtime.onnx_file import write_onnx
+
+        write_onnx(hyper, out)
+    else:
+        hyper.save(out)
 
 
 def _hypernetwork(

@@ -21,7 +21,6 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +31,6 @@ from PIL import Image, ImageOps
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-FORMAT = "hyperlora-pytorch-1"
-UNFAMILIAR = 0.02  # below, hardly a subject of the training was as unlike all others
 Given = tuple[Tensor, Tensor]  # what is known of l subjects: pooled [l, e], tokens [l, n, e]
 Tree = dict[str, Any]  # weights by name: of parts, of layers, at last {"weight": …, "bias": …}
 
@@ -43,7 +40,7 @@ class WrongInput(Exception):
 
 
 @contextlib.contextmanager
-def naming(what: Any) -> Iterator[None]:
+def naming(what: Any) -> Any:
     """Whatever goes wrong inside is one line about a file."""
     try:
         yield
@@ -52,44 +49,34 @@ def naming(what: Any) -> Iterator[None]:
         raise WrongInput(f"{what}: {reason}") from None
 
 
-def read_picture(source: Any, size: Sequence[int]) -> np.ndarray:
-    """[height, width, 3] in [0, 1]: the centre of an upright picture on white, resampled; of a
-    path, encoded bytes or a Pillow picture."""
+def read_picture(source: Any, size: Any) -> np.ndarray:
+    """[height, width, 3] in [0, 1] of a path, bytes or Pillow picture: upright, its centre."""
     with naming("picture" if isinstance(source, bytes | Image.Image) else source):
         data = Path(source).read_bytes() if isinstance(source, str | os.PathLike) else source
         opened = Image.open(io.BytesIO(data)) if isinstance(data, bytes) else data
         image = ImageOps.exif_transpose(opened)
         if image.mode[0] == "I":  # gray of 16 bits, which Pillow would cut off at 255
-            gray = np.clip(np.asarray(image).astype(float), 0, 65535)
-            image = Image.fromarray(np.uint8(np.round(gray / 257)))
+            image = Image.fromarray(np.uint8(np.round(np.clip(image, 0, 65535) / 257)))
         if image.has_transparency_data:
             white = Image.new("RGBA", image.size, (255, 255, 255, 255))
             image = Image.alpha_composite(white, image.convert("RGBA"))
-        return np.float32(_cut(image.convert("RGB"), size)) / np.float32(255)
-
-
-def _cut(image: Image.Image, size: Sequence[int]) -> Image.Image:
-    (wide, high), (height, width) = image.size, size
-    if min(wide, high) < 8:
-        raise ValueError(f"has {wide}x{high} pixels, expected at least 8x8")
-    wide = min(wide, max(1, round(high * width / height)))
-    high = min(high, max(1, round(image.width * height / width)))
-    left, top = (image.width - wide) // 2, (image.height - high) // 2
-    image = image.crop((left, top, left + wide, top + high))
-    # Means of whole blocks are exact; other factors need a filter against aliasing.
-    whole = wide % width == 0 and high % height == 0
-    how = Image.Resampling.BOX if whole else Image.Resampling.LANCZOS
-    return image if image.size == (width, height) else image.resize((width, height), how)
+        (wide, high), (height, width) = image.size, size
+        if min(wide, high) < 8:
+            raise ValueError(f"has {wide}x{high} pixels, expected at least 8x8")
+        wide = min(wide, max(1, round(high * width / height)))
+        high = min(high, max(1, round(image.width * height / width)))
+        left, top = (image.width - wide) // 2, (image.height - high) // 2
+        image = image.convert("RGB").crop((left, top, left + wide, top + high))
+        # Means of whole blocks are exact; other factors need a filter against aliasing.
+        whole = wide % width == 0 and high % height == 0
+        how = Image.Resampling.BOX if whole else Image.Resampling.LANCZOS
+        image = image if image.size == (width, height) else image.resize((width, height), how)
+        return np.float32(image) / np.float32(255)
 
 
 def norm(x: Tensor, eps: float = 1e-6, **layer: Tensor) -> Tensor:
     """LayerNorm."""
     return F.layer_norm(x, x.shape[-1:], **layer, eps=eps)
-
-
-def unit(x: Tensor) -> Tensor:
-    """Vectors of length 1."""
-    return x / (x.square().sum(1, keepdim=True).sqrt() + 1e-9)
 
 
 def attention(w: Tree, x: Tensor, context: Tensor, heads: int) -> Tensor:
@@ -100,11 +87,6 @@ def attention(w: Tree, x: Tensor, context: Tensor, heads: int) -> Tensor:
     return F.linear(mixed.transpose(1, 2).flatten(2), **w["out"])
 
 
-def activated(x: Tensor, name: str, **options: Any) -> Tensor:
-    """By one of PyTorch's functions or CLIP's "quick_gelu"."""
-    return x * torch.sigmoid(1.702 * x) if name == "quick_gelu" else getattr(F, name)(x, **options)
-
-
 def adapted(w: Tree, x: Tensor, condition: Tensor) -> Tensor:
     """x + (x·Down)·Upᵀ of [l, n, c], the factors written by the condition [l, e]."""
     hidden, width = F.silu(F.linear(condition, **w["hidden"])), x.shape[-1]
@@ -113,8 +95,7 @@ def adapted(w: Tree, x: Tensor, condition: Tensor) -> Tensor:
 
 
 def block(w: Tree, config: Tree, x: Tensor, told: Any = (), context: Any = None) -> Tensor:
-    """x + gate · part(norm(x) · (1 + scale) + shift) of [l, n, c] for every part that it has. Of
-    `told`, two vectors [l, e], the first makes scale, shift and gate, the other adapters."""
+    """x + gate · part(norm(x) · (1 + scale) + shift) of [l, n, c]; adapters in its MLP."""
     parts = [name for name in ("self_attention", "cross_attention", "mlp") if name in w]
     numbers: Any = (0.0, 0.0, 1.0) * len(parts)
     if "modulation" in w:
@@ -125,31 +106,29 @@ def block(w: Tree, config: Tree, x: Tensor, told: Any = (), context: Any = None)
         if name == "mlp":
             y = F.linear(y, **w["mlp"]["in"])
             y = adapted(w["early_adapter"], y, told[1]) if "early_adapter" in w else y
-            y = activated(y, **config["activation"])
+            name, options, sharp = config["activation"]
+            y = getattr(F, name)(sharp * y, **options) / sharp
             y = adapted(w["late_adapter"], y, told[1]) if "late_adapter" in w else y
             y = F.linear(y, **w["mlp"]["out"])
         else:
-            known = y if name == "self_attention" else context
-            y = attention(w[name], y, known, config["num_heads"])
+            y = attention(w[name], y, context if k else y, config["num_heads"])
         x = x + numbers[3 * k + 2] * y
     return x
 
 
 def conv_encoder(w: Tree, config: Tree, x: Tensor) -> Given:
     """Normalised pictures [b, 3, h, w] → pooled [b, e], tokens [b, n, e]."""
-
-    def active(layer: Tree, x: Tensor) -> Tensor:
-        return F.silu(F.group_norm(x, config["groups"], **layer, eps=1e-6))
-
+    normed = functools.partial(F.group_norm, num_groups=config["groups"], eps=1e-6)
     x = F.conv2d(x, **w["stem"], padding=1)
     for stage in range(1, config["num_stages"]):
-        x = F.pad(active(w[f"norm_{stage}"], x), (0, 1, 0, 1))
+        x = F.pad(F.silu(normed(x, **w[f"norm_{stage}"])), (0, 1, 0, 1))
         x = F.conv2d(x, **w[f"down_{stage}"], stride=2)
         for number in range(config["blocks"]):
             own = w[f"stage_{stage}_block_{number}"]
-            y = F.conv2d(active(own["norm_in"], x), **own["conv_in"], padding=1)
-            x = x + F.conv2d(active(own["norm_out"], y), **own["conv_out"], padding=1)
-    x = active(w["norm_last"], x).flatten(2).transpose(1, 2)
+            y = F.conv2d(F.silu(normed(x, **own["norm_in"])), **own["conv_in"], padding=1)
+            y = F.silu(normed(y, **own["norm_out"]))
+            x = x + F.conv2d(y, **own["conv_out"], padding=1)
+    x = F.silu(normed(x, **w["norm_last"])).flatten(2).transpose(1, 2)
     tokens = F.linear(x, **w["token_projection"])
     reduced = F.silu(F.linear(tokens, **w["pool_in"])).flatten(1)
     return norm(F.linear(reduced, **w["pool_out"])), norm(tokens)
@@ -173,13 +152,11 @@ def onnx_encoder(w: Tree, config: Tree, x: Tensor) -> Given:
         import onnxruntime
 
         session = onnxruntime.InferenceSession(w["file"], providers=["CPUExecutionProvider"])
-        name = session.get_inputs()[0].name
         pixels = (x if config["channels_first"] else x.permute(0, 2, 3, 1)).cpu().numpy()
-        runs = [session.run(None, {name: np.ascontiguousarray(one[None])}) for one in pixels]
-        outputs = [torch.from_numpy(np.concatenate(own)).to(x) for own in zip(*runs, strict=True)]
-        pooled = next(y for y in outputs if y.ndim == 2)
-        tokens = (y for y in outputs if y.ndim == 3 and y.shape[2] == pooled.shape[1])
-        return pooled, next(tokens, pooled[:, None])
+        feeds = ({config["input"]: np.ascontiguousarray(one[None])} for one in pixels)
+        runs = zip(*(session.run(config["outputs"], feed) for feed in feeds), strict=True)
+        pooled, *tokens = (torch.from_numpy(np.concatenate(parts)).to(x) for parts in runs)
+        return pooled, tokens[0] if tokens else pooled[:, None]
 
 
 def timed(w: Tree, time: Tensor) -> Tensor:
@@ -190,8 +167,7 @@ def timed(w: Tree, time: Tensor) -> Tensor:
 
 
 def token_network(w: Tree, config: Tree, given: Given, noisy: Tensor, time: Tensor) -> Tensor:
-    """The LoRA [l, d] that a transformer over tokens writes; one that corrects or denoises looks
-    at `noisy` [l, d] and `time` [l] too."""
+    """LoRA [l, d] of a transformer over tokens; some look at a noisy one and a time [l] too."""
     pooled, context = (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-6) for y in given)
     x, told = w["embeddings"].expand(len(pooled), -1, -1), F.linear(pooled, **w["pooled_in"])
     counts, parts = config["counts"], []  # of tokens in groups that write equally many numbers
@@ -218,9 +194,12 @@ def token_network(w: Tree, config: Tree, given: Given, noisy: Tensor, time: Tens
     return w["centre"] + torch.cat(outputs, 1)[:, w["order"]]
 
 
-def mlp(w: Tree, config: Tree, x: Tensor, told: Any = ()) -> Tensor:
-    """Linears, norms and blocks of [l, n, c] one after another, skips from "keep" to "up"."""
-    skips = []
+def mlp_network(w: Tree, config: Tree, given: Any, noisy: Tensor, time: Any) -> Tensor:
+    """[l, z] → [l, z]: linears, norms and blocks one after another, skips from "keep" to "up"."""
+    x, skips, told = noisy[:, None], [], ()
+    if given is not None:  # a denoiser, not a decoder
+        condition = F.linear(F.silu(F.linear(given[0], **w["condition_in"])), **w["condition_out"])
+        told = timed(w, time) + (0 if config["adapters"] else condition), condition
     for name in config["layers"]:
         if name == "keep":
             skips.append(x)
@@ -231,14 +210,7 @@ def mlp(w: Tree, config: Tree, x: Tensor, told: Any = ()) -> Tensor:
             x = F.linear(x, **w[name])
         else:
             x = block(w[name], config, x, told)
-    return x
-
-
-def mlp_network(w: Tree, config: Tree, given: Given, noisy: Tensor, time: Tensor) -> Tensor:
-    """Prediction [l, z] of a denoiser made of MLPs."""
-    condition = F.linear(F.silu(F.linear(given[0], **w["condition_in"])), **w["condition_out"])
-    told = timed(w, time) + (0 if config["adapters"] else condition)
-    return mlp(w, config, noisy[:, None], (told, condition))[:, 0]
+    return x[:, 0]
 
 
 class LoraGenerator(nn.Module):
@@ -249,15 +221,14 @@ class LoraGenerator(nn.Module):
         file, weights = Path(folder) / "config.json", Path(folder) / "model.safetensors"
         with naming(file):
             self.config: Tree = json.loads(file.read_bytes())
-            if (found := self.config.get("format")) != FORMAT:
-                raise ValueError(f"found format {found!r}, expected {FORMAT!r}")
-        self.weights: Tree = {"encoder": {"file": str(Path(folder) / "encoder.onnx")}}
+            if (found := self.config.get("format")) != (expected := "hyperlora-pytorch-1"):
+                raise ValueError(f"found format {found!r}, expected {expected!r}")
+        self.weights = tree = {"encoder": {"file": str(Path(folder) / "encoder.onnx")}}
         with naming(weights):
             for name, x in load_file(weights, device).items():
-                node, (*parents, last) = self.weights, name.split("/")
-                for parent in parents:
-                    node = node.setdefault(parent, {})
-                node[last] = x.float() if x.is_floating_point() else x
+                *parents, last = name.split("/")
+                node = functools.reduce(lambda tree, key: tree.setdefault(key, {}), parents, tree)
+                node[last] = x.float() if x.is_floating_point() else x.long()
 
     def embed(self, pictures: Tensor) -> Given:
         """Of pictures [l, k, h, w, 3] in [0, 1], k of each subject."""
@@ -268,12 +239,18 @@ class LoraGenerator(nn.Module):
         return pooled.unflatten(0, lead).mean(1), tokens.unflatten(0, lead).flatten(1, 2)
 
     def write(self, given: Given, noise: Any = None) -> Tensor:
-        """LoRAs [l, d], drawn as config["draw"] says. `noise` [l, 1 + s, z] is what a sampler
-        begins with and, if it is ancestral, adds in its s steps."""
-        w, config, draw = self.weights, self.config, self.config["draw"]
-        guidance, count = draw["guidance"], draw["num_steps"]
+        """LoRAs [l, d]; of `noise` [l, 1 + s, z] the first is a sampler's start, s are added."""
+        w, config, (guidance, count, sampler) = (
+            self.weights,
+            self.config,
+            self.config["draw"].values(),
+        )
         if config["generator"] == "closed":
-            shares = noise[:, 0] if config["noise_size"] else unit(given[0]) @ w["embeddings"].T
+            shares = (
+                noise[:, 0]
+                if config["noise_size"]
+                else F.normalize(given[0], dim=1) @ w["embeddings"].T
+            )
             if "num_neighbours" in config:
                 best, places = shares.topk(config["num_neighbours"], 1)
                 best = F.softmax(best / config["temperature"], 1)
@@ -300,29 +277,25 @@ class LoraGenerator(nn.Module):
             return guided(iterated)
         if not 1 <= count <= config["max_steps"]:
             raise WrongInput(f"num_steps is {count}, expected 1 to {config['max_steps']}")
-        x, table = noise[:, 0], w["steps"][draw["sampler"]][count * (count - 1) // 2 :][:count]
+        x, table = noise[:, 0], w["steps"][sampler][count * (count - 1) // 2 :][:count]
         for number, (time, kept, moved, fresh) in enumerate(table.tolist(), 1):
             times = x.new_full((len(x),), time)
             x = kept * x + moved * guided(lambda known, x=x, times=times: net(known, x, times))
             x = x + fresh * noise[:, number] if fresh else x
-        x = mlp(w["vae"], config["vae"], x[:, None])[:, 0] if "vae" in w else x
+        x = mlp_network(w["vae"], config["vae"], None, x, None) if "vae" in w else x
         return x * w["lora"]["spread"] + w["lora"]["mean"]
 
     def forward(self, pictures: Tensor, noise: Any = None) -> tuple[Tensor, Any]:
-        """LoRAs of strength 1 and each subject's familiarity: 0 (unlike all subjects of the
-        training) to 1, None where the checkpoint does not know."""
+        """LoRAs of strength 1; familiarity from 0, unlike all trained subjects, to 1, or None."""
         given, known, familiarity = self.embed(pictures), self.weights.get("familiarity"), None
         if known is not None:
-            nearest = (unit(given[0]) @ known["known"].T).amax(1, keepdim=True)
+            nearest = (F.normalize(given[0], dim=1) @ known["known"].T).amax(1, keepdim=True)
             familiarity = (known["typical"] <= nearest).float().mean(1)
         return self.write(given, noise), familiarity
 
     @torch.no_grad()
-    def generate(
-        self, subjects: Sequence[Sequence[Any]], seed: int = 0, num_samples: int = 1
-    ) -> tuple[Tensor, list[float | None]]:
-        """Vectors [subjects · samples, d] of the pictures of each, and how familiar each is; one
-        noise for all, so that nobody's LoRA depends on others."""
+    def generate(self, subjects: Any, seed: int = 0, num_samples: int = 1) -> tuple[Tensor, list]:
+        """Vectors [subjects · samples, d] of lists of pictures, all from one noise; familiarity."""
         config, loras, familiarity = self.config, [], []
         shape = num_samples, 1 + config["draw"]["num_steps"], config["noise_size"]
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
@@ -342,9 +315,7 @@ class LoraGenerator(nn.Module):
         strength = self.config["strength"] if strength is None else strength
         return [(down, strength * up) for down, up in zip(parts[::2], parts[1::2], strict=True)]
 
-    def save(
-        self, path: Any, lora: Any, form: str = "kohya", dtype: str = "float16", **texts: Any
-    ) -> None:
+    def save(self, path: Any, lora: Any, form: str = "kohya", dtype: str = "float16", **texts: Any):
         """Writes `matrices` as a file for "kohya" tools or "diffusers", its header with `texts`."""
         own, tensors = self.config["files"][form], {}
         for name, (down, up) in zip(own["names"], lora, strict=True):
@@ -358,8 +329,7 @@ class LoraGenerator(nn.Module):
                 if not x.isfinite().all():
                     raise WrongInput(f"{name}: is not finite in {dtype}; nothing was written")
                 tensors[f"{name}.{key}.weight"] = x
-            if own["alpha"]:
-                tensors[f"{name}.alpha"] = torch.tensor(float(own["alpha"]))
+            tensors |= {f"{name}.alpha": torch.tensor(own["alpha"])} if own["alpha"] else {}
         header = own["header"] | {f"hyperlora.{key}": str(text) for key, text in texts.items()}
         data = save(tensors)
         data = data[8 + int.from_bytes(data[:8], "little") :]
@@ -376,6 +346,9 @@ class Applied:
     def __init__(self, unet: Any, hyper: LoraGenerator, lora: Any):
         with naming(f"UNet of another family than {hyper.config['family']}"):
             self.modules = [unet.get_submodule(site["path"]) for site in hyper.config["sites"]]
+            for module, site in zip(self.modules, hyper.config["sites"], strict=True):
+                if (found := [*module.weight.shape[:2]]) != [site["up"][0], site["down"][1]]:
+                    raise ValueError(f"found {found} at {site['path']}")
         self.set(lora)
         self.hooks = [module.register_forward_hook(self._add) for module in self.modules]
 
@@ -385,7 +358,7 @@ class Applied:
         self.factors = dict(zip(self.modules, pairs, strict=True))
 
     def remove(self) -> None:
-        """The UNet is what it was."""
+        """Leaves the UNet as it was."""
         for hook in self.hooks:
             hook.remove()
 
@@ -411,19 +384,15 @@ def main() -> int:
         hyper = LoraGenerator(device=args.device)
         vectors, (known,) = hyper.generate([args.reference], args.seed)
         strength = hyper.config["strength"] if args.strength is None else args.strength
-        texts = {"seed": args.seed, "strength": strength, "sample": 0}
-        texts |= {} if known is None else {"familiarity": f"{known:.3f}"}
+        texts = {} if known is None else {"familiarity": f"{known:.3f}"}
         hashes = (hashlib.sha256(Path(file).read_bytes()).digest() for file in args.reference)
-        texts["reference_hash"] = hashlib.sha256(b"".join(hashes)).hexdigest()
-        lora = hyper.matrices(vectors[0], strength)
-        hyper.save(args.out, lora, args.format, args.dtype, **texts)
+        texts |= {"reference_hash": hashlib.sha256(b"".join(hashes)).hexdigest(), "sample": "0"}
+        texts |= {"seed": str(args.seed), "strength": str(strength)}
+        hyper.save(args.out, hyper.matrices(vectors[0], strength), args.format, args.dtype, **texts)
     except WrongInput as error:
         print(f"generate.py: {error}", file=sys.stderr)
         return 2
-    said = "" if known is None else f", familiarity {known:.2f}"
-    print(f"wrote {args.out} (strength {strength:g}{said})")
-    if known is not None and known < UNFAMILIAR:
-        print("warning: unlike all that was trained on, may show somebody else", file=sys.stderr)
+    print(f"wrote {args.out} (strength {strength:g}, familiarity {texts.get('familiarity', '?')})")
     return 0
 
 

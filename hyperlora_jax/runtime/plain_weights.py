@@ -93,7 +93,7 @@ def token_network(net: TokenHypernetwork, params: Params) -> Described:
         "kind": "tokens",
         "depth": net.depth,
         "num_heads": net.num_heads,
-        "activation": {"name": "gelu", "approximate": "tanh"},
+        "activation": ("gelu", {"approximate": "tanh"}, 1.0),
         "counts": counts,
         "sizes": [
             n * layout.components * g.width for n, g in zip(counts, layout.groups, strict=True)
@@ -173,7 +173,7 @@ def mlp_network(net: MlpDenoiser, params: Params) -> Described:
         "kind": "mlp",
         "layers": [*layers, "norm_out", "out"],
         "adapters": net.conditioning == "adalora",
-        "activation": {"name": "silu"},
+        "activation": ("silu", {}, 1.0),
     }
     return config, {**found, "frequencies": _frequencies(net.width)}
 
@@ -191,7 +191,7 @@ def vae_decoder(vae: WeightVae, constants: Params) -> Described:
     found["open/bias"] = found["open/bias"] + weight @ np.asarray(constants["latent_mean"])
     found["open/weight"] = weight * np.asarray(constants["latent_std"])
     layers = ["open", *(f"block_{k}" for k in range(vae.depth)), "leave"]
-    return {"layers": layers, "activation": {"name": "silu"}}, found
+    return {"layers": layers, "activation": ("silu", {}, 1.0)}, found
 
 
 def closed_form(fitted: Fitted, constants: Params, embedding_dim: int) -> Described:
@@ -200,7 +200,7 @@ def closed_form(fitted: Fitted, constants: Params, embedding_dim: int) -> Descri
     Raises:
         UserError: LoRAs are blended as deltas, which takes a decomposition of each.
     """
-    own = {name: np.asarray(value, np.float64) for name, value in constants.items()}
+    own = {k: np.asarray(v, np.float64) for k, v in constants.items() if k != "familiarity"}
     if isinstance(fitted, Mean):  # a kernel on nothing
         return {"temperature": 1.0}, {
             "embeddings": np.zeros((1, embedding_dim), np.float32),

@@ -45,6 +45,11 @@ _CLIP_NAMES = (
     ("/mlp/fc2/", "/mlp/out/"),
 )
 _PROJECTIONS = {"q": "query", "k": "key", "v": "value", "out": "out"}
+# A function of PyTorch f, its options, and s of f(s · x) / s.
+_ACTIVATIONS = {
+    "quick_gelu": ("silu", {}, 1.702),
+    "gelu_new": ("gelu", {"approximate": "tanh"}, 1.0),
+}
 
 
 def write_pytorch(hyper: Hypernetwork, out: epath.PathLike) -> None:
@@ -131,12 +136,13 @@ def _encoder(encoder: Any) -> Described:
         own = plain_weights.renamed(dict(flax_to_torch(encoder.params)), _CLIP_NAMES)
         config |= {"kind": "clip", **{name: values[name] for name in names}}
         config |= {"depth": values["num_hidden_layers"], "num_heads": values["num_attention_heads"]}
-        tanh = {"name": "gelu", "approximate": "tanh"}
-        activation = values["hidden_act"]
-        config["activation"] = tanh if activation == "gelu_new" else {"name": activation}
+        config["activation"] = _ACTIVATIONS.get(
+            values["hidden_act"], (values["hidden_act"], {}, 1.0)
+        )
         mean, std = encoder.preprocessing.mean, encoder.preprocessing.std
     elif isinstance(encoder, ForeignImageEncoder) and encoder.kind == "onnx":
         config |= {"kind": "onnx", "channels_first": encoder.channels_first}
+        config |= _of_onnx(encoder)
         own, mean, std = {}, encoder.preprocessing.mean, encoder.preprocessing.std
     else:
         kind = getattr(encoder, "kind", type(encoder).__name__)
@@ -148,6 +154,20 @@ def _encoder(encoder: Any) -> Described:
     tensors = {name: np.asarray(value).astype(dtype) for name, value in own.items()}
     statistics = {"mean": np.float32(mean), "std": np.float32(std)}
     return config, {**_below("encoder", tensors), **statistics}
+
+
+def _of_onnx(encoder: ForeignImageEncoder) -> dict[str, Any]:
+    """Names of the input, and of the outputs that are the embedding and the tokens, if any."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(encoder.source, providers=["CPUExecutionProvider"])
+    first, outputs = session.get_inputs()[0].name, session.get_outputs()
+    shape = (1, 3, *encoder.image_size) if encoder.channels_first else (1, *encoder.image_size, 3)
+    found = session.run(None, {first: np.zeros(shape, np.float32)})
+    pooled = next(n for n, value in enumerate(found) if value.ndim == 2)
+    width = found[pooled].shape[1]
+    tokens = [n for n, v in enumerate(found) if v.ndim == 3 and v.shape[2] == width][:1]
+    return {"input": first, "outputs": [outputs[n].name for n in (pooled, *tokens)]}
 
 
 def _lora(hyper: Hypernetwork) -> dict[str, Any]:
@@ -168,7 +188,7 @@ def _lora(hyper: Hypernetwork) -> dict[str, Any]:
                 "names": [kohya[site.path] for site in spec.sites],
                 "down": "lora_down",
                 "up": "lora_up",
-                "alpha": spec.max_rank,
+                "alpha": float(spec.max_rank),
                 "hash": safetensors_io.KOHYA_HASH,
                 "header": header.build(spec, family, hyper.provenance, True),
             },

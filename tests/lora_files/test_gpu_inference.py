@@ -89,7 +89,8 @@ def test_the_examples_of_the_document_run(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "compile", lambda module, **options: module)
     pipeline.set_progress_bar_config(disable=True)
-    blocks = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
+    text = DOCUMENT.read_text().partition("# Using the files")[2]
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert len(blocks) >= 3
     names = {"pipe": pipeline, "LORAS": str(folder), "render": render, "torch": torch}
     for block in blocks[1:]:
