@@ -223,7 +223,7 @@ class LoraGenerator(nn.Module):
             self.config: Tree = json.loads(file.read_bytes())
             if (found := self.config.get("format")) != (expected := "hyperlora-pytorch-1"):
                 raise ValueError(f"found format {found!r}, expected {expected!r}")
-        self.weights = tree = {"encoder": {"file": str(Path(folder) / "encoder.onnx")}}
+        self.weights = tree = Tree(encoder={"file": str(Path(folder) / "encoder.onnx")})
         with naming(weights):
             for name, x in load_file(weights, device).items():
                 *parents, last = name.split("/")
