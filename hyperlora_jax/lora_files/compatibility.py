@@ -98,8 +98,6 @@ def _row(tool: str, spec: LoraSpec, reasons: Mapping[str, str]) -> ToolReport:
 
 
 _UNTESTED_XL = {
-    ("LyCORIS", "kohya-ldm"),
-    ("LyCORIS", "kohya"),
     ("stable-diffusion.cpp", "kohya"),
     ("stable-diffusion.cpp", "kohya-ldm"),
 }
@@ -113,20 +111,19 @@ def _loss(tool: str, site: LoraSite, spec: LoraSpec, family: Family, form: Form)
         return "an adapter folder is for PEFT only"
     if tool.startswith("diffusers"):
         return _diffusers(tool, site, family, form, len({s.rank for s in spec.sites}) > 1)
-    text = site.component != "unet"
     if tool == "ComfyUI":
-        if form == "diffusers" and ".attn" in site.path:
+        diffusers = form == "diffusers"
+        if diffusers and ".attn" in site.path:
             return "attention keys in diffusers form are not loaded"
-        if form == "old-diffusers" and text and "self_attn" in site.path:
-            return "old text encoder attention keys are not loaded"
-        return ""
+        return _OTHER_NAMES if diffusers and site.path.endswith("text_projection") else ""
     if tool == "A1111":
         return _a1111(site, spec, family, form)
     if tool == "stable-diffusion.cpp":
         return _sdcpp(site, form)
-    usable = form == "kohya" or (tool == "kohya sd-scripts" and family == "sdxl")
-    if not usable or form not in ("kohya", "kohya-ldm"):
+    if form != "kohya" and (form != "kohya-ldm" or family != "sdxl"):
         return _OTHER_NAMES
+    if tool == "LyCORIS" and form == "kohya-ldm" and site.component == "unet":
+        return "its names are those of sd-scripts' UNet, diffusers' UNet has others"
     if tool == "kohya sd-scripts" and EDGE.match(site.path):
         return "layers outside attention, resnets and samplers are ignored"
     return ""
@@ -185,6 +182,17 @@ _REGULAR = {
     "weights2weights": r"base_model\.model\..*",
 }
 _COMPONENTS = ("unet.", "text_encoder.", "text_encoder_2.")
+# The down factors that ComfyUI finds, by the map of names in its comfy/lora.py.
+_COMFY = re.compile(
+    r"(?:lora_unet_\w+|lycoris_(?=down_|mid_|up_|conv_|time_|add_)\w+|diffusion_model\.(?!down_|up_|mid_)[\w.]+"
+    r"|(?:unet\.)?(?=(?:down_blocks|mid_block|up_blocks|conv_in|conv_out|time_emb|add_emb))"
+    r"(?!.*attn\d\.to_)[\w.]+"
+    r"|lora_te1?_text_model_\w+|lora_te2_text_\w+|lora_te1_text_projection"
+    r"|text_encoder(?:_2)?\.text_model\.[\w.]+(?:_proj|\.fc[12])"
+    r"|text_encoders\.clip_[lg]\.transformer\.text_[\w.]+)"
+    r"(?:\.lora_down\.weight|_lora\.down\.weight|\.lora_A(?:\.default)?(?:\.weight)?"
+    r"|\.lora(?:_linear_layer)?\.down\.weight)"
+)
 _REGULAR["kohya-ldm"] = _REGULAR["kohya"]
 _SGM = re.compile(r"input_blocks|middle_block|output_blocks")
 _NOT_SGM = re.compile(r"down_blocks|mid_block|up_blocks")
@@ -210,10 +218,29 @@ def source_report(
                 reasons = reasons or _diffusers_losses(tensors, metadata, spec, form, regular)
             if row.status != "none":
                 row = _row(row.tool, spec, dict.fromkeys(row.lost, row.reason) | reasons)
+        elif row.tool == "ComfyUI" and form not in ("peft", "weights2weights"):
+            row = _row(row.tool, spec, _comfy_losses(tensors))
         elif not regular:
             row = ToolReport(row.tool, "untested", 0, (), "never tried with names like these")
         rows.append(row)
     return rows
+
+
+def _comfy_losses(tensors: Mapping[str, np.ndarray]) -> dict[str, str]:
+    """{layer: why ComfyUI does not apply it, or not at its strength; "" where it does}."""
+    reasons = {}
+    for key, path in _paths(tensors):
+        reasons[path] = "" if _COMFY.fullmatch(key) else _OTHER_NAMES
+        up = next((key.replace(a, b) for a, b in _PAIRS if a in key), "")
+        if not reasons[path] and up not in tensors:
+            reasons[path] = "its up factor is named otherwise"
+        scale = f"{(keys.split_role(key) or ('',))[0]}.scale"
+        if scale in tensors and not reasons[path]:
+            reasons[path] = "it does not read .scale"
+    return reasons
+
+
+_PAIRS = (("lora_A", "lora_B"), ("lora_down", "lora_up"), (".down.", ".up."))
 
 
 def _diffusers_losses(
@@ -279,8 +306,9 @@ def _misread(tensors: Mapping[str, np.ndarray], spec: LoraSpec) -> dict[str, str
     return lost
 
 
-def scale_notes(tensors: Mapping[str, np.ndarray]) -> list[str]:
-    """Warnings about alphas and ranks that some tools scale wrongly, for a file as it is."""
+def scale_notes(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> list[str]:
+    """Warnings about alphas and ranks that some tools scale wrongly, for a file as it is, and about
+    an alpha that only its header names."""
     alphas = [
         float(a.reshape(-1)[0]) for k, a in tensors.items() if k.endswith(".alpha") and a.size
     ]
@@ -289,9 +317,16 @@ def scale_notes(tensors: Mapping[str, np.ndarray]) -> list[str]:
     notes = []
     if alphas and (len(set(alphas)) > 1 or len(alphas) < len(downs)):
         notes.append("alphas differ or are partly missing: diffusers scales attention wrongly")
+    scaled = alphas or any(key.endswith(".scale") for key in tensors)
+    said = [f"{key} = {metadata[key]}" for key in _ALPHAS if metadata.get(key)]
+    if said and not scaled and not said[0].endswith(f" = {max(ranks, default=0)}"):
+        notes.append(f"its header says {said[0]}, its tensors do not: read without, as tools do")
     if len(ranks) > 1 and not alphas:
         notes.append("mixed ranks without alpha: diffusers 0.33 scales them wrongly")
     return notes
+
+
+_ALPHAS = ("ss_network_alpha", "lora_alpha", "network_alpha", "alpha")
 
 
 def lines(rows: Iterable[ToolReport], total: int) -> list[str]:
@@ -345,7 +380,7 @@ def inspect_lora(path: str | os.PathLike[str], base: str | None = None) -> dict[
         "effective_rank": float(np.mean(effective)),
         "dtypes": sorted({array.dtype.name for key, array in tensors.items() if _is_factor(key)}),
         "metadata": metadata,
-        "notes": scale_notes(tensors),
+        "notes": scale_notes(tensors, metadata),
         "tools": [dataclasses.asdict(row) for row in rows],
     }
 

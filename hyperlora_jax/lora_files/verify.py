@@ -147,7 +147,7 @@ def verify_source(
             f"{path}: {library} reads it differently: layer {found.worst_site} differs by "
             f"{found.max_delta_error:.1e}, its largest entry here is {found.delta_size:.1e}"
         )
-        if notes := scale_notes(read_tensors(Path(path))[0]):
+        if notes := scale_notes(*read_tensors(Path(path))):
             return f"{line} ({notes[0]})"
         raise UserError(line)
     count = f"{found.num_sites - len(found.unexpected_keys)} of {len(spec)} layers"

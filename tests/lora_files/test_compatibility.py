@@ -97,6 +97,16 @@ CASES = {
 }  # fmt: skip
 
 
+# Layers that ComfyUI a125cd84 (2025-10-12) loaded of these files at their right strength, run apart
+# (comfy/lora.py, comfy/weight_adapter): of SD 1 and of SDXL; all of them where nothing stands.
+COMFY = {
+    "old diffusers": (15, 15), "diffusers": (9, 15), "no unet.": (9, 15), "no text_model.": (9, 9),
+    "diffusers, text encoder in old names": (11, 13), "alpha beside PEFT keys": (9, 15),
+    "scale": (0, 0), "unet. and sgm names": (6, 12), "name of the adapter": (0, 0),
+    "torch.compile": (0, 6), "lora_down after unet.": (9, 15),
+}  # fmt: skip
+
+
 def tensors_of(form, spec, family):
     if form not in ("new", "mixture"):
         return random_tensors(spec, form, family)[0]
@@ -127,7 +137,7 @@ def loaded(path, modules, wanted):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_diffusers_does_what_inspect_says(tmp_path, part, case):
+def test_diffusers_and_comfyui_do_what_inspect_says(tmp_path, part, case):
     family, modules, spec = part
     form, change = CASES[case]
     if case == "projection" and family != "sdxl":
@@ -143,6 +153,8 @@ def test_diffusers_does_what_inspect_says(tmp_path, part, case):
     lora, found = load_lora(path)
     wanted = {site.path: _delta(lora, site) for site in found}
     assert (row["status"], row["num_sites"]) == loaded(path, modules, wanted)
+    (row,) = (row for row in report["tools"] if row["tool"] == "ComfyUI")
+    assert row["num_sites"] == COMFY.get(case, (len(found),) * 2)[family == "sdxl"]
 
 
 @pytest.mark.parametrize("flat", [False, True])
@@ -198,4 +210,16 @@ def test_edge_of_the_rules():
     tensors = {f"lycoris_mid_block_attentions_0_proj_in.lora_{side}.weight": np.ones((8, 8))
                for side in ("down", "up")}  # fmt: skip
     rows = {row.tool: row.status for row in source_report(tensors, {}, spec, "sdxl", True)}
-    assert rows["ComfyUI"] == rows["A1111"] == "untested" and rows["diffusers"] == "none"
+    assert rows["LyCORIS"] == rows["A1111"] == "untested" and rows["diffusers"] == "none"
+    assert rows["ComfyUI"] == "full"
+
+
+def test_an_alpha_that_only_the_header_names_is_said(tmp_path):
+    path = tmp_path / "a.safetensors"
+    stem = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora"
+    factors = {f"{stem}_A.weight": np.ones((4, 8), np.float32),
+               f"{stem}_B.weight": np.ones((8, 4), np.float32)}  # fmt: skip
+    for header, noted in (({"lora_alpha": "16"}, True), ({"ss_network_alpha": "4"}, False)):
+        write(path, factors, header)
+        notes = inspect_lora(path)["notes"]
+        assert any("lora_alpha = 16, its tensors do not" in note for note in notes) == noted
