@@ -9,7 +9,8 @@ import pytest
 from hyperlora_jax.cli.config import flatten, load_config
 from hyperlora_jax.cli.main import main
 from hyperlora_jax.train.checkpoints import read_meta
-from tests.stable_diffusion.conftest import write_xl
+from tests.stable_diffusion import test_single_file as single
+from tests.stable_diffusion.conftest import write_tokenizer, write_xl
 from tests.user_world import SHRUNK, write_base, write_clip, write_onnx, write_people
 
 REAL = ("sd15", "sdxl", "w2w_1b", "my_pictures")
@@ -75,3 +76,40 @@ def test_distil_train_evaluate_generate_on_a_tiny_base(name, tmp_path, capsys):
         config.model.preset,
         config.model.rank,
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_a_single_file_goes_the_same_way(family, tmp_path, monkeypatch):
+    monkeypatch.setenv("HYPERLORA_CACHE", str(tmp_path / "cache"))
+    configs = single.TINY[family]
+    tensors = single.original_file(configs, single.random_tensors(configs))
+    base = single.write(tmp_path / "model.safetensors", tensors)
+    write_tokenizer(tmp_path / "tokens")
+
+    def run(*arguments):
+        assert main([str(word) for word in arguments]) == 0, arguments
+
+    run("inspect", base, "--tokenizer", tmp_path / "tokens")
+    (unet,) = (tmp_path / "cache" / "bases").glob("*/unet/config.json")
+    unet.write_text(json.dumps(json.loads(unet.read_text()) | {"sample_size": 8}))  # of 64: quick
+    people = write_people(tmp_path / "people")
+    world = (
+        f"base={base}", f"data.source={people}", f"model.encoder={write_clip(tmp_path / 'clip')}",
+        f"evaluate.judges.independent={write_onnx(tmp_path / 'judge.onnx')}", *SMALL,
+    )  # fmt: skip
+    given = [f"--config.{value}" for value in world]
+    config = {"sd1": "sd15", "sdxl": "sdxl"}[family]
+    workdir = ("--config", f"configs/{config}.py", "--workdir", tmp_path / "run")
+    run("distill", *workdir, *given, *SHRUNK)
+    run("train", *workdir)
+    run("evaluate", *workdir)
+    reference = next((people / "fred").glob("*.png"))
+    found = ("--checkpoint", tmp_path / "run", "--reference", reference)
+    run("generate", *found, "--out", tmp_path / "fred.safetensors")
+    pictures = ("--images", people / "fred", "--num_steps", 2)
+    run(
+        "refine", tmp_path / "fred.safetensors", *pictures, "--out", tmp_path / "better.safetensors"
+    )
+    run("inspect", tmp_path / "better.safetensors", "--base", base)
+    run("export", tmp_path / "run", "--out", tmp_path / "exported")
