@@ -4,6 +4,7 @@ pretrain workdir                        diffusers   a folder of diffusers (the d
 train workdir or hypernetwork folder    jax         a hypernetwork folder (the default)
                                         pytorch     weights and the one file that runs them
                                         onnx        pictures to flat vectors, as one graph
+a base, with --lora PRESET              onnx, torch-export   its UNet with LoRAs as inputs
 """
 
 import argparse
@@ -22,14 +23,16 @@ if TYPE_CHECKING:
 
 OF_BASES = ("diffusers",)
 OF_HYPERNETWORKS = ("jax", "pytorch", "onnx")
-FORMATS = (*OF_HYPERNETWORKS, *OF_BASES)
+OF_LORA_INPUTS = ("onnx", "torch-export")
+FORMATS = tuple(dict.fromkeys((*OF_HYPERNETWORKS, *OF_BASES, *OF_LORA_INPUTS)))
+RANK = 4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What to export, output folder, format."""
     parser.add_argument(
-        "workdir", metavar="WORKDIR", help="of `hyperlora pretrain` or `hyperlora train`, "
-        "or a hypernetwork folder",
+        "workdir", metavar="WORKDIR_OR_BASE", help="of `hyperlora pretrain` or `hyperlora train`, "
+        "or a hypernetwork folder; with --lora, a base",
     )  # fmt: skip
     arguments.add_output(parser, "DIR", "folder to write")
     arguments.add_format(
@@ -39,8 +42,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--step", type=_step, help="checkpoint: its step, or `best`; default: the newest"
     )
     parser.add_argument(
-        "--dtype", choices=("float16", "float32"), default="float16", help="of a base"
-    )
+        "--dtype", choices=("float16", "float32"), help="of a base; default: float16, and float32 "
+        "with --lora",
+    )  # fmt: skip
+    parser.add_argument(
+        "--lora", metavar="PRESET", help="of a base: its UNet as a graph that takes a LoRA of "
+        "these layers for each picture (attn-qkvo, w2w, attn-ff, all)",
+    )  # fmt: skip
+    parser.add_argument("--rank", type=int, help=f"with --lora: of the LoRAs; default: {RANK}")
     parser.add_argument(
         "--encoder", metavar="PATH", help="of a hypernetwork: condition encoder, where it was moved"
     )
@@ -52,6 +61,10 @@ def _step(text: str) -> int | str:
 
 def run(args: argparse.Namespace) -> int:
     """Writes the folder."""
+    if args.lora is not None or args.format == "torch-export":
+        return _write_lora_inputs(args)
+    if args.rank is not None:
+        raise UserError("--rank goes with --lora PRESET, the layers whose LoRAs are inputs")
     import ml_collections
 
     from hyperlora_jax.hypernet.hypernetwork import Hypernetwork, is_stored
@@ -67,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     config = ml_collections.ConfigDict(meta["config"])
     if config.get("task") == "unet" or "unet" in params:
         _check_format(args, OF_BASES, "a base model")
-        _write_base(workdir, config, params, out, args.dtype)
+        _write_base(workdir, config, params, out, args.dtype or "float16")
     elif "spec" in meta["facts"] and "encoder" in meta["facts"]:
         hyper = _hypernetwork(workdir, config, params, meta, args.encoder)
         _write_hypernetwork(hyper, out, args)
@@ -77,6 +90,27 @@ def run(args: argparse.Namespace) -> int:
             "workdir of `hyperlora pretrain` (a base model) or `hyperlora train`"
         )
     print(f"wrote {out} (step {meta['step']})")
+    return 0
+
+
+def _write_lora_inputs(args: argparse.Namespace) -> int:
+    if args.lora is None:
+        raise UserError(f"--format {args.format} needs --lora PRESET, the layers that LoRAs adapt")
+    if args.format not in OF_LORA_INPUTS:
+        raise UserError(
+            f"--lora exports a base as a graph: --format is {args.format}, expected "
+            f"{' or '.join(OF_LORA_INPUTS)}"
+        )
+    for name in ("step", "encoder"):
+        if getattr(args, name) is not None:
+            raise UserError(f"--{name}: is of what was trained, --lora exports a base")
+    from hyperlora_jax.runtime.base_export import export_base
+
+    rank = RANK if args.rank is None else args.rank
+    spec = export_base(
+        args.workdir, args.out, args.format, args.lora, rank, args.dtype or "float32"
+    )
+    print(f"wrote {args.out}: {len(spec)} layers, LoRAs of {spec.num_parameters:,} numbers")
     return 0
 
 

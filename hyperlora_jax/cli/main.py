@@ -28,7 +28,7 @@ COMMANDS = {
     "convert": ("convert", "one LoRA file format into another"),
     "merge": ("merge", "weighted sums of LoRA files, at any rank, or into a base"),
     "extract": ("extract", "the difference of two models as a LoRA"),
-    "export": ("export", "pretrained UNet -> diffusers directory, hypernetwork -> safetensors"),
+    "export": ("export", "what was trained as files; a base as a graph that takes LoRAs"),
     "inspect": ("inspect", "what a LoRA, dataset, checkpoint or workdir holds"),
     "evaluate": ("evaluate", "scores on held-out identities, figures, report"),
     "compile": ("compile", "does the training step fit this TPU pod? needs no TPU"),

@@ -94,5 +94,7 @@ def test_the_examples_of_the_document_run(tmp_path, monkeypatch):
     assert len(blocks) >= 3
     names = {"pipe": pipeline, "LORAS": str(folder), "render": render, "torch": torch}
     for block in blocks[1:]:
+        if "from lora_unet" in block:  # tests/runtime/test_base_export.py
+            continue
         exec(compile(block, str(DOCUMENT), "exec"), names)
     assert load_lora(folder / "anna.safetensors", spec)[1] == spec
