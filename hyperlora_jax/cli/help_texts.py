@@ -64,7 +64,7 @@ _EXAMPLES = {
     "convert": "hyperlora convert anna.safetensors --format kohya --out anna.kohya.safetensors",
     "merge": "hyperlora merge a.safetensors=0.7 b.safetensors=0.5 --out both.safetensors",
     "extract": "hyperlora extract BASE TUNED --rank 16 --out difference.safetensors",
-    "export": "hyperlora export runs/me --out hypernetwork",
+    "export": "hyperlora export runs/me --out hypernetwork --format pytorch",
     "inspect": "hyperlora inspect anna.safetensors",
     "compile": "hyperlora compile --config sd15 --topology v5e-256",
 }

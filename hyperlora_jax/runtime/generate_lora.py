@@ -137,7 +137,7 @@ def conv_encoder(w: Tree, config: Tree, x: Tensor) -> Given:
 def clip_encoder(w: Tree, config: Tree, x: Tensor) -> Given:
     """The same by a CLIP vision model."""
     patches = F.conv2d(x, **w["patches"], stride=config["patch_size"]).flatten(2).transpose(1, 2)
-    x = torch.cat([w["first"].expand(len(x), 1, -1), patches], 1) + w["positions"]
+    x = torch.cat([w["first"].expand(x.shape[0], 1, -1), patches], 1) + w["positions"]
     x = norm(x, config["layer_norm_eps"], **w["norm_in"])
     for number in range(config["depth"]):
         x = block(w[f"block_{number}"], config, x)
@@ -169,7 +169,7 @@ def timed(w: Tree, time: Tensor) -> Tensor:
 def token_network(w: Tree, config: Tree, given: Given, noisy: Tensor, time: Tensor) -> Tensor:
     """LoRA [l, d] of a transformer over tokens; some look at a noisy one and a time [l] too."""
     pooled, context = (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-6) for y in given)
-    x, told = w["embeddings"].expand(len(pooled), -1, -1), F.linear(pooled, **w["pooled_in"])
+    x, told = w["embeddings"].expand(pooled.shape[0], -1, -1), F.linear(pooled, **w["pooled_in"])
     counts, parts = config["counts"], []  # of tokens in groups that write equally many numbers
     if "time_in" in w:
         parts = noisy[:, w["places"]].split(config["sizes"], 1)
@@ -268,9 +268,9 @@ class LoraGenerator(nn.Module):
             return unknown + guidance * (run(given) - unknown)
 
         def iterated(given: Given) -> Tensor:
-            x = torch.zeros_like(w["network"]["centre"]).expand(len(given[0]), -1)
+            x = torch.zeros_like(w["network"]["centre"]).expand(given[0].shape[0], -1)
             for time in config["times"]:
-                x = net(given, x, x.new_full((len(x),), time))
+                x = net(given, x, x.new_full(x.shape[:1], time))
             return x
 
         if config["generator"] == "iterative":
@@ -279,7 +279,7 @@ class LoraGenerator(nn.Module):
             raise WrongInput(f"num_steps is {count}, expected 1 to {config['max_steps']}")
         x, table = noise[:, 0], w["steps"][sampler][count * (count - 1) // 2 :][:count]
         for number, (time, kept, moved, fresh) in enumerate(table.tolist(), 1):
-            times = x.new_full((len(x),), time)
+            times = x.new_full(x.shape[:1], time)
             x = kept * x + moved * guided(lambda known, x=x, times=times: net(known, x, times))
             x = x + fresh * noise[:, number] if fresh else x
         x = mlp_network(w["vae"], config["vae"], None, x, None) if "vae" in w else x

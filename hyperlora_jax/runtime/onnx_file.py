@@ -102,8 +102,13 @@ def _check(network: Any, inputs: dict[str, Any], file: Path) -> None:
     """Raises UserError where onnxruntime gives something else than PyTorch."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-    found = session.run(None, {name: value.numpy() for name, value in inputs.items()})[0]
+    try:
+        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+        found = session.run(None, {name: value.numpy() for name, value in inputs.items()})[0]
+    except Exception as error:  # onnxruntime's exceptions share no public base class
+        raise UserError(
+            f"--format onnx: onnxruntime does not run what was exported ({storage.reason(error)})"
+        ) from error
     expected = network(**inputs)[0].numpy()
     difference = np.abs(found - expected).max() / np.abs(expected).max()
     if not difference <= TOLERANCE:

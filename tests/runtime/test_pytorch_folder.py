@@ -249,7 +249,7 @@ def test_a_lora_on_a_unet_and_another_in_its_place(tmp_path):
             return network(*inputs, return_dict=False)[0]
 
     plain, found, applied = drawn(unet), [], None
-    untouched = [copy.deepcopy(unet) for _ in vectors]
+    *untouched, last = [copy.deepcopy(unet) for _ in range(3)]
     for vector in vectors:
         if applied is None:
             applied = Applied(unet, folder, folder.matrices(vector, 1.0))
@@ -263,6 +263,10 @@ def test_a_lora_on_a_unet_and_another_in_its_place(tmp_path):
         folder.save(file, folder.matrices(vector, 1.0), "diffusers", "float32")
         other.load_lora_adapter(safetensors.torch.load_file(file), prefix="unet")
         assert (drawn(other) - ours).abs().max() < 1e-5 < (plain - ours).abs().max()
+    # The file that JAX writes of the same LoRA shows the same picture.
+    save_lora(file, vectorize.unflatten(vectors[1].numpy(), spec), spec, "diffusers", "float32")
+    last.load_lora_adapter(safetensors.torch.load_file(file), prefix="unet")
+    assert (drawn(last) - found[1]).abs().max() < 1e-3
     with pytest.raises(WrongInput, match="another family than sd1"):
         Applied(tiny.torch_unet(tiny.tiny_unet_config(cross_attention_dim=20)), folder,
                 folder.matrices(vectors[0]))  # fmt: skip
