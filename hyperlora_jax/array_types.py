@@ -4,8 +4,8 @@ Dimension letters: b batch, l LoRAs, n tokens, i/o in/out features, r rank, d fl
 channels, e embedding, h w c image height, width, channels.
 """
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Key, Shaped, UInt8, UInt32
@@ -16,16 +16,22 @@ if TYPE_CHECKING:
     Array = jax.Array
     AnyArray = jax.Array | np.ndarray
     PRNGKey = Key[Array, ""] | UInt32[Array, "2"]
+DType = str | type | np.dtype  # "bfloat16", jnp.bfloat16 or np.dtype("float32")
+Index = SupportsIndex | slice | np.ndarray | Sequence[int]  # of rows
 Params = Mapping[str, Any]  # nested dict of arrays
-ArrayTree = Any  # any pytree of arrays
+ArrayTree = Any  # any pytree of arrays, of their shapes or of their shardings
+Json = Mapping[str, Any]  # a JSON object: names, and what `json` makes of the values
 
 __all__ = [
     "AnyArray",
     "Array",
     "ArrayTree",
     "Bool",
+    "DType",
     "Float",
+    "Index",
     "Int",
+    "Json",
     "Key",
     "PRNGKey",
     "Params",

@@ -10,19 +10,21 @@ import dataclasses
 import importlib.util
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
 from hyperlora_jax import storage
-from hyperlora_jax.array_types import Float
+from hyperlora_jax.array_types import Float, Json
 from hyperlora_jax.distill.distillation import distill
 from hyperlora_jax.errors import UserError
+from hyperlora_jax.evaluate.compare import MethodResult
 from hyperlora_jax.evaluate.evaluation import Evaluation
 from hyperlora_jax.evaluate.methods import TITLES
 from hyperlora_jax.generate import generate_one
@@ -30,6 +32,7 @@ from hyperlora_jax.lora_files import load_lora
 from hyperlora_jax.lora_files.verify import load_modules, verify
 from hyperlora_jax.pictures.pictures import encode_png
 from hyperlora_jax.shipped import base_path
+from hyperlora_jax.stable_diffusion.model import StableDiffusion
 from hyperlora_jax.train.hypernetwork.hypernet_training import train_hypernetwork
 from hyperlora_jax.train.loop import open_workdir
 
@@ -52,7 +55,7 @@ class TorchParity:
     jax_images: Float[np.ndarray, "f h w 3"]
     torch_images: Float[np.ndarray, "f h w 3"]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """For metrics.json: key lists as counts."""
         return {
             "max_abs_diff": self.max_abs_diff,
@@ -64,7 +67,7 @@ class TorchParity:
 
 
 def compare_with_torch(
-    sd: Any,
+    sd: StableDiffusion,
     base: str,
     files: Sequence[Path],
     prompts: Sequence[str],
@@ -138,7 +141,7 @@ def _torch_images(
                 guidance_scale=1.0,
                 output_type="np",
             )
-            return result.images[0]
+            return result.images[0]  # pyright: ignore[reportAttributeAccessIssue, reportReturnType]
 
         without = [draw(k) for k in range(len(files))]
         with_lora = []
@@ -168,7 +171,7 @@ NUM_FILES = 4
 SHOWN = ("exact", "generated", "conventional", "nearest", "mean_lora", "shuffled", "base")
 
 
-def demo(config: Any, workdir: str | Path, console: Console | None = None) -> dict[str, Any]:
+def demo(config: ConfigDict, workdir: str | Path, console: Console | None = None) -> Json:
     """Runs the pipeline in WORKDIR/run; writes report.html, grid.png, metrics.json and loras/.
 
     Returns:
@@ -194,7 +197,7 @@ def demo(config: Any, workdir: str | Path, console: Console | None = None) -> di
     stage("distill", f"Distil: {concepts} LoRAs at once", lambda: distill(config, run))
     stage("train", "Train the hypernetwork", lambda: train_hypernetwork(config, run))
 
-    def compare_all() -> tuple[Evaluation, dict[str, Any]]:
+    def compare_all() -> tuple[Evaluation, dict[str, MethodResult]]:
         evaluation = Evaluation(config, run)
         return evaluation, evaluation.run(lambda line: console.print(f"[dim]{line}"))
 
@@ -237,7 +240,7 @@ def write_loras(evaluation: Evaluation, folder: Path) -> list[Path]:
     files = []
     for k in range(min(NUM_FILES, evaluation.test.num_identities)):
         reference = folder / f"{k:02d}.reference.png"
-        reference.write_bytes(encode_png(evaluation.test.views[k, 0]))
+        reference.write_bytes(encode_png(evaluation.test.views[k][0]))
         for form, suffix in (("kohya", ""), ("diffusers", ".diffusers")):
             path = folder / f"{k:02d}{suffix}.safetensors"
             written = generate_one(evaluation.hyper, [reference], path, format=form)
@@ -245,7 +248,7 @@ def write_loras(evaluation: Evaluation, folder: Path) -> list[Path]:
     return files
 
 
-def summary_table(metrics: Mapping[str, Any]) -> Table:
+def summary_table(metrics: Json) -> Table:
     """One row per method: identity, error, captions."""
     table = Table(title="Held-out identities, unseen captions")
     for heading in ("method", "identity top-1", "error to exact", "caption", "strength"):
@@ -263,7 +266,7 @@ def summary_table(metrics: Mapping[str, Any]) -> Table:
     return table
 
 
-def _verdict(metrics: Mapping[str, Any]) -> str:
+def _verdict(metrics: Json) -> str:
     paired, seconds = metrics["paired"], metrics["seconds"]
     parity = metrics["torch_parity"]
     speed = seconds["fit_one_lora"] / seconds["generate_one_lora"]

@@ -6,20 +6,21 @@ where one of both sides does not know the hash of what lies there, as older runs
 
 import json
 from collections.abc import Mapping
-from typing import Any
 
 # Paths, and the hashes beside them that say what lay there.
 PLACES = {"base": "base_hash", "source": "pictures"}
 SHOWN = 4  # differences named in a message
-Differences = dict[str, tuple[Any, Any]]
+Differences = dict[str, tuple[object, object]]
 
 
-def differences(saved: Mapping[str, Any], expected: Mapping[str, Any]) -> Differences:
+def differences(saved: Mapping[str, object], expected: Mapping[str, object]) -> Differences:
     """{dotted name: (saved, expected)} of all facts that differ; a missing one is None."""
     return _differences(_plain(saved), _plain(expected), "")
 
 
-def _differences(saved: Mapping[str, Any], expected: Mapping[str, Any], prefix: str) -> Differences:
+def _differences(
+    saved: Mapping[str, object], expected: Mapping[str, object], prefix: str
+) -> Differences:
     found: Differences = {}
     ignored = set()
     for place, content in PLACES.items():
@@ -47,10 +48,10 @@ def refusal(where: str, found: Differences) -> str:
     return f"{where} was made with {ours}{more}, this run has {theirs}; use another workdir"
 
 
-def _plain(facts: Mapping[str, Any]) -> dict[str, Any]:
+def _plain(facts: Mapping[str, object]) -> dict[str, object]:
     return json.loads(json.dumps(facts))
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

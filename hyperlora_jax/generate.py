@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from etils import epath
 
-from hyperlora_jax.array_types import Array, Params
+from hyperlora_jax.array_types import Array, Json, Params
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.hypernet.editing import Directions, edit
 from hyperlora_jax.hypernet.hypernetwork import Hypernetwork
@@ -90,7 +91,7 @@ def generate_files(
     strength: float | None = None,
     seed: int = 0,
     num_samples: int = 1,
-    draw: Mapping[str, Any] | None = None,
+    draw: Json | None = None,
     edits: Edits | None = None,
     format: str = "kohya",
     **writing: Any,
@@ -150,7 +151,7 @@ def _of_each(
     pooled: Array,
     tokens: Array,
     num_samples: int,
-    draw: Mapping[str, Any],
+    draw: Json,
 ) -> Params:
     """Every subject's LoRAs with the key it would have alone, a subject's samples in a row."""
     if not hyper.generator.stochastic:
@@ -174,10 +175,10 @@ def _write(
     loras: Params,
     edits: Edits | None,
     paths: Sequence[Path],
-    texts: Sequence[dict[str, Any]],
+    texts: Sequence[Json],
     strength: float,
     **writing: Any,
-) -> list[Path]:
+) -> list[Path | epath.Path]:
     spec = hyper.spec
     if edits is not None:
         loras, spec = edit(loras, *edits)

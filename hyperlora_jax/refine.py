@@ -29,6 +29,7 @@ from hyperlora_jax.lora_files.header import carried
 from hyperlora_jax.pictures import pictures, size_buckets
 from hyperlora_jax.pictures.image_folder import SubjectFolder, open_image_folder, read_concept
 from hyperlora_jax.stable_diffusion.embedded import image_size
+from hyperlora_jax.stable_diffusion.model import StableDiffusion
 from hyperlora_jax.subjects.encoded_subjects import encode_subjects
 from hyperlora_jax.train.hypernetwork.hypernet_training import family
 
@@ -38,7 +39,7 @@ MAX_SLOTS = 16
 
 
 def refine_loras(
-    sd: Any,
+    sd: StableDiffusion,
     spec: LoraSpec,
     loras: Sequence[Params] | Params,
     load: Callable[[int], ConceptArrays],
@@ -98,7 +99,7 @@ def _unstacked(loras: Params) -> list[Params]:
 
 
 def refine_files(
-    sd: Any,
+    sd: StableDiffusion,
     base: str,
     lora: str | Path,
     images: str | Path,
@@ -216,7 +217,7 @@ def _subjects(folder: Path, files: Sequence[Path]) -> list[SubjectFolder]:
     return [named[file.stem] for file in files]
 
 
-def _concept(sd: Any, subject: SubjectFolder, caption: str) -> ConceptArrays:
+def _concept(sd: StableDiffusion, subject: SubjectFolder, caption: str) -> ConceptArrays:
     """(latents, text conditions) of a subject's target pictures."""
     read = read_concept(subject, size_buckets.square(image_size(sd)), caption)
     images = np.stack([pictures.decode(png) for png in read.targets])[None]

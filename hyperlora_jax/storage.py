@@ -191,7 +191,7 @@ def _versions(source: epath.Path) -> dict[str, str]:
     }
 
 
-def _version(info: Mapping[str, Any]) -> str:
+def _version(info: Mapping[str, object]) -> str:
     known = {name: str(info[name]) for name in _VERSIONS if info.get(name)}
     return json.dumps({**known, "size": info.get("size")}) if known else ""
 

@@ -1,7 +1,5 @@
 """Refinement keeps what was generated and adds to it; files in, files out."""
 
-from types import SimpleNamespace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +16,7 @@ from hyperlora_jax.pictures.pictures import encode_png
 from hyperlora_jax.refine import refine_loras
 from hyperlora_jax.stable_diffusion.denoising_loss import denoising_error
 from hyperlora_jax.stable_diffusion.embedded import load_base
+from hyperlora_jax.stable_diffusion.model import StableDiffusion
 from hyperlora_jax.stable_diffusion.networks.unet import unet_from_config
 from hyperlora_jax.stable_diffusion.weights.flax_trees import init_params
 
@@ -41,7 +40,7 @@ def _world():
     unet = unet_from_config(CONFIG)
     schedule = NoiseSchedule(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
     params = {"unet": init_params(unet, jax.random.key(0))}
-    sd = SimpleNamespace(unet=unet, params=params, schedule=schedule)
+    sd = StableDiffusion(unet, params, schedule)
     spec = spec_from_shapes(params["unet"], "w2w", 2)
     random = np.random.default_rng(0)
     concepts = [

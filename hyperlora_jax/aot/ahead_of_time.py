@@ -24,7 +24,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from hyperlora_jax.aot.hlo_report import collective_bytes
-from hyperlora_jax.array_types import Array, ArrayTree
+from hyperlora_jax.array_types import Array, ArrayTree, Json, Params
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.parallel import sharding
 from hyperlora_jax.parallel.mesh import make_mesh
@@ -62,8 +62,8 @@ class Workload:
     init: Callable[[Array], ArrayTree]
     loss: Loss
     frozen: ArrayTree
-    batch: Callable[[int], Mapping[str, Any]]
-    optimizer: Mapping[str, Any] = field(default_factory=lambda: {"learning_rate": 1e-4})
+    batch: Callable[[int], Params]
+    optimizer: Json = field(default_factory=lambda: {"learning_rate": 1e-4})
     ema_decay: float | None = None
     rules: Sequence[sharding.Rule] = sharding.DEFAULT_RULES
     frozen_rules: Sequence[sharding.Rule] = sharding.REPLICATED_RULES
@@ -162,7 +162,7 @@ def compile_for(
     batch_per_device: int = 1,
     low_effort: bool = False,
     records: Path | None = None,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Compiles the step for the slice; returns one JSON-able record, also when it does not fit.
 
     `records` is a folder of earlier records: the same program is not compiled twice.
@@ -172,7 +172,7 @@ def compile_for(
     """
     axes = dict(mesh_axes or {})
     mesh = topology_mesh(topology, **axes)
-    record: dict[str, Any] = {
+    record: dict[str, object] = {
         "workload": workload.name,
         "topology": topology.name,
         "chips": topology.num_chips,
@@ -196,16 +196,14 @@ def compile_for(
     return record
 
 
-def _identity(lowered: Any, record: Mapping[str, Any]) -> str:
+def _identity(lowered: Any, record: Json) -> str:
     """sha256 (hex) of the program, of what it is compiled for and of the compiler."""
     compiler = [jax.__version__, importlib.metadata.version("libtpu")]
     facts = json.dumps([compiler, record, READER], sort_keys=True)
     return hashlib.sha256((facts + lowered.as_text()).encode()).hexdigest()
 
 
-def _compile(
-    lowered: Any, topology: Topology, mesh: Mesh, flops: float, options: Mapping[str, Any]
-) -> dict[str, Any]:
+def _compile(lowered: Any, topology: Topology, mesh: Mesh, flops: float, options: Json) -> Json:
     """What the compiler says of the program: its figures, or why it does not fit."""
     began = time.perf_counter()
     try:
@@ -223,7 +221,7 @@ def _compile(
     return {"compile_seconds": seconds, **_read(compiled, topology, mesh, flops)}
 
 
-def _read(compiled: Any, topology: Topology, mesh: Mesh, flops: float) -> dict[str, Any]:
+def _read(compiled: Any, topology: Topology, mesh: Mesh, flops: float) -> Json:
     """Figures of a compiled step, per device; `flops` from its jaxpr (loops in full)."""
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
     cost = cost[0] if isinstance(cost, list) else cost

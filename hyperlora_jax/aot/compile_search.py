@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from hyperlora_jax.aot.ahead_of_time import Workload, compile_for
+from hyperlora_jax.array_types import Json
 from hyperlora_jax.parallel.topology import Topology
 
 
@@ -35,19 +35,19 @@ def search(
     limit: int = 256,
     start: int = 1,
     records: Path | None = None,
-    report: Callable[[dict[str, Any]], None] = lambda record: None,
-) -> dict[str, Any] | None:
+    report: Callable[[Json], None] = lambda record: None,
+) -> Json | None:
     """Compiles each of `workloads` (the same step, cheapest rematerialisation first) at low effort.
 
     Returns the record of the largest batch that fits (a dearer remat must beat a cheaper one), None
     if none fits at batch 1. `report` is called after every compilation; `start` and `records` are
     those of `largest_batch` and `compile_for`.
     """
-    best: dict[str, Any] | None = None
+    best: Json | None = None
     for workload in workloads:
-        tried: dict[int, dict[str, Any]] = {}
+        tried: dict[int, Json] = {}
 
-        def fits(size: int, workload: Workload = workload, tried: Any = tried) -> bool:
+        def fits(size: int, workload: Workload = workload, tried: dict[int, Json] = tried) -> bool:
             tried[size] = compile_for(
                 workload,
                 topology,

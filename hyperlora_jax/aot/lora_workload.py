@@ -6,14 +6,13 @@ W is trained, the UNet is a frozen argument.
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from hyperlora_jax.aot.ahead_of_time import Workload
-from hyperlora_jax.array_types import Array, Params
+from hyperlora_jax.array_types import Array, DType, Params
 from hyperlora_jax.diffusion.schedule import NoiseSchedule
 from hyperlora_jax.diffusion.scheduler_config import read_scheduler_config
 from hyperlora_jax.lora import factors
@@ -43,7 +42,7 @@ def lora_loss(unet: UNet, schedule: NoiseSchedule) -> Loss:
 
 
 def lora_workload(
-    unet_config: Mapping[str, Any],
+    unet_config: Mapping[str, object],
     *,
     preset: str = "attn-qkvo",
     rank: int = 8,
@@ -52,7 +51,7 @@ def lora_workload(
     remat: str = "none",
     attention: str = "splash",
     scan: bool = False,
-    dtype: Any = jnp.bfloat16,
+    dtype: DType = jnp.bfloat16,
 ) -> Workload:
     """The workload of a diffusers UNet config (without an added embedding) at its sample_size.
 

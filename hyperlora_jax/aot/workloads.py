@@ -9,15 +9,15 @@ files.
 import copy
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from hyperlora_jax.aot.ahead_of_time import Workload
-from hyperlora_jax.array_types import Params
+from hyperlora_jax.array_types import DType, Params
 from hyperlora_jax.batches import ragged
 from hyperlora_jax.batches.ragged import Ragged
 from hyperlora_jax.encoders.named_encoders import configured_encoder
@@ -43,7 +43,7 @@ REMAT = ("none", "save_attention", "full")  # from cheap to frugal
 Shape = tuple[int, ...]
 
 
-def config_workload(config: Any, remat: str | None = None) -> Workload:
+def config_workload(config: ConfigDict, remat: str | None = None) -> Workload:
     """The workload of a config of `hyperlora train`, or of `pretrain` with task "unet".
 
     Args:
@@ -65,7 +65,7 @@ def config_workload(config: Any, remat: str | None = None) -> Workload:
     return _workload(config.train, tasks[task](config))
 
 
-def _workload(section: Any, task_on: Callable[[Mesh | None], Task]) -> Workload:
+def _workload(section: ConfigDict, task_on: Callable[[Mesh | None], Task]) -> Workload:
     task = task_on(None)
     example = dict(next(task.batches))
     del example["record_id"]  # stays on the host
@@ -90,7 +90,7 @@ def _workload(section: Any, task_on: Callable[[Mesh | None], Task]) -> Workload:
     )
 
 
-def _unet_tasks(config: Any) -> Callable[[Mesh | None], Task]:
+def _unet_tasks(config: ConfigDict) -> Callable[[Mesh | None], Task]:
     """mesh → the task of full UNet training (`configs/finetune_unet.py`)."""
     section, sd = config.train, _outline(config, jnp.float32)
     text = row_shapes(sd.unet.settings, _num_tokens(sd))
@@ -104,7 +104,7 @@ def _unet_tasks(config: Any) -> Callable[[Mesh | None], Task]:
     return on_mesh
 
 
-def _hypernetwork_tasks(config: Any) -> Callable[[Mesh | None], Task]:
+def _hypernetwork_tasks(config: ConfigDict) -> Callable[[Mesh | None], Task]:
     """mesh → the task of `hyperlora train`; subjects have as many pictures as it can use."""
     section, needs, dtype = config.train, Needs.of(config), arithmetic_dtype(config.train)
     sd = _outline(config, dtype)
@@ -117,7 +117,7 @@ def _hypernetwork_tasks(config: Any) -> Callable[[Mesh | None], Task]:
         "pooled": _rows(count, (width,), dtype),
         "tokens": _rows(count, (encoder.num_tokens, width), dtype),
     }
-    shown: dict[str, Any] = {}
+    shown: dict[str, object] = {}
     if needs.base:
         shown["latents"] = _rows(1, _latent(sd), dtype)
     if needs.texts:
@@ -142,7 +142,7 @@ def _hypernetwork_tasks(config: Any) -> Callable[[Mesh | None], Task]:
     return on_mesh
 
 
-def _outline(config: Any, dtype: Any) -> StableDiffusion:
+def _outline(config: ConfigDict, dtype: DType) -> StableDiffusion:
     """The base in shapes, with what "auto" attention is on a TPU; this machine has none to tell."""
     sd = StableDiffusion.outline(base_folder(config.base))
     unet = sd.unet.clone(dtype=dtype, attention="splash")
@@ -168,16 +168,16 @@ def _num_tokens(sd: StableDiffusion) -> int:
     return window if window < NO_LENGTH else 77
 
 
-def _rows(count: int, shape: Shape, dtype: Any = np.float32) -> np.ndarray:
+def _rows(count: int, shape: Shape, dtype: DType = np.float32) -> np.ndarray:
     """Zeros [count, *shape] that take no memory."""
     return np.broadcast_to(np.zeros((), dtype), (count, *shape))
 
 
-def _tree_of_rows(count: int, shapes: Mapping[str, Shape], dtype: Any) -> dict[str, np.ndarray]:
+def _tree_of_rows(count: int, shapes: Mapping[str, Shape], dtype: DType) -> dict[str, np.ndarray]:
     return {name: _rows(count, shape, kept_dtype(name, dtype)) for name, shape in shapes.items()}
 
 
-def _shapes(shapes: Mapping[str, Shape], dtype: Any) -> dict[str, jax.ShapeDtypeStruct]:
+def _shapes(shapes: Mapping[str, Shape], dtype: DType) -> dict[str, jax.ShapeDtypeStruct]:
     return {
         name: jax.ShapeDtypeStruct(shape, kept_dtype(name, dtype)) for name, shape in shapes.items()
     }
@@ -189,12 +189,12 @@ def _one_target(size: int) -> TrainingTargets:
     return TrainingTargets(Rows((_rows(1, (size,)),), first, first), first, nothing, nothing, {})
 
 
-def _constants(generator: Generator) -> dict[str, Any]:
+def _constants(generator: Generator) -> dict[str, object]:
     """Shapes of what a generator reads of its LoRA-target dataset."""
     spec = generator.spec
     sizes = {"mean": spec.num_parameters, "std": 2 * len(spec)}
     codec = getattr(generator, "codec", None)
-    found: dict[str, Any] = {}
+    found: dict[str, object] = {}
     if isinstance(codec, Latents):
         sizes |= {"latent_mean": codec.size, "latent_std": codec.size}
         x = jax.ShapeDtypeStruct((1, spec.num_parameters), jnp.float32)

@@ -15,7 +15,7 @@ import grain.python as grain
 import jax
 import numpy as np
 
-from hyperlora_jax.array_types import Int
+from hyperlora_jax.array_types import Int, Params
 from hyperlora_jax.batches import stable_random
 from hyperlora_jax.batches.ragged import Ragged
 from hyperlora_jax.errors import UserError
@@ -69,7 +69,7 @@ def step_batches(
 
 
 def array_batches(
-    arrays: Mapping[str, Any],
+    arrays: Mapping[str, object],
     batch_size: int,
     seed: int,
     rows: Int[np.ndarray, " b"] | None = None,
@@ -115,7 +115,7 @@ def subject_batches(
     seed: int,
     num_references: int | Sequence[int] = 1,
     num_targets: int = 1,
-    per_subject: Mapping[str, Any] | None = None,
+    per_subject: Params | None = None,
     subjects: np.ndarray | None = None,
     subjects_until: int | None = None,
     order: SubjectOrder | None = None,
@@ -196,7 +196,7 @@ def _drawn(
     return np.stack(drawn)
 
 
-def common_length(arrays: Any) -> int:
+def common_length(arrays: object) -> int:
     """Length of the first axis of all arrays of a tree; ValueError when they differ."""
     flat = jax.tree.leaves_with_path(arrays)
     lengths = {jax.tree_util.keystr(path): len(array) for path, array in flat}

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from hyperlora_jax.array_types import Float, Int
+from hyperlora_jax.array_types import Float, Int, Params
 
 SUBJECTS_AT_ONCE = 1024
 
@@ -27,7 +27,7 @@ class Ragged:
     """
 
     offsets: Int[np.ndarray, " m"]
-    arrays: Mapping[str, Any]
+    arrays: Params
 
     def __post_init__(self):
         lengths = jax.tree.map(len, dict(self.arrays))
@@ -42,14 +42,12 @@ class Ragged:
         """How many rows every subject has."""
         return np.diff(self.offsets)
 
-    def of(self, subject: int) -> dict[str, Any]:
+    def of(self, subject: int) -> Params:
         """All rows of a subject, by name."""
         rows = slice(int(self.offsets[subject]), int(self.offsets[subject + 1]))
         return jax.tree.map(lambda array: np.asarray(array[rows]), dict(self.arrays))
 
-    def at(
-        self, subjects: Int[np.ndarray, " b"], columns: Int[np.ndarray, "b k"]
-    ) -> dict[str, Any]:
+    def at(self, subjects: Int[np.ndarray, " b"], columns: Int[np.ndarray, "b k"]) -> Params:
         """[b, k, ...] by name: of every subject its rows with these numbers, from 0 on."""
         rows = self.offsets[subjects][:, None] + columns
 
@@ -88,7 +86,7 @@ class Shared:
         return np.asarray(self.table[self.index[rows]])
 
 
-def shared(index: Int[np.ndarray, " rows"], tables: Mapping[str, Any]) -> dict[str, Shared]:
+def shared(index: Int[np.ndarray, " rows"], tables: Params) -> dict[str, Shared]:
     """The same rows of every table, by name."""
     return {name: Shared(index, table) for name, table in tables.items()}
 

@@ -11,10 +11,11 @@ import os
 import resource
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 
+from hyperlora_jax.array_types import DType, Index
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora_files import safetensors_io
 
@@ -108,7 +109,7 @@ class Rows:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def __getitem__(self, index: Any) -> np.ndarray:
+    def __getitem__(self, index: Index) -> np.ndarray:
         """A row, a slice of rows, or rows by an array of numbers of any shape."""
         if isinstance(index, slice):
             index = np.arange(*index.indices(len(self)))
@@ -125,7 +126,7 @@ class Rows:
             part.read(out[k], row, self._row_bytes)
         return out.view(self.dtype).reshape(*asked.shape, *self.shape[1:])
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+    def __array__(self, dtype: DType | None = None, copy: bool | None = None) -> np.ndarray:
         del copy
         return np.asarray(self.whole(), dtype)
 

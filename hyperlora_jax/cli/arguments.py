@@ -97,7 +97,7 @@ def _translate(known: argparse.Namespace, given: Sequence[str], rest: list[str])
         notes.append(f"the output is named by --out {known.out} now")
     if known.out is None:
         raise UserError("the following arguments are required: --out")
-    del known.old_out
+    delattr(known, "old_out")
     return notes
 
 

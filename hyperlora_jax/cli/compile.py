@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ml_collections import ConfigDict
+
+from hyperlora_jax.array_types import Json
 from hyperlora_jax.cli import config_checks
 from hyperlora_jax.cli.config import load_config
 from hyperlora_jax.errors import UserError
@@ -64,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     return 0 if fits else 1
 
 
-def _compiled(config: Any, topology: Any, args: argparse.Namespace) -> dict[str, Any]:
+def _compiled(config: ConfigDict, topology: Any, args: argparse.Namespace) -> Json:
     from hyperlora_jax.aot import ahead_of_time, workloads
 
     batch, remat = args.batch_per_device or _config_batch(config, topology), None
@@ -84,7 +87,7 @@ def _compiled(config: Any, topology: Any, args: argparse.Namespace) -> dict[str,
     )
 
 
-def read_records(file: Path) -> list[dict[str, Any]]:
+def read_records(file: Path) -> list[Json]:
     """What `--json` wrote before; none where there is no file.
 
     Raises:
@@ -101,7 +104,7 @@ def read_records(file: Path) -> list[dict[str, Any]]:
     raise UserError(f"--json {file}: found another file, expected records of hyperlora compile")
 
 
-def write_records(file: Path, records: Sequence[Mapping[str, Any]]) -> None:
+def write_records(file: Path, records: Sequence[Mapping[str, object]]) -> None:
     """Adds records to a file; one of the same topology at the same effort is replaced."""
     new = {(record["topology"], record["effort"]) for record in records}
     kept = [old for old in read_records(file) if (old["topology"], old["effort"]) not in new]
@@ -119,7 +122,7 @@ def records_folder() -> Path:
     return Path(default_directory()).parent / "compiled"
 
 
-def _search(config: Any, topology: Any) -> dict[str, Any] | None:
+def _search(config: ConfigDict, topology: Any) -> Json | None:
     """The record of the largest batch that fits, at low effort: on four chips, unless parameters
     are spread over more."""
     from hyperlora_jax.aot import compile_search, workloads
@@ -134,7 +137,7 @@ def _search(config: Any, topology: Any) -> dict[str, Any] | None:
     )
 
 
-def _config_batch(config: Any, topology: Any) -> int:
+def _config_batch(config: ConfigDict, topology: Any) -> int:
     """Examples per device that the config asks for.
 
     Raises:
@@ -156,7 +159,7 @@ def _config_batch(config: Any, topology: Any) -> int:
     return size // (data * fsdp)
 
 
-def _trial(record: Mapping[str, Any]) -> str:
+def _trial(record: Json) -> str:
     fits = "fits" if record["fits"] else "does not fit"
     return (
         f"  {record['topology']}, batch {record['batch_per_chip']} per chip,"
@@ -164,7 +167,7 @@ def _trial(record: Mapping[str, Any]) -> str:
     )
 
 
-def as_text(record: Mapping[str, Any]) -> str:
+def as_text(record: Json) -> str:
     """One record as a few lines."""
     if "bytes" not in record:
         return (

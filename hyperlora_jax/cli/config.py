@@ -8,12 +8,13 @@ An unknown key or a value of another type is an error that names it.
 import ast
 import difflib
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import ml_collections
+from ml_collections import ConfigDict
 
+from hyperlora_jax.array_types import Json
 from hyperlora_jax.errors import UserError
 
 PACKAGE = Path(__file__).parents[1]
@@ -22,13 +23,13 @@ PACKAGED = next(path for path in (PACKAGE / "configs", PACKAGE.parent / "configs
 GIVEN = "given"  # the config's own key for the names of overridden keys
 
 
-def parent_config(file: str, name: str) -> ml_collections.ConfigDict:
+def parent_config(file: str, name: str) -> ConfigDict:
     """get_config() of the config file `name` beside the config `file` (its own __file__), for
     configs that change some values of another."""
     return _get_config(Path(file).with_name(name))
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
     """The config of a file with overrides `--config.a.b=value` applied; its keys are locked.
 
     Its key `given` holds the names of the overridden keys, ("a.b",): what somebody asked for in so
@@ -40,7 +41,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ml_collectio
     return overridden(read_file(path), overrides)
 
 
-def read_file(path: str | Path) -> ml_collections.ConfigDict:
+def read_file(path: str | Path) -> ConfigDict:
     """The config of a file as it stands there.
 
     Raises:
@@ -73,9 +74,7 @@ def find_file(path: str | Path) -> Path:
     raise UserError(f"--config {path}: no such file, and none of {', '.join(names)}{hint}")
 
 
-def overridden(
-    config: ml_collections.ConfigDict, overrides: Sequence[str]
-) -> ml_collections.ConfigDict:
+def overridden(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     """The config, locked, with overrides applied and their keys added to `given`.
 
     Raises:
@@ -89,19 +88,19 @@ def overridden(
     return config
 
 
-def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(config: ConfigDict | Mapping[str, object], prefix: str = "") -> Json:
     """Values of a ConfigDict or dict by dotted name, without `given`; empty sections are values."""
-    found: dict[str, Any] = {}
+    found: dict[str, object] = {}
     for key, value in config.items():
         name = f"{prefix}{key}"
-        if isinstance(value, (dict, ml_collections.ConfigDict)) and len(value):
+        if isinstance(value, (dict, ConfigDict)) and len(value):
             found |= flatten(value, f"{name}.")
         elif name != GIVEN:
             found[name] = value
     return found
 
 
-def _get_config(file: Path) -> ml_collections.ConfigDict:
+def _get_config(file: Path) -> ConfigDict:
     module_spec = importlib.util.spec_from_file_location(f"hyperlora_config_{file.stem}", file)
     assert module_spec is not None and module_spec.loader is not None, f"{file} is no Python file"
     module = importlib.util.module_from_spec(module_spec)
@@ -109,7 +108,7 @@ def _get_config(file: Path) -> ml_collections.ConfigDict:
     return module.get_config()
 
 
-def _apply(config: ml_collections.ConfigDict, override: str) -> str:
+def _apply(config: ConfigDict, override: str) -> str:
     """Sets one value; returns the name of its key."""
     name, equals, text = override.removeprefix("--config.").partition("=")
     if not equals:
@@ -117,13 +116,13 @@ def _apply(config: ml_collections.ConfigDict, override: str) -> str:
     node: Any = config
     parts = name.split(".")
     for depth, part in enumerate(parts):
-        known = sorted(set(node) - {GIVEN}) if isinstance(node, ml_collections.ConfigDict) else []
+        known = sorted(set(node) - {GIVEN}) if isinstance(node, ConfigDict) else []
         if part not in known:
             raise UserError(_unknown_key(config, name, depth, known))
         if depth < len(parts) - 1:
             node = node[part]
     last = parts[-1]
-    if isinstance(node[last], ml_collections.ConfigDict):
+    if isinstance(node[last], ConfigDict):
         keys = ", ".join(f"--config.{name}.{key}" for key in sorted(node[last]))
         raise UserError(f"{override}: is a section, expected a key of it ({keys or 'none'})")
     with node.ignore_type():
@@ -151,9 +150,7 @@ def _converted(name: str, old: Any, text: str) -> Any:
     return value
 
 
-def _unknown_key(
-    config: ml_collections.ConfigDict, name: str, depth: int, known: Sequence[str]
-) -> str:
+def _unknown_key(config: ConfigDict, name: str, depth: int, known: Sequence[str]) -> str:
     """What to say of the part `depth` of a key's name."""
     parts = name.split(".")
     where = ".".join(parts[:depth]) or "the config"
@@ -170,10 +167,10 @@ def _unknown_key(
     )
 
 
-def _with_homes(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+def _with_homes(config: ConfigDict) -> ConfigDict:
     """The config with `~` expanded in every value."""
     for key, value in config.items():
-        if isinstance(value, ml_collections.ConfigDict):
+        if isinstance(value, ConfigDict):
             _with_homes(value)
         elif _with_home(value) != value:
             config[key] = _with_home(value)

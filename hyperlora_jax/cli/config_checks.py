@@ -6,6 +6,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from hyperlora_jax.cli.config import flatten
 from hyperlora_jax.cli.config_rules import Rule, rule_of
 from hyperlora_jax.errors import UserError
@@ -29,7 +31,7 @@ WANTED = {
 }
 
 
-def check(config: Any, command: str, source: Any) -> None:
+def check(config: ConfigDict, command: str, source: object) -> None:
     """Checks a whole config for a command; `source` says where it came from.
 
     Raises:
@@ -57,7 +59,7 @@ def check(config: Any, command: str, source: Any) -> None:
         _check_base(config.base)
 
 
-def check_command(config: Any, command: str, source: Any) -> None:
+def check_command(config: ConfigDict, command: str, source: object) -> None:
     """Whether this is a config of the command.
 
     Raises:
@@ -76,7 +78,7 @@ def check_command(config: Any, command: str, source: Any) -> None:
         )
 
 
-def check_batches(config: Any, num_devices: int) -> None:
+def check_batches(config: ConfigDict, num_devices: int) -> None:
     """Whether the mesh can share out every batch.
 
     Raises:
@@ -113,14 +115,14 @@ def _check_base(base: str) -> None:
         )
 
 
-def _asked(config: Any, key: str, value: Any) -> Any:
+def _asked(config: ConfigDict, key: str, value: Any) -> Any:
     """The value as the table knows it: methods may be the user's own too."""
     if key == "evaluate.methods" and isinstance(value, tuple):
         return tuple(name for name in value if name not in config.evaluate.others) or ("base",)
     return value
 
 
-def _refusal(key: str, value: Any, rule: Rule) -> str:
+def _refusal(key: str, value: object, rule: Rule) -> str:
     close = difflib.get_close_matches(str(value), rule.choices, 1)
     hint = f"; did you mean {close[0]}?" if close else ""
     return f"--config.{key}={value}: expected {rule.expected}{hint}"

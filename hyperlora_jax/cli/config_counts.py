@@ -5,8 +5,10 @@ A count that was given on the command line is never changed: one that cannot be 
 """
 
 import sys
-from typing import Any
 
+from ml_collections import ConfigDict
+
+from hyperlora_jax.array_types import Json
 from hyperlora_jax.cli.config import GIVEN, flatten
 from hyperlora_jax.errors import UserError
 
@@ -18,7 +20,7 @@ COUNTS = ("data.num_identities", "distill.num_concepts", "train.batch_size", "tr
 MOST_CONCEPTS = 256  # LoRAs that `distill` fits unasked
 
 
-def settle(config: Any, command: str, num_devices: int) -> list[str]:
+def settle(config: ConfigDict, command: str, num_devices: int) -> list[str]:
     """Settles the counts of a config of `distill`, `train` or `pretrain` and adds their keys to
     `given`; returns lines that say what a user may want to know.
 
@@ -58,7 +60,7 @@ def settle(config: Any, command: str, num_devices: int) -> list[str]:
     return lines
 
 
-def _num_subjects(config: Any) -> int:
+def _num_subjects(config: ConfigDict) -> int:
     """How many subjects there are."""
     from hyperlora_jax.pictures.size_buckets import square
     from hyperlora_jax.subjects.concept_sources import list_concepts
@@ -69,7 +71,7 @@ def _num_subjects(config: Any) -> int:
 
 
 def _identities(
-    config: Any, given: set[str], available: int, command: str, lines: list[str]
+    config: ConfigDict, given: set[str], available: int, command: str, lines: list[str]
 ) -> dict[str, int]:
     source, count = config.data.source, config.data.get("num_identities")
     if "data.num_identities" in given and count:
@@ -91,7 +93,7 @@ def _identities(
     return {"data.num_identities": count}
 
 
-def _concepts(section: Any, given: set[str], count: int, available: int) -> dict[str, int]:
+def _concepts(section: ConfigDict, given: set[str], count: int, available: int) -> dict[str, int]:
     wanted = section.num_concepts
     if "distill.num_concepts" not in given or not wanted:
         return {"distill.num_concepts": min(wanted or MOST_CONCEPTS, count)}
@@ -100,7 +102,7 @@ def _concepts(section: Any, given: set[str], count: int, available: int) -> dict
     return {}
 
 
-def _batches(config: Any, count: int, num_devices: int) -> dict[str, Any]:
+def _batches(config: ConfigDict, count: int, num_devices: int) -> Json:
     from hyperlora_jax.parallel.mesh import resolve_axes
 
     section, settled = config.train, {}

@@ -193,7 +193,7 @@ def table() -> Mapping[str, Rule]:
     }  # fmt: skip
 
 
-def is_method(name: Any) -> bool:
+def is_method(name: object) -> bool:
     """Whether a method of this name can be compared (those of `evaluate.others` aside)."""
     return name in methods() or bool(re.fullmatch(r"refined_\d+", str(name)))
 

@@ -4,7 +4,8 @@ import argparse
 import ast
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+
+from ml_collections import ConfigDict
 
 from hyperlora_jax.cli import sections
 from hyperlora_jax.cli.config import find_file, flatten, load_config
@@ -28,7 +29,7 @@ def of_command(args: argparse.Namespace) -> str:
     return as_text(config, find_file(args.config) if args.config else None)
 
 
-def as_text(config: Any, file: Path | None = None) -> str:
+def as_text(config: ConfigDict, file: Path | None = None) -> str:
     """`key = value  # comment` for every key; comments are those of `file` and of `sections`."""
     comments = comments_of(Path(sections.__file__).read_text())
     if file is not None:

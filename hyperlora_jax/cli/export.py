@@ -180,5 +180,6 @@ def _hypernetwork(
             )
         encoder = configured_encoder(config.model, path)
         record = {**stored_encoder.describe(encoder), "hash": meta["facts"]["encoder"]}
-        stored_encoder.checked(f"checkpoint of {workdir}", record, encoder, encoder.source)
+        found = getattr(encoder, "source", "")  # one of one's own has none
+        stored_encoder.checked(f"checkpoint of {workdir}", record, encoder, found)
     return Hypernetwork(generator, params, encoder, facts, model, constants)

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-from pathlib import Path
 
 from hyperlora_jax import storage
 from hyperlora_jax.errors import UserError
@@ -14,11 +13,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=int, help="measure that many LoRAs, drawn at random")
     parser.add_argument("--json", metavar="FILE", help="write the whole report, every site in it")
     parser.add_argument("--sheet", metavar="FILE", help="write a picture of the first references")
-
-
-def is_dataset(path: str | Path) -> bool:
-    """Whether a path looks like a dataset, so that `inspect` can tell it from other things."""
-    return (Path(path) / "metadata.json").is_file() and (Path(path) / "index.json").is_file()
 
 
 def run(args: argparse.Namespace) -> int:

@@ -2,11 +2,11 @@
 
 import argparse
 import json
-from typing import Any
 
 from etils import epath
 
 from hyperlora_jax import storage
+from hyperlora_jax.array_types import Json
 from hyperlora_jax.errors import UserError
 
 
@@ -22,7 +22,7 @@ def is_workdir(path: epath.PathLike) -> bool:
     return (root / "checkpoints").is_dir() or (root / "metrics.jsonl").exists()
 
 
-def summary(path: epath.PathLike) -> dict[str, Any]:
+def summary(path: epath.PathLike) -> Json:
     """The state of a run, JSON-able.
 
     Raises:
@@ -57,7 +57,7 @@ def summary(path: epath.PathLike) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def as_text(found: dict[str, Any]) -> str:
+def as_text(found: Json) -> str:
     """A summary as a few lines."""
     from hyperlora_jax.train.events import as_text as buckets_text
 

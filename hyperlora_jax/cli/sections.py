@@ -7,15 +7,16 @@ arguments of something, replace it.
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 from ml_collections import config_dict
+
+from hyperlora_jax.array_types import Json
 
 WHOLE = ("network", "recipe", "judges", "others")
 EXTRA = ("prior", "components_per_token", "b1", "b2", "final_fraction")  # absent unless named
 
 
-def data(**changes: Any) -> dict[str, Any]:
+def data(**changes: object) -> Json:
     """`data`: a folder of pictures per subject."""
     section = {
         "source": "",  # a folder with one sub-folder of pictures per subject
@@ -31,7 +32,7 @@ def data(**changes: Any) -> dict[str, Any]:
     return merged(section, changes)
 
 
-def world(**changes: Any) -> dict[str, Any]:
+def world(**changes: object) -> Json:
     """`data`: drawn subjects with exact answers, of which any number can be made."""
     section = {
         **data(source="avatars", num_identities=2048),
@@ -41,7 +42,7 @@ def world(**changes: Any) -> dict[str, Any]:
     return merged(section, changes)
 
 
-def distill(**changes: Any) -> dict[str, Any]:
+def distill(**changes: object) -> Json:
     """`distill`: conventional LoRAs, many at once."""
     section = {
         "num_concepts": config_dict.placeholder(int),  # subjects; None: who is trained on
@@ -65,7 +66,7 @@ def distill(**changes: Any) -> dict[str, Any]:
     return merged(section, changes)
 
 
-def model(**changes: Any) -> dict[str, Any]:
+def model(**changes: object) -> Json:
     """`model`: what sees the references, what a LoRA is, what writes it."""
     section = {
         "encoder": "avatar",  # or a CLIP folder, a transformers folder, an .onnx file
@@ -112,7 +113,7 @@ def model(**changes: Any) -> dict[str, Any]:
     return merged(section, changes)
 
 
-def train(**changes: Any) -> dict[str, Any]:
+def train(**changes: object) -> Json:
     """`train`: the hypernetwork."""
     section = {
         "seed": 0,
@@ -171,7 +172,7 @@ def train(**changes: Any) -> dict[str, Any]:
     return merged(section, changes)
 
 
-def generate(**changes: Any) -> dict[str, Any]:
+def generate(**changes: object) -> Json:
     """`generate`: kept with the checkpoint, read by `hyperlora generate`."""
     section = {
         "format": "kohya",  # kohya, diffusers, peft or weights2weights
@@ -183,7 +184,7 @@ def generate(**changes: Any) -> dict[str, Any]:
     return merged(section, changes)
 
 
-def evaluate(**changes: Any) -> dict[str, Any]:
+def evaluate(**changes: object) -> Json:
     """`evaluate`: the comparison on held-out subjects."""
     section = {
         "source": "",  # pictures to evaluate on; empty = data.source
@@ -227,7 +228,7 @@ def evaluate(**changes: Any) -> dict[str, Any]:
     return merged(section, changes)
 
 
-def mesh(**changes: Any) -> dict[str, Any]:
+def mesh(**changes: object) -> Json:
     """`mesh`, of training; distill and evaluate share LoRAs out over all devices of all hosts."""
     section = {
         "data": -1,  # -1: what the others leave
@@ -237,7 +238,7 @@ def mesh(**changes: Any) -> dict[str, Any]:
     return merged(section, changes)
 
 
-def merged(section: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+def merged(section: Mapping[str, object], changes: Mapping[str, object]) -> dict[str, object]:
     """A section with some values changed.
 
     Raises:

@@ -16,10 +16,11 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import ml_collections
 from etils import epath
+from ml_collections import ConfigDict
 
 from hyperlora_jax import storage
+from hyperlora_jax.array_types import Json
 from hyperlora_jax.cli import config_checks, config_counts
 from hyperlora_jax.cli.config import GIVEN, flatten, overridden, read_file
 from hyperlora_jax.errors import UserError
@@ -43,7 +44,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workdir", metavar="DIR", help="where everything goes")
 
 
-def read_config(workdir: epath.PathLike) -> ml_collections.ConfigDict | None:
+def read_config(workdir: epath.PathLike) -> ConfigDict | None:
     """The config that a run's workdir remembers; None where it has none.
 
     Raises:
@@ -61,12 +62,12 @@ def read_config(workdir: epath.PathLike) -> ml_collections.ConfigDict | None:
     own = content.get("config") if isinstance(content, dict) else None
     if not isinstance(own, dict):
         raise UserError(f'{file}: found no JSON object with a "config", expected that of a run')
-    return ml_collections.ConfigDict(_with_tuples(own))
+    return ConfigDict(_with_tuples(own))
 
 
 def run_config(
     config: epath.PathLike | None, workdir: epath.PathLike, overrides: Sequence[str] = ()
-) -> ml_collections.ConfigDict:
+) -> ConfigDict:
     """The config of a command on a workdir, by the rule of this file's head.
 
     Raises:
@@ -96,7 +97,7 @@ def run_config(
     return found
 
 
-def command_config(args: argparse.Namespace, command: str) -> ml_collections.ConfigDict:
+def command_config(args: argparse.Namespace, command: str) -> ConfigDict:
     """The checked config of a command with the arguments of `add_config_arguments`.
 
     Raises:
@@ -119,7 +120,7 @@ def command_config(args: argparse.Namespace, command: str) -> ml_collections.Con
 
 
 @contextlib.contextmanager
-def remembered(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> Iterator[None]:
+def remembered(workdir: epath.PathLike, config: ConfigDict) -> Iterator[None]:
     """Around a run's work: the workdir remembers the config from before the first work on, and
     what later commands were given once they have ended well. A first run that is refused before
     anything was made leaves no trace.
@@ -145,7 +146,7 @@ def remembered(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> It
         _write(path, config)
 
 
-def _remember(found: ml_collections.ConfigDict, own: ml_collections.ConfigDict) -> dict[str, Any]:
+def _remember(found: ConfigDict, own: ConfigDict) -> Json:
     """Sets what earlier command lines said, and what the file leaves open, to the workdir's
     values; returns the former."""
     theirs, values = flatten(found), flatten(own)
@@ -166,8 +167,8 @@ def _remember(found: ml_collections.ConfigDict, own: ml_collections.ConfigDict) 
 
 
 def _refuse_contradictions(
-    found: ml_collections.ConfigDict,
-    own: ml_collections.ConfigDict,
+    found: ConfigDict,
+    own: ConfigDict,
     now: set[str],
     config: epath.PathLike,
     workdir: epath.PathLike,
@@ -192,7 +193,7 @@ def _with_tuples(value: Any) -> Any:
     return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
 
 
-def _write(path: epath.Path, config: ml_collections.ConfigDict) -> None:
+def _write(path: epath.Path, config: ConfigDict) -> None:
     """Keeps what the training loop has written beside the config."""
     file = path / FILE
     known = json.loads(file.read_text()) if file.exists() else {}

@@ -77,7 +77,7 @@ def pndm(
     begin = np.concatenate([timesteps[:1], timesteps[1:2] + ratio, timesteps[1:]])
     after = np.sqrt(_powers_after(schedule, begin - ratio))
     weights = [[24, 0, 0, 0], [12, 12, 0, 0], [36, -12, 0, 0], [46, -32, 10, 0]]
-    weights = np.float64([*weights, *[[55, -59, 37, -9]] * num_steps])[: len(seen)] / 24
+    weights = np.array([*weights, *[[55, -59, 37, -9]] * num_steps], np.float64)[: len(seen)] / 24
 
     def step(carry, inputs):
         number, timestep, start, weight, signal, sigma = inputs

@@ -11,7 +11,6 @@ Files of diffusers are read by `scheduler_config.py`.
 import dataclasses
 import functools
 import math
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -91,7 +90,7 @@ class NoiseSchedule:
                 "sample, found epsilon (nothing can be learned at zero signal)"
             )
 
-    def to_config(self) -> dict[str, Any]:
+    def to_config(self) -> dict[str, object]:
         """scheduler_config.json as diffusers' class of `sampler` reads it."""
         values = dataclasses.asdict(self)
         sampler = values.pop("sampler")
@@ -191,8 +190,8 @@ def to_x0(
         return jnp.asarray(prediction)
     signal, sigma = schedule.coefficients(timesteps, x_t.ndim)
     if schedule.prediction_type == "epsilon":
-        return (x_t - sigma * prediction) / signal
-    return signal * x_t - sigma * prediction
+        return jnp.asarray((x_t - sigma * prediction) / signal)
+    return jnp.asarray(signal * x_t - sigma * prediction)
 
 
 def to_eps(
@@ -206,5 +205,5 @@ def to_eps(
         return jnp.asarray(prediction)
     signal, sigma = schedule.coefficients(timesteps, x_t.ndim)
     if schedule.prediction_type == "sample":
-        return (x_t - signal * prediction) / sigma
-    return signal * prediction + sigma * x_t
+        return jnp.asarray((x_t - signal * prediction) / sigma)
+    return jnp.asarray(signal * prediction + sigma * x_t)

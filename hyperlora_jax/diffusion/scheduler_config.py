@@ -90,7 +90,7 @@ HARMLESS = frozenset(
 HONOURED = tuple(f.name for f in dataclasses.fields(NoiseSchedule) if f.name != "sampler")
 
 
-def read_scheduler_config(config: Mapping[str, Any]) -> NoiseSchedule:
+def read_scheduler_config(config: Mapping[str, object]) -> NoiseSchedule:
     """The noise schedule of a scheduler_config.json.
 
     Raises:
@@ -103,7 +103,7 @@ def read_scheduler_config(config: Mapping[str, Any]) -> NoiseSchedule:
             f"scheduler {kind}: has no discrete schedule of betas, expected one of "
             f"{', '.join(CLASSES)}"
         )
-    values = dict(CLASSES.get(kind, {}))
+    values = dict(CLASSES.get(kind or "", {}))
     values["sampler"] = SAMPLER_OF.get(kind or "", "ddim")
     if kind is not None and kind not in SAMPLER_OF:
         log.warning("scheduler: no sampler draws as %s does, pictures are drawn with ddim", kind)
@@ -152,5 +152,5 @@ def _typed(key: str, value: Any) -> Any:
     return value
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from ml_collections import ConfigDict
 
 from hyperlora_jax import storage
 from hyperlora_jax.distill import finished, record
@@ -61,7 +62,7 @@ from hyperlora_jax.train.loop import open_workdir
 CURVE_POINTS = 32
 
 
-def make_recipe(section: Any, **overrides: Any) -> Recipe:
+def make_recipe(section: ConfigDict, **overrides: Any) -> Recipe:
     """The recipe of a config's `distill` section.
 
     Raises:
@@ -73,7 +74,7 @@ def make_recipe(section: Any, **overrides: Any) -> Recipe:
         raise UserError(f"config.distill.recipe: {error}") from error
 
 
-def distill(config: Any, workdir: epath.PathLike) -> Distilled:
+def distill(config: ConfigDict, workdir: epath.PathLike) -> Distilled:
     """Fits the LoRAs of `distill.num_concepts` concepts that WORKDIR/targets lacks, and writes it.
 
     In a bucket every finished LoRA is copied to WORKDIR/spool at once.
@@ -159,7 +160,7 @@ def _clear(scratch: Path) -> None:
         unfinished.unlink()
 
 
-def _check(section: Any, recipe: Recipe) -> None:
+def _check(section: ConfigDict, recipe: Recipe) -> None:
     if section.splits not in ("train", "hash"):
         raise UserError(f"distill.splits: got {section.splits!r}, expected 'train' or 'hash'")
     if recipe.prior_weight > 0 and "prior" not in section:
@@ -169,13 +170,15 @@ def _check(section: Any, recipe: Recipe) -> None:
         )
 
 
-def _pictures(config: Any, sd: StableDiffusion, scratch: Path) -> list[SubjectPictures]:
+def _pictures(config: ConfigDict, sd: StableDiffusion, scratch: Path) -> list[SubjectPictures]:
     """All concepts, those of one picture size together; one program serves one size."""
     section, size = config.distill, image_size(sd)
     buckets = size_buckets.square(size)
     if section.buckets:
         levels = sd.unet.settings.num_levels
-        buckets = size_buckets.of_one_area(size, sd.vae.downsampling * 2 ** (levels - 1))
+        buckets = size_buckets.of_one_area(
+            size, sd.component("vae").downsampling * 2 ** (levels - 1)
+        )
     groups = load_in_sizes(config.data, section.num_concepts, buckets, scratch / "renders")
     if section.flips:
         groups = [with_flips(pictures) for pictures in groups]
@@ -184,7 +187,7 @@ def _pictures(config: Any, sd: StableDiffusion, scratch: Path) -> list[SubjectPi
     return groups
 
 
-def _describe(groups: Sequence[SubjectPictures]) -> dict[str, Any]:
+def _describe(groups: Sequence[SubjectPictures]) -> dict[str, object]:
     """What the pictures were made from; how many concepts have which size where sizes differ."""
     if len(groups) == 1:
         return dict(groups[0].facts)
@@ -199,7 +202,7 @@ def _size_name(pictures: SubjectPictures) -> str:
 
 
 def _fit(
-    config: Any,
+    config: ConfigDict,
     sd: StableDiffusion,
     spec: LoraSpec,
     recipe: Recipe,
@@ -275,7 +278,7 @@ def _subject(
     fitted: FittedLora,
     pictures: SubjectPictures,
     spec: LoraSpec,
-    section: Any,
+    section: ConfigDict,
     embeddings: ReferenceEmbeddings,
 ) -> Subject:
     k = pictures.numbers.index(fitted.index)

@@ -90,7 +90,10 @@ def write_dataset(
     def subjects() -> Iterator[Subject]:
         number = {} if before is None else {name: k for k, name in enumerate(before.ids)}
         for name in have:
-            yield read_finished(files[name]) if name in files else before[number[name]]
+            if name in files:
+                yield read_finished(files[name])
+            elif before is not None:
+                yield before[number[name]]
 
     texts = {CONCEPTS: lambda: json.dumps(dict(asked.concepts), indent=1)}
     if rejected:

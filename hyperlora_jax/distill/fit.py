@@ -13,7 +13,6 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,13 +22,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from hyperlora_jax import facts
-from hyperlora_jax.array_types import AnyArray, Float, Params
+from hyperlora_jax.array_types import AnyArray, ArrayTree, Float, Params
+from hyperlora_jax.diffusion.schedule import NoiseSchedule
 from hyperlora_jax.distill import slots as slot_state
 from hyperlora_jax.distill.parametrisations import Parametrisation, one_lora
 from hyperlora_jax.distill.slots import ConceptArrays, Recipe, Slots
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora_files import safetensors_io
 from hyperlora_jax.parallel import sharding
+from hyperlora_jax.stable_diffusion.networks.unet import UNet
 from hyperlora_jax.stable_diffusion.text_conditions import Text
 
 
@@ -46,9 +47,9 @@ class FittedLora:
 class Base:
     """The frozen model that LoRAs are fitted on."""
 
-    unet: Any
+    unet: UNet
     params: Params
-    schedule: Any
+    schedule: NoiseSchedule
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -106,15 +107,15 @@ class SlotRun:
         self.curves: dict[int, list[np.ndarray]] = {}
 
     @property
-    def busy(self) -> list[int]:
-        """Slots that are at work."""
-        return [slot for slot, owner in enumerate(self.owners) if owner is not None]
+    def busy(self) -> dict[int, int]:
+        """The concepts by the slots that are at work on them."""
+        return {slot: owner for slot, owner in enumerate(self.owners) if owner is not None}
 
     def begin(self) -> Slots:
         """Restored slots, or new ones with the first concepts handed out."""
         slots = self._resting()
         if self.plan.state_file and self.plan.state_file.exists():
-            return self._restore(slots)
+            return self._restore(slots, self.plan.state_file)
         for slot in range(self.plan.num_slots):
             slots = self.hand_over(slots, slot)
         return slots
@@ -177,32 +178,31 @@ class SlotRun:
 
     def record(self, losses: np.ndarray) -> None:
         """Appends a chunk of the loss curves [t, s]."""
-        for slot in self.busy:
-            self.curves[self.owners[slot]].append(losses[:, slot])
+        for slot, concept in self.busy.items():
+            self.curves[concept].append(losses[:, slot])
 
     def finished(self, steps: np.ndarray) -> list[int]:
         """Busy slots that reached the step budget or a plateau."""
         return [
             slot
-            for slot in self.busy
-            if steps[slot] >= self.recipe.num_steps
-            or on_plateau(self.curves[self.owners[slot]], self.recipe)
+            for slot, concept in self.busy.items()
+            if steps[slot] >= self.recipe.num_steps or on_plateau(self.curves[concept], self.recipe)
         ]
 
     def diverged(self, losses: np.ndarray) -> dict[int, str]:
         """{slot: reason} of busy slots whose losses [t, s] of the last steps are not finite."""
         reasons = {}
-        for slot in self.busy:
+        for slot, concept in self.busy.items():
             bad = np.flatnonzero(~np.isfinite(losses[:, slot]))
             if len(bad):
-                done = sum(map(len, self.curves[self.owners[slot]])) - len(losses)
+                done = sum(map(len, self.curves[concept])) - len(losses)
                 step = done + int(bad[0]) + 1
                 reasons[slot] = f"its loss is not finite at step {step} of {self.recipe.num_steps}"
         return reasons
 
     def take(self, slots: Slots, slot: int, shared: Params | None) -> FittedLora | None:
         """The finished LoRA of a slot; None where it has numbers that are not finite."""
-        concept = self.owners[slot]
+        concept = self.busy[slot]
         lora = one_lora(self.trained, slots.params, slots.start, shared, slot)
         if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(lora)):
             self.reject(concept, "its LoRA is not finite after the last step")
@@ -216,21 +216,21 @@ class SlotRun:
         steps = np.asarray(slots.step)
         return int(sum(steps[slot] for slot in self.busy))
 
-    def save(self, slots: Slots) -> None:
+    def save(self, slots: Slots, file: Path) -> None:
         """Writes the unfinished slots, without their images, in one atomic file."""
         tree = serialization.to_state_dict(_without_inputs(slots))
         flat = traverse_util.flatten_dict(tree, sep="/", keep_empty_nodes=True)
         arrays = {k: np.ascontiguousarray(v) for k, v in flat.items() if hasattr(v, "shape")}
-        for slot in self.busy:
-            curve = self.curves[self.owners[slot]]
+        for slot, concept in self.busy.items():
+            curve = self.curves[concept]
             arrays[f"curve/{slot}"] = np.concatenate(curve) if curve else np.zeros(0, np.float32)
         names = [None if owner is None else self.concepts.name(owner) for owner in self.owners]
         metadata = {"run": json.dumps(self._facts()), "owners": json.dumps(names)}
-        safetensors_io.write(self.plan.state_file, arrays, metadata)
+        safetensors_io.write(file, arrays, metadata)
 
-    def _restore(self, slots: Slots) -> Slots:
+    def _restore(self, slots: Slots, file: Path) -> Slots:
         """The slots of the state file whose concepts wait; it may be of another number of them."""
-        arrays, metadata = safetensors_io.read(self.plan.state_file)
+        arrays, metadata = safetensors_io.read(file)
         saved = json.loads(metadata.get("run", "{}"))
         saved.pop("slots", None)  # of a time when their number had to stay
         if differing := facts.differences(saved, self._facts()):
@@ -243,8 +243,10 @@ class SlotRun:
         ]
         empty = _without_inputs(slots)
         tree = serialization.to_state_dict(empty)
-        flat = traverse_util.flatten_dict(tree, sep="/", keep_empty_nodes=True)
-        filled = {k: np.array(v) if k in arrays else v for k, v in flat.items()}
+        flat: Params = traverse_util.flatten_dict(tree, sep="/", keep_empty_nodes=True)
+        filled: dict[str, ArrayTree] = {
+            k: np.array(v) if k in arrays else v for k, v in flat.items()
+        }
         for slot, (place, concept) in enumerate(unfinished[: self.plan.num_slots]):
             for name in filled.keys() & arrays.keys():
                 filled[name][slot] = arrays[name][place]
@@ -253,8 +255,10 @@ class SlotRun:
             self.waiting.remove(concept)
             self.curves[concept] = [arrays[f"curve/{place}"]]
         filled = {k: jnp.asarray(v) if k in arrays else v for k, v in filled.items()}
-        state = serialization.from_state_dict(empty, traverse_util.unflatten_dict(filled, sep="/"))
-        slots = state.replace(
+        tree = traverse_util.unflatten_dict(filled, sep="/")
+        state: Slots = serialization.from_state_dict(empty, tree)  # pyright: ignore[reportAssignmentType]
+        slots = dataclasses.replace(
+            state,
             latents=slots.latents,
             text=slots.text,
             count=slots.count,
@@ -265,7 +269,7 @@ class SlotRun:
                 slots = self.hand_over(slots, slot)
         return slots
 
-    def _facts(self) -> dict[str, Any]:
+    def _facts(self) -> dict[str, object]:
         return {
             "spec": self.trained.spec.fingerprint,
             "recipe": dataclasses.asdict(self.recipe),
@@ -308,7 +312,7 @@ def on_plateau(curve: Sequence[np.ndarray], recipe: Recipe) -> bool:
 
 def _without_inputs(slots: Slots) -> Slots:
     """What a restart cannot load again."""
-    return slots.replace(latents=(), text=(), count=(), start=())
+    return dataclasses.replace(slots, latents=(), text=(), count=(), start=())
 
 
 __all__ = ["ConceptArrays", "FittedLora", "fit_loras"]
@@ -388,7 +392,7 @@ def fit_loras(
         bar.update(steps_per_call * len(run.busy))
         run.record(losses)
         for slot, reason in run.diverged(losses).items():
-            run.reject(run.owners[slot], reason)
+            run.reject(run.busy[slot], reason)
             slots = run.hand_over(slots, slot)
         for slot in run.finished(np.asarray(slots.step)):
             fitted = run.take(slots, slot, shared)
@@ -397,7 +401,7 @@ def fit_loras(
             slots = run.hand_over(slots, slot)
         since_save += steps_per_call
         if state_file and since_save >= plan.save_every_steps and run.busy:
-            run.save(slots)
+            run.save(slots, state_file)
             since_save = 0
             if plan.on_save:
                 plan.on_save()

@@ -12,13 +12,13 @@ are passed beside them: `start` belongs to a slot, `shared` to all slots.
 """
 
 import dataclasses
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hyperlora_jax.array_types import AnyArray, Array, Float, Params
+from hyperlora_jax.array_types import AnyArray, Array, ArrayTree, Float, Params
 from hyperlora_jax.lora import factors, vectorize
 from hyperlora_jax.lora.sites import LoraSpec
 
@@ -165,11 +165,15 @@ class Mixture:
 
 
 def one_lora(
-    parametrisation: Parametrisation, params: Params, start: Any, shared: Any, index: int
+    parametrisation: Parametrisation,
+    params: Params,
+    start: ArrayTree,
+    shared: ArrayTree,
+    index: int,
 ) -> Params:
     """The folded LoRA of one slot, without leading axis, on the host."""
-    own = jax.device_get(jax.tree.map(lambda leaf: _row(leaf, index), (params, start)))
-    return jax.device_get(factors.index(parametrisation.lora(*own, shared), 0))
+    own, kept = jax.device_get(jax.tree.map(lambda leaf: _row(leaf, index), (params, start)))
+    return jax.device_get(factors.index(parametrisation.lora(own, kept, shared), 0))
 
 
 def _row(rows: AnyArray, index: int) -> AnyArray:

@@ -11,18 +11,22 @@ from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from hyperlora_jax import storage
 from hyperlora_jax.distill.slots import ConceptArrays
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.stable_diffusion.embedded import image_size
+from hyperlora_jax.stable_diffusion.model import StableDiffusion
 from hyperlora_jax.subjects.encoded_subjects import encode_in_batches, texts_by
 
 LAYOUT = 2  # of the file
 
 
-def class_pictures(sd: Any, section: Any, seed: int, cache: Path) -> ConceptArrays:
+def class_pictures(
+    sd: StableDiffusion, section: ConfigDict, seed: int, cache: Path
+) -> ConceptArrays:
     """(latents, text conditions) of pictures that the base draws; made once and kept in a file.
 
     Args:
@@ -52,12 +56,15 @@ def class_pictures(sd: Any, section: Any, seed: int, cache: Path) -> ConceptArra
     rows = np.arange(count) % len(prompts)
     text = {name: np.asarray(array, np.float32)[rows] for name, array in encoded.items()}
     content = io.BytesIO()
-    np.savez(content, latents=latents, **text, facts=np.array(facts))
+    arrays: dict[str, Any] = {"latents": latents, **text, "facts": np.array(facts)}
+    np.savez(content, **arrays)
     storage.replaced(cache, content.getvalue())
     return latents, text
 
 
-def _latents(sd: Any, section: Any, texts: Sequence[str], seed: int) -> np.ndarray:
+def _latents(
+    sd: StableDiffusion, section: ConfigDict, texts: Sequence[str], seed: int
+) -> np.ndarray:
     size = min(section.batch_size, len(texts))
     parts = []
     for start in tqdm(range(0, len(texts), size), desc="class pictures", unit="batch"):

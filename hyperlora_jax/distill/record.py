@@ -16,6 +16,7 @@ from typing import Any
 from etils import epath
 
 from hyperlora_jax import storage
+from hyperlora_jax.array_types import Json
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.facts import differences, refusal
 from hyperlora_jax.targets.lora_import import QUARANTINE
@@ -37,7 +38,7 @@ class Record:
         num_parameters: numbers of a LoRA.
     """
 
-    facts: Mapping[str, Any]
+    facts: Json
     concepts: Mapping[str, str]
     num_parameters: int
 
@@ -140,7 +141,7 @@ def _check_dataset(
     return frozenset(ids), frozenset(still), marks
 
 
-def _refuse(where: str, saved: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+def _refuse(where: str, saved: Mapping[str, object], expected: Mapping[str, object]) -> None:
     """UserError naming both sides of the settings that differ; older facts lack some of them."""
     defaults = {name: expected[name] for name in _LATER if name not in saved and name in expected}
     differing = differences(_settings({**defaults, **saved}), _settings(expected))
@@ -148,7 +149,7 @@ def _refuse(where: str, saved: Mapping[str, Any], expected: Mapping[str, Any]) -
         raise UserError(refusal(where, differing))
 
 
-def _settings(facts: Mapping[str, Any]) -> dict[str, Any]:
+def _settings(facts: Json) -> Json:
     """Facts that all LoRAs of a run share."""
     pictures = {k: v for k, v in facts.get("pictures", {}).items() if k not in _OF_ALL}
     if pictures.get("source") != "avatars":

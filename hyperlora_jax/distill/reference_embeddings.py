@@ -44,7 +44,8 @@ class ReferenceEmbeddings:
         images = images.astype(np.float32) / 255.0
         embeddings = {}
         for name, on_host in self.encoders.items():
-            encoder = dataclasses.replace(on_host)  # whose parameters leave the devices with it
+            # Whose parameters leave the devices with it.
+            encoder = dataclasses.replace(on_host)  # pyright: ignore[reportArgumentType]
             embeddings[name] = encode_in_batches(
                 lambda batch, encoder=encoder: np.asarray(encoder.encode(batch)[0], np.float32),
                 images,

@@ -9,7 +9,6 @@ crosses from one to another.
 
 import dataclasses
 import functools
-from typing import Any
 
 import flax.struct
 import jax
@@ -17,10 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from hyperlora_jax.array_types import AnyArray, Array, Float, Params
+from hyperlora_jax.array_types import AnyArray, Array, ArrayTree, Float, Params
+from hyperlora_jax.diffusion.schedule import NoiseSchedule
 from hyperlora_jax.distill.parametrisations import Factors, Parametrisation
 from hyperlora_jax.lora.sites import LoraSpec
 from hyperlora_jax.stable_diffusion.denoising_loss import denoising_error
+from hyperlora_jax.stable_diffusion.networks.unet import UNet
 from hyperlora_jax.stable_diffusion.text_conditions import Text
 
 ConceptArrays = tuple[AnyArray, Text]  # latents [m, h, w, c], conditions of m captions
@@ -94,14 +95,14 @@ class Slots:
     `step` [s] int32; a slot with `step >= num_steps` rests.
     """
 
-    params: Any
-    opt_state: Any
-    step: Any
-    key: Any
-    latents: Any
-    text: Any
-    count: Any
-    start: Any = None
+    params: ArrayTree
+    opt_state: ArrayTree
+    step: ArrayTree
+    key: ArrayTree
+    latents: ArrayTree
+    text: ArrayTree
+    count: ArrayTree
+    start: ArrayTree | None = None
 
 
 def in_room(concept: ConceptArrays, room: int) -> ConceptArrays:
@@ -190,8 +191,8 @@ def advance(
     shared: Params | None = None,
     prior: ConceptArrays | None = None,
     *,
-    unet: Any,
-    schedule: Any,
+    unet: UNet,
+    schedule: NoiseSchedule,
     recipe: Recipe,
     parametrisation: Parametrisation,
     num_steps: int,
@@ -227,7 +228,7 @@ def advance(
             total = total + recipe.prior_weight * values[:, recipe.images_per_step :].mean(axis=1)
         return total.sum(), per_slot
 
-    def draw(slots: Slots, k: Array) -> tuple[Any, ...]:
+    def draw(slots: Slots, k: Array) -> tuple[ArrayTree, ...]:
         """Batch k of the current optimiser step, [s, g, ...] each."""
         keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(slots.key), slots.step)
         if recipe.accumulate > 1:
@@ -257,8 +258,8 @@ def advance(
         active = slots.step < recipe.num_steps
         params = optax.apply_updates(slots.params, updates)
         params, opt_state = _where(active, (params, opt_state), (slots.params, slots.opt_state))
-        slots = slots.replace(
-            params=params, opt_state=opt_state, step=slots.step + active.astype(jnp.int32)
+        slots = dataclasses.replace(
+            slots, params=params, opt_state=opt_state, step=slots.step + active.astype(jnp.int32)
         )
         return slots, jnp.where(active, per_slot, 0.0)
 
@@ -287,7 +288,7 @@ def _draw_prior(key, *, prior, recipe: Recipe, schedule):
     return latents, text, jax.random.normal(noise_key, latents.shape), timesteps
 
 
-def _where(active: Array, new: Any, old: Any) -> Any:
+def _where(active: Array, new: ArrayTree, old: ArrayTree) -> ArrayTree:
     def pick(a, b):
         return jnp.where(active.reshape(-1, *(1,) * (a.ndim - 1)), a, b)
 

@@ -8,7 +8,7 @@ import functools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ import numpy as np
 from etils import epath
 
 from hyperlora_jax import storage
-from hyperlora_jax.array_types import AnyArray, Array, Float, Params
+from hyperlora_jax.array_types import AnyArray, Array, Float, Json, Params
 from hyperlora_jax.encoders.condition_encoders import placed, read_config, tree_hash
 from hyperlora_jax.encoders.preprocessing import FILE, Preprocessing, of_folder
 from hyperlora_jax.errors import UserError
@@ -24,6 +24,7 @@ from hyperlora_jax.lora_files import safetensors_io
 from hyperlora_jax.stable_diffusion.networks.clip_vision import (
     CLASSES,
     ClipVisionModel,
+    ClipVisionOutput,
     vision_model_from_config,
 )
 from hyperlora_jax.stable_diffusion.weights import directory
@@ -93,11 +94,11 @@ class ClipImageEncoder:
 def _apply(
     module: ClipVisionModel, preprocessing: Preprocessing, params: Params, images: Array
 ) -> tuple[Array, Array]:
-    output = module.apply({"params": params}, preprocessing(images))
+    output = cast(ClipVisionOutput, module.apply({"params": params}, preprocessing(images)))
     return output.pooled, output.tokens
 
 
-def is_clip_vision(config: Mapping[str, Any]) -> bool:
+def is_clip_vision(config: Json) -> bool:
     """Whether a config.json names one of transformers' classes with a CLIP vision encoder."""
     names = config.get("architectures") or ()
     return len(names) == 1 and names[0] in (*CLASSES, WHOLE)
@@ -182,7 +183,7 @@ def _noting(tensors: Tensors, dtypes: list[Any]) -> Iterator[tuple[str, Callable
 
 
 def _preprocessing(
-    folder: Path, module: ClipVisionModel, given: Mapping[str, Any]
+    folder: Path, module: ClipVisionModel, given: Mapping[str, object]
 ) -> Preprocessing:
     size = (module.image_size, module.image_size)
     if given.get("image_size", size) != size:

@@ -13,7 +13,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import flax.traverse_util
 import jax
@@ -22,7 +22,7 @@ import numpy as np
 from etils import epath
 
 from hyperlora_jax import storage
-from hyperlora_jax.array_types import AnyArray, Float, Params
+from hyperlora_jax.array_types import AnyArray, Float, Json, Params
 from hyperlora_jax.encoders.image_encoder import ConvEncoder
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora_files import safetensors_io
@@ -85,7 +85,7 @@ class FlaxImageEncoder:
     module: ConvEncoder
     params: Params
     hash: str
-    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    facts: Json = dataclasses.field(default_factory=dict)
     dtype: str = "float32"
     source: str = ""
 
@@ -124,7 +124,7 @@ def placed(params: Params) -> Params:
 
 @functools.partial(jax.jit, static_argnames="module")
 def _apply(module: ConvEncoder, params: Params, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return module.apply({"params": params}, images)
+    return cast(tuple[jax.Array, jax.Array], module.apply({"params": params}, images))
 
 
 def tree_hash(params: Params) -> str:
@@ -148,7 +148,7 @@ def save_encoder(
     module: ConvEncoder,
     params: Params,
     name: str,
-    facts: Mapping[str, Any] | None = None,
+    facts: Mapping[str, object] | None = None,
     dtype: str = "float16",
 ) -> str:
     """Writes config.json and model.safetensors into the folder `path`; returns the hash."""
@@ -177,7 +177,7 @@ def load_encoder(path: epath.PathLike) -> FlaxImageEncoder:
 def save_weights(
     path: epath.PathLike,
     kind: str,
-    config: Mapping[str, Any],
+    config: Mapping[str, object],
     params: Params,
     dtype: str = "float16",
 ) -> str:
@@ -241,6 +241,6 @@ def check_params(path: epath.PathLike, module: Any, params: Params) -> None:
             )
 
 
-def _module_kwargs(module: ConvEncoder) -> dict[str, Any]:
+def _module_kwargs(module: ConvEncoder) -> dict[str, object]:
     names = ("image_size", "widths", "blocks", "embedding_dim", "pool_channels", "groups")
     return {name: getattr(module, name) for name in names}

@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 
 from hyperlora_jax import storage
-from hyperlora_jax.array_types import AnyArray, Float
+from hyperlora_jax.array_types import AnyArray, Float, Json
 from hyperlora_jax.encoders.condition_encoders import ONNX, TRANSFORMERS
 from hyperlora_jax.encoders.preprocessing import Preprocessing, Size, of_folder
 from hyperlora_jax.errors import UserError
@@ -49,7 +49,7 @@ class ForeignImageEncoder:
     num_tokens: int
     run: Run
     preprocessing: Preprocessing
-    options: dict[str, Any]
+    options: Json
     channels_first: bool = True
     source: str = ""
 
@@ -64,7 +64,7 @@ class ForeignImageEncoder:
         if self.channels_first:
             pixels = pixels.transpose(0, 3, 1, 2)
         pooled, tokens = self.run(np.ascontiguousarray(pixels))
-        return np.float32(pooled), np.float32(tokens)
+        return np.asarray(pooled, np.float32), np.asarray(tokens, np.float32)
 
 
 def load_onnx(path: epath.PathLike, **options: Any) -> ForeignImageEncoder:
@@ -109,7 +109,7 @@ def load_onnx(path: epath.PathLike, **options: Any) -> ForeignImageEncoder:
             ]
             outputs = [np.concatenate(group) for group in zip(*parts, strict=True)]
         else:
-            outputs = session.run(None, {first_input.name: pixels})
+            outputs = [np.asarray(o) for o in session.run(None, {first_input.name: pixels})]
         return _pooled_and_tokens(path, outputs)
 
     preprocessing = Preprocessing(**{**beside, **options, "image_size": size})

@@ -9,13 +9,12 @@ tasks that train the encoder, never here.
 """
 
 import functools
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from hyperlora_jax.array_types import AnyArray, Array, Float, Params, PRNGKey
+from hyperlora_jax.array_types import AnyArray, Array, DType, Float, Params, PRNGKey
 from hyperlora_jax.stable_diffusion.networks.layers import flax_conv2d
 
 Conv = functools.partial(nn.Conv, conv_general_dilated=flax_conv2d)
@@ -32,7 +31,7 @@ class ResidualBlock(nn.Module):
 
     width: int
     groups: int
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[AnyArray, "b h w c"]) -> Float[Array, "b h w c"]:
@@ -44,7 +43,7 @@ class ResidualBlock(nn.Module):
         y = Conv(self.width, (3, 3), kernel_init=zeros, dtype=self.dtype, name="conv_out")(
             nn.silu(y)
         )
-        return x + y
+        return jnp.asarray(x + y)
 
 
 class ConvEncoder(nn.Module):
@@ -67,7 +66,7 @@ class ConvEncoder(nn.Module):
     embedding_dim: int = 256
     pool_channels: int = 16
     groups: int = 8
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
 
     @property
     def num_tokens(self) -> int:

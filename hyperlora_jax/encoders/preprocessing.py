@@ -8,14 +8,13 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from etils import epath
 
-from hyperlora_jax.array_types import AnyArray, Array, Float
+from hyperlora_jax.array_types import AnyArray, Array, Float, Json
 from hyperlora_jax.encoders.image_encoder import resize
 from hyperlora_jax.errors import UserError
 
@@ -54,7 +53,7 @@ class Preprocessing:
         text = json.dumps([weights, self.image_size, self.mean, self.std])
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def options(self, *names: str) -> dict[str, Any]:
+    def options(self, *names: str) -> Json:
         """The named ones of `OPTIONS` as JSON-able values."""
         return {name: list(getattr(self, name)) for name in names}
 
@@ -66,7 +65,7 @@ class Preprocessing:
         return json.dumps({"image_processor_type": PROCESSOR, **values}, indent=2) + "\n"
 
 
-def checked_options(source: epath.PathLike, options: Mapping[str, Any]) -> dict[str, Any]:
+def checked_options(source: epath.PathLike, options: Json) -> Json:
     """Options that are given (not None, not empty): mean and std with three values, image_size as
     (height, width).
 
@@ -97,7 +96,7 @@ def checked_options(source: epath.PathLike, options: Mapping[str, Any]) -> dict[
     return checked
 
 
-def of_folder(folder: epath.Path) -> dict[str, Any]:
+def of_folder(folder: epath.Path) -> Json:
     """Options that a model folder's preprocessor_config.json gives; {} without one.
 
     Raises:

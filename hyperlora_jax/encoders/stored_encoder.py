@@ -8,12 +8,11 @@ Whatever is found must have the hash that the checkpoint was trained with.
 
 import dataclasses
 import os
-from collections.abc import Mapping
-from typing import Any
 
 from etils import epath
 
 from hyperlora_jax import storage
+from hyperlora_jax.array_types import Json
 from hyperlora_jax.encoders import condition_encoders, named_encoders
 from hyperlora_jax.encoders.clip_encoder import ClipImageEncoder, save_clip_vision
 from hyperlora_jax.encoders.condition_encoders import FlaxImageEncoder, ImageEncoder
@@ -21,10 +20,10 @@ from hyperlora_jax.encoders.foreign_encoders import ForeignImageEncoder
 from hyperlora_jax.errors import UserError
 
 FOLDER = "encoder"
-Record = Mapping[str, Any]
+Record = Json
 
 
-def describe(encoder: ImageEncoder) -> dict[str, Any]:
+def describe(encoder: ImageEncoder) -> dict[str, object]:
     """JSON-able record of an encoder: name, kind, hash, image_size, num_tokens, embedding_dim, and
     of a foreign one the options with which it is read."""
     record = {
@@ -45,7 +44,7 @@ def describe(encoder: ImageEncoder) -> dict[str, Any]:
     return record
 
 
-def keep(encoder: ImageEncoder, checkpoint: epath.Path) -> dict[str, Any]:
+def keep(encoder: ImageEncoder, checkpoint: epath.Path) -> dict[str, object]:
     """Copies the encoder into the folder `checkpoint` where it is one that is copied.
 
     Returns:

@@ -244,7 +244,7 @@ def compare(
     test: AnySet,
     judge: Scorer,
     cache: SampleCache | None = None,
-    say: Callable[[str], Any] = lambda message: None,
+    say: Callable[[str], object] = lambda message: None,
 ) -> dict[str, MethodResult]:
     """Runs every method, and those of `known_methods`, in the order given.
 

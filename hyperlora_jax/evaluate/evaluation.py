@@ -3,15 +3,16 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
+from ml_collections import ConfigDict
 
 from hyperlora_jax import storage
+from hyperlora_jax.array_types import Json
 from hyperlora_jax.distill.distillation import make_recipe
 from hyperlora_jax.distill.slots import Recipe
 from hyperlora_jax.evaluate.audits.analysis import all_sections
@@ -67,7 +68,7 @@ class Evaluation:
 
     def __init__(
         self,
-        config: Any,
+        config: ConfigDict,
         workdir: epath.PathLike,
         encoder: str | None = None,
         command: str = "",
@@ -201,6 +202,7 @@ class Evaluation:
 
     def measure_speed(self) -> None:
         """Seconds of one LoRA, generated (amortised over a batch) and fitted alone."""
+        assert self.context.fitted is not None
         recipe = self.context.fitted.recipe
         self.seconds["generate_one_lora"] = self.seconds_per_lora(self.hyper)
         self.seconds["fit_one_lora"] = seconds_per_fit(self.sd, self.spec, recipe, self.test)
@@ -216,7 +218,7 @@ class Evaluation:
             took.append(time.perf_counter() - start)
         return float(np.median(took[1:])) / SPEED_BATCH
 
-    def run(self, say: Any = print) -> dict[str, MethodResult]:
+    def run(self, say: Callable[[str], object] = print) -> dict[str, MethodResult]:
         """Scores all methods; keeps the generated LoRAs' best strength with the hypernetwork if
         these are the pictures that it was trained on.
 
@@ -238,7 +240,7 @@ class Evaluation:
         self.seconds["sampling"] = time.perf_counter() - start
         return results
 
-    def _keep_defaults(self, chosen: MethodResult, say: Any) -> None:
+    def _keep_defaults(self, chosen: MethodResult, say: Callable[[str], object]) -> None:
         assert self.validation is not None
         writes, where = self.exam.knows_all, self.workdir / FOLDER
         self.defaults = ChosenDefaults.of(self.hyper, chosen, self.validation, kept=writes)
@@ -258,10 +260,10 @@ class Evaluation:
         self,
         results: dict[str, MethodResult],
         *,
-        torch_parity: dict[str, Any] | None = None,
+        torch_parity: Json | None = None,
         seconds: dict[str, float] | None = None,
-        sections: dict[str, Any] | None = None,
-    ) -> dict[str, Any]:
+        sections: Json | None = None,
+    ) -> Json:
         """The content of metrics.json."""
         defaults = [self.defaults.line("the checkpoint")] if self.defaults else []
         return summarise(
@@ -297,11 +299,11 @@ class Evaluation:
         results: dict[str, MethodResult],
         folder: epath.PathLike,
         *,
-        torch_parity: dict[str, Any] | None = None,
+        torch_parity: Json | None = None,
         seconds: dict[str, float] | None = None,
         page_name: str = "index.html",
         title: str = "Zero-shot LoRAs, evaluated",
-    ) -> tuple[dict[str, Any], ReportFiles]:
+    ) -> tuple[Json, ReportFiles]:
         """The metrics, and where process 0 wrote the page, metrics.json and figures."""
         shown = all_sections(self, results)
         summary = self.summary(
@@ -325,7 +327,7 @@ class Evaluation:
 
 
 def evaluate(
-    config: Any,
+    config: ConfigDict,
     workdir: epath.PathLike,
     comparison: str | Path = "",
     command: str = "",

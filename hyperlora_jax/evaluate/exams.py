@@ -11,10 +11,11 @@ what it offers, and that is said.
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
+from hyperlora_jax.array_types import Json
 from hyperlora_jax.encoders.condition_encoders import ImageEncoder
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.evaluate import compare, picture_sets
@@ -54,7 +55,7 @@ class Offer:
     num_pictures: Sequence[int]
 
 
-def asked_sizes(section: Any) -> Sizes:
+def asked_sizes(section: ConfigDict | Json) -> Sizes:
     """What a config's `evaluate` section asks for.
 
     Raises:
@@ -204,7 +205,7 @@ class Exam:
             return self.test.references[:, None]
         return [unit_pixels(own) for own in self.test.gallery[: self.test.num_identities]]
 
-    def judged(self, results: Mapping[str, MethodResult]) -> dict[str, Any]:
+    def judged(self, results: Mapping[str, MethodResult]) -> dict[str, object]:
         """Similarities by every judge."""
         return judges.similarity_numbers(
             {name: result.images for name, result in results.items()},
@@ -217,7 +218,7 @@ class Exam:
 
 
 def open_exam(
-    config: Any,
+    config: ConfigDict,
     size: int,
     trained_on: frozenset[str],
     training_ids: frozenset[str],
@@ -278,7 +279,7 @@ def open_exam(
 
 
 def _subjects(
-    config: Any,
+    config: ConfigDict,
     listed: Sequence[Concept],
     asked: Sizes,
     given: frozenset[str],
@@ -364,7 +365,7 @@ def _seen(listed: Sequence[Concept], condition: ImageEncoder) -> Seen:
 
 
 def _avatar_exam(
-    config: Any,
+    config: ConfigDict,
     asked: Sizes,
     given: frozenset[str],
     trained_on: frozenset[str],

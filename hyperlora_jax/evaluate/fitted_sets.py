@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,11 +28,12 @@ from hyperlora_jax.evaluate.protocol import Questions
 from hyperlora_jax.lora import factors, vectorize
 from hyperlora_jax.lora.sites import LoraSpec
 from hyperlora_jax.parallel import multihost, shared_work
+from hyperlora_jax.stable_diffusion.model import StableDiffusion
 from hyperlora_jax.subjects.encoded_subjects import EncodedSubjects, encode_subjects
 
 
 def seconds_per_fit(
-    sd: Any,
+    sd: StableDiffusion,
     spec: LoraSpec,
     recipe: Recipe,
     questions: Questions,
@@ -77,7 +77,9 @@ def seconds_per_fit(
     return seconds * recipe.num_steps / timed
 
 
-def encode_views(sd: Any, questions: Questions, num_views: int | None = None) -> EncodedSubjects:
+def encode_views(
+    sd: StableDiffusion, questions: Questions, num_views: int | None = None
+) -> EncodedSubjects:
     """Latents and text conditions of the first views (None: all) of every identity."""
     return encode_subjects(
         sd,
@@ -109,7 +111,7 @@ class FittedSets:
     """
 
     folder: Path
-    sd: Any
+    sd: StableDiffusion
     spec: LoraSpec
     sets: Sequence[Questions]
     recipe: Recipe
@@ -127,7 +129,7 @@ class FittedSets:
         return self._kept(name, self.recipe, self.recipe.factors(self.spec), num_views)
 
     def refined(
-        self, num_steps: int, start: Callable[[Questions], Params], depends_on: Any
+        self, num_steps: int, start: Callable[[Questions], Params], depends_on: object
     ) -> dict[str, Params]:
         """{split: LoRAs} after `num_steps` on all views, from `start`."""
         recipe = dataclasses.replace(self.refine_recipe, num_steps=num_steps)
@@ -156,7 +158,7 @@ class FittedSets:
         num_views: int | None,
         starts: Sequence[Params] | None = None,
         shared: Params | None = None,
-        depends_on: Any = "",
+        depends_on: object = "",
     ) -> dict[str, Params]:
         mark = fingerprint(
             self.sd.base_hash,

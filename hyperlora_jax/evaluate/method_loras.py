@@ -19,13 +19,12 @@ Other trained generators join by `evaluate.others.NAME = WORKDIR`.
 import dataclasses
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hyperlora_jax.array_types import Float, Params
+from hyperlora_jax.array_types import Float, Json, Params
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.evaluate.fitted_sets import FittedSets
 from hyperlora_jax.evaluate.methods import LorasOf
@@ -64,7 +63,7 @@ class Source:
     """
 
     loras_of: LorasOf
-    depends_on: Any
+    depends_on: object
     steps: int = 0
     tuned: bool = True
     guided: bool = False
@@ -89,9 +88,9 @@ class Context:
     embeddings: Float[np.ndarray, "t e"] | None
     fitted: FittedSets | None
     others: Mapping[str, Hypernetwork]
-    baseline: Mapping[str, Any]
+    baseline: Json
 
-    def weights(self) -> Any:
+    def weights(self) -> object:
         """What the hypernetwork's LoRAs depend on."""
         return [self.hyper.params, self.hyper.constants, self.hyper.model]
 

@@ -6,19 +6,19 @@ Also how readers see all methods: titles, order in tables, which are controls.
 import functools
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from hyperlora_jax.array_types import Float, Int, Params
+from hyperlora_jax.array_types import Float, Int, Json, Params
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.evaluate.compare import Method
 from hyperlora_jax.evaluate.protocol import Questions
 from hyperlora_jax.hypernet.hypernetwork import Hypernetwork
 from hyperlora_jax.parallel import sharding, shared_work
+from hyperlora_jax.stable_diffusion.model import StableDiffusion
 
 TITLES = {
     "reference": "reference",
@@ -90,7 +90,7 @@ LorasOf = Callable[[Questions, float], Params]  # (evaluation set, guidance) -> 
 
 
 def sample_images(
-    sd: Any,
+    sd: StableDiffusion,
     questions: Questions,
     loras: Params,
     strength: float,
@@ -140,10 +140,10 @@ def sample_images(
 
 def lora_method(
     name: str,
-    sd: Any,
+    sd: StableDiffusion,
     loras_of: LorasOf,
     *,
-    sampling: dict[str, Any],
+    sampling: Json,
     strengths: Sequence[float] = (1.0,),
     guidances: Sequence[float] = (1.0,),
     fingerprint: str = "",
@@ -164,7 +164,7 @@ def lora_method(
     return Method(name, sample, tuple(strengths), fingerprint, tuple(guidances))
 
 
-def fingerprint(*parts: Any) -> str:
+def fingerprint(*parts: object) -> str:
     """Hex sha256 of numbers, strings and trees of arrays: what a method's pictures depend on."""
     digest = hashlib.sha256()
     for part in parts:
@@ -173,7 +173,7 @@ def fingerprint(*parts: Any) -> str:
     return digest.hexdigest()
 
 
-def check_base(hyper: Hypernetwork, sd: Any, name: str) -> None:
+def check_base(hyper: Hypernetwork, sd: StableDiffusion, name: str) -> None:
     """Raises UserError unless the hypernetwork writes LoRAs for this base model."""
     wanted = hyper.facts.get("base_hash")
     if wanted != sd.base_hash:

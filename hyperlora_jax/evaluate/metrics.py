@@ -38,7 +38,7 @@ class Estimate:
 
 def is_finite(images: Float[AnyArray, "*batch h w 3"]) -> Bool[np.ndarray, "*batch"]:
     """Which pictures are finite in every pixel."""
-    return np.isfinite(np.asarray(images)).all(axis=(-3, -2, -1))
+    return np.asarray(np.isfinite(np.asarray(images)).all(axis=(-3, -2, -1)))
 
 
 def image_error(

@@ -12,10 +12,11 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from etils import epath
+from ml_collections import ConfigDict
 
+from hyperlora_jax.array_types import Json
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.evaluate.compare import MethodResult
 from hyperlora_jax.evaluate.protocol import Questions
@@ -25,7 +26,7 @@ from hyperlora_jax.subjects.concept_sources import split_paths
 REPORT = "report"
 
 
-def check_source(config: Any, facts: Mapping[str, Any], workdir: epath.PathLike) -> None:
+def check_source(config: ConfigDict, facts: Json, workdir: epath.PathLike) -> None:
     """Raises UserError when a config means other pictures than a hypernetwork's facts name, and
     nobody said so: `evaluate.source` is empty and `data.source` was not given."""
     given = frozenset(config.get("given", ()))
@@ -53,7 +54,7 @@ def _same(one: str, other: str) -> bool:
     return "avatars" not in (one, other) and places[0] == places[1]
 
 
-def report_folder(workdir: epath.PathLike, asked: Mapping[str, Any], *, own: bool) -> epath.Path:
+def report_folder(workdir: epath.PathLike, asked: Mapping[str, object], *, own: bool) -> epath.Path:
     """WORKDIR/report for the checkpoint's own pictures, WORKDIR/report-NAME for others, so that no
     report takes the place of another source's.
 
@@ -70,12 +71,12 @@ def report_folder(workdir: epath.PathLike, asked: Mapping[str, Any], *, own: boo
     return root / f"{REPORT}-{plain}-{hashlib.sha256(_source(asked).encode()).hexdigest()[:6]}"
 
 
-def source_name(asked: Mapping[str, Any]) -> str:
+def source_name(asked: Mapping[str, object]) -> str:
     """What readers call the pictures of a set with these facts."""
     return ", ".join(Path(path).name for path in _source(asked).split(","))
 
 
-def _source(asked: Mapping[str, Any]) -> str:
+def _source(asked: Mapping[str, object]) -> str:
     return str(asked.get("source", asked.get("style", "")))
 
 
@@ -146,7 +147,7 @@ class ChosenDefaults:
             f"(best on {self.chosen_on}: {best})"
         )
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """All of it."""
         return dataclasses.asdict(self)
 

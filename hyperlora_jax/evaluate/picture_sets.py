@@ -10,11 +10,11 @@ with fewer pictures shows fewer, so that at least one is left to judge by.
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import ClassVar, TypeVar
 
 import numpy as np
 
-from hyperlora_jax.array_types import Float, Int, UInt8
+from hyperlora_jax.array_types import Float, Int, Json, UInt8
 from hyperlora_jax.evaluate.protocol import EvaluationSet, Questions, check_disjoint, unit_pixels
 from hyperlora_jax.pictures import pictures
 from hyperlora_jax.pictures.concepts import Concept
@@ -157,7 +157,7 @@ def _make(
     prompts: Sequence[str],
     sizes: Sizes,
     random: np.random.Generator,
-    facts: dict[str, Any],
+    facts: Json,
     seen: Seen | None,
 ) -> PictureSet:
     shown, captions, view_captions, gallery = [], [], [], []

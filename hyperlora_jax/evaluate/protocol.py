@@ -10,11 +10,12 @@ Strengths are chosen on the validation reserve, scores are told on the test rese
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
-from hyperlora_jax.array_types import Float, Int, UInt8
+from hyperlora_jax.array_types import Float, Int, Json, UInt8
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.worlds.by_style import World
 
@@ -49,7 +50,7 @@ class Questions:
     views: UInt8[np.ndarray, "i v h w 3"] | tuple[UInt8[np.ndarray, "_ h w 3"], ...]
     view_captions: tuple[tuple[str, ...], ...]
     noise_seeds: Int[np.ndarray, "i c"]
-    facts: Mapping[str, Any]
+    facts: Json
     seen: UInt8[np.ndarray, "i s s 3"] | None = dataclasses.field(default=None, kw_only=True)
 
     @property
@@ -177,7 +178,7 @@ def make_evaluation_set(
     num_candidates: int = 32,
     num_pooled_captions: int = 32,
     training_ids: frozenset[str] = frozenset(),
-    cache_dir: Any = None,
+    cache_dir: str | Path | None = None,
     progress: bool = True,
 ) -> EvaluationSet:
     """Draws a set from a reserve of `avatars`.

@@ -13,13 +13,12 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from hyperlora_jax.array_types import AnyArray, Float
+from hyperlora_jax.array_types import AnyArray, Float, Json
 from hyperlora_jax.encoders.condition_encoders import ImageEncoder
 from hyperlora_jax.evaluate.protocol import Questions
 from hyperlora_jax.parallel import multihost, shared_work
@@ -69,7 +68,7 @@ def remembered(
 
 def cache_key(fingerprint: str, evaluation: Questions, strength: float) -> str:
     """Hex sha256 of what decides the pictures."""
-    asked: dict[str, Any] = {
+    asked: Json = {
         "fingerprint": fingerprint,
         "strength": float(strength),
         "facts": dict(evaluation.facts),

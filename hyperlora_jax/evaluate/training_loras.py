@@ -4,12 +4,12 @@ config's `data.targets`. An end-to-end run needs none, and an imported one holds
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from etils import epath
+from ml_collections import ConfigDict
 
-from hyperlora_jax.array_types import Float, Int
+from hyperlora_jax.array_types import Float, Int, Json
 from hyperlora_jax.encoders.condition_encoders import ImageEncoder
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.evaluate.sample_cache import pooled_embeddings
@@ -47,7 +47,7 @@ class TrainingLoras:
         """Everybody in the datasets, of whatever split."""
         return frozenset(name for dataset in self.datasets for name in dataset.ids)
 
-    def facts(self) -> list[dict[str, Any]]:
+    def facts(self) -> list[Json]:
         """Of every dataset: where it is, how many of its LoRAs are used, what made it."""
         return [
             {"path": str(dataset.path), "num_loras": len(rows), **dataset.facts}
@@ -77,7 +77,7 @@ class TrainingLoras:
 
 
 def open_training_loras(
-    data: Any, own: epath.PathLike, spec: LoraSpec, base_hash: str
+    data: ConfigDict, own: epath.PathLike, spec: LoraSpec, base_hash: str
 ) -> TrainingLoras:
     """The datasets of a config's `data` section; without `data.targets` the folder `own`, as far
     as it is there and fits.

@@ -11,13 +11,11 @@ the two linears of the MLP, a low-rank map that the condition writes: x ← x + 
 (arXiv 2412.02352); its Up half starts at zero.
 """
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from hyperlora_jax.array_types import Array, Bool, Float
+from hyperlora_jax.array_types import Array, Bool, DType, Float
 
 CONDITIONINGS = ("adanorm", "adalora")
 
@@ -40,7 +38,7 @@ class AdaLora(nn.Module):
     """x + (x·Down)·Upᵀ with Down, Up `[c, rank]` written by the conditioning vector."""
 
     rank: int = 8
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(
@@ -61,7 +59,7 @@ class Attention(nn.Module):
     """Multi-head attention of the tokens to a context (themselves, or the condition)."""
 
     num_heads: int
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(
@@ -88,7 +86,7 @@ class Block(nn.Module):
     mlp_ratio: int = 4
     conditioning: str = "adanorm"
     adapter_rank: int = 8
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(
@@ -133,7 +131,7 @@ class Backbone(nn.Module):
     adapter_rank: int = 8
     remat: bool = False
     scan: bool = False
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(
@@ -153,7 +151,7 @@ class Backbone(nn.Module):
                 block,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
-                in_axes=(nn.broadcast, nn.broadcast, nn.broadcast),
+                in_axes=(nn.broadcast, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
                 length=self.depth,
             )
             return blocks(*settings, self.dtype, name="blocks")(x, context, condition, mask)[0]

@@ -18,6 +18,7 @@ as deltas that are then cut back to their rank (`space="delta"`).
 LoRA vectors need not fit into memory: they are rows of arrays or of files, read in chunks.
 """
 
+import abc
 import dataclasses
 import functools
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hyperlora_jax.array_types import AnyArray, Array, Float, Params
+from hyperlora_jax.array_types import AnyArray, Array, DType, Float, Params
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.hypernet.condition import Condition
 from hyperlora_jax.hypernet.generators import Draw, Estimate
@@ -36,14 +37,16 @@ from hyperlora_jax.lora.sites import LoraSpec, site_factors, tree_from_sites
 
 CHUNK = 512  # vectors in memory at a time, twice for inner products
 
+Vectors = Any  # array-like [t, d], float32; read by rows, so that it may lie in files
 
-def chunks(vectors: Any) -> Iterator[slice]:
+
+def chunks(vectors: Vectors) -> Iterator[slice]:
     """Slices of at most `CHUNK` rows, one after another."""
     starts = range(0, len(vectors), CHUNK)
     return (slice(start, min(start + CHUNK, len(vectors))) for start in starts)
 
 
-def mean_vector(vectors: Any) -> Float[np.ndarray, " d"]:
+def mean_vector(vectors: Vectors) -> Float[np.ndarray, " d"]:
     """Mean of vectors [t, d], to the last bit that of the whole array."""
     total = np.zeros(vectors[:1].shape, np.float32)
     for rows in chunks(vectors):
@@ -52,7 +55,7 @@ def mean_vector(vectors: Any) -> Float[np.ndarray, " d"]:
 
 
 def gram_matrix(
-    vectors: Any, centre: Float[np.ndarray, " d"], dtype: Any
+    vectors: Vectors, centre: Float[np.ndarray, " d"], dtype: DType
 ) -> Float[np.ndarray, "t t"]:
     """Inner products of vectors [t, d] less `centre`, counted in `dtype`, as float64."""
     products = np.empty((len(vectors), len(vectors)))
@@ -68,7 +71,7 @@ def gram_matrix(
 
 
 def combined(
-    weights: Float[np.ndarray, "k t"], vectors: Any, centre: Float[np.ndarray, " d"]
+    weights: Float[np.ndarray, "k t"], vectors: Vectors, centre: Float[np.ndarray, " d"]
 ) -> Float[np.ndarray, "k d"]:
     """weights @ (vectors - centre)."""
     total = np.zeros((len(weights), len(centre)))
@@ -78,7 +81,6 @@ def combined(
 
 
 SPACES = ("raw", "delta")
-Vectors = Any  # array-like [t, d], float32; read by rows, so that it may lie in files
 PENALTIES = tuple(10.0**k for k in range(-4, 4))
 
 
@@ -89,7 +91,7 @@ def unit(embeddings: Float[AnyArray, "n e"]) -> Float[AnyArray, "n e"]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Fitted:
+class Fitted(abc.ABC):
     """What all of them share: no parameters, no training by gradient."""
 
     spec: LoraSpec
@@ -101,6 +103,16 @@ class Fitted:
         """No trainable parameters."""
         del key, condition
         return {}
+
+    @abc.abstractmethod
+    def fit(self, embeddings: Float[np.ndarray, "t e"], vectors: Vectors) -> Params:
+        """Constants, from the training subjects' embeddings and LoRA vectors."""
+
+    @abc.abstractmethod
+    def sample(
+        self, params: Params, constants: Params, condition: Condition, key: Array, draw: Draw
+    ) -> Params:
+        """See `Generator`."""
 
     def train(
         self,
@@ -199,7 +211,7 @@ class Ridge(Blend):
     def fit(self, embeddings: Float[np.ndarray, "t e"], vectors: Vectors) -> Params:
         """Constants."""
         directions = unit(embeddings)
-        kernel = self._kernel(directions, directions).astype(np.float64)
+        kernel = np.asarray(self._kernel(directions, directions), np.float64)
         gram = gram_matrix(vectors, mean_vector(vectors), np.float64)
         scores = {p: _leave_one_out_cosine(kernel, gram, p) for p in PENALTIES}
         penalty = max(scores, key=lambda p: scores[p])

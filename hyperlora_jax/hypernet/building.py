@@ -10,9 +10,9 @@ vae         keyword arguments of WeightVae
 baseline    keyword arguments of `baselines.make_baseline`
 """
 
-from collections.abc import Mapping
 from typing import Any
 
+from hyperlora_jax.array_types import Json
 from hyperlora_jax.diffusion.processes import make_process
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.hypernet.baselines import BASELINES, make_baseline
@@ -38,21 +38,21 @@ SECTIONS = (
 )  # fmt: skip
 
 
-def architecture(model: Any) -> dict[str, Any]:
+def architecture(model: Any) -> Json:
     """The part of a config's `model` section (a mapping) that says what the generator is:
     JSON-able, kept with checkpoints."""
     plain = model.to_dict() if hasattr(model, "to_dict") else dict(model)
     return {name: plain[name] for name in SECTIONS if name in plain}
 
 
-def with_remat(model: Mapping[str, Any], remat: str) -> dict[str, Any]:
+def with_remat(model: Json, remat: str) -> Json:
     """The same architecture; its backbone recomputes every block unless `remat` is "none"."""
     if remat == "none":
         return dict(model)
     return {**model, "network": {**model.get("network", {}), "remat": True}}
 
 
-def build_generator(spec: LoraSpec, model: Mapping[str, Any]) -> Generator:
+def build_generator(spec: LoraSpec, model: Json) -> Generator:
     """The generator that `architecture` describes.
 
     Raises:
@@ -72,7 +72,7 @@ def build_generator(spec: LoraSpec, model: Mapping[str, Any]) -> Generator:
         raise UserError(f"config.model: {error}") from error
 
 
-def _build(kind: str, spec: LoraSpec, model: Mapping[str, Any]) -> Generator:
+def _build(kind: str, spec: LoraSpec, model: Json) -> Generator:
     if kind in BASELINES:
         return make_baseline(kind, spec, **model.get("baseline", {}))
     network = dict(model.get("network", {}))
@@ -102,7 +102,7 @@ def _build(kind: str, spec: LoraSpec, model: Mapping[str, Any]) -> Generator:
     return Diffusion(codec, module, process, dropout)
 
 
-def build_network(spec: LoraSpec, network: Mapping[str, Any]) -> TokenHypernetwork:
+def build_network(spec: LoraSpec, network: Json) -> TokenHypernetwork:
     """The token network of keyword arguments of TokenHypernetwork, and `components_per_token`.
 
     Raises:

@@ -5,6 +5,8 @@ tokens of all pictures side by side. A condition of zeros means "unknown": gener
 trained with condition dropout see it, and guidance extrapolates away from it.
 """
 
+import dataclasses
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -45,7 +47,8 @@ def merge_references(
 def unknown(condition: Condition, which: Bool[Array, " l"] | None = None) -> Condition:
     """The same with the chosen subjects (None: all) unknown."""
     keep = jnp.zeros(len(condition.pooled)) if which is None else 1.0 - which
-    return condition.replace(
+    return dataclasses.replace(
+        condition,
         pooled=condition.pooled * keep[:, None].astype(condition.pooled.dtype),
         tokens=condition.tokens * keep[:, None, None].astype(condition.tokens.dtype),
     )

@@ -8,12 +8,13 @@ Diffusion and the paper's VAE are in `weight_diffusion.py`, what is fitted in cl
 """
 
 import dataclasses
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable
+from typing import NamedTuple, Protocol, cast, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 
-from hyperlora_jax.array_types import Array, Float, Params
+from hyperlora_jax.array_types import Array, ArrayTree, Float, Params
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.hypernet.condition import Condition, both, dropped
 from hyperlora_jax.hypernet.token_network import TokenHypernetwork
@@ -117,7 +118,7 @@ class Regression:
         """See `Generator`; the target is not looked at."""
         del constants, target
         condition = dropped(condition, self.condition_dropout, key)
-        return Estimate(self.net.apply({"params": params}, condition), {})
+        return Estimate(cast(Params, self.net.apply({"params": params}, condition)), {})
 
     def sample(
         self, params: Params, constants: Params, condition: Condition, key: Array, draw: Draw
@@ -170,7 +171,7 @@ class Iterative:
         lora = factors.zeros(self.spec, count)
         for k in range(self.num_iterations):
             time = jnp.full((count,), k / self.num_iterations)
-            lora = self.net.apply({"params": params}, condition, lora, time)
+            lora = cast(Params, self.net.apply({"params": params}, condition, lora, time))
         return lora
 
     def train(
@@ -196,7 +197,12 @@ class Iterative:
         )
 
 
-def guided(function: Any, condition: Condition, guidance: float, condition_dropout: float) -> Any:
+def guided(
+    function: Callable[[Condition], ArrayTree],
+    condition: Condition,
+    guidance: float,
+    condition_dropout: float,
+) -> ArrayTree:
     """unknown + guidance · (known - unknown) of a function of conditions (classifier-free
     guidance, arXiv 2207.12598); one pass when guidance is 1.
 

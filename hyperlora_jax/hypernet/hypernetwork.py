@@ -26,8 +26,9 @@ from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
 from hyperlora_jax import lora_files, storage
-from hyperlora_jax.array_types import AnyArray, Array, Float, Params
+from hyperlora_jax.array_types import AnyArray, Array, Float, Json, Params
 from hyperlora_jax.encoders import condition_encoders, stored_encoder
+from hyperlora_jax.encoders.condition_encoders import ImageEncoder
 from hyperlora_jax.encoders.image_encoder import ConvEncoder
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.hypernet import familiarity
@@ -59,9 +60,9 @@ class Hypernetwork:
 
     generator: Generator
     params: Params
-    encoder: Any
-    facts: Mapping[str, Any]
-    model: Mapping[str, Any]
+    encoder: ImageEncoder
+    facts: Json
+    model: Json
     constants: Params = dataclasses.field(default_factory=dict)
 
     @property
@@ -95,7 +96,7 @@ class Hypernetwork:
     def generate(
         self,
         key: Array | int,
-        references: Any,
+        references: object,
         *,
         strength: float | None = None,
         num_samples: int = 1,
@@ -145,7 +146,7 @@ class Hypernetwork:
             jnp.asarray(pixels), key, num_samples, settings,
         )  # fmt: skip
 
-    def embed(self, references: Any) -> tuple[Array, Array]:
+    def embed(self, references: object) -> tuple[Array, Array]:
         """Pooled [l, k, e] and tokens [l, k, m, e] of subjects with k pictures each; `references`
         as in `generate`.
 
@@ -160,7 +161,7 @@ class Hypernetwork:
             )
         return _embedded(self.encoder.encode, jnp.asarray(groups[0][1]))
 
-    def familiarity(self, references: Any) -> Float[np.ndarray, " l"] | None:
+    def familiarity(self, references: object) -> Float[np.ndarray, " l"] | None:
         """How well each subject's references fit what the hypernetwork was trained on, 0 (unlike
         all training subjects) to 1; None for a checkpoint that does not know. See
         `hypernet/familiarity.py`; `references` as in `generate`."""
@@ -181,7 +182,7 @@ class Hypernetwork:
         return familiarity.score(self.constants["familiarity"], pooled)
 
     @property
-    def provenance(self) -> dict[str, Any]:
+    def provenance(self) -> Json:
         """Header texts of the files of its LoRAs: base, encoder, generator."""
         base = {name: self.facts[name] for name in ("base", "base_hash") if name in self.facts}
         return {
@@ -199,7 +200,7 @@ class Hypernetwork:
         format: str | None = None,
         dtype: str = "float16",
         **metadata: Any,
-    ) -> Path:
+    ) -> Path | epath.Path:
         """Writes one LoRA of this hypernetwork for other programs; returns the file's path.
 
         Args:
@@ -244,7 +245,7 @@ class Hypernetwork:
             self.generator, self.params, self._constants, pooled, tokens, key, num_samples, draw
         )
 
-    def _draw(self, num_samples: int, given: Mapping[str, Any]) -> Draw:
+    def _draw(self, num_samples: int, given: Mapping[str, object]) -> Draw:
         """The settings of one call; UserError for more samples than the generator can draw."""
         if num_samples != 1 and not (num_samples > 1 and self.generator.stochastic):
             raise UserError(
@@ -310,7 +311,7 @@ class Stored(NamedTuple):
     """
 
     folder: epath.Path
-    config: dict[str, Any]
+    config: Json
     spec: LoraSpec
     params: Params
     constants: Params

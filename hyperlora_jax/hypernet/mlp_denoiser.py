@@ -6,12 +6,10 @@ Time enters every block by AdaNorm. So does the condition (`conditioning="adanor
 writes a low-rank map between the two linears of every block (`"adalora"`).
 """
 
-from typing import Any
-
 import flax.linen as nn
 import jax.numpy as jnp
 
-from hyperlora_jax.array_types import Array, Float
+from hyperlora_jax.array_types import Array, DType, Float
 from hyperlora_jax.hypernet.backbone import CONDITIONINGS, AdaLora, timestep_features
 from hyperlora_jax.hypernet.condition import Condition
 
@@ -22,7 +20,7 @@ class ResidualBlock(nn.Module):
     expansion: int = 2
     conditioning: str = "adanorm"
     adapter_rank: int = 8
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(
@@ -60,7 +58,7 @@ class MlpDenoiser(nn.Module):
     expansion: int = 2
     conditioning: str = "adanorm"
     adapter_rank: int = 8
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(

@@ -22,14 +22,13 @@ import functools
 import math
 import re
 from collections import defaultdict
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hyperlora_jax.array_types import Array, Float, Params
+from hyperlora_jax.array_types import Array, DType, Float, Params
 from hyperlora_jax.lora.sites import LoraSite, LoraSpec, module_path
 
 SIDES = ("down", "up")
@@ -189,7 +188,7 @@ class Head(nn.Module):
     components: int
     kind: str = "dense"
     basis_size: int = 64
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
     zero: bool = True
 
     @nn.compact

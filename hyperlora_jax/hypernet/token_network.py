@@ -10,13 +10,11 @@ With `output="whitened"` the numbers are in units of a dataset's spread around i
 diffusion over weights wants them: centre, heads and scales then start at 0, 0 and 1.
 """
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from hyperlora_jax.array_types import Array, Float, Params
+from hyperlora_jax.array_types import Array, DType, Float, Params
 from hyperlora_jax.hypernet.backbone import Backbone, timestep_features
 from hyperlora_jax.hypernet.condition import Condition
 from hyperlora_jax.hypernet.token_layout import (
@@ -61,7 +59,7 @@ class TokenHypernetwork(nn.Module):
     input_noise: bool = False
     remat: bool = False
     scan: bool = False
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(

@@ -22,7 +22,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from hyperlora_jax.array_types import Array, Float, Params
+from hyperlora_jax.array_types import Array, DType, Float, Params
 from hyperlora_jax.diffusion.processes import Process
 from hyperlora_jax.hypernet.condition import Condition, dropped
 from hyperlora_jax.hypernet.generators import Draw, Estimate, guided
@@ -169,7 +169,7 @@ class MlpStack(nn.Module):
 
     depth: int
     expansion: int
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "l c"]) -> Float[Array, "l c"]:
@@ -195,7 +195,7 @@ class WeightVae(nn.Module):
     width: int = 512
     depth: int = 20
     expansion: int = 3
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
 
     def setup(self):
         """Encoder and decoder, so that either can be used alone."""
@@ -230,7 +230,9 @@ def vae_losses(
     vae: WeightVae, params: Params, x: Float[Array, "l d"], key: Array
 ) -> dict[str, Float[Array, " l"]]:
     """ "reconstruction": mean squared error; "kl": mean over latents of KL(N(μ, σ²) ‖ N(0, 1))."""
-    back, mean, log_variance = cast(Any, vae.apply({"params": params}, x, key))
+    back, mean, log_variance = cast(
+        tuple[Array, Array, Array], vae.apply({"params": params}, x, key)
+    )
     divergence = 0.5 * (jnp.square(mean) + jnp.exp(log_variance) - 1.0 - log_variance)
     return {
         "reconstruction": jnp.mean(jnp.square(back - x), axis=1),
@@ -267,5 +269,5 @@ class Latents:
     def decode(self, constants: Params, data: Array) -> Array:
         """See `Codec`."""
         z = data * constants["latent_std"] + constants["latent_mean"]
-        x = self.vae.apply({"params": constants["vae"]}, z, method="decode")
+        x = cast(Array, self.vae.apply({"params": constants["vae"]}, z, method="decode"))
         return Whitened(self.spec).decode(constants, x)

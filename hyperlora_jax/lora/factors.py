@@ -58,7 +58,7 @@ def zeros(spec: LoraSpec, num_loras: int | None = None) -> Params:
     )
 
 
-def is_site(tree: Any) -> bool:
+def is_site(tree: object) -> bool:
     """True for a {"down", "up"} pair: use as `is_leaf` to map over sites."""
     return isinstance(tree, dict) and set(tree) == {"down", "up"}
 
@@ -102,7 +102,7 @@ def stack_padded(loras: Sequence[Params]) -> Params:
 
     Every delta stays what it is.
     """
-    trees = [flatten_dict(lora) for lora in loras]
+    trees: list[dict[tuple[str, ...], Any]] = [flatten_dict(lora) for lora in loras]
     stacked = {}
     for path in sorted(set().union(*trees)):
         leaves = [tree.get(path) for tree in trees]

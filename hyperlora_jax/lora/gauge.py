@@ -120,7 +120,7 @@ def _spectrum(down: Float[AnyArray, "*l m r"], up: Float[AnyArray, "*l r o"]) ->
     function = one
     for _ in down.shape[:-2]:
         function = jax.vmap(function)
-    return function(down, up)
+    return function(jnp.asarray(down), jnp.asarray(up))
 
 
 def _balanced(down: Array, up: Array, rank: int) -> tuple[Array, Array]:

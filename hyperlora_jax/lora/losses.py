@@ -7,6 +7,9 @@
 (2) and (3) do not see the gauge and never build an in×out matrix.
 """
 
+import functools
+import operator
+
 import jax
 import jax.numpy as jnp
 
@@ -21,7 +24,7 @@ def whitened_error(predicted: Params, target: Params, stats: Whitening) -> Float
     lead = _lead(target)
     per_matrix = jax.tree.map(lambda x, y: jnp.mean((x - y) ** 2, axis=range(lead, x.ndim)), a, b)
     errors = jax.tree.leaves(per_matrix)
-    return sum(errors[1:], errors[0]) / len(errors)
+    return functools.reduce(operator.add, errors) / len(errors)
 
 
 def delta_inner(a: Params, b: Params) -> Float[Array, "*l"]:
@@ -77,4 +80,4 @@ def _sum_sites(a: Params, b: Params, function) -> Float[Array, "*l"]:
         return function(down, pair["up"], down_other, other["up"])
 
     sites = jax.tree.leaves(jax.tree.map(one, a, b, is_leaf=is_site))
-    return sum(sites[1:], sites[0])
+    return functools.reduce(operator.add, sites)

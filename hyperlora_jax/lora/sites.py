@@ -235,7 +235,7 @@ def component_tree(lora: Params, name: str) -> Params:
     return {key: value for key, value in lora.items() if key not in TEXT_ENCODERS}
 
 
-def tree_from_sites(pairs: Mapping[str, Any]) -> dict[str, Any]:
+def tree_from_sites(pairs: Params) -> Params:
     """Nested LoRA tree from {diffusers path: {"down", "up"}}."""
     tree: dict[str, Any] = {}
     for path, factors in pairs.items():

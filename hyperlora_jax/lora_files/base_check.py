@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from hyperlora_jax.array_types import Params
+from hyperlora_jax.array_types import Json, Params
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora.sites import (
     TEXT_ENCODERS,
@@ -58,13 +58,13 @@ def read_base_model(path: str | Path) -> BaseModel:
     return BaseModel(str(path), family, number if isinstance(number, int) else 2, layers)
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def _config(folder: Path) -> Json:
     if not folder.is_dir():
         raise UserError(f"{folder}: folder not found, expected {what_is_there(folder.parent)}")
     return _json(folder / "config.json")
 
 
-def _json(file: Path) -> dict[str, Any]:
+def _json(file: Path) -> Json:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -132,7 +132,7 @@ def _layers(folder: Path, component: str) -> list[LoraSite]:
     return sites
 
 
-def layers_per_block_of(base: Any) -> int:
+def layers_per_block_of(base: object) -> int:
     """Resnets of one down block of the base's UNet; 2 when the base is None or a spec."""
     if isinstance(base, BaseModel):
         return base.layers_per_block

@@ -12,10 +12,11 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, cast
 
 import numpy as np
 
+from hyperlora_jax.array_types import Json, Params
 from hyperlora_jax.lora import other_kinds
 from hyperlora_jax.lora.sites import LoraSite, LoraSpec, site_factors
 from hyperlora_jax.lora_files import convert, keys
@@ -340,7 +341,7 @@ def lines(rows: Iterable[ToolReport], total: int) -> list[str]:
     return result
 
 
-def inspect_lora(path: str | os.PathLike[str], base: str | None = None) -> dict[str, Any]:
+def inspect_lora(path: str | os.PathLike[str], base: str | None = None) -> Json:
     """JSON-able report: form, family, sites with singular values, norms, tools, header texts.
 
     `base` is a diffusers directory or a family. LoHa, LoKr and DoRA are shown as the LoRA that they
@@ -395,7 +396,7 @@ def _of_other_kinds(
     tensors: Mapping[str, np.ndarray],
     metadata: dict[str, str],
     others: Mapping[str, Mapping[str, str]],
-) -> dict[str, Any]:
+) -> Json:
     """What names and shapes say of a file with layers that are no plain LoRA."""
     sites = []
     for stem, group in others.items():
@@ -438,14 +439,14 @@ def _is_factor(key: str) -> bool:
     return not key.endswith((".alpha", ".scale"))
 
 
-def _sites(lora: Any, spec: LoraSpec) -> tuple[list[dict[str, Any]], float, list[float]]:
+def _sites(lora: Params, spec: LoraSpec) -> tuple[list[Json], float, list[float]]:
     """Rows of the sites, sum of squared norms, and exp(entropy of σ²) of each site."""
     rows, squares, effective = [], 0.0, []
     for site in spec.sites:
         pair = site_factors(lora, site)
         down = pair["down"].reshape(site.fan_in, site.rank).astype(np.float64)
-        upper_down = np.linalg.qr(down, mode="r")
-        upper_up = np.linalg.qr(pair["up"].T.astype(np.float64), mode="r")
+        upper_down = cast(np.ndarray, np.linalg.qr(down, mode="r"))
+        upper_up = cast(np.ndarray, np.linalg.qr(pair["up"].T.astype(np.float64), mode="r"))
         sigma = np.linalg.svd(upper_down @ upper_up.T, compute_uv=False)
         energy = sigma**2
         squares += float(energy.sum())

@@ -9,6 +9,8 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora.sites import PRESETS, LoraSpec
 from hyperlora_jax.lora_files import header as families
@@ -24,7 +26,7 @@ class Converted:
     """One conversion: `error` is "" when it worked, `evidence` tells how the family was found."""
 
     source: Path
-    target: Path
+    target: Path | epath.Path
     spec: LoraSpec | None = None
     family: families.Family = "sd1"
     evidence: str = ""

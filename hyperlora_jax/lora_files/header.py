@@ -13,7 +13,7 @@ import functools
 import json
 import re
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora.sites import LoraSpec
@@ -142,7 +142,7 @@ _OF_FACTORS = (
 _DERIVED = ("format", "lora_adapter_metadata", KOHYA_HASH, "sshs_legacy_hash", OWN_HASH, OWN_MARK)
 
 
-def own_metadata(metadata: Mapping[str, Any] | None) -> dict[str, str]:
+def own_metadata(metadata: Mapping[str, object] | None) -> dict[str, str]:
     """Puts "hyperlora." before every key that has no known prefix; numbers become text."""
     result = {}
     for key, text in (metadata or {}).items():
@@ -166,7 +166,7 @@ def carried(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def build(
-    spec: LoraSpec, family: Family, metadata: Mapping[str, Any] | None, kohya: bool
+    spec: LoraSpec, family: Family, metadata: Mapping[str, object] | None, kohya: bool
 ) -> dict[str, str]:
     """Complete header of a file with these sites."""
     own = own_metadata(metadata)

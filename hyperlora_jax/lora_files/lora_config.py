@@ -10,10 +10,11 @@ import json
 import os
 import re
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
+from hyperlora_jax.array_types import Json
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora.sites import TEXT_ENCODERS
 from hyperlora_jax.lora_files import keys
@@ -53,9 +54,7 @@ _MAGNITUDES = ".lora_magnitude_vector"
 _EMPTY = (None, False, "none", [], {}, "")
 
 
-def check_config(
-    path: str | os.PathLike[str], config: Mapping[str, Any], tensors: Collection[str] = ()
-) -> None:
+def check_config(path: str | os.PathLike[str], config: Json, tensors: Collection[str] = ()) -> None:
     """Raises UserError for a LoraConfig of no plain LoRA, or with unknown fields.
 
     LoHa, LoKr and DoRA pass where the tensors' names are of that kind.
@@ -83,7 +82,7 @@ def check_config(
 
 
 def config_scale(
-    path: str | os.PathLike[str], config: Mapping[str, Any], module: str, rank: int | None
+    path: str | os.PathLike[str], config: Json, module: str, rank: int | None
 ) -> float:
     """alpha/r (alpha/√r with rslora) of one module by a LoraConfig, patterns included.
 
@@ -92,15 +91,15 @@ def config_scale(
     wanted = _pattern(config.get("rank_pattern"), module, config.get("r", 8))
     usual = config.get("lora_alpha", config.get("alpha", 8))
     alpha = _pattern(config.get("alpha_pattern"), module, usual)
-    if not _is_number(wanted) or not _is_number(alpha) or 0 in (alpha, wanted):
+    if not (_is_number(wanted) and _is_number(alpha)) or 0 in (alpha, wanted):
         raise UserError(f"{path}: r {wanted!r}, lora_alpha {alpha!r} of {module}, expected numbers")
-    rank = wanted if rank is None else rank
-    if wanted != rank:
-        raise UserError(f"{path}: rank of {module} is {wanted}, its factors have {rank}")
-    return float(alpha) / (float(rank) ** 0.5 if config.get("use_rslora") else float(rank))
+    size = wanted if rank is None else rank
+    if wanted != size:
+        raise UserError(f"{path}: rank of {module} is {wanted}, its factors have {size}")
+    return float(alpha) / (float(size) ** 0.5 if config.get("use_rslora") else float(size))
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e9
 
 

@@ -12,7 +12,6 @@ import re
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -50,7 +49,7 @@ class _Differences(UserError):
 
 def load_lora(
     path: str | os.PathLike[str],
-    base: Any = None,
+    base: object = None,
     drop: Collection[str] = (),
     rank: int | None = None,
 ) -> tuple[Params, LoraSpec]:
@@ -67,7 +66,7 @@ def load_lora(
     if base is not None and not isinstance(base, LoraSpec):
         from hyperlora_jax.lora_files.algebra import plain_tensors  # JAX
 
-        tensors = plain_tensors(path, tensors, base, rank)
+        tensors = plain_tensors(Path(path), tensors, base, rank)
     lora, spec = fold(path, tensors, layers_per_block_of(base), DROP_DIFFERENCES in drop)
     written = metadata.get(safetensors_io.OWN_MARK)
     # One folder of an adapter directory carries the fingerprint of the whole.

@@ -21,12 +21,13 @@ import mmap
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ml_dtypes
 import numpy as np
 
 from hyperlora_jax import storage
+from hyperlora_jax.array_types import Json, Params
 from hyperlora_jax.errors import UserError
 
 MAX_DIMENSIONS = 8
@@ -77,7 +78,7 @@ class Layout:
     num_bytes: int
 
 
-def signature(tensors: Mapping[str, Any]) -> Signature:
+def signature(tensors: Params) -> Signature:
     """All of a set of tensors but their numbers."""
     return tuple((name, array.dtype, array.shape) for name, array in tensors.items())
 
@@ -103,7 +104,7 @@ def header_text(entries: str, metadata: Mapping[str, str]) -> str:
     return f"{{{first}{',' if first and entries else ''}{entries}}}"
 
 
-def _json(value: Any) -> str:
+def _json(value: object) -> str:
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
 
 
@@ -151,7 +152,7 @@ def _parse(text: str) -> tuple[Layout, Any]:
     return Layout(tuple(places), expected), metadata
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _no_duplicates(pairs: list[tuple[str, object]]) -> Json:
     result = dict(pairs)
     if len(result) != len(pairs):
         names = [name for name, _ in pairs]
@@ -163,7 +164,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 _DECODER = json.JSONDecoder(object_pairs_hook=_no_duplicates)
 
 
-def _are_indices(values: Any, most: int) -> bool:
+def _are_indices(values: object, most: int) -> bool:
     # `type` rather than isinstance: true and false are no numbers.
     return (
         type(values) is list
@@ -172,7 +173,7 @@ def _are_indices(values: Any, most: int) -> bool:
     )
 
 
-def _place(name: str, entry: Any) -> Place:
+def _place(name: str, entry: object) -> Place:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise UserError(f"entry of {name!r} needs dtype, shape and data_offsets")
     shape, offsets = entry["shape"], entry["data_offsets"]
@@ -243,23 +244,21 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     return _header(path, _bytes(path))[1]
 
 
-def write(
-    path: str | os.PathLike[str], tensors: Mapping[str, Any], metadata: Mapping[str, str]
-) -> None:
+def write(path: str | os.PathLike[str], tensors: Params, metadata: Mapping[str, str]) -> None:
     """Writes the file: temporary file beside it, fsync, rename."""
     atomic_write(path, *_parts(tensors, metadata))
 
 
-def encode(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> bytes:
+def encode(tensors: Params, metadata: Mapping[str, str]) -> bytes:
     """The bytes of the file.
 
     Adds the sha256 of the data: as `sshs_model_hash` to a header with ss_ keys, as `OWN_HASH` to
     any other header with our `OWN_MARK`.
     """
-    return b"".join(_parts(tensors, metadata))
+    return b"".join(cast(list[bytes], _parts(tensors, metadata)))
 
 
-def _parts(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> list[Buffer]:
+def _parts(tensors: Params, metadata: Mapping[str, str]) -> list[Buffer]:
     """[header, data], not joined: the data would be copied once more."""
     arrays = {name: np.asarray(value) for name, value in tensors.items()}
     order, entries = describe(signature(arrays))
@@ -269,7 +268,7 @@ def _parts(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> list[Buff
     texts = dict(metadata)
     mark = KOHYA_HASH if any(key.startswith("ss_") for key in texts) else OWN_HASH
     if mark == KOHYA_HASH or OWN_MARK in texts:
-        texts[mark] = hashlib.sha256(data).hexdigest()
+        texts[mark] = hashlib.sha256(data.data).hexdigest()
     return [_header_bytes(entries, texts), data]
 
 

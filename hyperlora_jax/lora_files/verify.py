@@ -28,6 +28,7 @@ from hyperlora_jax.shipped import base_path
 
 ADAPTER = "hyperlora_verify"
 ADAPTERS = (ADAPTER, W2W_ADAPTER)
+Modules = Mapping[str, Any]  # PyTorch modules by component; PyTorch is not imported for their type
 _NO_KEYS = re.compile(r"^No LoRA keys associated to \w+ found")
 
 
@@ -58,7 +59,7 @@ class VerifyResult:
         return exact and silent and self.output_change > 0
 
 
-def load_modules(base: str | os.PathLike[str]) -> dict[str, Any]:
+def load_modules(base: str | os.PathLike[str]) -> Modules:
     """{"unet", "text_encoder", …}: float32 PyTorch modules of a diffusers directory."""
     _torch()
     from diffusers import UNet2DConditionModel
@@ -68,7 +69,7 @@ def load_modules(base: str | os.PathLike[str]) -> dict[str, Any]:
     if not (folder / "unet" / "config.json").exists():
         raise UserError(f"{folder}: no unet/config.json, expected a diffusers model directory")
     with _quiet():
-        modules = {"unet": UNet2DConditionModel.from_pretrained(folder / "unet")}
+        modules: dict[str, Any] = {"unet": UNet2DConditionModel.from_pretrained(folder / "unet")}
         for name, kind in (
             ("text_encoder", CLIPTextModel),
             ("text_encoder_2", CLIPTextModelWithProjection),
@@ -80,7 +81,7 @@ def load_modules(base: str | os.PathLike[str]) -> dict[str, Any]:
 
 def verify(
     path: str | os.PathLike[str],
-    base: str | os.PathLike[str] | Mapping[str, Any],
+    base: str | os.PathLike[str] | Modules,
     lora: Params | None = None,
     spec: LoraSpec | None = None,
 ) -> VerifyResult:
@@ -125,9 +126,7 @@ def verify(
     )
 
 
-def verify_source(
-    path: str | os.PathLike[str], base: Mapping[str, Any], lora: Params, spec: LoraSpec
-) -> str:
+def verify_source(path: str | os.PathLike[str], base: Modules, lora: Params, spec: LoraSpec) -> str:
     """What the library that a file is for (PEFT for adapter folders, else diffusers) makes of it,
     beside our reading, in one line.
 
@@ -166,21 +165,24 @@ def _torch() -> Any:
     return torch
 
 
-def _pipeline(modules: Mapping[str, Any]) -> Any:
+def _pipeline(modules: Modules) -> Any:
     from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 
-    shared = {"vae": None, "tokenizer": None, "scheduler": DDIMScheduler()}
-    parts = {name: modules.get(name) for name in ("unet", "text_encoder")}
+    shared: dict[str, Any] = {"vae": None, "tokenizer": None, "scheduler": DDIMScheduler()}
+    parts: dict[str, Any] = {name: modules.get(name) for name in ("unet", "text_encoder")}
     with _quiet():
         if modules["unet"].config.addition_embed_type == "text_time":
-            second = {"text_encoder_2": modules.get("text_encoder_2"), "tokenizer_2": None}
+            second: dict[str, Any] = {
+                "text_encoder_2": modules.get("text_encoder_2"),
+                "tokenizer_2": None,
+            }
             return StableDiffusionXLPipeline(**shared, **parts, **second, add_watermarker=False)
-        unused = {"safety_checker": None, "feature_extractor": None}
+        unused: dict[str, Any] = {"safety_checker": None, "feature_extractor": None}
         return StableDiffusionPipeline(**shared, **parts, **unused, requires_safety_checker=False)
 
 
 @contextlib.contextmanager
-def _adapted(modules: Mapping[str, Any], path: Path) -> Iterator[None]:
+def _adapted(modules: Modules, path: Path) -> Iterator[None]:
     """The modules with the file's adapter in them, put there by PyTorch's own loaders."""
     folders = adapter_folders(path) if path.is_dir() else {}
     loaded, pipeline = [], None
@@ -219,7 +221,7 @@ def _canonical(component: str, name: str) -> str:
     return f"{component}.{prefix}{name}"
 
 
-def _loaded_deltas(modules: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def _loaded_deltas(modules: Modules) -> dict[str, np.ndarray]:
     """{site path: delta in PyTorch layout} of every adapter that the modules carry."""
     deltas = {}
     for component, model in modules.items():
@@ -245,7 +247,7 @@ def _delta(lora: Params, site: LoraSite) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def _merged(modules: Mapping[str, Any], deltas: Mapping[str, np.ndarray]) -> Iterator[list[str]]:
+def _merged(modules: Modules, deltas: Mapping[str, np.ndarray]) -> Iterator[list[str]]:
     """The modules with the deltas added, for the time of the block; yields what has no layer."""
     import torch
 
@@ -268,7 +270,7 @@ def _merged(modules: Mapping[str, Any], deltas: Mapping[str, np.ndarray]) -> Ite
             layers[name].weight.copy_(weight)
 
 
-def _outputs(modules: Mapping[str, Any]) -> list[np.ndarray]:
+def _outputs(modules: Modules) -> list[np.ndarray]:
     """One forward pass of every module on fixed noise."""
     import torch
 

@@ -18,7 +18,7 @@ import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import ml_dtypes
 import numpy as np
@@ -177,7 +177,7 @@ def save_lora(
     format: str = "kohya",
     dtype: str = "float16",
     family: str | None = None,
-    metadata: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, object] | None = None,
     layers_per_block: int = 2,
 ) -> Path | epath.Path:
     """Writes one LoRA (no leading axis), on the disk or in a bucket, and returns the path of the
@@ -238,7 +238,7 @@ def save_loras(
     format: str = "kohya",
     dtype: str = "float16",
     family: str | None = None,
-    metadata: Sequence[Mapping[str, Any] | None] | None = None,
+    metadata: Sequence[Mapping[str, object] | None] | None = None,
     layers_per_block: int = 2,
     num_workers: int | None = None,
 ) -> list[Path | epath.Path]:

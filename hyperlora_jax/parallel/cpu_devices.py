@@ -30,7 +30,7 @@ def small_products(environment: MutableMapping[str, str]) -> bool:
     """Leaves only convolutions to YNNPACK, by XLA_FLAGS, unless they speak of it already or
     this is another jaxlib than was measured; returns whether it did."""
     flags = environment.get("XLA_FLAGS", "")
-    if YNN in flags or jax.version.__version_info__[:2] != KNOWN_TO:
+    if YNN in flags or jax.__version_info__[:2] != KNOWN_TO:
         return False
     environment["XLA_FLAGS"] = f"{flags} {YNN}=LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION".strip()
     return True
@@ -44,7 +44,8 @@ def one_per_core(environment: Mapping[str, str] | None = None) -> int | None:
     has started before.
     """
     environment = os.environ if environment is None else environment
-    platform = jax.config.jax_platforms or environment.get("JAX_PLATFORMS", "")
+    asked = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
+    platform = asked or environment.get("JAX_PLATFORMS", "")
     flags = environment.get("XLA_FLAGS", "")
     chosen = "JAX_NUM_CPU_DEVICES" in environment or "host_platform_device_count" in flags
     if platform != "cpu" or chosen or settings(environment) is not None:

@@ -36,7 +36,8 @@ def start(
     arguments = environment.settings(os.environ)
     if arguments is None:
         return False
-    if (jax.config.jax_platforms or os.environ.get("JAX_PLATFORMS", "")).startswith("cpu"):
+    asked = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
+    if (asked or os.environ.get("JAX_PLATFORMS", "")).startswith("cpu"):
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_preemption_service", hears_sigterm)
     who = (

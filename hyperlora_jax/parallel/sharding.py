@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from hyperlora_jax.array_types import ArrayTree, Int
+from hyperlora_jax.array_types import ArrayTree, Int, Params
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.parallel.mesh import BATCH_AXES
 
@@ -188,7 +188,7 @@ def host_rows(mesh: Mesh, batch_size: int) -> Int[np.ndarray, " b"]:
     return process_rows(mesh, batch_size)[jax.process_index()]
 
 
-def put_batch(host_batch: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
+def put_batch(host_batch: Params, mesh: Mesh) -> Params:
     """Global arrays from this process's rows of the batch (`host_rows`), a tree of arrays; every
     leaf has a leading batch axis.
 

@@ -66,7 +66,8 @@ def gathered(count: int, own: Tree) -> Tree:
 def of_first(find: Callable[[], AnyArray | None]) -> np.ndarray | None:
     """The array (float32) that process 0 finds, on every process; None where it finds none."""
     if jax.process_count() == 1:
-        return find()
+        found = find()
+        return None if found is None else np.asarray(found)
     found = find() if multihost.is_first() else None
     header = np.zeros(1 + MAX_DIMENSIONS, np.int32)
     if found is not None:

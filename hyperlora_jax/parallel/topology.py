@@ -8,7 +8,6 @@ tori are given as their chips' most cubic grid, which is what Cloud hands out by
 import math
 import re
 from dataclasses import dataclass
-from typing import Any
 
 from hyperlora_jax.errors import UserError
 
@@ -91,9 +90,9 @@ class Topology:
         return f"{self.chip.name}:{'x'.join(map(str, self.grid))}"
 
     @property
-    def libtpu_arguments(self) -> dict[str, Any]:
+    def libtpu_arguments(self) -> dict[str, object]:
         """What libtpu must be told beside the name, for `topologies.get_topology_desc`."""
-        arguments: dict[str, Any] = {"num_slices": self.num_slices}
+        arguments: dict[str, object] = {"num_slices": self.num_slices}
         if self.chip.name == "v4":
             arguments["chip_config_name"] = "megacore"  # both cores of a chip as one device
         if math.prod(self.grid) == 1:

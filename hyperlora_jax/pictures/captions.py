@@ -13,10 +13,10 @@ import io
 import json
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
 
+from hyperlora_jax.array_types import Json
 from hyperlora_jax.errors import UserError
 
 FILES = ("metadata.jsonl", "metadata.csv")
@@ -130,7 +130,7 @@ def plain(name: str) -> str:
     return unicodedata.normalize("NFC", str(PurePosixPath(name.replace("\\", "/"))))
 
 
-def _json_lines(text: str, path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _json_lines(text: str, path: Path) -> Iterator[tuple[str, Json]]:
     # Not splitlines(): captions may hold U+2028 and U+0085.
     for number, line in enumerate(re.split(r"\r\n|\n|\r", text), start=1):
         if line.strip():
@@ -144,7 +144,7 @@ def _json_lines(text: str, path: Path) -> Iterator[tuple[str, Mapping[str, Any]]
             yield where, row
 
 
-def _csv_lines(text: str, path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _csv_lines(text: str, path: Path) -> Iterator[tuple[str, Json]]:
     rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         for row in rows:
@@ -160,7 +160,7 @@ def _csv_lines(text: str, path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]
         raise UserError(f"{path}:{rows.line_num}: cannot be read ({error})") from None
 
 
-def _row(where: str, given: Mapping[str, Any]) -> Row:
+def _row(where: str, given: Json) -> Row:
     for key in ("file_name", *CAPTIONS, "role", "identity"):
         if not isinstance(given.get(key, ""), str):
             raise UserError(f"{where}: {key} is {given[key]!r}, expected a text")

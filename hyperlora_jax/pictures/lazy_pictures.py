@@ -14,7 +14,7 @@ from hyperlora_jax.array_types import UInt8
 from hyperlora_jax.pictures.size_buckets import Size
 
 
-class LazySequence(Sequence[Any]):
+class LazySequence(Sequence[object]):
     """`count` items, each made by `get` whenever it is asked for."""
 
     def __init__(self, count: int, get: Callable[[int], Any]):

@@ -15,11 +15,12 @@ import io
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from hyperlora_jax.array_types import AnyArray, UInt8
+from hyperlora_jax.encoders.condition_encoders import ImageEncoder
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.pictures.size_buckets import Size
 
@@ -65,7 +66,7 @@ def to_pil(images: AnyArray) -> "list[Image.Image] | Image.Image":
         )
     pixels = np.asarray(images)
     if pixels.dtype != np.uint8:
-        pixels = np.uint8(np.clip(np.float32(pixels), 0.0, 1.0) * 255.0 + 0.5)
+        pixels = (np.clip(pixels.astype(np.float32), 0.0, 1.0) * 255.0 + 0.5).astype(np.uint8)
     return [*map(Image.fromarray, pixels)] if pixels.ndim == 4 else Image.fromarray(pixels)
 
 
@@ -114,7 +115,7 @@ def load_image(path: str | Path, size: int | Size | None = None) -> UInt8[np.nda
 
 
 def reference_pixels(
-    source: "str | Path | bytes | Image.Image", encoder: Any, name: str = "picture"
+    source: "str | Path | bytes | Image.Image", encoder: ImageEncoder, name: str = "picture"
 ) -> UInt8[np.ndarray, "h w 3"]:
     """What a condition encoder sees of a picture: its centre at the encoder's `image_size`, at
     which the encoder resamples nothing any more.
@@ -225,7 +226,7 @@ def _of_deep_gray(picture: "Image.Image", name: str) -> "Image.Image":
     scale = 1 / 257
     if picture.mode == "F" and most <= 255:
         scale = 255.0 if most <= 1 else 1.0
-    pixels = np.uint8(np.round(gray.astype(np.float64) * scale))
+    pixels = np.round(gray.astype(np.float64) * scale).astype(np.uint8)
     transparent = picture.info.get("transparency")  # one gray value, as in the file
     if isinstance(transparent, int):
         pixels = np.where(gray == transparent, np.uint8(255), pixels)

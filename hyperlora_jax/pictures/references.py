@@ -14,10 +14,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
 from hyperlora_jax.array_types import AnyArray, Float
+from hyperlora_jax.encoders.condition_encoders import ImageEncoder
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.pictures import pictures
 
@@ -26,7 +28,7 @@ ROUNDING = 1e-3  # how far resampled floats may lie outside of [0, 1]
 EXPECTED = "expected paths, Pillow pictures, uint8 arrays or floats in [0, 1], [..., h, w, 3]"
 
 
-def read_references(references: Any, encoder: Any) -> list[Float[AnyArray, "k h w 3"]]:
+def read_references(references: Any, encoder: ImageEncoder) -> list[Float[AnyArray, "k h w 3"]]:
     """The pictures of every subject, in [0, 1], at the encoder's size.
 
     Args:
@@ -44,7 +46,7 @@ def read_references(references: Any, encoder: Any) -> list[Float[AnyArray, "k h 
 
 
 def by_number(
-    references: Any, encoder: Any
+    references: Any, encoder: ImageEncoder
 ) -> list[tuple[list[int], Float[AnyArray, "l k h w 3"]]]:
     """Subjects with equally many pictures together: (their places, pictures), fewest first; errors
     as in `read_references`."""
@@ -61,18 +63,18 @@ def by_number(
     ]
 
 
-def is_array(given: Any) -> bool:
+def is_array(given: object) -> bool:
     """numpy, JAX, traced ones too."""
     return isinstance(given, np.ndarray | jax.Array)
 
 
-def _subjects(array: AnyArray, encoder: Any) -> Float[AnyArray, "l k h w 3"]:
+def _subjects(array: AnyArray, encoder: ImageEncoder) -> Float[AnyArray, "l k h w 3"]:
     """[h, w, c], [l, h, w, c] or [l, k, h, w, c] with all axes."""
     found = _checked(array, encoder, "references", (3, 4, 5))
     return found[None, None] if found.ndim == 3 else found[:, None] if found.ndim == 4 else found
 
 
-def _subject(given: Any, encoder: Any, where: str) -> Float[AnyArray, "k h w 3"]:
+def _subject(given: Any, encoder: ImageEncoder, where: str) -> Float[AnyArray, "k h w 3"]:
     if is_array(given):
         found = _checked(given, encoder, where, (3, 4))
         return found[None] if found.ndim == 3 else found
@@ -82,7 +84,7 @@ def _subject(given: Any, encoder: Any, where: str) -> Float[AnyArray, "k h w 3"]
     return _picture(given, encoder, where)[None]
 
 
-def _picture(given: Any, encoder: Any, where: str) -> Float[AnyArray, "h w 3"]:
+def _picture(given: Any, encoder: ImageEncoder, where: str) -> Float[AnyArray, "h w 3"]:
     from PIL import Image
 
     if is_array(given):
@@ -91,11 +93,12 @@ def _picture(given: Any, encoder: Any, where: str) -> Float[AnyArray, "h w 3"]:
         given = os.fspath(given)
     if not isinstance(given, str | bytes | Image.Image):
         raise UserError(f"{where}: found {type(given).__name__}, {EXPECTED}")
-    return np.float32(pictures.reference_pixels(given, encoder, where)) / np.float32(255)
+    pixels = pictures.reference_pixels(given, encoder, where)
+    return pixels.astype(np.float32) / np.float32(255)
 
 
 def _checked(
-    array: AnyArray, encoder: Any, where: str, dimensions: Sequence[int]
+    array: AnyArray, encoder: ImageEncoder, where: str, dimensions: Sequence[int]
 ) -> Float[AnyArray, "*any h w 3"]:
     """Float32 pixels at the encoder's size of pictures in an array."""
     shape = tuple(array.shape)
@@ -121,7 +124,9 @@ def _checked(
     return _resampled(np.asarray(array), encoder, where)
 
 
-def _resampled(array: np.ndarray, encoder: Any, where: str) -> Float[np.ndarray, "*any h w 3"]:
+def _resampled(
+    array: np.ndarray, encoder: ImageEncoder, where: str
+) -> Float[np.ndarray, "*any h w 3"]:
     from PIL import Image
 
     if array.dtype != np.uint8:
@@ -133,7 +138,7 @@ def _resampled(array: np.ndarray, encoder: Any, where: str) -> Float[np.ndarray,
         for one in map(np.ascontiguousarray, flat)
     ]
     found = np.stack(seen).reshape(*array.shape[:-3], *seen[0].shape)
-    return np.float32(found) / np.float32(255)
+    return found.astype(np.float32) / np.float32(255)
 
 
 def _some(given: Sequence[Any], where: str = "references") -> Iterable[Any]:

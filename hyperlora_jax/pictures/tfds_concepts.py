@@ -128,7 +128,7 @@ def _field(
     raise UserError(f"{path}: no {needed} field ({', '.join(usual)}) among {found}; name one")
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     return value.decode() if isinstance(value, bytes) else str(value)
 
 

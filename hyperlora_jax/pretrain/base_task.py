@@ -8,15 +8,20 @@ Both are `Task`s of the ordinary training loop.
 """
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hyperlora_jax.array_types import Array, Int, Params
+from hyperlora_jax.array_types import Array, ArrayTree, Int, Json, Params
 from hyperlora_jax.batches.pipelines import array_batches
+from hyperlora_jax.diffusion.schedule import NoiseSchedule
 from hyperlora_jax.stable_diffusion.denoising_loss import denoising_loss
+from hyperlora_jax.stable_diffusion.networks.autoencoder import AutoencoderKL
+from hyperlora_jax.stable_diffusion.networks.unet import UNet
+from hyperlora_jax.stable_diffusion.text_conditions import Text
 from hyperlora_jax.train.loop import Task
 
 
@@ -26,16 +31,18 @@ def autoencoder_loss(
     batch: dict[str, Array],
     key: Array,
     *,
-    vae: Any,
+    vae: AutoencoderKL,
     kl_weight: float,
     l1_weight: float,
 ) -> tuple[Array, dict[str, Array]]:
     """Per-image loss [b] of pictures uint8 [b, h, w, 3], with `mse` on [0, 1] pixels."""
     del frozen
     images = batch["images"].astype(jnp.float32) / 127.5 - 1.0
-    mean, logvar = vae.apply({"params": params}, images, method="encode")
+    moments = vae.apply({"params": params}, images, method="encode")
+    mean, logvar = cast(tuple[Array, Array], moments)
     noise = jax.random.normal(key, mean.shape)
-    decoded = vae.apply({"params": params}, mean + noise * jnp.exp(0.5 * logvar), method="decode")
+    drawn = mean + noise * jnp.exp(0.5 * logvar)
+    decoded = cast(Array, vae.apply({"params": params}, drawn, method="decode"))
     error = decoded - images
     axes = (1, 2, 3)
     squared = jnp.mean(jnp.square(error), axis=axes)
@@ -46,15 +53,15 @@ def autoencoder_loss(
 
 
 def autoencoder_task(
-    vae: Any,
-    init: Any,
+    vae: AutoencoderKL,
+    init: Callable[[Array], Params],
     images: np.ndarray,
     *,
     batch_size: int,
     seed: int,
     kl_weight: float = 1e-4,
     l1_weight: float = 0.05,
-    facts: dict[str, Any] | None = None,
+    facts: Json | None = None,
     rows: Int[np.ndarray, " b"] | None = None,
 ) -> Task:
     """Trains an autoencoder on pictures uint8 [n, h, w, 3]; `init`: key → parameters;
@@ -77,9 +84,9 @@ def unet_loss(
     batch: dict[str, Array],
     key: Array,
     *,
-    unet: Any,
-    encode_text: Any,
-    schedule: Any,
+    unet: UNet,
+    encode_text: Callable[[Params, Params, ArrayTree], Text],
+    schedule: NoiseSchedule,
     caption_dropout: float,
     min_snr_gamma: float | None,
 ) -> tuple[Array, dict[str, Array]]:
@@ -108,18 +115,18 @@ def unet_loss(
 
 
 def unet_task(
-    unet: Any,
-    encode_text: Any,
-    schedule: Any,
-    init: Any,
+    unet: UNet,
+    encode_text: Callable[[Params, Params, ArrayTree], Text],
+    schedule: NoiseSchedule,
+    init: Callable[[Array], Params],
     frozen: Params,
-    arrays: dict[str, Any],
+    arrays: Params,
     *,
     batch_size: int,
     seed: int,
     caption_dropout: float = 0.1,
     min_snr_gamma: float | None = None,
-    facts: dict[str, Any] | None = None,
+    facts: Json | None = None,
     start: Params | None = None,
     rows: Int[np.ndarray, " b"] | None = None,
 ) -> Task:

@@ -1,25 +1,25 @@
 """`hyperlora pretrain` for the avatar world's identity encoder and attribute probe."""
 
 from collections.abc import Callable
-from typing import Any
 
 from etils import epath
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from hyperlora_jax import storage
-from hyperlora_jax.array_types import Params
+from hyperlora_jax.array_types import Json, Params
 from hyperlora_jax.parallel import multihost, sharding
 from hyperlora_jax.parallel.mesh import make_mesh
 from hyperlora_jax.pretrain import encoder_task, probe_task
 from hyperlora_jax.pretrain.level_widths import level_widths
 from hyperlora_jax.pretrain.render_bundle import RenderBundle, render_bundle
-from hyperlora_jax.train.loop import export_folder, fit_section, open_workdir
+from hyperlora_jax.train.loop import Task, export_folder, fit_section, open_workdir
 from hyperlora_jax.worlds.by_style import open_world
 
 SMALLEST = 4  # cells per side of the encoder's last level
 
 
-def pretrain_encoder(config: Any, workdir: epath.PathLike) -> epath.Path:
+def pretrain_encoder(config: ConfigDict, workdir: epath.PathLike) -> epath.Path:
     """Trains the identity encoder on training identities; returns the exported folder."""
     out = export_folder(config, workdir, "encoder")
     bundle, mesh = _bundle(config, workdir), make_mesh(**config.mesh)
@@ -35,7 +35,7 @@ def pretrain_encoder(config: Any, workdir: epath.PathLike) -> epath.Path:
     return _export(encoder_task.export_encoder, params, bundle, config, workdir, out)
 
 
-def pretrain_probe(config: Any, workdir: epath.PathLike) -> epath.Path:
+def pretrain_probe(config: ConfigDict, workdir: epath.PathLike) -> epath.Path:
     """Trains the attribute probe on renders; returns the exported folder."""
     out = export_folder(config, workdir, "probe")
     bundle, mesh = _bundle(config, workdir), make_mesh(**config.mesh)
@@ -51,14 +51,14 @@ def pretrain_probe(config: Any, workdir: epath.PathLike) -> epath.Path:
     return _export(probe_task.export_probe, params, bundle, config, workdir, out)
 
 
-def _encoder(config: Any, bundle: RenderBundle) -> dict[str, Any]:
+def _encoder(config: ConfigDict, bundle: RenderBundle) -> Json:
     """The encoder's section, its levels fitted to the size of the pictures."""
     section = config.model.encoder.to_dict()
     widths = level_widths(section["widths"], bundle.images.shape[2], SMALLEST)
     return {**section, "widths": tuple(widths)}
 
 
-def _bundle(config: Any, workdir: epath.PathLike) -> RenderBundle:
+def _bundle(config: ConfigDict, workdir: epath.PathLike) -> RenderBundle:
     scratch = storage.scratch(open_workdir(workdir))
     if config.data.bundle:
         return RenderBundle.load(config.data.bundle)
@@ -69,7 +69,7 @@ def _bundle(config: Any, workdir: epath.PathLike) -> RenderBundle:
     )
 
 
-def _fit(task: Any, config: Any, workdir: epath.PathLike, mesh: Mesh) -> Params:
+def _fit(task: Task, config: ConfigDict, workdir: epath.PathLike, mesh: Mesh) -> Params:
     section = config.train
     params = fit_section(
         task, section, workdir=workdir, mesh=mesh, seed=section.seed, config=config
@@ -78,10 +78,10 @@ def _fit(task: Any, config: Any, workdir: epath.PathLike, mesh: Mesh) -> Params:
 
 
 def _export(
-    export: Callable[..., Any],
+    export: Callable[..., object],
     params: Params,
     bundle: RenderBundle,
-    config: Any,
+    config: ConfigDict,
     workdir: epath.PathLike,
     out: epath.Path,
 ) -> epath.Path:

@@ -12,7 +12,7 @@ Everything works on arrays (`RenderBundle`): training identities only, rendered 
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import cast
 
 import flax.linen as nn
 import jax
@@ -21,7 +21,7 @@ import numpy as np
 import optax
 from etils import epath
 
-from hyperlora_jax.array_types import AnyArray, Array, Float, Int, Params, PRNGKey
+from hyperlora_jax.array_types import AnyArray, Array, Float, Int, Json, Params, PRNGKey
 from hyperlora_jax.encoders.condition_encoders import save_encoder
 from hyperlora_jax.encoders.image_encoder import Conv, ConvEncoder
 from hyperlora_jax.pretrain.render_bundle import RenderBundle, pair_batches
@@ -89,7 +89,7 @@ class IdentityNetwork(nn.Module):
     target_size: int
 
     @nn.compact
-    def __call__(self, images: Float[AnyArray, "b h w 3"]) -> dict[str, Any]:
+    def __call__(self, images: Float[AnyArray, "b h w 3"]) -> Params:
         """Returns projection [b, d] of unit length, picture [b, h, w, 3], parts: list of logits."""
         pooled, _ = self.encoder(images)
         projection = nn.Dense(self.projection_dim, name="projection")(pooled)
@@ -122,7 +122,7 @@ def encoder_loss(
     module: IdentityNetwork,
     weights: EncoderLossWeights,
     params: Params,
-    batch: Mapping[str, Any],
+    batch: Params,
     key: PRNGKey,
 ) -> tuple[Float[Array, " b"], dict[str, Float[Array, " b"]]]:
     """The three losses on one batch of view pairs.
@@ -146,7 +146,7 @@ def encoder_loss(
 
     pictures = jnp.concatenate([picture("first"), picture("second")])
     noisy = pictures + weights.noise * jax.random.normal(noise_key, pictures.shape)
-    output = module.apply({"params": params}, noisy)
+    output = cast(Params, module.apply({"params": params}, noisy))
     first, second = jnp.split(output["projection"], 2)
     contrast, top1 = info_nce(first, second, weights.temperature)
     neutral = jnp.tile(picture("neutral"), (2, 1, 1, 1))
@@ -194,7 +194,7 @@ def make_task(
     *,
     batch_size: int = 256,
     seed: int = 0,
-    encoder: Mapping[str, Any] | None = None,
+    encoder: Json | None = None,
     weights: Mapping[str, float] | None = None,
     projection_dim: int = 128,
     decoder_width: int = 128,
@@ -218,7 +218,7 @@ def make_task(
         size = module.encoder.image_size
         return module.init(key, jnp.zeros((1, size, size, 3)))["params"]
 
-    def loss(params: Params, frozen: Any, batch: Any, key: PRNGKey) -> tuple[Array, dict]:
+    def loss(params: Params, frozen: Params, batch: Params, key: PRNGKey) -> tuple[Array, dict]:
         return encoder_loss(module, loss_weights, params, batch, key)
 
     return Task(
@@ -233,7 +233,7 @@ def make_task(
 
 def make_network(
     bundle: RenderBundle,
-    encoder: Mapping[str, Any] | None = None,
+    encoder: Json | None = None,
     weights: EncoderLossWeights = EncoderLossWeights(),
     projection_dim: int = 128,
     decoder_width: int = 128,
@@ -249,7 +249,7 @@ def make_network(
     )
 
 
-def make_encoder(bundle: RenderBundle, encoder: Mapping[str, Any] | None = None) -> ConvEncoder:
+def make_encoder(bundle: RenderBundle, encoder: Json | None = None) -> ConvEncoder:
     """`ConvEncoder(**encoder)` with the bundle's image size where none is given."""
     kwargs = {"image_size": bundle.image_size, **(encoder or {})}
     if "widths" in kwargs:
@@ -262,9 +262,9 @@ def export_encoder(
     params: Params,
     bundle: RenderBundle,
     *,
-    encoder: Mapping[str, Any] | None = None,
+    encoder: Json | None = None,
     name: str = "avatar-encoder",
-    facts: Mapping[str, Any] | None = None,
+    facts: Mapping[str, object] | None = None,
 ) -> str:
     """Writes the encoder alone (no heads) with `save_encoder`; returns its hash.
 

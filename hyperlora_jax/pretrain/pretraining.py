@@ -7,15 +7,17 @@ Each stage keeps its result in the workdir, so that a killed run goes on where i
 
 import functools
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from hyperlora_jax import storage
-from hyperlora_jax.array_types import Params
+from hyperlora_jax.array_types import Json, Params
 from hyperlora_jax.diffusion.scheduler_config import read_scheduler_config
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.parallel import multihost, sharding
@@ -24,7 +26,7 @@ from hyperlora_jax.pretrain import base_task
 from hyperlora_jax.pretrain.level_widths import level_widths
 from hyperlora_jax.stable_diffusion.model import StableDiffusion
 from hyperlora_jax.stable_diffusion.networks.autoencoder import AutoencoderKL, vae_from_config
-from hyperlora_jax.stable_diffusion.networks.clip_text import text_model_from_config
+from hyperlora_jax.stable_diffusion.networks.clip_text import ClipTextOutput, text_model_from_config
 from hyperlora_jax.stable_diffusion.networks.unet import unet_from_config
 from hyperlora_jax.stable_diffusion.tokenizer_training import train_tokenizer
 from hyperlora_jax.stable_diffusion.weights.flax_trees import init_params
@@ -52,7 +54,7 @@ SCHEDULER_CONFIG = {
 }
 
 
-def pretrain(config: Any, workdir: epath.PathLike) -> epath.Path:
+def pretrain(config: ConfigDict, workdir: epath.PathLike) -> epath.Path:
     """Trains a base model as `configs/tiny_sd.py` describes it; returns the exported folder.
 
     Raises:
@@ -90,7 +92,7 @@ def pretrain(config: Any, workdir: epath.PathLike) -> epath.Path:
     return out
 
 
-def assemble(config: Any, workdir: epath.Path, params: Params) -> StableDiffusion:
+def assemble(config: ConfigDict, workdir: epath.Path, params: Params) -> StableDiffusion:
     """The base model of a workdir whose UNet and text encoder have these parameters.
 
     Raises:
@@ -118,7 +120,7 @@ def assemble(config: Any, workdir: epath.Path, params: Params) -> StableDiffusio
     )
 
 
-def _draw_avatars(config: Any, scratch: Path) -> tuple[np.ndarray, list[str]]:
+def _draw_avatars(config: ConfigDict, scratch: Path) -> tuple[np.ndarray, list[str]]:
     """Pictures uint8 [n, h, w, 3] of training identities in training views, and their captions."""
     avatars = open_world(config.data.style, config.data.size, config.data.split_seed)
     people, views = config.data.num_identities, config.data.num_views
@@ -136,7 +138,7 @@ def _draw_avatars(config: Any, scratch: Path) -> tuple[np.ndarray, list[str]]:
     return images, [avatars.caption(view) for _, view in pairs]
 
 
-def _tokenizer(config: Any, scratch: Path, captions: list[str]) -> Any:
+def _tokenizer(config: ConfigDict, scratch: Path, captions: list[str]) -> Any:
     """The tokenizer of the captions, kept in the workdir."""
     from transformers import CLIPTokenizer
 
@@ -147,7 +149,7 @@ def _tokenizer(config: Any, scratch: Path, captions: list[str]) -> Any:
 
 
 def _train_autoencoder(
-    config: Any, workdir: epath.Path, mesh: Any, images: np.ndarray
+    config: ConfigDict, workdir: epath.Path, mesh: Mesh, images: np.ndarray
 ) -> tuple[AutoencoderKL, Params]:
     section = config.autoencoder
     channels = level_widths(
@@ -207,13 +209,13 @@ def _normalised(vae: AutoencoderKL, latents: np.ndarray) -> tuple[AutoencoderKL,
 
 
 def _train_unet(
-    config: Any,
+    config: ConfigDict,
     workdir: epath.Path,
-    mesh: Any,
+    mesh: Mesh,
     tokenizer: Any,
     captions: list[str],
     latents: np.ndarray,
-) -> tuple[Params, dict[str, Any]]:
+) -> tuple[Params, Json]:
     encoded = tokenizer([*captions, ""], padding="max_length", truncation=True)["input_ids"]
     ids = np.asarray(encoded, np.int32)
     text = text_model_from_config(text_config(config.base.text_encoder, tokenizer))
@@ -225,7 +227,8 @@ def _train_unet(
 
     def encode_text(params, frozen, token_ids):
         del frozen
-        output = text.apply({"params": params["text_encoder"]}, token_ids)
+        given = {"params": params["text_encoder"]}
+        output = cast(ClipTextOutput, text.apply(given, token_ids))
         return {"states": output.last_hidden_state}
 
     section = config.train
@@ -250,7 +253,7 @@ def _train_unet(
     return sharding.gather(params, mesh), modules
 
 
-def autoencoder_config(section: Any, image_size: int) -> dict[str, Any]:
+def autoencoder_config(section: ConfigDict | Json, image_size: int) -> Json:
     """diffusers config.json of an AutoencoderKL."""
     levels = len(section["block_out_channels"])
     return {
@@ -266,7 +269,7 @@ def autoencoder_config(section: Any, image_size: int) -> dict[str, Any]:
     }
 
 
-def unet_config(section: Any, latents_shape: tuple[int, ...]) -> dict[str, Any]:
+def unet_config(section: ConfigDict, latents_shape: tuple[int, ...]) -> Json:
     """diffusers config.json of a UNet2DConditionModel with cross-attention on every level."""
     levels = len(section["block_out_channels"])
     return {
@@ -281,7 +284,7 @@ def unet_config(section: Any, latents_shape: tuple[int, ...]) -> dict[str, Any]:
     }
 
 
-def text_config(section: Any, tokenizer: Any) -> dict[str, Any]:
+def text_config(section: ConfigDict, tokenizer: Any) -> Json:
     """transformers config.json of a CLIPTextModel for a tokenizer."""
     return {
         "architectures": ["CLIPTextModel"],
@@ -297,5 +300,5 @@ def text_config(section: Any, tokenizer: Any) -> dict[str, Any]:
     }
 
 
-def _plain(section: Any) -> dict[str, Any]:
+def _plain(section: ConfigDict) -> Json:
     return {k: list(v) if isinstance(v, tuple) else v for k, v in dict(section).items()}

@@ -7,7 +7,6 @@ and blends, adds noise and shifts colours slightly (`augment`): the probe shall 
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from hyperlora_jax.array_types import AnyArray, Array, Float, Int, Params, PRNGKey
+from hyperlora_jax.array_types import AnyArray, Array, Float, Int, Json, Params, PRNGKey
 from hyperlora_jax.encoders.condition_encoders import save_weights
 from hyperlora_jax.encoders.image_encoder import ConvEncoder
 from hyperlora_jax.pretrain.encoder_task import make_encoder, part_losses
@@ -90,7 +89,7 @@ def probe_loss(
     module: ProbeNetwork,
     strength: Augmentation,
     params: Params,
-    batch: Mapping[str, Any],
+    batch: Params,
     key: PRNGKey,
 ) -> tuple[Float[Array, " b"], dict[str, Float[Array, " b"]]]:
     """Cross-entropy, mean over caption parts.
@@ -110,7 +109,7 @@ def probe_loss(
     return entropy.mean(axis=1), {"accuracy": right.mean(axis=1), "all_parts": right.min(axis=1)}
 
 
-def make_network(bundle: RenderBundle, encoder: Mapping[str, Any] | None = None) -> ProbeNetwork:
+def make_network(bundle: RenderBundle, encoder: Json | None = None) -> ProbeNetwork:
     """The probe for the bundle's caption parts; `encoder`: keyword arguments of `ConvEncoder`."""
     sizes = tuple(len(classes) for classes in bundle.view_parts.values())
     return ProbeNetwork(make_encoder(bundle, encoder), sizes)
@@ -121,7 +120,7 @@ def make_task(
     *,
     batch_size: int = 256,
     seed: int = 0,
-    encoder: Mapping[str, Any] | None = None,
+    encoder: Json | None = None,
     augmentation: Mapping[str, float] | None = None,
     rows: Int[np.ndarray, " b"] | None = None,
 ) -> Task:
@@ -141,7 +140,7 @@ def make_task(
     def init(key: PRNGKey) -> Params:
         return module.init(key, jnp.zeros((1, module.image_size, module.image_size, 3)))["params"]
 
-    def loss(params: Params, frozen: Any, batch: Any, key: PRNGKey) -> tuple[Array, dict]:
+    def loss(params: Params, frozen: Params, batch: Params, key: PRNGKey) -> tuple[Array, dict]:
         return probe_loss(module, strength, params, batch, key)
 
     return Task(
@@ -159,9 +158,9 @@ def export_probe(
     params: Params,
     bundle: RenderBundle,
     *,
-    encoder: Mapping[str, Any] | None = None,
+    encoder: Json | None = None,
     name: str = "avatar-probe",
-    facts: Mapping[str, Any] | None = None,
+    facts: Mapping[str, object] | None = None,
 ) -> str:
     """Writes config.json + model.safetensors (fp16) into `path`; returns the weights' hash.
 

@@ -6,13 +6,12 @@ Rendered once from training identities, then fed to the tasks of `encoder_task` 
 import dataclasses
 import json
 from collections.abc import Mapping
-from typing import Any
 
 import grain
 import numpy as np
 from etils import epath
 
-from hyperlora_jax.array_types import Int, UInt8
+from hyperlora_jax.array_types import Index, Int, Json, UInt8
 from hyperlora_jax.batches.pipelines import step_batches
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.worlds.avatars import View
@@ -40,7 +39,7 @@ class RenderBundle:
     view_labels: Int[np.ndarray, "i v q"]
     identity_parts: Mapping[str, tuple[str, ...]]
     view_parts: Mapping[str, tuple[str, ...]]
-    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    facts: Json = dataclasses.field(default_factory=dict)
 
     @property
     def num_identities(self) -> int:
@@ -52,7 +51,7 @@ class RenderBundle:
         """Height of the pictures in pixels."""
         return self.images.shape[2]
 
-    def select(self, index: Any) -> "RenderBundle":
+    def select(self, index: Index) -> "RenderBundle":
         """The bundle of the identities at `index` (slice or indices)."""
         names = ("images", "neutral", "identity_labels", "view_labels")
         return dataclasses.replace(self, **{name: getattr(self, name)[index] for name in names})

@@ -7,15 +7,15 @@ LoRAs can be distilled on it, a hypernetwork trained through it.
 """
 
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from hyperlora_jax import storage
-from hyperlora_jax.array_types import Params
+from hyperlora_jax.array_types import Json, Params
 from hyperlora_jax.diffusion.schedule import NoiseSchedule
 from hyperlora_jax.parallel import multihost, sharding
 from hyperlora_jax.parallel.mesh import make_mesh
@@ -37,7 +37,7 @@ from hyperlora_jax.train.loop import (
 )
 
 
-def finetune_unet(config: Any, workdir: epath.PathLike) -> epath.Path:
+def finetune_unet(config: ConfigDict, workdir: epath.PathLike) -> epath.Path:
     """Trains as `configs/finetune_unet.py` describes; returns the exported folder.
 
     Raises:
@@ -72,7 +72,7 @@ def finetune_unet(config: Any, workdir: epath.PathLike) -> epath.Path:
     return out
 
 
-def training_unet(unet: UNet, section: Any, mesh: Mesh | None) -> UNet:
+def training_unet(unet: UNet, section: ConfigDict, mesh: Mesh | None) -> UNet:
     """A base's UNet with the arithmetic that a config's `train` section asks for.
 
     Raises:
@@ -85,11 +85,11 @@ def finetuning_task(
     unet: UNet,
     schedule: NoiseSchedule,
     frozen: Params,
-    arrays: dict[str, Any],
-    section: Any,
+    arrays: Params,
+    section: ConfigDict,
     mesh: Mesh | None,
     start: Params | None = None,
-    facts: dict[str, Any] | None = None,
+    facts: dict[str, object] | None = None,
 ) -> Task:
     """The task of the training loop.
 
@@ -124,8 +124,8 @@ def _as_it_is(params: Params, frozen: Params, text: Text) -> Text:
 
 
 def _encoded(
-    config: Any, workdir: epath.Path, scratch: Path, sd: StableDiffusion
-) -> tuple[dict[str, Any], Params, dict[str, Any]]:
+    config: ConfigDict, workdir: epath.Path, scratch: Path, sd: StableDiffusion
+) -> tuple[Params, Params, Json]:
     """({"latents", "text"} of every picture, conditions of the empty prompt, facts)."""
     size, count = image_size(sd), config.data.num_identities
     pictures = multihost.first_then_others(

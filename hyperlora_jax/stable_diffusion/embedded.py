@@ -6,6 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from hyperlora_jax.array_types import DType
 from hyperlora_jax.parallel.sharding import DEFAULT_RULES, REPLICATED_RULES, Rule
 from hyperlora_jax.shipped import base_path
 from hyperlora_jax.stable_diffusion.model import StableDiffusion
@@ -15,7 +16,7 @@ ENCODERS = ("vae", "text_encoder", "text_encoder_2")
 
 def load_base(
     source: str,
-    dtype: Any = jnp.float32,
+    dtype: DType = jnp.float32,
     mesh: Mesh | None = None,
     rules: Sequence[Rule] = DEFAULT_RULES,
     on_host: Collection[str] = (),
@@ -30,7 +31,7 @@ def load_base(
     return StableDiffusion.from_pretrained(base_path(source), dtype, **where)
 
 
-def load_frozen(source: str, dtype: Any, mesh: Mesh) -> StableDiffusion:
+def load_frozen(source: str, dtype: DType, mesh: Mesh) -> StableDiffusion:
     """The base model called `source` to train through: its UNet on every device of a mesh; what
     runs over pictures and captions once, before the first step, in host memory.
 
@@ -50,6 +51,6 @@ def outline_base(source: str) -> StableDiffusion:
     return StableDiffusion.outline(base_path(source), ("unet", "vae"))
 
 
-def image_size(sd: Any) -> int:
+def image_size(sd: StableDiffusion) -> int:
     """Pixels per side of a base model's pictures."""
-    return int(sd.unet.settings.sample_size[0] * sd.vae.downsampling)
+    return int(sd.unet.settings.sample_size[0] * sd.component("vae").downsampling)

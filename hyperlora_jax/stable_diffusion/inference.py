@@ -5,6 +5,7 @@ are never baked into a program.
 """
 
 import functools
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from hyperlora_jax.array_types import AnyArray, Array, Float, Int, Params, PRNGK
 from hyperlora_jax.diffusion.samplers import SAMPLERS
 from hyperlora_jax.diffusion.schedule import NoiseSchedule
 from hyperlora_jax.stable_diffusion.networks.autoencoder import AutoencoderKL
-from hyperlora_jax.stable_diffusion.networks.clip_text import ClipTextModel
+from hyperlora_jax.stable_diffusion.networks.clip_text import ClipTextModel, ClipTextOutput
 from hyperlora_jax.stable_diffusion.networks.unet import UNet, sinusoidal_embedding
 from hyperlora_jax.stable_diffusion.text_conditions import Text, apply_unet, with_sizes
 
@@ -33,7 +34,10 @@ def encode_tokens(
     concatenated, without the final norm, and the projected pooled state of the last one. The states
     are those of `clip_skip` layers before."""
     outputs = [
-        encoder.apply({"params": p} if not lora else {"params": p, "lora": lora}, t, clip_skip)
+        cast(
+            ClipTextOutput,
+            encoder.apply({"params": p} if not lora else {"params": p, "lora": lora}, t, clip_skip),
+        )
         for encoder, p, t, lora in zip(encoders, params, tokens, loras, strict=True)
     ]
     if not is_xl:
@@ -47,7 +51,8 @@ def encode_images(
     vae: AutoencoderKL, params: Params, images: Float[Array, "b h w 3"], key: PRNGKey | None
 ) -> Float[Array, "b hh ww z"]:
     """Scaled latents of images in [0, 1]."""
-    mean, logvar = vae.apply({"params": params}, 2.0 * images - 1.0, method="encode")
+    moments = vae.apply({"params": params}, 2.0 * images - 1.0, method="encode")
+    mean, logvar = cast(tuple[Array, Array], moments)
     mean, logvar = mean.astype(jnp.float32), logvar.astype(jnp.float32)
     if key is not None:
         mean = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
@@ -59,7 +64,8 @@ def decode_latents(
     vae: AutoencoderKL, params: Params, latents: Float[Array, "b hh ww z"]
 ) -> Float[Array, "b h w 3"]:
     """Images in [0, 1] of scaled latents."""
-    images = vae.apply({"params": params}, vae.unscale_latents(latents), method="decode")
+    unscaled = vae.unscale_latents(latents)
+    images = cast(Array, vae.apply({"params": params}, unscaled, method="decode"))
     return jnp.clip(images.astype(jnp.float32) / 2.0 + 0.5, 0.0, 1.0)
 
 

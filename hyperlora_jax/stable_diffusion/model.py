@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from hyperlora_jax.array_types import AnyArray, Array, Float, Int, Key, Params, PRNGKey
+from hyperlora_jax.array_types import AnyArray, Array, DType, Float, Int, Key, Params, PRNGKey
 from hyperlora_jax.diffusion.samplers import SAMPLERS
 from hyperlora_jax.diffusion.schedule import NoiseSchedule
 from hyperlora_jax.errors import UserError
@@ -70,7 +70,7 @@ class StableDiffusion:
     @staticmethod
     def from_pretrained(
         path: str | Path,
-        dtype: Any = jnp.float32,
+        dtype: DType = jnp.float32,
         variant: str | None = None,
         mesh: Mesh | None = None,
         rules: Sequence[Rule] = DEFAULT_RULES,
@@ -119,7 +119,7 @@ class StableDiffusion:
     @staticmethod
     def from_single_file(
         path: str | Path,
-        dtype: Any = jnp.float32,
+        dtype: DType = jnp.float32,
         prediction_type: str | None = None,
         mesh: Mesh | None = None,
         rules: Sequence[Rule] = DEFAULT_RULES,
@@ -171,14 +171,15 @@ class StableDiffusion:
         return load_tokenizer(self.path / name)
 
     def tokenize(
-        self, prompts: Sequence[str], tokenizer: Any | None = None, name: str = "text_encoder"
+        self, prompts: Sequence[str], tokenizer: Any = None, name: str = "text_encoder"
     ) -> Int[np.ndarray, "b n"]:
         """Token ids for the text encoder `name`, padded or cut to its window: the tokenizer's
         model_max_length, or the encoder's positions where the tokenizer names no length.
 
         Raises UserError for a tokenizer of another vocabulary or window than the text encoder.
         """
-        tokenizer = self.tokenizer if tokenizer is None else tokenizer
+        if tokenizer is None:
+            tokenizer = self.tokenizer
         encoder = getattr(self, name)
         window = tokenizer.model_max_length
         if encoder is not None:
@@ -220,7 +221,7 @@ class StableDiffusion:
             self.tokenizer if name == "text_encoder" else self.tokenizer_2 for name in names
         ]
         return inference.encode_tokens(
-            tuple(self._component(name) for name in names),
+            tuple(self.component(name) for name in names),
             tuple(self.params[name] for name in names),
             tuple(
                 self.tokenize(prompts, tokenizer, name)
@@ -232,7 +233,7 @@ class StableDiffusion:
         )
 
     def _check_clip_skip(self, names: Sequence[str], clip_skip: int) -> None:
-        layers = min(self._component(name).values["num_hidden_layers"] for name in names)
+        layers = min(self.component(name).values["num_hidden_layers"] for name in names)
         most = layers - 1 if self.is_xl else layers
         if not 0 <= clip_skip <= most:
             raise UserError(
@@ -276,20 +277,20 @@ class StableDiffusion:
     ) -> Float[Array, "b hh ww z"]:
         """Scaled latents of images [b, h, w, 3] in [0, 1]: a sample, or the mean without a key."""
         return inference.encode_images(
-            self._component("vae"), self.params["vae"], jnp.asarray(images, jnp.float32), key
+            self.component("vae"), self.params["vae"], jnp.asarray(images, jnp.float32), key
         )
 
     def decode_latents(self, latents: Float[AnyArray, "b hh ww z"]) -> Float[Array, "b h w 3"]:
         """Images in [0, 1] of scaled latents."""
         return inference.decode_latents(
-            self._component("vae"), self.params["vae"], jnp.asarray(latents)
+            self.component("vae"), self.params["vae"], jnp.asarray(latents)
         )
 
     def sample(
         self,
         key: PRNGKey | Key[Array, " b"] | int,
         prompts: str | Sequence[str],
-        lora: Any = None,
+        lora: object = None,
         strength: float | Sequence[float] | AnyArray = 1.0,
         num_steps: int = 20,
         guidance: float | None = None,
@@ -351,7 +352,7 @@ class StableDiffusion:
             text = self.encode_conditions(prompts, lora, clip_skip)
         return inference.sample_images(
             self.unet,
-            self._component("vae"),
+            self.component("vae"),
             self.schedule,
             sampler,
             num_steps,
@@ -368,7 +369,7 @@ class StableDiffusion:
         self, key: PRNGKey | int, num: int, height: int | None = None, width: int | None = None
     ) -> Float[Array, "b hh ww z"]:
         """Standard normal latents for `num` pictures of so many pixels; None: the model's own."""
-        settings, factor = self.unet.settings, self._component("vae").downsampling
+        settings, factor = self.unet.settings, self.component("vae").downsampling
         size = []
         for name, pixels, own in zip(
             ("height", "width"), (height, width), settings.sample_size, strict=True
@@ -401,7 +402,8 @@ class StableDiffusion:
             self, params={**self.params, **params}, tokenizers=tokenizers, path=None
         )
 
-    def _component(self, name: str) -> Any:
+    def component(self, name: str) -> Any:
+        """A module by its name; UserError where the model has none."""
         module = getattr(self, name)
         if module is None:
             where = "not given" if self.path is None else single_file.place_of(self.path, name)

@@ -8,6 +8,7 @@ two frameworks holds the weights of a large model at a time.
 
 import logging
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def forward(root: Path, part: str, inputs: Arrays, variant: str | None = None) -
     return {name: _numpy(value) for name, value in outputs.items() if value is not None}
 
 
-def _unet(root: Path, inputs: Arrays, variant: str | None) -> dict[str, Any]:
+def _unet(root: Path, inputs: Arrays, variant: str | None) -> Mapping[str, object]:
     import torch
     from diffusers import UNet2DConditionModel
 
@@ -46,19 +47,19 @@ def _unet(root: Path, inputs: Arrays, variant: str | None) -> dict[str, Any]:
     return {"prediction": prediction}
 
 
-def _vae(root: Path, inputs: Arrays, variant: str | None) -> dict[str, Any]:
+def _vae(root: Path, inputs: Arrays, variant: str | None) -> Mapping[str, object]:
     import torch
     from diffusers import AutoencoderKL
 
     vae = AutoencoderKL.from_pretrained(
         root / "vae", variant=variant, torch_dtype=torch.float32
     ).eval()
-    posterior = vae.encode(_nchw(inputs["images"])).latent_dist
-    decoded = vae.decode(_nchw(inputs["latents"])).sample
+    (posterior,) = vae.encode(_nchw(inputs["images"]), return_dict=False)
+    (decoded,) = vae.decode(_nchw(inputs["latents"]), return_dict=False)
     return {"mean": posterior.mean, "logvar": posterior.logvar, "decoded": decoded}
 
 
-def _text(root: Path, inputs: Arrays, variant: str | None) -> dict[str, Any]:
+def _text(root: Path, inputs: Arrays, variant: str | None) -> Mapping[str, object]:
     """The pipeline's own `encode_prompt`; which pipeline it is, the UNet's config says."""
     import torch
     from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline

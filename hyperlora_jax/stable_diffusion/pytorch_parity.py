@@ -96,7 +96,7 @@ def _inputs(root: Path, part: str, unet: UNet, size: int, rng: np.random.Generat
     if settings.guidance_width:
         inputs["timestep_cond"] = normal(2, settings.guidance_width)
     if _is_xl(unet):
-        pooled = settings.addition_input_width - 6 * (settings.addition_time_width or 0)
+        pooled = (settings.addition_input_width or 0) - 6 * (settings.addition_time_width or 0)
         inputs["text_embeds"] = normal(2, pooled)
         inputs["time_ids"] = np.array([[512, 640, 0, 8, 512, 640]] * 2, np.float32)
     return inputs
@@ -113,7 +113,7 @@ def _pytorch(root: Path, part: str, inputs: Arrays, variant: str | None) -> Arra
         module = "hyperlora_jax.stable_diffusion.pytorch_forward"
         done = subprocess.run(
             [sys.executable, "-m", module, str(root), part, str(source), str(target)]
-            + [variant] * bool(variant),
+            + ([variant] if variant else []),
             capture_output=True,
             text=True,
             env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},

@@ -8,7 +8,7 @@ timestep_cond  [b, w]  of bases with a distilled guidance: its embedding
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -71,4 +71,4 @@ def apply_unet(
         added = {"text_embeds": text["pooled"], "time_ids": text["time_ids"]}
     if "timestep_cond" in text:
         added = {**(added or {}), "timestep_cond": text["timestep_cond"]}
-    return unet.apply(variables, latents, timesteps, text["states"], added)
+    return cast(Array, unet.apply(variables, latents, timesteps, text["states"], added))

@@ -7,7 +7,6 @@ accelerator, and kept.
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +14,17 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from hyperlora_jax.array_types import AnyArray, Float, Int, UInt8
+from hyperlora_jax.array_types import AnyArray, ArrayTree, Float, Int, UInt8
 from hyperlora_jax.batches import ragged
 from hyperlora_jax.batches.ragged import Ragged
+from hyperlora_jax.encoders.condition_encoders import ImageEncoder
 from hyperlora_jax.parallel.sharding import split_rows
 from hyperlora_jax.stable_diffusion import text_conditions
+from hyperlora_jax.stable_diffusion.model import StableDiffusion
 
-Encode = Callable[[Any], Mapping[str, AnyArray]]  # b pictures or texts -> arrays [b, ...] by name
+Encode = Callable[
+    [ArrayTree], Mapping[str, AnyArray]
+]  # b pictures or texts -> arrays [b, ...] by name
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,13 +52,13 @@ class EncodedSubjects:
 
 
 def in_batches(
-    encode: Callable[[Any], Any],
-    items: Iterable[Any],
+    encode: Callable[[ArrayTree], ArrayTree],
+    items: Iterable[ArrayTree],
     count: int,
     batch_size: int,
     title: str | None,
     whole: bool = False,
-) -> Iterator[Any]:
+) -> Iterator[ArrayTree]:
     """`encode` of `count` arrays or texts, batch by batch, as trees of numpy arrays.
 
     The last batch is filled up with its last item, so that one program serves all of them, and cut
@@ -73,20 +76,20 @@ def in_batches(
 
 
 def encode_in_batches(
-    function: Callable[[Any], Any],
-    items: Any,
+    function: Callable[[ArrayTree], ArrayTree],
+    items: Sequence[str] | AnyArray | Sequence[AnyArray],
     batch_size: int,
     title: str | None = None,
     whole: bool = False,
-) -> Any:
+) -> ArrayTree:
     """function over slices of `items` (array or list), results as numpy arrays, concatenated."""
     parts = list(in_batches(function, items, len(items), batch_size, title, whole))
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
 
 
 def encode_subjects(
-    sd: Any,
-    encoder: Any,
+    sd: StableDiffusion,
+    encoder: ImageEncoder | None,
     ids: Sequence[str],
     images: Sequence[UInt8[np.ndarray, "_ h w 3"]] | UInt8[np.ndarray, "n v h w 3"],
     captions: Sequence[Sequence[str]],
@@ -107,7 +110,7 @@ def encode_subjects(
     every = np.concatenate(list(images))
     offsets = ragged.offsets_of([len(own) for own in images])
 
-    def run(encode: Encode, items: Any, title: str) -> dict[str, np.ndarray]:
+    def run(encode: Encode, items: Sequence[str] | np.ndarray, title: str) -> dict[str, np.ndarray]:
         encoded = encode_in_batches(encode, items, batch_size, title if progress else None)
         return {name: np.asarray(rows, np.float32) for name, rows in encoded.items()}
 
@@ -130,17 +133,17 @@ def number_captions(
     return unique, np.asarray([number[text] for row in captions for text in row], np.int32)
 
 
-def texts_by(sd: Any, picture: tuple[int, int]) -> Encode:
+def texts_by(sd: StableDiffusion, picture: tuple[int, int]) -> Encode:
     """Captions of pictures (height, width) -> their conditions."""
     return lambda texts: text_conditions.encode(sd, texts, picture)
 
 
-def latents_by(sd: Any, mesh: Mesh | None = None) -> Encode:
+def latents_by(sd: StableDiffusion, mesh: Mesh | None = None) -> Encode:
     """Pictures -> "latents" [b, h, w, c], split over a mesh that `sd` lies on too."""
     return lambda images: {"latents": sd.encode_images(_unit_pixels(images, mesh))}
 
 
-def conditions_by(encoder: Any, mesh: Mesh | None = None) -> Encode:
+def conditions_by(encoder: ImageEncoder, mesh: Mesh | None = None) -> Encode:
     """Pictures -> "pooled" [b, p] and "tokens" [b, m, p]."""
 
     def encode(images: UInt8[np.ndarray, "b h w 3"]) -> dict[str, AnyArray]:

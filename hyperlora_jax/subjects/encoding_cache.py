@@ -18,22 +18,24 @@ import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 
 from hyperlora_jax import storage
+from hyperlora_jax.array_types import ArrayTree, DType, Params
 from hyperlora_jax.batches import ragged
 from hyperlora_jax.batches.ragged import Ragged
 from hyperlora_jax.batches.row_files import RowFiles
+from hyperlora_jax.encoders.condition_encoders import ImageEncoder
 from hyperlora_jax.lora_files import safetensors_io
 from hyperlora_jax.parallel import multihost
 from hyperlora_jax.parallel.sharding import on_mesh
 from hyperlora_jax.parallel.shared_work import local_mesh
 from hyperlora_jax.pictures.lazy_pictures import LazyPictures
 from hyperlora_jax.pictures.size_buckets import Size
+from hyperlora_jax.stable_diffusion.model import StableDiffusion
 from hyperlora_jax.subjects import encoded_subjects
 from hyperlora_jax.subjects.encoded_subjects import Encode, EncodedSubjects
 from hyperlora_jax.subjects.subject_pictures import SubjectPictures
@@ -59,7 +61,7 @@ class _Part:
     dtype: np.dtype
     counts: Sequence[int]
     row_bytes: int
-    items: Callable[[range], Iterable[Any]]
+    items: Callable[[range], Iterable[ArrayTree]]
     encode: Callable[[], Encode]
 
     def files(self) -> dict[str, range]:
@@ -95,13 +97,13 @@ class _Part:
 
 def encode_once(
     folder: epath.PathLike,
-    sd: Any,
+    sd: StableDiffusion,
     pictures: SubjectPictures,
     *,
-    encoder: Any = None,
+    encoder: ImageEncoder | None = None,
     latents: bool = True,
     texts: bool = True,
-    dtype: Any = np.float32,
+    dtype: DType = np.float32,
     batch_size: int = 256,
 ) -> EncodedSubjects:
     """What frozen models make of subjects' pictures and captions, kept in files below `folder` and
@@ -122,7 +124,9 @@ def encode_once(
     unique, index = encoded_subjects.number_captions(pictures.captions)
     models = _Models(sd, encoder)
 
-    def of_pictures(kind: str, images: LazyPictures, model: str, encode: Any) -> _Part:
+    def of_pictures(
+        kind: str, images: LazyPictures, model: str, encode: Callable[[], Encode]
+    ) -> _Part:
         shown = [images.mark, ids, list(images.counts), list(images.size)]
         name = _named(kind, model, stored_dtype, shown)
         row_bytes = 3 * images.size[0] * images.size[1]
@@ -156,7 +160,7 @@ def encode_once(
     return EncodedSubjects(tuple(ids), references, targets)
 
 
-def kept_dtype(name: str, dtype: Any) -> Any:
+def kept_dtype(name: str, dtype: DType) -> np.dtype:
     """What a table is kept in: `dtype`, but sizes of pictures exactly."""
     return np.dtype(np.float32) if name == "time_ids" else np.dtype(dtype)
 
@@ -170,7 +174,7 @@ class _Models:
         mesh: this host's devices.
     """
 
-    def __init__(self, sd: Any, encoder: Any):
+    def __init__(self, sd: StableDiffusion, encoder: ImageEncoder | None):
         self._sd, self._encoder = sd, encoder
         self.base = f"{sd.base_hash} {jax.tree.leaves(sd.params['unet'])[0].dtype}"
         self.mesh = local_mesh()
@@ -188,17 +192,18 @@ class _Models:
         return encoded_subjects.texts_by(self._shown, size)
 
     @functools.cached_property
-    def _shown(self) -> Any:
+    def _shown(self) -> StableDiffusion:
         params = {name: leaf for name, leaf in self._sd.params.items() if name != "unet"}
         return on_mesh(dataclasses.replace(self._sd, params=params), self.mesh)
 
     @functools.cached_property
-    def _told(self) -> Any:
+    def _told(self) -> ImageEncoder:
+        assert self._encoder is not None
         own = hasattr(self._encoder, "params")  # others keep theirs to themselves
         return on_mesh(self._encoder, self.mesh) if own else self._encoder
 
 
-def _named(kind: str, model: str, dtype: np.dtype, shown: Any) -> str:
+def _named(kind: str, model: str, dtype: np.dtype, shown: object) -> str:
     """The name of a folder, which tells what it holds."""
     asked = json.dumps([LAYOUT, model, str(dtype), shown])
     return f"{kind}-{hashlib.sha256(asked.encode()).hexdigest()[:24]}"
@@ -206,7 +211,7 @@ def _named(kind: str, model: str, dtype: np.dtype, shown: Any) -> str:
 
 def _made(
     folder: epath.PathLike, parts: Mapping[str, _Part], batch_size: int, spoken: str
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, Params]:
     """Tables by name of every part; hosts share out the files that are not there yet.
 
     Args:

@@ -2,12 +2,13 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
+from hyperlora_jax.array_types import Json
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.pictures import lazy_pictures, pictures
 from hyperlora_jax.pictures.concepts import Concept
@@ -42,7 +43,7 @@ class SubjectPictures:
     references: Sequence[tuple[bytes, ...]]
     seen_at: Callable[[Size], LazyPictures]
     numbers: tuple[int, ...]
-    facts: Mapping[str, Any]
+    facts: Json
     marks: tuple[str, ...] = ()
 
     @property
@@ -121,7 +122,7 @@ def _resampled(images: LazyPictures, size: Size) -> LazyPictures:
 
 
 def _of_one_size(
-    members: Sequence[Concept], numbers: Sequence[int], facts: Mapping[str, Any]
+    members: Sequence[Concept], numbers: Sequence[int], facts: Json
 ) -> SubjectPictures:
     """Concepts of one size."""
 
@@ -181,7 +182,7 @@ def with_prompt(given: SubjectPictures, prompt: str) -> SubjectPictures:
 
 
 def load_pictures(
-    data: Any, count: int, size: int, cache_dir: str | Path | None = None
+    data: ConfigDict, count: int, size: int, cache_dir: str | Path | None = None
 ) -> SubjectPictures:
     """The training subjects of a config's `data` section, their pictures cut to squares.
 
@@ -200,7 +201,7 @@ def load_pictures(
 
 
 def load_in_sizes(
-    data: Any, count: int, buckets: Sequence[Size], cache_dir: str | Path | None = None
+    data: ConfigDict, count: int, buckets: Sequence[Size], cache_dir: str | Path | None = None
 ) -> list[SubjectPictures]:
     """The first `count` subjects of a config's `data` section, those of one size together.
 
@@ -217,7 +218,9 @@ def load_in_sizes(
     return _by_size(identified(listed), data.source)
 
 
-def _avatars(data: Any, count: int, size: int, cache_dir: str | Path | None) -> SubjectPictures:
+def _avatars(
+    data: ConfigDict, count: int, size: int, cache_dir: str | Path | None
+) -> SubjectPictures:
     avatars = open_world(data.style, data.size, data.split_seed)
     if avatars.size != size:
         raise UserError(

@@ -51,7 +51,7 @@ def serialize(subject: Subject, lora_dtype: str) -> bytes:
     """The record of a subject, equal to what TFDS' own serializer would write."""
     from tensorflow_datasets.proto import tf_example_pb2
 
-    example = tf_example_pb2.Example()
+    example = tf_example_pb2.Example()  # pyright: ignore[reportAttributeAccessIssue]
     feature = example.features.feature
 
     def put(name: str, *values: bytes) -> None:
@@ -146,7 +146,8 @@ def _field(record: bytes, position: int) -> tuple[int, int, int]:
 def _features_of(record: bytes):
     from tensorflow_datasets.proto import tf_example_pb2
 
-    return tf_example_pb2.Example.FromString(record).features.feature
+    example = tf_example_pb2.Example  # pyright: ignore[reportAttributeAccessIssue]
+    return example.FromString(record).features.feature
 
 
 def encode_vector(vector: np.ndarray, lora_dtype: str) -> bytes:

@@ -20,7 +20,11 @@ from hyperlora_jax.lora.sites import LoraSpec
 from hyperlora_jax.lora_files import safetensors_io
 from hyperlora_jax.pictures.subjects import Subject, split_by_hash
 from hyperlora_jax.targets import lora_target_records
-from hyperlora_jax.targets.vector_statistics import RunningWhitening, factor_slices
+from hyperlora_jax.targets.vector_statistics import (
+    RunningWhitening,
+    VectorWhitening,
+    factor_slices,
+)
 
 _CARD = """# LoRA targets
 
@@ -220,14 +224,13 @@ class _Writer:
             "facts": facts,
         }
         if self.statistics and self.statistics.count:
-            metadata["std_per_factor"] = self._write_statistics()
+            metadata["std_per_factor"] = self._write_statistics(self.statistics.result())
         splits = [shards.close() for shards in self.shards.values()]
         (self.folder / "index.json").write_text(json.dumps(self.index), encoding="utf-8")
         self._write_tfds(metadata, splits)
         (self.folder / "README.md").write_text(text(metadata), encoding="utf-8")
 
-    def _write_statistics(self) -> dict[str, float]:
-        result = self.statistics.result()
+    def _write_statistics(self, result: VectorWhitening) -> dict[str, float]:
         tensors = {"raw.mean": result.mean, "raw.std": result.std}
         safetensors_io.write(self.folder / "whitening.safetensors", tensors, {})
         slices = factor_slices(self.spec)
@@ -265,7 +268,9 @@ class _Shards:
         self.file = None
 
     def write(self, record: bytes) -> None:
-        from array_record.python import array_record_module
+        from array_record.python import (
+            array_record_module,  # pyright: ignore[reportAttributeAccessIssue]
+        )
 
         if self.file is None or self.room < len(record):
             self._close_file()

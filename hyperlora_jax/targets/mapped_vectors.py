@@ -9,11 +9,10 @@ file as it is, but for the headers of blocks. Positions here are "logical": with
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from hyperlora_jax.array_types import Float, Int, UInt8
+from hyperlora_jax.array_types import DType, Float, Index, Int, UInt8
 
 BLOCK, BLOCK_HEADER, CHUNK_HEADER = 2**16, 24, 40
 ROOM = BLOCK - BLOCK_HEADER
@@ -102,16 +101,16 @@ class MappedVectors:
     def __len__(self) -> int:
         return len(self._starts)
 
-    def __getitem__(self, index: Any) -> Float[np.ndarray, "*b d"]:
+    def __getitem__(self, index: Index) -> Float[np.ndarray, "*b d"]:
         chosen = np.arange(len(self))[index]
         rows = np.atleast_1d(chosen)
         vectors = np.empty((len(rows), self.shape[1]), self._stored)
         for row, out in zip(rows, vectors.view(np.uint8), strict=True):
-            self._files[self._file_of[row]].copy(int(self._starts[row]), out)
+            self._files[int(self._file_of[row])].copy(int(self._starts[row]), out)
         if self._stored != self.dtype:
             vectors = (vectors.astype(np.uint32) << 16).view(np.float32)
         return vectors if chosen.ndim else vectors[0]
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+    def __array__(self, dtype: DType | None = None, copy: bool | None = None) -> np.ndarray:
         del copy
         return np.asarray(self[:], dtype)

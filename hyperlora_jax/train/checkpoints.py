@@ -12,7 +12,7 @@ import json
 import logging
 import threading
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import numpy as np
@@ -21,7 +21,7 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
 from hyperlora_jax import facts
-from hyperlora_jax.array_types import Params
+from hyperlora_jax.array_types import Json, Params
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.parallel import multihost
 from hyperlora_jax.storage import absolute
@@ -43,7 +43,7 @@ def missing_files(folder: epath.Path) -> list[str]:
     return missing or [f"readable {name}" for name in texts if not _object(folder / name)]
 
 
-def _object(file: epath.Path) -> dict[str, Any]:
+def _object(file: epath.Path) -> Json:
     """A file's JSON object; an empty one where it was cut off."""
     try:
         found = json.loads(file.read_text())
@@ -80,12 +80,12 @@ def _set_aside(directory: epath.Path, whole: list[int]) -> None:
             folder.rename(target)
 
 
-def read_meta(directory: epath.PathLike, step: int) -> dict[str, Any]:
+def read_meta(directory: epath.PathLike, step: int) -> Json:
     """{"facts": …, "config": …} of one checkpoint, read without touching its arrays."""
     return json.loads((epath.Path(directory) / str(step) / "meta" / "metadata").read_text())
 
 
-def check_facts(saved: Mapping[str, Any], expected: Mapping[str, Any], where: str) -> None:
+def check_facts(saved: Mapping[str, object], expected: Mapping[str, object], where: str) -> None:
     """Refuses to go on with a checkpoint of something else; see `facts.differences`.
 
     Raises:
@@ -97,7 +97,7 @@ def check_facts(saved: Mapping[str, Any], expected: Mapping[str, Any], where: st
 
 
 def changed_settings(
-    saved: Mapping[str, Any], expected: Mapping[str, Any], where: str
+    saved: Mapping[str, object], expected: Mapping[str, object], where: str
 ) -> facts.Differences:
     """What else differs of how a run is trained: {"ema_decay": …, "optimizer": {…}} on both sides.
 
@@ -127,7 +127,7 @@ def best_step(directory: epath.PathLike) -> int | None:
 
 def restore_params(
     workdir: epath.PathLike, step: int | Literal["best"] | None = None, prefer_ema: bool = True
-) -> tuple[Params, dict[str, Any]]:
+) -> tuple[Params, Json]:
     """(parameters as numpy arrays, {"facts", "config", "seed", "step"}), without the optimiser.
 
     Takes the newest whole checkpoint of `workdir` unless `step` says which ("best": that of the
@@ -164,7 +164,7 @@ def _quality(metrics: Mapping[str, float]) -> float:
     return -metrics["loss"]
 
 
-def _leaf_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+def _leaf_shapes(tree: object) -> dict[str, tuple[int, ...]]:
     """{"opt_state.1.0.mu.hidden.bias": shape} of a state or of what a checkpoint says it holds."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {
@@ -240,7 +240,7 @@ class Checkpoints:
         return self._steps[-1] if self._steps else None
 
     def save(
-        self, step: int, state: TrainState, data: Any, meta: Mapping[str, Any], loss: float
+        self, step: int, state: TrainState, data: object, meta: Mapping[str, object], loss: float
     ) -> None:
         """Starts writing; returns when the arrays are copied off the device.
 
@@ -261,7 +261,7 @@ class Checkpoints:
             self._manager.save(step, args=arguments, metrics={"loss": loss}, force=True)
         self._steps.append(step)
 
-    def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, Any]:
+    def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, Json]:
         """(state, iterator position) of `step`, placed as `abstract` says.
 
         Raises:

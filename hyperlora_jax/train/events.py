@@ -14,10 +14,10 @@ start) and moves out of `step` into `lost` what was computed again after a kill.
 import time
 import uuid
 from collections.abc import Callable
-from typing import Any
 
 from etils import epath
 
+from hyperlora_jax.array_types import Json
 from hyperlora_jax.train.json_lines import JsonLines, read_rows
 
 BUCKETS = ("start", "restore", "compile", "data", "step", "save", "log")
@@ -29,7 +29,7 @@ class EventLog:
     def __init__(self, path: epath.PathLike | None, clock: Callable[[], float] = time.time):
         self._clock = clock
         self._run = uuid.uuid4().hex[:12]
-        self.seconds = dict.fromkeys(BUCKETS, 0.0)
+        self.seconds: dict[str, float] = dict.fromkeys(BUCKETS, 0.0)
         self._bucket, self._since, self._started = "start", clock(), clock()
         self._written = 0.0
         rows = read_rows(path) if path is not None else []
@@ -42,7 +42,7 @@ class EventLog:
         self.seconds[self._bucket] += now - self._since
         self._bucket, self._since = bucket, now
 
-    def event(self, name: str, **facts: Any) -> None:
+    def event(self, name: str, **facts: object) -> None:
         """Writes one row: what happened, when, and the buckets so far."""
         self.switch(self._bucket)
         if self._file is None:
@@ -68,7 +68,7 @@ def goodput(path: epath.PathLike) -> dict[str, float]:
 
     Returns {} for a workdir without events. A killed run counts up to its last row.
     """
-    runs: dict[str, list[dict[str, Any]]] = {}
+    runs: dict[str, list[Json]] = {}
     for row in read_rows(path):
         runs.setdefault(row["run"], []).append(row)
     if not runs:

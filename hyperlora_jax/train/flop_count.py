@@ -12,12 +12,12 @@ from typing import Any
 import jax
 
 
-def flops(function: Callable[..., Any], *arguments: Any) -> float:
+def flops(function: Callable[..., object], *arguments: object) -> float:
     """FLOPs of one call (a multiply-add counts 2) on arrays or ShapeDtypeStructs."""
     return of_jaxpr(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
-def of_training(loss: Callable[..., Any]) -> Callable[..., float]:
+def of_training(loss: Callable[..., object]) -> Callable[..., float]:
     """Model FLOPs of a training step on the arguments of `loss`: its forward pass three times."""
     return lambda *arguments: 3.0 * flops(loss, *arguments)
 

@@ -96,7 +96,7 @@ def diagnosis(step: int, seconds: float, announced: dict[int, int]) -> str:
 def end_process(message: str) -> None:
     """Says why, shows where every thread is, and dies by SIGABRT: launchers start again."""
     print(f"stalled: {message}", file=sys.stderr, flush=True)
-    faulthandler.dump_traceback(file=sys.__stderr__)
+    faulthandler.dump_traceback(file=sys.__stderr__ or 2)
     os.kill(os.getpid(), signal.SIGABRT)
 
 

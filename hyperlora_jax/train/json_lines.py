@@ -8,10 +8,10 @@ import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from etils import epath
 
+from hyperlora_jax.array_types import Json
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.storage import is_remote
 
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 UPLOAD_SECONDS = 60.0
 
 
-def read_rows(path: epath.PathLike) -> list[dict[str, Any]]:
+def read_rows(path: epath.PathLike) -> list[Json]:
     """The rows of a file; a line cut off by a kill ends it; no rows if there is no file."""
     path = epath.Path(path)
     if not path.exists():
@@ -40,7 +40,7 @@ class JsonLines:
     def __init__(
         self,
         path: epath.PathLike,
-        rows: list[dict[str, Any]],
+        rows: list[Json],
         upload: bool | None = None,
     ):
         self._target = epath.Path(path)
@@ -56,7 +56,7 @@ class JsonLines:
         self._file = self._local.open("a")
         self._uploaded = 0.0
 
-    def write(self, row: Mapping[str, Any]) -> None:
+    def write(self, row: Mapping[str, object]) -> None:
         """One row; numbers that JSON cannot hold become null.
 
         Raises:

@@ -9,16 +9,18 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 import hyperlora_jax
 from hyperlora_jax import storage
-from hyperlora_jax.array_types import Array, ArrayTree, Params
+from hyperlora_jax.array_types import Array, ArrayTree, Json, Params
 from hyperlora_jax.errors import TrainingDiverged, UserError
 from hyperlora_jax.parallel import multihost, sharding
 from hyperlora_jax.parallel.mesh import make_mesh
@@ -35,7 +37,7 @@ from hyperlora_jax.train.state import (
     state_builder,
     state_shardings,
 )
-from hyperlora_jax.train.step import Loss, jit_step
+from hyperlora_jax.train.step import Loss, Step, jit_step
 
 __all__ = ["Batches", "Task", "TrainingDiverged", "fit", "open_workdir"]
 log = logging.getLogger(__name__)
@@ -43,6 +45,7 @@ LAST_SAVE_SECONDS = 20.0  # for a save under way when one of several processes f
 VERSIONS = {"versions": {"hyperlora_jax": hyperlora_jax.__version__, "jax": jax.__version__}}
 
 
+@runtime_checkable
 class Batches(Protocol):
     """An endless iterator over this process's part of each batch, whose position can be kept.
 
@@ -50,8 +53,8 @@ class Batches(Protocol):
     when a loss is not finite. The state is JSON, the same on every host (it counts batches).
     """
 
-    def __next__(self) -> Mapping[str, Any]: ...
-    def get_state(self) -> Any:
+    def __next__(self) -> Mapping[str, object]: ...
+    def get_state(self) -> Json:
         """The position after the last batch given out."""
         ...
 
@@ -82,8 +85,8 @@ class Task:
     init: Callable[[Array], ArrayTree]
     loss: Loss
     frozen: ArrayTree
-    batches: Any
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    batches: Batches
+    facts: Mapping[str, object] = field(default_factory=dict)
     rules: Sequence[sharding.Rule] = sharding.DEFAULT_RULES
     frozen_rules: Sequence[sharding.Rule] = sharding.REPLICATED_RULES
     units: Mapping[str, float | int] = field(default_factory=dict)
@@ -112,7 +115,7 @@ def fit(
     *,
     workdir: epath.PathLike,
     num_steps: int,
-    optimizer: Mapping[str, Any],
+    optimizer: Json,
     mesh: Mesh | None = None,
     seed: int = 0,
     log_every_steps: int = 10,
@@ -120,7 +123,7 @@ def fit(
     ema_decay: float | None = None,
     keep: int = 2,
     keep_best: int = 1,
-    config: Mapping[str, Any] | None = None,
+    config: Json | None = None,
     progress: bool = True,
     trackers: Sequence[str] = (),
     profile_steps: tuple[int, int] | None = None,
@@ -234,11 +237,11 @@ def fit(
 class _Run:
     task: Task
     mesh: Mesh
-    step_fn: Any
+    step_fn: Step
     frozen: ArrayTree
     key: Array
     checkpoints: Checkpoints
-    meta: Mapping[str, Any]
+    meta: Json
     events: EventLog
     report: Report
     profile: Profile | None
@@ -296,7 +299,7 @@ class _Run:
                 raise guard.stopped(step, str(self.checkpoints.directory.parent))
         return state
 
-    def _next_batch(self, step: int) -> tuple[dict[str, Any], Any]:
+    def _next_batch(self, step: int) -> tuple[Params, object]:
         """(global batch, record ids) of one step."""
         self.events.switch("data")
         waited = time.perf_counter()
@@ -325,7 +328,7 @@ class _Run:
 OPTIONS = ("keep", "keep_best", "trackers", "stall_timeout_seconds")
 
 
-def arithmetic_dtype(section: Any) -> Any:
+def arithmetic_dtype(section: ConfigDict) -> np.dtype:
     """The dtype that a `train` section names.
 
     Raises:
@@ -336,7 +339,7 @@ def arithmetic_dtype(section: Any) -> Any:
     return jnp.dtype(section.dtype)
 
 
-def export_folder(config: Any, workdir: epath.PathLike, name: str) -> epath.Path:
+def export_folder(config: ConfigDict, workdir: epath.PathLike, name: str) -> epath.Path:
     """Where the result goes: `export.path`, or WORKDIR/name where that is empty.
 
     Raises:
@@ -349,7 +352,13 @@ def export_folder(config: Any, workdir: epath.PathLike, name: str) -> epath.Path
 
 
 def fit_section(
-    task: Task, section: Any, *, workdir: epath.PathLike, mesh: Mesh, seed: int, config: Any
+    task: Task,
+    section: ConfigDict,
+    *,
+    workdir: epath.PathLike,
+    mesh: Mesh,
+    seed: int,
+    config: ConfigDict,
 ) -> Params:
     """Trains `task`; returns its averaged parameters, or the last ones where none are averaged.
 

@@ -1,11 +1,12 @@
 """AdamW with global-norm clipping and a warm-up schedule, from keyword arguments of a config."""
 
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from hyperlora_jax.array_types import ArrayTree
 from hyperlora_jax.errors import UserError
 
 
@@ -39,7 +40,7 @@ def make_schedule(
     return optax.join_schedules([warmup, decay], [warmup_steps])
 
 
-def _is_matrix(params: Any) -> Any:
+def _is_matrix(params: ArrayTree) -> ArrayTree:
     return jax.tree.map(lambda leaf: jnp.ndim(leaf) >= 2, params)
 
 

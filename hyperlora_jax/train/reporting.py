@@ -9,14 +9,13 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from hyperlora_jax.array_types import Array, ArrayTree
+from hyperlora_jax.array_types import Array, ArrayTree, Json
 from hyperlora_jax.errors import TrainingDiverged
 from hyperlora_jax.parallel import multihost
 from hyperlora_jax.parallel.topology import peak_flops
@@ -109,7 +108,7 @@ class Progress:
         """One step was dispatched."""
         self._bar.update(1)
 
-    def show(self, row: Mapping[str, Any]) -> None:
+    def show(self, row: Json) -> None:
         """Loss and speed of a logged step."""
         parts = [f"loss {row['loss']:.4g}"]
         parts += [
@@ -133,7 +132,7 @@ class PendingStep:
 
     step: int
     metrics: Mapping[str, Array]
-    record_ids: Any
+    record_ids: object
 
 
 @dataclass(frozen=True)
@@ -170,7 +169,7 @@ class Report:
         units: Mapping[str, float | int],
         progress: bool,
         tracked_by: Sequence[str],
-        config: Mapping[str, Any],
+        config: Json,
     ):
         primary = multihost.is_first()
         self.name, self.events = name, events
@@ -246,7 +245,7 @@ class Report:
             tracker.close()
 
 
-def _short(record_ids: Any) -> str:
+def _short(record_ids: ArrayTree) -> str:
     if record_ids is None:
         return "not named by the data"
     return ", ".join(str(record) for record in np.asarray(record_ids).ravel()[:64].tolist())

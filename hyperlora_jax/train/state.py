@@ -5,7 +5,6 @@ No array is born on one device: shapes first (`eval_shape`), then shardings, the
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import flax.struct
 import jax
@@ -23,10 +22,10 @@ INIT_STREAM = 2**32 - 1  # the step that no run reaches: its key initialises the
 class TrainState:
     """`step` counts finished steps, int32 []; `ema` is None or has the structure of `params`."""
 
-    step: Any
-    params: Any
-    ema: Any
-    opt_state: Any
+    step: ArrayTree
+    params: ArrayTree
+    ema: ArrayTree
+    opt_state: ArrayTree
 
 
 def new_state(
@@ -47,7 +46,7 @@ def state_shardings(
     params = sharding.param_shardings(shapes.params, mesh, rules)
     replicated = sharding.replicated(mesh)
 
-    def like_param(leaf: Any, shape: Any, place: NamedSharding) -> NamedSharding:
+    def like_param(leaf: ArrayTree, shape: ArrayTree, place: NamedSharding) -> NamedSharding:
         return place if leaf.shape == shape.shape else replicated  # factored moments differ
 
     opt_state = optax.tree_map_params(
@@ -91,7 +90,7 @@ def first_state(
     return jax.jit(begin, out_shardings=shardings)(placed)
 
 
-def abstract_state(shapes: ArrayTree, shardings: ArrayTree) -> Any:
+def abstract_state(shapes: ArrayTree, shardings: ArrayTree) -> ArrayTree:
     """ShapeDtypeStructs that carry their shardings: what a checkpoint is restored into."""
     return jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),

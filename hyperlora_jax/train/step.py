@@ -1,7 +1,6 @@
 """The training step: one pure function of arrays, and the one place where it is jitted."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +14,10 @@ from hyperlora_jax.train.state import TrainState
 Metrics = Mapping[str, Array]
 Loss = Callable[[Params, ArrayTree, Mapping[str, Array], Array], tuple[Array, Metrics]]
 
+Step = Callable[[TrainState, ArrayTree, Mapping[str, Array], Array], tuple[TrainState, Metrics]]
 
-def update_ema(ema: Any, params: Any, step: Array, decay: float) -> Any:
+
+def update_ema(ema: ArrayTree, params: ArrayTree, step: Array, decay: float) -> ArrayTree:
     """ema ← d·ema + (1 − d)·params with d = min(decay, (1 + step) / (10 + step)): a short memory
     at first, so that the average forgets the random start."""
     d = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
@@ -62,17 +63,19 @@ def train_step(
 def jit_step(
     mesh: Mesh,
     shardings: TrainState,
-    frozen_shardings: Any,
+    frozen_shardings: ArrayTree,
     *,
     loss: Loss,
     optimizer: optax.GradientTransformation,
     rate: optax.Schedule,
     ema_decay: float | None = None,
-) -> Any:
+) -> Step:
     """`train_step` jitted over (state, frozen, batch, key)."""
     replicated: NamedSharding = sharding.replicated(mesh)
 
-    def step(state: TrainState, frozen: Any, batch: Mapping[str, Array], key: PRNGKey) -> Any:
+    def step(
+        state: TrainState, frozen: ArrayTree, batch: Mapping[str, Array], key: PRNGKey
+    ) -> tuple[TrainState, Metrics]:
         with sharding.knowing(mesh):
             return train_step(
                 state, frozen, batch, key,

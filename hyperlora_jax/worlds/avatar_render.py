@@ -166,21 +166,23 @@ class _Worker:
         self.size = size
         command = [sys.executable, "-m", "hyperlora_jax.worlds.avatar_render", style, str(size)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.asked, self.drawn = self.process.stdin, self.process.stdout
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        self.process.stdin.close()
-        self.process.stdout.close()
+        self.asked.close()
+        self.drawn.close()
         self.process.wait()
 
     def draw(self, chunk: Sequence[dict]) -> np.ndarray:
-        self.process.stdin.write(json.dumps(list(chunk)).encode() + b"\n")
-        self.process.stdin.flush()
+        self.asked.write(json.dumps(list(chunk)).encode() + b"\n")
+        self.asked.flush()
         shape = (len(chunk), self.size, self.size, 3)
         wanted = int(np.prod(shape))
-        pixels = self.process.stdout.read(wanted)
+        pixels = self.drawn.read(wanted)
         if len(pixels) != wanted:
             raise RuntimeError(f"avatar worker sent {len(pixels)} bytes, expected {wanted}")
         return np.frombuffer(pixels, np.uint8).reshape(shape)

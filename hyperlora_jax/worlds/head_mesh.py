@@ -134,7 +134,7 @@ def _read_obj(path: Path):
                 texture_corners.append((points[0][1], a[1], b[1]))
                 part_of.append(part)
     arrays = [np.array(x) for x in (corners, texture_corners)]
-    return *arrays, part_of, np.float32(vertices), np.float32(texture)
+    return *arrays, part_of, np.array(vertices, np.float32), np.array(texture, np.float32)
 
 
 def _head_faces(vertices: np.ndarray, corners: np.ndarray, part_of: list[str]) -> np.ndarray:
@@ -180,7 +180,8 @@ def _read_mask(
     x = np.clip(points[..., 0] * width, 0, width - 1).astype(int)
     y = np.clip((1.0 - points[..., 1]) * height, 0, height - 1).astype(int)
     total = np.bincount(faces.ravel(), mask[y, x].ravel(), num_vertices)
-    return np.float32(total / np.maximum(np.bincount(faces.ravel(), minlength=num_vertices), 1))
+    counts = np.bincount(faces.ravel(), minlength=num_vertices)
+    return (total / np.maximum(counts, 1)).astype(np.float32)
 
 
 def _controls(names: tuple[str, ...]) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:

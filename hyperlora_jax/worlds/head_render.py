@@ -66,7 +66,7 @@ def draw(
     albedo = np.einsum("pk,pkd->pd", weights, colours[corners])
     picture[pixel] = np.clip(albedo * lit[:, None] + shine[:, None], 0.0, 1.0)
     blocks = picture.reshape(size, SUPERSAMPLING, size, SUPERSAMPLING, 3)
-    return np.uint8(blocks.mean(axis=(1, 3)) * 255.0 + 0.5)
+    return (blocks.mean(axis=(1, 3)) * 255.0 + 0.5).astype(np.uint8)
 
 
 def visible(

@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from hyperlora_jax.distill.prior import class_pictures
 from hyperlora_jax.errors import UserError
+from hyperlora_jax.stable_diffusion.model import StableDiffusion
 
 SECTION = {
     "prompts": ("a person", "a face"),
@@ -17,7 +18,7 @@ SECTION = {
 }
 
 
-class Base:
+class Base(StableDiffusion):
     """Draws pictures that tell their prompt; counts what it is asked for."""
 
     base_hash = "b" * 64

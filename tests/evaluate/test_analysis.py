@@ -8,12 +8,13 @@ import numpy as np
 from hyperlora_jax.evaluate.audits import analysis
 from hyperlora_jax.lora import factors, vectorize
 from hyperlora_jax.lora.sites import spec_from_shapes
+from hyperlora_jax.stable_diffusion.model import StableDiffusion
 
 SHAPES = {"mid": {"to_q": {"kernel": np.zeros((6, 5))}, "to_v": {"kernel": np.zeros((6, 4))}}}
 SPEC = spec_from_shapes(SHAPES, ["to_q", "to_v"], 2)
 
 
-class Recorder:
+class Recorder(StableDiffusion):
     """Draws a flat picture; keeps the LoRAs and noise it was asked to draw with."""
 
     unet = types.SimpleNamespace(settings=types.SimpleNamespace(sample_size=(4, 4), in_channels=2))

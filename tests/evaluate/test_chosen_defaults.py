@@ -1,6 +1,9 @@
+from unittest import mock
+
 import numpy as np
 import pytest
 
+from hyperlora_jax.encoders.condition_encoders import ImageEncoder
 from hyperlora_jax.evaluate.compare import MethodResult, Scores
 from hyperlora_jax.evaluate.own_source import ChosenDefaults
 from hyperlora_jax.evaluate.protocol import Questions
@@ -13,7 +16,7 @@ from hyperlora_jax.lora.sites import LoraSite, LoraSpec
 def _hyper():
     facts = {"default_strength": 1.5, "generate": {"guidance": 2.0, "format": "peft"}}
     spec = LoraSpec((LoraSite("down_blocks.0.attn1.to_q", 6, 8, 2, "linear"),))
-    return Hypernetwork(make_baseline("mean", spec), {}, None, facts, {})
+    return Hypernetwork(make_baseline("mean", spec), {}, mock.Mock(spec=ImageEncoder), facts, {})
 
 
 def chosen(strength, guidance=None):

@@ -1,10 +1,13 @@
 """One reader for all: what training, generation and evaluation see of a file."""
 
+from unittest import mock
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from hyperlora_jax.encoders.condition_encoders import ImageEncoder
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.pictures import pictures
 
@@ -151,17 +154,15 @@ def test_pictures_too_small_to_show_anything_are_refused(tmp_path, width, height
 
 
 def test_every_suffix_is_read_and_reading_ways_agree(tmp_path):
-    class Encoder:
-        image_size = (8, 16)
-
+    encoder = mock.Mock(spec=ImageEncoder, image_size=(8, 16))
     given = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8))
     for suffix in pictures.SUFFIXES:
         (gray := given.convert("L") if suffix == ".pgm" else given).save(tmp_path / f"a{suffix}")
         path = tmp_path / f"a{suffix}"
-        found = pictures.reference_pixels(path, Encoder)
+        found = pictures.reference_pixels(path, encoder)
         assert found.shape == (8, 16, 3), suffix
         for source in (str(path), path.read_bytes(), Image.open(path)):
-            np.testing.assert_array_equal(pictures.reference_pixels(source, Encoder), found)
+            np.testing.assert_array_equal(pictures.reference_pixels(source, encoder), found)
         assert pictures.load_image(path).shape == (gray.height, gray.width, 3)
 
 

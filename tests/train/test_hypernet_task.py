@@ -1,6 +1,7 @@
 """The hypernetwork's losses: phases, and what the compiled program does not hold."""
 
 import re
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from hyperlora_jax.stable_diffusion.weights.flax_trees import param_shapes
 from hyperlora_jax.train.flop_count import flops
 from hyperlora_jax.train.hypernetwork.hypernet_task import Base, Phase, hypernet_loss, hypernet_task
 from hyperlora_jax.train.hypernetwork.objectives import ObjectiveWeights
+from hyperlora_jax.train.loop import Batches
 
 IN, OUT, RANK, COUNT = 37, 53, 2, 3  # sizes that nothing else has
 SPEC = LoraSpec((LoraSite("down_blocks.0.attentions.0.proj.attn1.to_q", IN, OUT, RANK, "linear"),))
@@ -34,12 +36,15 @@ def batch(step=0):
     }
 
 
+NO_BATCHES = mock.Mock(spec=Batches)
 FROZEN = {"constants": {"mean": jnp.zeros(SPEC.num_parameters), "std": jnp.ones(2)}}
 
 
 def build(kind, phases):
     generator = build_generator(SPEC, {**MODEL, "generator": kind})
-    task = hypernet_task(generator, FROZEN, None, phases=phases, condition_shapes=((5,), (4, 5)))
+    task = hypernet_task(
+        generator, FROZEN, NO_BATCHES, phases=phases, condition_shapes=((5,), (4, 5))
+    )
     return generator, jax.jit(task.init)(jax.random.key(0))
 
 
@@ -109,7 +114,7 @@ def test_model_flops_count_the_frozen_base_twice_and_the_generator_three_times()
     }
     frozen = {"unet": weights}
     task = hypernet_task(
-        generator, frozen, None, phases=(Phase(ObjectiveWeights()),), num_images=images,
+        generator, frozen, NO_BATCHES, phases=(Phase(ObjectiveWeights()),), num_images=images,
         condition_shapes=((5,), (4, 5)), base=Base(unet, NoiseSchedule()),
     )  # fmt: skip
     assert task.units == {"loras": 1, "images": images}

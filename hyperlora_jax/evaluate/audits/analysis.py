@@ -22,6 +22,7 @@ from hyperlora_jax.evaluate.report.sections import Section
 from hyperlora_jax.lora import factors, vectorize
 from hyperlora_jax.lora.sites import LoraSpec
 from hyperlora_jax.parallel import multihost
+from hyperlora_jax.stable_diffusion.model import StableDiffusion
 from hyperlora_jax.worlds.by_style import World
 
 STARTS = ("mean_lora", "nearest", "knn", "generated")  # of steps to quality
@@ -102,7 +103,7 @@ def _needed(results: Mapping[str, MethodResult]) -> list[str]:
 
 def standard_sections(
     *,
-    sd: Any,
+    sd: StableDiffusion,
     spec: LoraSpec,
     avatars: World | None,
     test: AnySet,
@@ -148,7 +149,7 @@ def standard_sections(
 
 
 def interpolation_strips(
-    sd: Any, test: Questions, loras: Params, strength: float, num_steps: int
+    sd: StableDiffusion, test: Questions, loras: Params, strength: float, num_steps: int
 ) -> Float[np.ndarray, "p k h w 3"]:
     """Pictures from one identity's LoRA to the next one's, one caption and noise per pair.
 

@@ -65,7 +65,7 @@ def confidence_section(
     held_out = familiarity_of(references)
     familiarities = {kind: familiarity_of(pictures) for kind, pictures in others.items()}
     differ = len({*held_out}) > 1 and len({*losses}) > 1
-    rank = stats.spearmanr(held_out, losses) if differ and len(held_out) > 2 else None
+    rank: Any = stats.spearmanr(held_out, losses) if differ and len(held_out) > 2 else None
     numbers: dict[str, Any] = {
         "held_out": {"familiarity": float(held_out.mean()), "n": len(held_out)},
         "strangers": {
@@ -96,5 +96,5 @@ def confidence_section(
 
 def auc(higher: Float[np.ndarray, " n"], lower: Float[np.ndarray, " m"]) -> float:
     """Probability that a value of `higher` exceeds one of `lower`; ties count half."""
-    statistic = stats.mannwhitneyu(higher, lower).statistic
+    statistic = stats.mannwhitneyu(higher, lower)[0]
     return float(statistic / (len(higher) * len(lower)))

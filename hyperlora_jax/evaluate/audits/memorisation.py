@@ -20,7 +20,8 @@ first percentile; a copy lies near 0. That is why the noisy copies decide.
 """
 
 import dataclasses
-from typing import Any
+import functools
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -78,7 +79,7 @@ class Audit:
         """What `median_ratio` would be for noisy copies."""
         return self.noisy_copy / max(float(np.median(self.leave_one_out)), 1e-300)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """All numbers but the two lists of distances, and their medians."""
         skipped = ("nearest", "leave_one_out")
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -167,7 +168,7 @@ def audit(products: InnerProducts, space: str = "delta") -> Audit:
     ours = np.sqrt(np.maximum(products.generated, 1e-300))
     nearest = 1.0 - (products.across / ours[:, None] / norms[None, :]).max(axis=1)
     noisy = _noisy_copy_distance(float(np.median(leave_one_out)))
-    test = ks_2samp(nearest, leave_one_out)
+    statistic, p_value = ks_2samp(nearest, leave_one_out)
     first = np.quantile(leave_one_out, 0.01)
     return Audit(
         space=space,
@@ -175,8 +176,8 @@ def audit(products: InnerProducts, space: str = "delta") -> Audit:
         leave_one_out=leave_one_out,
         noisy_copy=noisy,
         median_ratio=float(np.median(nearest) / max(float(np.median(leave_one_out)), 1e-300)),
-        ks_statistic=float(test.statistic),
-        ks_p=float(test.pvalue),
+        ks_statistic=float(statistic),
+        ks_p=float(p_value),
         share_below_first_percentile=float((nearest < first).mean()),
         passed=bool(np.median(nearest) >= noisy),
     )
@@ -255,4 +256,4 @@ def _gram_block(a: Params, b: Params) -> Float[Array, "l m"]:
         return jnp.sum(downs * ups, axis=(2, 3))
 
     sites = jax.tree.leaves(jax.tree.map(one, a, b, is_leaf=is_site))
-    return sum(sites[1:], sites[0])
+    return functools.reduce(operator.add, sites)

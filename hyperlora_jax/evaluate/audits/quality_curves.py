@@ -14,14 +14,13 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from hyperlora_jax.array_types import AnyArray, Float, Int, Params
+from hyperlora_jax.array_types import AnyArray, ArrayTree, Float, Int, Json, Params
 from hyperlora_jax.distill import slots as slot_state
 from hyperlora_jax.distill.fit import spread
 from hyperlora_jax.distill.parametrisations import Factors
@@ -35,14 +34,15 @@ from hyperlora_jax.evaluate.protocol import Questions
 from hyperlora_jax.lora import factors
 from hyperlora_jax.lora.sites import LoraSpec
 from hyperlora_jax.parallel import sharding, shared_work
+from hyperlora_jax.stable_diffusion.model import StableDiffusion
 
 CHECKPOINTS = (0, 5, 10, 25, 50, 100, 200, 400, 800)
 TARGET = 0.95
 
 # (LoRAs [l], steps already done, steps to reach) -> (LoRAs, seconds that it took)
-Advance = Callable[[Any, int, int], tuple[Any, float]]
+Advance = Callable[[ArrayTree, int, int], tuple[ArrayTree, float]]
 # LoRAs [l] -> {score: [l, ...]}, more is better for identity_top1, less for image_error and loss
-Score = Callable[[Any], Mapping[str, AnyArray]]
+Score = Callable[[ArrayTree], Mapping[str, AnyArray]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -78,7 +78,7 @@ class Headline:
     seconds_per_lora: float | None
     relative: Estimate
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """{"steps", "seconds_per_lora", "relative": {"mean", "stderr", "n"}}."""
         return {**dataclasses.asdict(self), "relative": self.relative.to_json()}
 
@@ -147,7 +147,7 @@ def headlines(
     return lines
 
 
-def to_json(curves: Mapping[str, Curve], lines: Mapping[str, Headline]) -> dict[str, Any]:
+def to_json(curves: Mapping[str, Curve], lines: Mapping[str, Headline]) -> dict[str, object]:
     """Curves and headlines for metrics.json."""
     return {
         "headline": {name: headline.to_json() for name, headline in lines.items()},
@@ -177,8 +177,8 @@ NAMES = {"mean_lora": "mean", "generated": "hypernetwork"}
 
 
 def quality_curves(
-    sd: Any,
-    sampler: Any,
+    sd: StableDiffusion,
+    sampler: StableDiffusion,
     spec: LoraSpec,
     recipe: Recipe,
     questions: Questions,
@@ -186,7 +186,7 @@ def quality_curves(
     judge: Scorer,
     *,
     strength: float,
-    sampling: Mapping[str, Any],
+    sampling: Json,
     checkpoints: Sequence[int],
     start_seconds: Mapping[str, float] | None = None,
     mesh: Mesh | None = None,
@@ -236,7 +236,9 @@ def quality_curves(
         params = loaded.params
         if start is not None:
             params = factors.scale(factors.index(start, mine), 1.0 / scale)
-        fresh = jax.tree.map(jnp.array, loaded.replace(params=params))  # a copy: steps donate it
+        fresh = jax.tree.map(
+            jnp.array, dataclasses.replace(loaded, params=params)
+        )  # a copy: steps donate it
         slots, unet_params = fresh, sd.params["unet"]
         if mesh is not None:
             slots = jax.device_put(slots, spread(mesh, len(mine)))
@@ -280,7 +282,7 @@ def fitting_checkpoints(
 
 
 def _loaded(
-    sd: Any,
+    sd: StableDiffusion,
     parametrisation: Factors,
     recipe: Recipe,
     questions: Questions,

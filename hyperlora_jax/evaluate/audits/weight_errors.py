@@ -5,7 +5,6 @@ negative share of explained variance can draw the right person, see `compare`.
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import numpy as np
@@ -33,7 +32,7 @@ class WeightErrors:
     site_error: dict[str, Float[np.ndarray, " l"]]
     site_cosine: dict[str, Float[np.ndarray, " l"]]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Means with standard errors; per site the means alone."""
         return {
             "relative_error": clustered_mean(self.relative_error).to_json(),
@@ -96,5 +95,5 @@ def _singular_values(down: AnyArray, up: AnyArray) -> np.ndarray:
     return np.linalg.svd(triangle @ np.swapaxes(other, 1, 2), compute_uv=False)
 
 
-def _array(values: Any) -> np.ndarray:
+def _array(values: object) -> np.ndarray:
     return np.asarray(values, np.float64)

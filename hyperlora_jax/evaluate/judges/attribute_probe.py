@@ -2,15 +2,15 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from hyperlora_jax.array_types import AnyArray, Float, Int, Params
+from hyperlora_jax.array_types import AnyArray, Float, Int, Json, Params
 from hyperlora_jax.encoders.condition_encoders import check_params, load_weights
 from hyperlora_jax.encoders.image_encoder import ConvEncoder
 from hyperlora_jax.errors import UserError
@@ -37,7 +37,7 @@ class AttributeProbe:
     params: Params
     parts: Mapping[str, tuple[str, ...]]
     hash: str
-    facts: Mapping[str, Any]
+    facts: Json
 
     @classmethod
     def load(cls, path: epath.PathLike | None = None) -> "AttributeProbe":
@@ -67,7 +67,7 @@ class AttributeProbe:
         every = encode_in_batches(classes_of, flat, BATCH, whole=True)
         return every.reshape(*pictures.shape[:-3], len(self.parts))
 
-    def check_parts(self, parts: Mapping[str, Any]) -> None:
+    def check_parts(self, parts: Json) -> None:
         """Raises UserError unless the probe judges exactly these caption parts and classes."""
         wanted = {part: tuple(classes) for part, classes in parts.items()}
         if dict(self.parts) != wanted:
@@ -79,5 +79,5 @@ class AttributeProbe:
 
 @functools.partial(jax.jit, static_argnames="module")
 def _classes(module: ProbeNetwork, params: Params, images: jax.Array) -> jax.Array:
-    logits = module.apply({"params": params}, images)
+    logits = cast(Sequence[jax.Array], module.apply({"params": params}, images))
     return jnp.stack([part.argmax(axis=-1) for part in logits], axis=-1)

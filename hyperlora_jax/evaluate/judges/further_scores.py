@@ -5,9 +5,9 @@ lpips      perceptual distance to the exact picture    `evaluate.lpips`, see `lp
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.evaluate.judges.judges import load_clip
@@ -21,7 +21,7 @@ Further = Callable[[np.ndarray], np.ndarray]
 WORST_LPIPS = 1.0  # of a picture that is not finite
 
 
-def further_scorers(section: Any, test: AnySet) -> dict[str, Further]:
+def further_scorers(section: ConfigDict, test: AnySet) -> dict[str, Further]:
     """{score: function of pictures} of a config's `evaluate` section; models are loaded at once.
 
     Raises:

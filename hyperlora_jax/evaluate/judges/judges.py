@@ -15,10 +15,11 @@ what it answers.
 import dataclasses
 import importlib
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from etils import epath
+from ml_collections import ConfigDict
 
 from hyperlora_jax.array_types import AnyArray, Bool, Float
 from hyperlora_jax.encoders.condition_encoders import ImageEncoder
@@ -113,7 +114,8 @@ def load_clip(clip: epath.PathLike) -> ClipJudge:
         model = transformers.CLIPModel.from_pretrained(str(clip), use_safetensors=True).eval()
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"clip {clip}: holds no CLIP model with a tokenizer") from error
-    length = model.config.text_config.max_position_embeddings
+    text: Any = model.config.text_config
+    length = text.max_position_embeddings
 
     def embed_texts(texts: list[str]) -> np.ndarray:
         tokens = tokenizer(
@@ -157,7 +159,7 @@ def load_detector(name: str) -> Detects | None:
         return None
     module, _, function = name.partition(":")
     try:
-        detector = getattr(importlib.import_module(module), function)
+        detector: Any = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(
             f"evaluate.detector: found {name!r} ({error}), expected module:function that can be "
@@ -165,7 +167,7 @@ def load_detector(name: str) -> Detects | None:
         ) from error
     if not callable(detector):
         raise UserError(f"evaluate.detector: {name!r} is no function")
-    return detector
+    return cast(Detects, detector)
 
 
 def similarity_numbers(
@@ -176,7 +178,7 @@ def similarity_numbers(
     leaky: Collection[str] = (),
     detects: Detects | None = None,
     folder: epath.PathLike | None = None,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """{judge: {"hash", "is_condition_encoder", "similarity": {method: estimate}}}.
 
     Args:
@@ -230,7 +232,7 @@ class Judges:
     note: str
 
 
-def choose_judges(section: Any, condition: ImageEncoder, size: int, *, real: bool) -> Judges:
+def choose_judges(section: ConfigDict, condition: ImageEncoder, size: int, *, real: bool) -> Judges:
     """The judges of a config's `evaluate` section; the first independent one is the main one.
 
     Without any, the CLIP of `evaluate.clip` judges, and without that the condition encoder.
@@ -267,7 +269,7 @@ def same_encoder(one: ImageEncoder, other: ImageEncoder, size: int) -> bool:
     return bool(np.abs(answers[0] - answers[1]).max() < SAME)
 
 
-def _note(main: str, given: Mapping[str, Any], leaky: set[str], real: bool) -> str:
+def _note(main: str, given: Mapping[str, object], leaky: set[str], real: bool) -> str:
     if real and not given:
         return (
             "no judge was given, so the encoder that conditions the hypernetwork judges: it is not "

@@ -13,12 +13,13 @@ subject are, so a generated picture can hardly score more, and its diversity is 
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from etils import epath
 
 from hyperlora_jax.array_types import AnyArray, Float, Int, UInt8
+from hyperlora_jax.encoders.condition_encoders import ImageEncoder
 from hyperlora_jax.evaluate import metrics
 from hyperlora_jax.evaluate.judges.judges import Detects, detected, embeddings, mean_embeddings
 from hyperlora_jax.evaluate.picture_sets import PictureSet
@@ -57,10 +58,13 @@ class PictureScorer:
     """
 
     def __init__(
-        self, judge: Any, detects: Detects | None = None, folder: epath.PathLike | None = None
+        self,
+        judge: ImageEncoder,
+        detects: Detects | None = None,
+        folder: epath.PathLike | None = None,
     ):
         self.judge, self.detects, self.folder = judge, detects, folder
-        self._galleries: dict[int, tuple[Any, np.ndarray]] = {}
+        self._galleries: dict[int, tuple[PictureSet, np.ndarray]] = {}
 
     def __call__(
         self, questions: PictureSet, images: Float[AnyArray, "i c h w 3"]

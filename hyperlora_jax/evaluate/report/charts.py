@@ -4,7 +4,6 @@
 
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -38,7 +37,7 @@ def strength_chart(results: Mapping[str, MethodResult]) -> bytes | None:
 
 
 def line_chart(
-    series: Mapping[str, tuple[Sequence[Any], Sequence[Any]]],
+    series: Mapping[str, tuple[Sequence[object], Sequence[object]]],
     x_label: str,
     y_label: str,
     log_x: bool = False,
@@ -60,7 +59,7 @@ def line_chart(
     return _png(figure)
 
 
-def histogram_chart(series: Mapping[str, Any], x_label: str, num_bins: int = 30) -> bytes:
+def histogram_chart(series: Mapping[str, object], x_label: str, num_bins: int = 30) -> bytes:
     """PNG of overlaid histograms {name: values} over one range."""
     figure, (axis,) = _new_figure(rows=1)
     everything = np.concatenate([np.asarray(values) for values in series.values()])
@@ -95,7 +94,8 @@ def _legend(figure, axis) -> None:
 
 
 def _new_figure(rows: int, height: float = 2.8):
-    from matplotlib import cycler, rcParams
+    from cycler import cycler
+    from matplotlib import rcParams
     from matplotlib.figure import Figure
 
     # More lines than colours: the next ten are dashed, so that no two look alike.

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hyperlora_jax.array_types import Json
 from hyperlora_jax.distill.parametrisations import Added
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.evaluate.fitted_sets import seconds_per_fit
@@ -21,12 +22,12 @@ SCORES = ("identity_top1", "image_error", "similarity", "caption_accuracy")
 
 
 def comparison(
-    summary: Mapping[str, Any],
+    summary: Json,
     steps: Mapping[str, int],
     seconds: Mapping[str, float | None],
     command: str,
     seeds: Mapping[str, int],
-) -> dict[str, Any]:
+) -> Json:
     """The content of the file.
 
     Args:
@@ -62,7 +63,7 @@ def comparison(
     }
 
 
-def measured(evaluation: Any, summary: Mapping[str, Any], command: str) -> dict[str, Any]:
+def measured(evaluation: Any, summary: Json, command: str) -> Json:
     """The comparison of a finished `run.Evaluation`, with the seconds that every method's LoRA
     takes alone.
 
@@ -94,7 +95,7 @@ def measured(evaluation: Any, summary: Mapping[str, Any], command: str) -> dict[
     return comparison(summary, steps, seconds, command, seeds)
 
 
-def write(path: str | Path, content: Mapping[str, Any]) -> Path:
+def write(path: str | Path, content: Mapping[str, object]) -> Path:
     """Writes the file.
 
     Raises:

@@ -159,7 +159,7 @@ def _enlarged(picture: Float[AnyArray, "h w 3"], side: int) -> "Image.Image":
     from PIL import Image
 
     pixels = np.clip(np.nan_to_num(np.asarray(picture, np.float32)), 0.0, 1.0)
-    image = Image.fromarray(np.uint8(pixels * 255.0 + 0.5))
+    image = Image.fromarray((pixels * 255.0 + 0.5).astype(np.uint8))
     return image.resize((side, side), Image.Resampling.NEAREST)
 
 

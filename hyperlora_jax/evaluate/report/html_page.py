@@ -8,10 +8,10 @@ import base64
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from etils import epath
 
+from hyperlora_jax.array_types import Json
 from hyperlora_jax.evaluate.compare import MethodResult
 from hyperlora_jax.evaluate.picture_sets import AnySet
 from hyperlora_jax.evaluate.protocol import EvaluationSet
@@ -57,7 +57,7 @@ class ReportFiles:
 
 def write_report(
     folder: epath.PathLike,
-    summary: Mapping[str, Any],
+    summary: Json,
     results: Mapping[str, MethodResult],
     test: AnySet,
     *,
@@ -124,7 +124,7 @@ def standard_figures(
 
 
 def render_page(
-    summary: Mapping[str, Any],
+    summary: Json,
     shown: Sequence[Figure],
     *,
     title: str,
@@ -155,7 +155,7 @@ def render_page(
     )
 
 
-def _inline(figure: Figure) -> dict[str, Any]:
+def _inline(figure: Figure) -> dict[str, object]:
     # The size stands in the PNG header: 8 bytes of signature, then IHDR's length and name.
     width, height = (int.from_bytes(figure.png[i : i + 4], "big") for i in (16, 20))
     return {

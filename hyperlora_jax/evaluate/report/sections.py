@@ -9,7 +9,6 @@ import dataclasses
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from etils import epath
@@ -29,7 +28,7 @@ class Section:
     """Numbers for metrics.json under `name`, and figures for the page."""
 
     name: str
-    numbers: Mapping[str, Any]
+    numbers: Mapping[str, object]
     figures: tuple[Figure, ...]
 
 
@@ -43,7 +42,7 @@ def memorisation_section(
       images: of `memorisation.image_memorisation`, when training renders are at hand.
     """
     audits = audit_loras(generated, training)
-    numbers: dict[str, Any] = {"weights": {space: a.to_json() for space, a in audits.items()}}
+    numbers: dict[str, object] = {"weights": {space: a.to_json() for space, a in audits.items()}}
     if images is not None:
         numbers["images"] = dict(images)
     shown = tuple(_memorisation_figure(audit) for audit in audits.values())

@@ -1,9 +1,9 @@
 """What was done, in a few sentences: from the facts of the checkpoint and of the datasets, never
 from the config at hand, which may be another run's."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
+from hyperlora_jax.array_types import Json
 from hyperlora_jax.evaluate.own_source import source_name
 from hyperlora_jax.evaluate.picture_sets import AnySet
 from hyperlora_jax.evaluate.protocol import EvaluationSet
@@ -26,14 +26,14 @@ def lead(test: AnySet) -> str:
     )
 
 
-def story(summary: Mapping[str, Any]) -> list[str]:
+def story(summary: Json) -> list[str]:
     """Paragraphs that say what was done, from the content of metrics.json."""
     facts = summary["facts"]
     told = [_dataset(facts, summary), _training(facts), _asked(summary), _conventional(summary)]
     return [paragraph for paragraph in told if paragraph]
 
 
-def _dataset(facts: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
+def _dataset(facts: Json, summary: Json) -> str:
     if not facts["targets"]:
         return ""
     steps = {dataset.get("recipe", {}).get("num_steps") for dataset in facts["targets"]}
@@ -48,7 +48,7 @@ def _dataset(facts: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
     return f"{loras} of {identities} {made}{each}{of_them}."
 
 
-def _training(facts: Mapping[str, Any]) -> str:
+def _training(facts: Json) -> str:
     if facts["generator"] in CLOSED_FORMS:
         return f"The LoRAs are written by {facts['generator']}, a closed form fitted to such LoRAs."
     identities = counted(facts["num_training_identities"], "identity", "identities")
@@ -64,7 +64,7 @@ def _training(facts: Mapping[str, Any]) -> str:
     return f"A hypernetwork was trained for {steps}{within}, on {identities}{of_source} {how}."
 
 
-def _asked(summary: Mapping[str, Any]) -> str:
+def _asked(summary: Json) -> str:
     test = summary["evaluation"]["test"]
     real = "source" in test
     prompts = (
@@ -89,7 +89,7 @@ def _each(numbers: Sequence[int], what: str) -> str:
     return f"{span(numbers)} {what}{'' if max(numbers) == 1 else 's'}"
 
 
-def _conventional(summary: Mapping[str, Any]) -> str:
+def _conventional(summary: Json) -> str:
     if "conventional" not in summary["identity_top1"]:
         return ""
     test, top1 = summary["evaluation"]["test"], summary["identity_top1"]["conventional"]

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from hyperlora_jax.array_types import Json
 from hyperlora_jax.evaluate import metrics
-from hyperlora_jax.evaluate.compare import AnyScores, MethodResult
+from hyperlora_jax.evaluate.compare import AnyScores, MethodResult, Scores
 from hyperlora_jax.evaluate.picture_sets import AnySet
 from hyperlora_jax.evaluate.protocol import EvaluationSet
 
@@ -23,13 +24,13 @@ def summarise(
     test: AnySet,
     validation: AnySet | None,
     *,
-    torch_parity: Mapping[str, Any] | None = None,
+    torch_parity: Mapping[str, object] | None = None,
     seconds: Mapping[str, float] | None = None,
-    facts: Mapping[str, Any] | None = None,
-    sections: Mapping[str, Any] | None = None,
+    facts: Json | None = None,
+    sections: Mapping[str, object] | None = None,
     further: Columns | None = None,
-    judges: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
+    judges: Mapping[str, object] | None = None,
+) -> Json:
     """Everything that was measured, JSON-able.
 
     Args:
@@ -63,7 +64,7 @@ def summarise(
         "versions": versions(),
     }
     if isinstance(test, EvaluationSet):
-        caption = {name: score.caption for name, score in scores.items()}
+        caption = {n: score.caption for n, score in scores.items() if isinstance(score, Scores)}
         summary["caption_all_parts"] = {n: _mean(caption[n].min(axis=2)) for n in names}
         summary["caption_parts"] = {n: _per_part(caption[n], test) for n in names}
     if judges:
@@ -71,7 +72,7 @@ def summarise(
     return {**summary, **(sections or {})}
 
 
-def paired(scores: Mapping[str, AnyScores]) -> dict[str, Any]:
+def paired(scores: Mapping[str, AnyScores]) -> Json:
     """Identity top-1 of generated and conventional on the identities that both have.
 
     {"generated", "conventional", "ratio", "ratio_stderr", "n"}; empty when one is missing.
@@ -89,7 +90,7 @@ def paired(scores: Mapping[str, AnyScores]) -> dict[str, Any]:
     }
 
 
-def differences(columns: Columns, method: str = "generated") -> dict[str, Any]:
+def differences(columns: Columns, method: str = "generated") -> Json:
     """`method` minus every other, on the identities that both have, with z and a p value.
 
     {other: {score: {"mean", "stderr", "n", "z", "p"}}}; z is mean / stderr.
@@ -124,11 +125,11 @@ def _columns(scores: Mapping[str, AnyScores]) -> dict[str, dict[str, np.ndarray]
     }
 
 
-def _mean(values: np.ndarray) -> dict[str, Any]:
+def _mean(values: np.ndarray) -> Json:
     return metrics.clustered_mean(values).to_json()
 
 
-def _mean_of_defined(values: np.ndarray) -> dict[str, Any]:
+def _mean_of_defined(values: np.ndarray) -> Json:
     """Mean over the identities that have such a value at all."""
     defined = values[~np.isnan(values)]
     return _mean(defined) if len(defined) else {"mean": None, "stderr": None, "n": 0}
@@ -139,7 +140,7 @@ def _per_part(caption: np.ndarray, test: EvaluationSet) -> dict[str, float]:
     return {part: float(mean) for part, mean in zip(test.parts, means, strict=True)}
 
 
-def _strength(result: MethodResult) -> dict[str, Any]:
+def _strength(result: MethodResult) -> dict[str, object]:
     curve = [
         {"strength": strength, **{name: _mean(v) for name, v in scores.columns().items()}}
         for strength, scores in result.curve.items()
@@ -158,7 +159,7 @@ def _common(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return first[:count], second[:count]
 
 
-def _difference(first: np.ndarray, second: np.ndarray) -> dict[str, Any]:
+def _difference(first: np.ndarray, second: np.ndarray) -> Json:
     first, second = _common(first, second)
     estimate = metrics.paired_difference(first, second)
     z = estimate.mean / estimate.stderr if estimate.stderr else float("nan")

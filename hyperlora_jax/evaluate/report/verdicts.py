@@ -1,8 +1,6 @@
 """What the numbers of metrics.json say, good and bad, one sentence each."""
 
-from collections.abc import Mapping
-from typing import Any
-
+from hyperlora_jax.array_types import Json
 from hyperlora_jax.evaluate.methods import CONTROLS
 from hyperlora_jax.evaluate.report.wording import (
     COLUMNS,
@@ -149,7 +147,7 @@ def _steps_verdict(summary: Summary) -> list[dict[str, str]]:
     return [_verdict(good, text)]
 
 
-def _when(headline: Mapping[str, Any]) -> str:
+def _when(headline: Json) -> str:
     if headline["steps"] is None:
         return "never"
     return f"after {headline['steps']} steps ({duration(headline['seconds_per_lora'])} per LoRA)"

@@ -1,11 +1,11 @@
 """Turns the numbers of metrics.json into tables and sentences. Pure functions of the summary."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
+from hyperlora_jax.array_types import Json
 from hyperlora_jax.evaluate.methods import ORDER, TITLES, meaning
 
-Summary = Mapping[str, Any]
+Summary = Json
 
 COLUMNS = {  # name in metrics.json: (title, digits, whether more is better)
     "identity_top1": ("identity top-1", 3, True),
@@ -30,7 +30,7 @@ TIMING_NAMES = {  # in the order of the page
 }
 
 
-def method_order(names: Any) -> list[str]:
+def method_order(names: Iterable[str]) -> list[str]:
     """Known methods in the order of tables, then all others."""
     ordered = [name for name in ORDER if name in names]
     return ordered + [name for name in names if name not in ordered]
@@ -59,7 +59,7 @@ def tiles(summary: Summary) -> list[dict[str, str]]:
     return cards
 
 
-def score_table(summary: Summary) -> dict[str, Any]:
+def score_table(summary: Summary) -> Json:
     """Methods × scores with standard errors."""
     measured = {name: spec for name, spec in COLUMNS.items() if name in summary}
     columns = [title for title, _, _ in measured.values()] + ["diversity", "strength", "n"]
@@ -108,13 +108,13 @@ def _score_note(summary: Summary) -> str:
     )
 
 
-def _judge(test: Mapping[str, Any]) -> str:
+def _judge(test: Mapping[str, object]) -> str:
     if test.get("judge_is_condition_encoder"):
         return "the encoder that conditions the hypernetwork (not independent)"
     return f"the judge {test['judge']}"
 
 
-def difference_table(summary: Summary) -> dict[str, Any]:
+def difference_table(summary: Summary) -> Json:
     """Paired differences of generated to all others."""
     measured = {name: spec for name, spec in COLUMNS.items() if name in summary}
     rows = []
@@ -133,7 +133,7 @@ def difference_table(summary: Summary) -> dict[str, Any]:
     return {"columns": columns, "rows": rows, "note": note, "colour": colour}
 
 
-def judge_table(summary: Summary) -> dict[str, Any]:
+def judge_table(summary: Summary) -> Json:
     """Methods × judges: similarity to the reference; no rows when there are no judges."""
     judges = summary.get("judges", {})
     names = method_order(sorted({n for judge in judges.values() for n in judge["similarity"]}))
@@ -239,7 +239,7 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.1f} min"
 
 
-def estimate(score: Mapping[str, Any], digits: int) -> dict[str, str]:
+def estimate(score: Mapping[str, object], digits: int) -> dict[str, str]:
     """{"value", "pm"} of an Estimate's JSON; pm is empty when there is no standard error."""
     stderr = score["stderr"]
     if score["mean"] is None:
@@ -248,7 +248,7 @@ def estimate(score: Mapping[str, Any], digits: int) -> dict[str, str]:
     return {"value": f"{score['mean']:.{digits}f}", "pm": pm}
 
 
-def beats(difference: Mapping[str, Any], more_is_better: bool) -> bool:
+def beats(difference: Json, more_is_better: bool) -> bool:
     """Whether a paired difference is a gain of more than `STANDARD_ERRORS`."""
     if difference["stderr"] is None:
         return False
@@ -256,7 +256,7 @@ def beats(difference: Mapping[str, Any], more_is_better: bool) -> bool:
     return gain > 0 and gain > STANDARD_ERRORS * difference["stderr"]
 
 
-def _signed(difference: Mapping[str, Any], digits: int, more_is_better: bool) -> dict[str, str]:
+def _signed(difference: Mapping[str, object], digits: int, more_is_better: bool) -> dict[str, str]:
     cell = estimate(difference, digits)
     tone = "good" if beats(difference, more_is_better) else ""
     tone = "bad" if beats(difference, not more_is_better) else tone

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from hyperlora_jax.array_types import Array, Float
+from hyperlora_jax.array_types import Array, DType, Float
 from hyperlora_jax.stable_diffusion.networks.attention_kernels import attend
 from hyperlora_jax.stable_diffusion.networks.blocks import rematerialised, scan_blocks
 from hyperlora_jax.stable_diffusion.networks.layers import Conv, Dense, GroupNorm, LayerNorm
@@ -17,7 +17,7 @@ class Attention(nn.Module):
     """Multi-head attention with the projections to_q, to_k, to_v, to_out.0."""
 
     num_heads: int
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
     implementation: str = "auto"
     mesh: Mesh | None = None
 
@@ -47,7 +47,7 @@ class GatedGelu(nn.Module):
     """a · gelu(g) of one projection to (a, g): diffusers' GEGLU."""
 
     features: int
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n f"]:
@@ -59,7 +59,7 @@ class GatedGelu(nn.Module):
 class FeedForward(nn.Module):
     """net.0 = GEGLU to four times the width, net.2 = linear back."""
 
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
@@ -72,7 +72,7 @@ class BasicTransformerBlock(nn.Module):
     """Self-attention, cross-attention, feed-forward, each after a layer norm, with residuals."""
 
     num_heads: int
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
     attention: str = "auto"
     mesh: Mesh | None = None
 
@@ -100,7 +100,7 @@ class Transformer2D(nn.Module):
     depth: int
     num_groups: int
     use_linear_projection: bool
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
     attention: str = "auto"
     remat: str = "none"
     mesh: Mesh | None = None

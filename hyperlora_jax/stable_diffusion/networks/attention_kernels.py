@@ -9,7 +9,7 @@ auto    splash on TPU from 1024 tokens, cudnn on GPU for 16-bit heads up to 128,
 
 import functools
 import math
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -172,4 +172,5 @@ def _splash(query: Heads, key: Heads, value: Heads, interpret: bool) -> Heads:
         interpret=interpret,
     )
     heads_first = [x.swapaxes(1, 2) for x in (query / math.sqrt(head_dim), key, value)]
-    return jax.vmap(kernel)(*heads_first).swapaxes(1, 2).astype(value.dtype)
+    attended = cast(Array, jax.vmap(kernel)(*heads_first))
+    return attended.swapaxes(1, 2).astype(value.dtype)

@@ -1,14 +1,12 @@
 """AutoencoderKL, NHWC, driven by its config.json; parameter paths follow diffusers."""
 
 import json
-from collections.abc import Mapping
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from hyperlora_jax.array_types import AnyArray, Array, Float
+from hyperlora_jax.array_types import AnyArray, Array, DType, Float, Json
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.stable_diffusion.networks.attention_kernels import xla_attention
 from hyperlora_jax.stable_diffusion.networks.configs import check_divides, read_config, to_json
@@ -39,7 +37,7 @@ _EPSILON = 1e-6
 _BELOW_RIGHT = ((0, 1), (0, 1))
 
 
-def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+def _settings(config: Json) -> Json:
     values = read_config(config, _DEFAULTS, _FIXED, frozenset(), "autoencoder")
     for key, only in (
         ("down_block_types", "DownEncoderBlock2D"),
@@ -67,7 +65,7 @@ class SpatialAttention(nn.Module):
     """Single-head self-attention over h·w positions with a residual."""
 
     num_groups: int
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
@@ -92,7 +90,7 @@ class CoderBlock(nn.Module):
     num_groups: int
     resample: str | None = None  # "down", "up"
     attention: bool = False
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b hh ww f"]:
@@ -119,7 +117,7 @@ class Coder(nn.Module):
     out_channels: int
     is_encoder: bool
     mid_attention: bool = True
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b hh ww o"]:
@@ -158,15 +156,15 @@ class AutoencoderKL(nn.Module):
     """Images in [-1, 1] to latents (mean, log-variance) and back; unscaled latents."""
 
     source: str
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
 
     @property
-    def config(self) -> dict[str, Any]:
+    def config(self) -> Json:
         """The config.json it was made from."""
         return json.loads(self.source)
 
     @property
-    def values(self) -> dict[str, Any]:
+    def values(self) -> Json:
         """Settings with defaults filled in."""
         return _settings(self.config)
 
@@ -229,7 +227,7 @@ class AutoencoderKL(nn.Module):
         shift, scale = self._affine()
         return latents / scale + shift
 
-    def _affine(self) -> tuple[Any, Any]:
+    def _affine(self) -> tuple[Array | float, Array | float]:
         v = self.values
         if v["latents_mean"] is not None and v["latents_std"] is not None:
             mean, std = jnp.asarray(v["latents_mean"]), jnp.asarray(v["latents_std"])
@@ -237,7 +235,7 @@ class AutoencoderKL(nn.Module):
         return v["shift_factor"] or 0.0, v["scaling_factor"]
 
 
-def vae_from_config(config: Mapping[str, Any], dtype: Any = jnp.float32) -> AutoencoderKL:
+def vae_from_config(config: Json, dtype: DType = jnp.float32) -> AutoencoderKL:
     """Autoencoder of a diffusers config.json. Raises UserError naming what it does not support."""
     _settings(config)
     return AutoencoderKL(to_json(config), dtype)

@@ -4,13 +4,12 @@ Parameter paths are those of the files: `text_model.encoder.layers.0...`, `text_
 """
 
 import json
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
 
-from hyperlora_jax.array_types import AnyArray, Array, Float, Int
+from hyperlora_jax.array_types import AnyArray, Array, DType, Float, Int, Json
 from hyperlora_jax.stable_diffusion.networks.attention_kernels import (
     causal_attention,
     xla_attention,
@@ -33,7 +32,7 @@ class ClipAttention(nn.Module):
 
     num_heads: int
     causal: bool
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
@@ -57,7 +56,7 @@ class ClipMlp(nn.Module):
 
     features: int
     activation: str
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
@@ -75,7 +74,7 @@ class ClipLayer(nn.Module):
     activation: str
     epsilon: float
     causal: bool
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
@@ -91,9 +90,9 @@ class ClipLayer(nn.Module):
 class ClipEncoder(nn.Module):
     """The layers."""
 
-    values: Any
+    values: Json
     causal: bool
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n c"]) -> list[Float[Array, "b n c"]]:
@@ -117,8 +116,8 @@ class ClipEncoder(nn.Module):
 class TokenEmbeddings(nn.Module):
     """Token plus position embedding."""
 
-    values: Any
-    dtype: Any = jnp.float32
+    values: Json
+    dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(self, tokens: Int[Array, "b n"]) -> Float[Array, "b n c"]:
@@ -135,8 +134,8 @@ class TokenEmbeddings(nn.Module):
 class TextTransformer(nn.Module):
     """Embeddings, encoder, final norm and the state at the end token."""
 
-    values: Any
-    dtype: Any = jnp.float32
+    values: Json
+    dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(
@@ -161,15 +160,15 @@ class ClipTextModel(nn.Module):
     """CLIPTextModel, or CLIPTextModelWithProjection where `architectures` says so."""
 
     source: str
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
 
     @property
-    def config(self) -> dict[str, Any]:
+    def config(self) -> Json:
         """The config.json it was made from."""
         return json.loads(self.source)
 
     @property
-    def values(self) -> dict[str, Any]:
+    def values(self) -> Json:
         """Settings with defaults filled in."""
         return text_settings(self.config)
 
@@ -205,7 +204,7 @@ class ClipTextModel(nn.Module):
         return (jnp.zeros((1, 1), jnp.int32),)
 
 
-def text_model_from_config(config: Mapping[str, Any], dtype: Any = jnp.float32) -> ClipTextModel:
+def text_model_from_config(config: Json, dtype: DType = jnp.float32) -> ClipTextModel:
     """Text encoder of a transformers config.json. Raises UserError naming what is unsupported."""
     text_settings(config)
     return ClipTextModel(to_json(config), dtype)

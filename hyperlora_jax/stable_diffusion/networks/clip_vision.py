@@ -5,13 +5,12 @@ files' own spelling `pre_layrnorm` is kept.
 """
 
 import json
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
 
-from hyperlora_jax.array_types import AnyArray, Array, Float
+from hyperlora_jax.array_types import AnyArray, Array, DType, Float, Json
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.stable_diffusion.networks.clip_text import ClipEncoder
 from hyperlora_jax.stable_diffusion.networks.configs import (
@@ -52,7 +51,7 @@ class ClipVisionOutput(NamedTuple):
     tokens: Float[Array, "b n p"]  # class token first
 
 
-def vision_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+def vision_settings(config: Json) -> Json:
     """Settings with defaults filled in. Raises UserError naming what is not supported."""
     what = "vision encoder"
     values = read_config(config, _DEFAULTS, _FIXED, IGNORED, what)
@@ -72,8 +71,8 @@ def vision_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 class PatchEmbeddings(nn.Module):
     """Class token, then one token for each patch, with learned positions."""
 
-    values: Any
-    dtype: Any = jnp.float32
+    values: Json
+    dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(self, pixels: Float[Array, "b h w c"]) -> Float[Array, "b n e"]:
@@ -96,8 +95,8 @@ class PatchEmbeddings(nn.Module):
 class VisionTransformer(nn.Module):
     """Embeddings, norm, encoder, norm."""
 
-    values: Any
-    dtype: Any = jnp.float32
+    values: Json
+    dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(self, pixels: Float[Array, "b h w c"]) -> tuple[Array, Array]:
@@ -114,15 +113,15 @@ class ClipVisionModel(nn.Module):
     """CLIPVisionModel, or CLIPVisionModelWithProjection where `architectures` says so."""
 
     source: str
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
 
     @property
-    def config(self) -> dict[str, Any]:
+    def config(self) -> Json:
         """The config.json it was made from."""
         return json.loads(self.source)
 
     @property
-    def values(self) -> dict[str, Any]:
+    def values(self) -> Json:
         """Settings with defaults filled in."""
         return vision_settings(self.config)
 
@@ -155,9 +154,7 @@ class ClipVisionModel(nn.Module):
         return (jnp.zeros((1, v["image_size"], v["image_size"], v["num_channels"])),)
 
 
-def vision_model_from_config(
-    config: Mapping[str, Any], dtype: Any = jnp.float32
-) -> ClipVisionModel:
+def vision_model_from_config(config: Json, dtype: DType = jnp.float32) -> ClipVisionModel:
     """Encoder of a transformers config.json. Raises UserError naming what is unsupported."""
     vision_settings(config)
     return ClipVisionModel(to_json(config), dtype)

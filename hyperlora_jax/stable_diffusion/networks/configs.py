@@ -14,9 +14,10 @@ from typing import Any
 
 import jax
 
+from hyperlora_jax.array_types import Json
 from hyperlora_jax.errors import UserError
 
-Config = Mapping[str, Any]
+Config = Json
 _LEAST, _MOST = 1e-12, 2**24
 # What may be a list of one number per level, and of lists for a level's layers.
 _NESTED = frozenset({"transformer_layers_per_block", "reverse_transformer_layers_per_block"})
@@ -38,7 +39,7 @@ _ANY_NUMBER = frozenset({"latents_mean", "shift_factor"})
 
 def read_config(
     config: Config, defaults: Config, fixed: Mapping[str, tuple], ignored: frozenset[str], what: str
-) -> dict[str, Any]:
+) -> Json:
     """Values of `defaults`, overridden by `config`.
 
     Raises UserError for a key that is in none of the tables, and for a value of a `fixed` key that
@@ -95,7 +96,7 @@ def _fits(leaf: Any, like: Any, key: str) -> bool:
     return whole and (0 if key in _MAY_BE_ZERO else _LEAST) <= leaf <= _MOST
 
 
-def _depth(value: Any) -> int:
+def _depth(value: object) -> int:
     return 1 + max(map(_depth, value), default=0) if isinstance(value, tuple) else 0
 
 
@@ -214,7 +215,7 @@ IGNORED = frozenset(
 )
 
 
-def text_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+def text_settings(config: Json) -> Json:
     """Settings with defaults filled in. Raises UserError naming what is not supported."""
     values = read_config(config, _DEFAULTS, _FIXED, IGNORED, "text encoder")
     if values["hidden_act"] not in ACTIVATIONS:

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from hyperlora_jax.array_types import Array, Float
+from hyperlora_jax.array_types import Array, DType, Float
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
 
@@ -180,7 +180,7 @@ class Dense(nn.Module):
 
     features: int
     use_bias: bool = True
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b ... i"]) -> Float[Array, "b ... o"]:
@@ -207,7 +207,7 @@ class Conv(nn.Module):
     stride: int = 1
     padding: int | tuple[tuple[int, int], tuple[int, int]] = 1
     use_bias: bool = True
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b hh ww o"]:
@@ -232,7 +232,7 @@ class GroupNorm(nn.Module):
 
     num_groups: int
     epsilon: float = 1e-5
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b ... c"]) -> Float[Array, "b ... c"]:
@@ -254,7 +254,7 @@ class LayerNorm(nn.Module):
     """Layer norm over the last axis with float32 statistics."""
 
     epsilon: float = 1e-5
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "... c"]) -> Float[Array, "... c"]:

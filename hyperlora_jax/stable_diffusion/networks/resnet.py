@@ -1,12 +1,10 @@
 """Residual blocks and resampling layers shared by the UNet and the autoencoder."""
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from hyperlora_jax.array_types import Array, Float
+from hyperlora_jax.array_types import Array, DType, Float
 from hyperlora_jax.stable_diffusion.networks.layers import Conv, Dense, GroupNorm
 
 
@@ -16,7 +14,7 @@ class ResnetBlock(nn.Module):
     features: int
     num_groups: int
     epsilon: float
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(
@@ -39,7 +37,7 @@ class Downsample(nn.Module):
     """3×3 convolution of stride 2. The autoencoder pads below and right only."""
 
     padding: int | tuple[tuple[int, int], tuple[int, int]] = 1
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b hh ww c"]:
@@ -50,7 +48,7 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """Nearest neighbour to `size` (default twice the size), then a 3×3 convolution."""
 
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(

@@ -4,14 +4,13 @@ Parameter and LoRA paths are `lora.sites.module_path` of the diffusers module pa
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from hyperlora_jax.array_types import AnyArray, Array, Float, Int
+from hyperlora_jax.array_types import AnyArray, Array, DType, Float, Int, Json
 from hyperlora_jax.stable_diffusion.networks.attention import Transformer2D
 from hyperlora_jax.stable_diffusion.networks.blocks import check_remat, rematerialised
 from hyperlora_jax.stable_diffusion.networks.layers import Conv, Dense, GroupNorm
@@ -39,7 +38,7 @@ class EmbeddingMlp(nn.Module):
     """linear_1, SiLU, linear_2; with a condition, a projection of it is added to the input."""
 
     features: int
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(
@@ -61,7 +60,7 @@ class UNetBlock(nn.Module):
     depths: tuple[int, ...]  # blocks of each transformer; () without any
     num_heads: int
     resample: str | None = None  # "down", "up"
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
     attention: str = "auto"
     remat: str = "none"
     mesh: Mesh | None = None
@@ -126,14 +125,14 @@ class UNet(nn.Module):
     """
 
     settings: UNetConfig
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
     attention: str = "auto"
     remat: str = "none"
     mesh: Mesh | None = None
     scan: bool = False
 
     @property
-    def config(self) -> dict[str, Any]:
+    def config(self) -> dict[str, object]:
         """The config.json it was made from."""
         return self.settings.config
 
@@ -246,7 +245,7 @@ class UNet(nn.Module):
         size = 2 ** (c.num_levels - 1)
         added = None
         if c.addition_time_width is not None:
-            pooled = c.addition_input_width - 6 * c.addition_time_width
+            pooled = (c.addition_input_width or 0) - 6 * c.addition_time_width
             added = {"text_embeds": jnp.zeros((1, pooled)), "time_ids": jnp.zeros((1, 6))}
         return (
             jnp.zeros((1, size, size, c.in_channels)),
@@ -256,6 +255,6 @@ class UNet(nn.Module):
         )
 
 
-def unet_from_config(config: Mapping[str, Any], dtype: Any = jnp.float32) -> UNet:
+def unet_from_config(config: Json, dtype: DType = jnp.float32) -> UNet:
     """UNet of a diffusers config.json. Raises UserError naming what it does not support."""
     return UNet(UNetConfig.from_dict(config), dtype)

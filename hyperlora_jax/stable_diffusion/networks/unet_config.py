@@ -2,9 +2,9 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
 from typing import Any
 
+from hyperlora_jax.array_types import Json
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.stable_diffusion.networks.configs import (
     check_divides,
@@ -104,7 +104,7 @@ class UNetConfig:
         return len(self.channels)
 
     @staticmethod
-    def from_dict(config: Mapping[str, Any]) -> "UNetConfig":
+    def from_dict(config: Json) -> "UNetConfig":
         """Reads a config.json. Raises UserError naming an unknown key or unsupported value."""
         v = read_config(config, _DEFAULTS, _FIXED, _IGNORED, _WHAT)
         levels = len(v["block_out_channels"])
@@ -144,7 +144,7 @@ class UNetConfig:
         )
 
     @property
-    def config(self) -> dict[str, Any]:
+    def config(self) -> dict[str, object]:
         """The config.json as read."""
         return json.loads(self.source)
 
@@ -164,7 +164,7 @@ def _attention_flags(types: tuple[str, ...], direction: str, levels: int) -> tup
 
 
 def _depths(
-    v: Mapping[str, Any], layers: tuple[int, ...]
+    v: Json, layers: tuple[int, ...]
 ) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]]:
     """Depths of every layer's transformer, of the down blocks and of the up blocks."""
     down_key, up_key = "transformer_layers_per_block", "reverse_transformer_layers_per_block"
@@ -186,7 +186,7 @@ def _mid_block(name: str | None) -> str | None:
     return name
 
 
-def _check_only_cross_attention(value: Any) -> None:
+def _check_only_cross_attention(value: object) -> None:
     if any(value) if isinstance(value, tuple) else value:
         raise UserError(f"{_WHAT} config: only_cross_attention = {value!r} is not supported")
 
@@ -200,7 +200,7 @@ def _context_width(value: Any) -> int:
     return widths.pop()
 
 
-def _addition(values: Mapping[str, Any]) -> dict[str, int | None]:
+def _addition(values: Json) -> dict[str, int | None]:
     kind = values["addition_embed_type"]
     if kind is None:
         return {"addition_time_width": None, "addition_input_width": None}

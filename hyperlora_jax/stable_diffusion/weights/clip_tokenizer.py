@@ -109,7 +109,7 @@ def _common_form(folder: Path) -> tuple[dict, list, dict[str, str], dict[str, bo
             (token["content"], _normalized(token)) for token in told if not isinstance(token, str)
         ]
         normalized = dict.fromkeys(special.values(), False) | dict(flags)
-        window = settings.get("model_max_length")
+        window: Any = settings.get("model_max_length")
         pairs = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in merges]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None  # transformers says what is wrong with it

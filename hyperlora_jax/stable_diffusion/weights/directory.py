@@ -40,7 +40,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, object]) -> None:
     """Writes a JSON object, creating the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(dict(content), indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -93,7 +93,7 @@ def _variants(folder: Path, stem: str) -> list[str]:
 
 
 def write_component(
-    folder: Path, component: str, config: Mapping[str, Any], params: Params, dtype: str
+    folder: Path, component: str, config: Mapping[str, object], params: Params, dtype: str
 ) -> None:
     """Writes config.json and one safetensors file."""
     write_json(folder / "config.json", config)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hyperlora_jax.array_types import Json
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora_files import safetensors_io
 
@@ -22,7 +23,7 @@ _TEXTS = (
     ("text_encoder", "conditioner.embedders.0.transformer.", False),
     ("text_encoder_2", "conditioner.embedders.1.model.", True),
 )
-SCHEDULER: dict[str, Any] = {
+SCHEDULER: Json = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
@@ -66,7 +67,7 @@ def _inside(shapes: Shapes, prefix: str) -> dict[str, tuple[int, ...]]:
     return {n.removeprefix(prefix): shape for n, shape in shapes.items() if n.startswith(prefix)}
 
 
-def _unet(shapes: Shapes, pooled: int | None) -> dict[str, Any]:
+def _unet(shapes: Shapes, pooled: int | None) -> Json:
     contexts = [shape[1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight")]
     if not contexts or "input_blocks.0.0.weight" not in shapes:
         raise UserError(
@@ -157,7 +158,7 @@ def _short(depths: list[int | None], absent: int) -> int | list[int]:
     return known[0] if len(set(known)) == 1 else known
 
 
-def _vae(shapes: Shapes, unet: Mapping[str, Any]) -> dict[str, Any] | None:
+def _vae(shapes: Shapes, unet: Json) -> Json | None:
     widths = _numbered(shapes, r"encoder\.down\.(\d+)\.block\.0\.conv1\.weight")
     if not widths or "decoder.conv_in.weight" not in shapes:
         return None
@@ -177,7 +178,7 @@ def _vae(shapes: Shapes, unet: Mapping[str, Any]) -> dict[str, Any] | None:
     }
 
 
-def _text(shapes: Shapes, name: str, open_clip: bool) -> dict[str, Any] | None:
+def _text(shapes: Shapes, name: str, open_clip: bool) -> Json | None:
     if open_clip:
         embeddings, places = "token_embedding.weight", "positional_embedding"
         layer, wide = r"transformer\.resblocks\.(\d+)\.", r"mlp\.c_fc\.weight"

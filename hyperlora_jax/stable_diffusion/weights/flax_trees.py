@@ -37,7 +37,7 @@ _RENAMES["image_encoder"] = ((r"^(?!vision_model\.|visual_projection\.)", "visio
 _RENAMES["text_encoder_2"] = _RENAMES["text_encoder"]
 
 
-def param_shapes(module: nn.Module) -> dict[str, Any]:
+def param_shapes(module: nn.Module) -> Params:
     """Tree of ShapeDtypeStructs of a model's parameters; nothing is computed."""
     return jax.eval_shape(lambda: module.init(jax.random.key(0), *module.dummy_inputs()))["params"]
 
@@ -79,7 +79,7 @@ def torch_to_flax(
     Raises:
         UserError: for an unknown, doubled or missing tensor or one of the wrong shape.
     """
-    leaves = flatten_dict(shapes)
+    leaves: dict[tuple[str, ...], Any] = flatten_dict(shapes)
     found: dict[tuple[str, ...], Any] = {}
     for name, load in tensors:
         today = today_name(name, component)

@@ -14,14 +14,14 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from hyperlora_jax.array_types import Params, PRNGKey
+from hyperlora_jax.array_types import Array, Params, PRNGKey
 
 _ONES, _ZEROS = ("constant", 1.0), ("constant", 0.0)
 
+Leaves = Mapping[tuple[str, ...], Any]  # shapes of parameters by path
 
-def initial_distribution(
-    path: tuple[str, ...], leaves: Mapping[tuple[str, ...], Any]
-) -> tuple[str, float]:
+
+def initial_distribution(path: tuple[str, ...], leaves: Leaves) -> tuple[str, float]:
     """("constant", value), ("normal", std) or ("uniform", bound) of a leaf."""
     name = "/".join(path)
     shape = leaves[path].shape
@@ -45,7 +45,7 @@ def initial_distribution(
     return "uniform", 1 / math.sqrt(math.prod(kernel[:-1]))
 
 
-def _clip_std(path: tuple[str, ...], leaves: Mapping[tuple[str, ...], Any]) -> float:
+def _clip_std(path: tuple[str, ...], leaves: Leaves) -> float:
     """transformers' CLIP: deeper encoders start with smaller q, k, v and fc2."""
     inside, outside = leaves[path].shape
     num_layers = len({part for leaf in leaves for part in leaf if part.startswith("layers_")})
@@ -59,9 +59,9 @@ def _clip_std(path: tuple[str, ...], leaves: Mapping[tuple[str, ...], Any]) -> f
 
 def draw_params(shapes: Params, key: PRNGKey) -> Params:
     """Parameters of these shapes, float32; traceable."""
-    leaves = flatten_dict(shapes)
+    leaves: dict[tuple[str, ...], Any] = flatten_dict(shapes)
     rules = {path: initial_distribution(path, leaves) for path in leaves}
-    out: dict[tuple[str, ...], Any] = {}
+    out: dict[tuple[str, ...], Array] = {}
     draws = {"normal": jax.random.normal, "uniform": _symmetric_uniform}
     for kind, leaf_key in zip(draws, jax.random.split(key), strict=True):
         paths = [path for path in sorted(leaves) if rules[path][0] == kind]

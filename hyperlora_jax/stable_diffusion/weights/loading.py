@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from hyperlora_jax import storage
-from hyperlora_jax.array_types import Params
+from hyperlora_jax.array_types import DType, Json, Params
 from hyperlora_jax.diffusion.schedule import NoiseSchedule
 from hyperlora_jax.diffusion.scheduler_config import read_scheduler_config
 from hyperlora_jax.errors import UserError
@@ -56,7 +56,7 @@ def local_directory(source: str | Path, variant: str | None = None) -> Path:
 
 def load_directory(
     root: Path,
-    dtype: Any,
+    dtype: DType,
     variant: str | None,
     mesh: Mesh | None = None,
     rules: Sequence[Rule] = DEFAULT_RULES,
@@ -85,7 +85,7 @@ def load_guidance(root: Path) -> float:
     return float(found)
 
 
-def load_modules(root: Path, dtype: Any, names: Iterable[str]) -> dict[str, tuple[Any, Any]]:
+def load_modules(root: Path, dtype: DType, names: Iterable[str]) -> dict[str, tuple[Any, DType]]:
     """(module, dtype) of every component of `names` that is there, from the configs alone.
 
     Raises:
@@ -115,7 +115,7 @@ def load_schedule(root: Path) -> NoiseSchedule:
 def load_component(
     folder: Path,
     name: str,
-    dtype: Any,
+    dtype: DType,
     variant: str | None = None,
 ) -> tuple[Any, Params]:
     """Module and parameters of one component folder, one tensor in host memory at a time."""
@@ -124,7 +124,7 @@ def load_component(
 
 
 def _params(
-    module: Any, folder: Path, name: str, dtype: Any, variant: str | None, where: Placing
+    module: Any, folder: Path, name: str, dtype: DType, variant: str | None, where: Placing
 ) -> Params:
     files = directory.weight_files(folder, name, variant)
     shapes = param_shapes(module)
@@ -132,7 +132,7 @@ def _params(
     return torch_to_flax(read_tensors(files), shapes, name, str(files[0]), place)
 
 
-def load_module(folder: Path, name: str, dtype: Any) -> tuple[Any, Any]:
+def load_module(folder: Path, name: str, dtype: DType) -> tuple[Any, DType]:
     """Module of one component folder, from its config.json alone, and the dtype it works in."""
     config = directory.read_json(folder / "config.json")
     dtype = component_dtype(name, config, dtype)
@@ -142,7 +142,7 @@ def load_module(folder: Path, name: str, dtype: Any) -> tuple[Any, Any]:
         raise UserError(f"{folder / 'config.json'}: {error}") from error
 
 
-def component_dtype(name: str, config: Mapping[str, Any], dtype: Any) -> Any:
+def component_dtype(name: str, config: Json, dtype: DType) -> DType:
     """float32 for an autoencoder that overflows in float16 (SDXL's), else `dtype`."""
     overflows = name == "vae" and config.get("force_upcast", True)
     return np.float32 if overflows and dtype == jnp.float16 else dtype
@@ -175,9 +175,9 @@ def save_directory(
 
 def model_index(
     modules: Mapping[str, Any], tokenizers: Iterable[str], schedule: NoiseSchedule, is_xl: bool
-) -> dict[str, Any]:
+) -> Json:
     """model_index.json of a directory: which class reads each of its parts."""
-    index: dict[str, Any] = {
+    index: dict[str, object] = {
         "_class_name": "StableDiffusionXLPipeline" if is_xl else "StableDiffusionPipeline",
         "_diffusers_version": "0.33.0",
         "feature_extractor": [None, None],

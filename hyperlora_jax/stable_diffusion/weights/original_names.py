@@ -7,8 +7,9 @@ OpenCLIP fuses q, k and v into one `in_proj`. The UNet's blocks are numbered in 
 
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from hyperlora_jax.array_types import Json
 from hyperlora_jax.errors import UserError
 
 # Exponential averages, training buffers, bookkeeping: nothing that a forward pass needs.
@@ -77,7 +78,7 @@ class Target(NamedTuple):
     transpose: bool = False
 
 
-def translate(name: str, configs: Mapping[str, Mapping[str, Any]]) -> list[Target]:
+def translate(name: str, configs: Mapping[str, Json]) -> list[Target]:
     """Targets of an original tensor; [] for one that is ignored.
 
     `configs` are the components' config.json dicts. Raises UserError for an unknown name.
@@ -97,7 +98,7 @@ def translate(name: str, configs: Mapping[str, Mapping[str, Any]]) -> list[Targe
     raise UserError(f"tensor {name!r} belongs to no known part of Stable Diffusion 1.x, 2.x or XL")
 
 
-def _unet_name(full: str, inner: str, config: Mapping[str, Any]) -> str:
+def _unet_name(full: str, inner: str, config: Json) -> str:
     for old, new in _UNET_ENDS:
         if inner.startswith(old):
             return _inside_block(new + inner[len(old) :])
@@ -126,7 +127,7 @@ def _inside_block(name: str) -> str:
     return name
 
 
-def _vae_name(inner: str, config: Mapping[str, Any]) -> str:
+def _vae_name(inner: str, config: Json) -> str:
     last = len(config["block_out_channels"]) - 1
 
     def up(found: re.Match) -> str:  # the decoder counts its levels from fine to coarse
@@ -140,7 +141,7 @@ def _vae_name(inner: str, config: Mapping[str, Any]) -> str:
     return inner
 
 
-def _open_clip_targets(inner: str, component: str, config: Mapping[str, Any]) -> list[Target]:
+def _open_clip_targets(inner: str, component: str, config: Json) -> list[Target]:
     layer = re.match(r"transformer\.resblocks\.(\d+)\.", inner)
     if layer and int(layer[1]) >= config["num_hidden_layers"]:
         return []  # SD 2.x reads the penultimate layer: its last is never used

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.stable_diffusion.networks.unet_config import NUM_SIZES
 
@@ -63,7 +65,7 @@ def _check_pooled(unet: Any, text: Any, where: Path | str) -> None:
         )
 
 
-def check_token_ids(ids: Any, vocab_size: int) -> None:
+def check_token_ids(ids: np.ndarray, vocab_size: int) -> None:
     """Raises UserError for token ids [b, n] beyond the embedding table's `vocab_size` rows."""
     if ids.size and int(ids.max()) >= vocab_size:
         raise UserError(

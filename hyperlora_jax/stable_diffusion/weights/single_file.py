@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from hyperlora_jax import storage
+from hyperlora_jax.array_types import Json
 from hyperlora_jax.diffusion.schedule import NoiseSchedule
 from hyperlora_jax.diffusion.scheduler_config import read_scheduler_config
 from hyperlora_jax.errors import UserError
@@ -86,16 +87,14 @@ def place_of(folder: Path, component: str) -> str:
     return f"{directory.read_json(folder / STAMP)['file']}: has no such part"
 
 
-def _stamp_of(folder: Path) -> dict[str, Any] | None:
+def _stamp_of(folder: Path) -> Json | None:
     try:
         return json.loads((folder / STAMP).read_text())
     except (OSError, ValueError):
         return None
 
 
-def _unpack(
-    path: Path, folder: Path, stamp: Mapping[str, Any], prediction_type: str | None
-) -> None:
+def _unpack(path: Path, folder: Path, stamp: Json, prediction_type: str | None) -> None:
     tensors = dict(_tensors(path))
     try:
         configs = configs_of({name: tensor.shape for name, tensor in tensors.items()})
@@ -169,7 +168,7 @@ def _tensors(path: Path) -> Iterator[tuple[str, _Tensor]]:
 
 
 def _parts(
-    tensors: Mapping[str, _Tensor], configs: Mapping[str, Mapping[str, Any]]
+    tensors: Mapping[str, _Tensor], configs: Mapping[str, Json]
 ) -> dict[str, dict[str, _Tensor]]:
     """{component: {name in its own file: tensor}}."""
     parts: dict[str, dict[str, _Tensor]] = {name: {} for name in configs}
@@ -280,7 +279,7 @@ def _keep_tokenizer(source: Path, folder: Path) -> None:
         if not (folder / name.replace("tokenizer", "text_encoder")).is_dir():
             continue
         own = source / name
-        found = load_tokenizer(own if own.is_dir() else source)
+        found: Any = load_tokenizer(own if own.is_dir() else source)
         if name == "tokenizer_2" and not own.is_dir() and "!" in found.get_vocab():
             found.pad_token = "!"
         found.save_pretrained(str(folder / name))

@@ -9,21 +9,20 @@ import math
 import zipfile
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
-from hyperlora_jax.array_types import AnyArray, Params
+from hyperlora_jax.array_types import AnyArray, DType, Params
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora_files import safetensors_io
 from hyperlora_jax.parallel.sharding import DEFAULT_RULES, Rule, param_shardings
 
 Loader = Callable[[], np.ndarray]
 Place = Callable[[tuple[str, ...], np.ndarray], AnyArray]
-Placing = Callable[[Params, Any], Place]  # shapes of a tree and the dtype that it is kept in
+Placing = Callable[[Params, DType], Place]  # shapes of a tree and the dtype that it is kept in
 
 
 def read_tensors(files: Sequence[Path]) -> Iterator[tuple[str, Loader]]:
@@ -86,7 +85,7 @@ def _read_pickle(path: Path) -> Iterator[tuple[str, Loader]]:
 
 
 def to_devices(
-    shapes: Params, dtype: Any, mesh: Mesh | None = None, rules: Sequence[Rule] = DEFAULT_RULES
+    shapes: Params, dtype: DType, mesh: Mesh | None = None, rules: Sequence[Rule] = DEFAULT_RULES
 ) -> Place:
     """What puts one array of a tree of `shapes` on its device, or its parts on theirs, as `dtype`.
 
@@ -106,7 +105,7 @@ def to_devices(
     return place
 
 
-def to_host(shapes: Params, dtype: Any) -> Place:
+def to_host(shapes: Params, dtype: DType) -> Place:
     """What keeps arrays in host memory, as `dtype`."""
     del shapes
     return lambda _, array: _cast(array, dtype)
@@ -119,6 +118,6 @@ def placing(
     return to_host if name in on_host else functools.partial(to_devices, mesh=mesh, rules=rules)
 
 
-def _cast(array: np.ndarray, dtype: Any) -> np.ndarray:
+def _cast(array: np.ndarray, dtype: DType) -> np.ndarray:
     # C order in the same pass: JAX would copy a transposed view once more.
     return np.asarray(array, dtype, order="C")

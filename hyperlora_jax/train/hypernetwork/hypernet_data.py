@@ -4,17 +4,19 @@ import dataclasses
 import functools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from etils import epath
+from ml_collections import ConfigDict
 
-from hyperlora_jax.array_types import Float, Int
+from hyperlora_jax.array_types import DType, Float, Index, Int, Json
 from hyperlora_jax.batches.mixing import MixedSubjects
+from hyperlora_jax.encoders.condition_encoders import ImageEncoder
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora.sites import LoraSpec
 from hyperlora_jax.parallel import multihost
 from hyperlora_jax.stable_diffusion.embedded import image_size
+from hyperlora_jax.stable_diffusion.model import StableDiffusion
 from hyperlora_jax.subjects.concept_sources import split_paths
 from hyperlora_jax.subjects.encoded_subjects import EncodedSubjects
 from hyperlora_jax.subjects.encoding_cache import encode_once
@@ -47,11 +49,11 @@ class Rows:
         """Those of some subjects, numbered anew in this order; nothing is read."""
         return Rows(self.vectors, self.dataset_of[subjects], self.row_of[subjects])
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+    def __array__(self, dtype: DType | None = None, copy: bool | None = None) -> np.ndarray:
         del copy
         return np.asarray(self[:], dtype)
 
-    def __getitem__(self, subjects: Any) -> Float[np.ndarray, "b d"]:
+    def __getitem__(self, subjects: Index) -> Float[np.ndarray, "b d"]:
         rows, datasets = self.row_of[subjects], self.dataset_of[subjects]
         if len(self.vectors) == 1 and (rows >= 0).all():
             return self.vectors[0][rows]
@@ -78,7 +80,7 @@ class TrainingTargets:
     subjects: Int[np.ndarray, " n"]
     mean: Float[np.ndarray, " d"]
     std: Float[np.ndarray, " m"]
-    facts: dict[str, Any]
+    facts: Json
     weights: tuple[float, ...] = ()
 
     def order(self, seed: int) -> MixedSubjects | None:
@@ -91,15 +93,15 @@ class TrainingTargets:
 
 
 def read_encoded(
-    config: Any,
+    config: ConfigDict,
     workdir: epath.PathLike,
     scratch: Path,
-    sd: Any,
-    encoder: Any,
+    sd: StableDiffusion,
+    encoder: ImageEncoder,
     *,
     latents: bool,
     texts: bool,
-) -> tuple[EncodedSubjects, dict[str, Any]]:
+) -> tuple[EncodedSubjects, Json]:
     """Encoded training subjects, from the workdir if the same were encoded before; and their
     pictures' facts.
 
@@ -127,7 +129,7 @@ def read_encoded(
 
 
 def read_targets(
-    config: Any,
+    config: ConfigDict,
     own: epath.PathLike,
     scratch: Path,
     spec: LoraSpec,
@@ -157,7 +159,7 @@ def read_targets(
     dataset_of = np.zeros(len(encoded.ids), np.int64)
     row_of = np.full(len(encoded.ids), -1, np.int64)
     sources: list[GaugedVectors] = []
-    facts: list[dict[str, Any]] = []
+    facts: list[Json] = []
     for path in paths:
         dataset, gauged = multihost.first_then_others(
             f"targets/{len(sources)}",
@@ -186,7 +188,7 @@ def read_targets(
 
 
 def _read_dataset(
-    path: str, spec: LoraSpec, base_hash: str, data: Any, cache: Path
+    path: str, spec: LoraSpec, base_hash: str, data: ConfigDict, cache: Path
 ) -> tuple[LoraTargets, GaugedVectors]:
     dataset = open_lora_targets(path, spec, base_hash, data.skip_damaged)
     return dataset, read_in_gauge(dataset, data.gauge, cache)

@@ -16,19 +16,20 @@ end to end.
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from hyperlora_jax.array_types import Array, Float, Params
+from hyperlora_jax.array_types import Array, ArrayTree, Float, Json, Params
+from hyperlora_jax.diffusion.schedule import NoiseSchedule
 from hyperlora_jax.hypernet.condition import Condition, merge_references
 from hyperlora_jax.hypernet.generators import Estimate, Generator
 from hyperlora_jax.lora import vectorize
+from hyperlora_jax.stable_diffusion.networks.unet import UNet
 from hyperlora_jax.train.flop_count import flops
 from hyperlora_jax.train.hypernetwork import objectives
 from hyperlora_jax.train.hypernetwork.objectives import ObjectiveWeights
-from hyperlora_jax.train.loop import Task
+from hyperlora_jax.train.loop import Batches, Task
 
 Parts = dict[str, Float[Array, " l"]]
 
@@ -45,15 +46,15 @@ class Phase:
 class Base:
     """The frozen base model's modules; its parameters are in `frozen`."""
 
-    unet: Any = None
-    schedule: Any = None
+    unet: UNet | None = None
+    schedule: NoiseSchedule | None = None
     min_snr_gamma: float | None = None
 
 
 def hypernet_loss(
     params: Params,
     frozen: Params,
-    batch: dict[str, Array],
+    batch: Params,
     key: Array,
     *,
     generator: Generator,
@@ -87,7 +88,7 @@ def hypernet_loss(
 
 
 def _estimate(
-    params: Params, frozen: Params, batch: dict[str, Array], key: Array, generator: Generator
+    params: Params, frozen: Params, batch: Params, key: Array, generator: Generator
 ) -> tuple[Estimate, Float[Array, "l d"] | None]:
     """The generator's training pass, and the target LoRAs if the batch has any."""
     condition = merge_references(
@@ -103,7 +104,7 @@ def _estimate(
 def model_flops(
     params: Params,
     frozen: Params,
-    batch: dict[str, Array],
+    batch: Params,
     key: Array,
     *,
     generator: Generator,
@@ -114,8 +115,8 @@ def model_flops(
     else twice, as the frozen base needs no gradients of its weights. Rematerialisation does not
     count. Of several phases the dearest counts."""
 
-    def own(*arguments: Any) -> Any:
-        estimate, _ = _estimate(*arguments, generator)
+    def own(*arguments: ArrayTree) -> ArrayTree:
+        estimate, _ = _estimate(*arguments, generator=generator)
         return estimate.lora, estimate.losses
 
     loss = functools.partial(hypernet_loss, generator=generator, phases=phases, base=base)
@@ -128,13 +129,14 @@ def _parts(
     estimate: Estimate,
     target: Array | None,
     frozen: Params,
-    batch: dict[str, Array],
+    batch: Params,
     base: Base,
     keys: tuple[Array, Array],
     generator: Generator,
 ) -> Parts:
     spec, stats, wanted = generator.spec, None, None
     if weights.need_targets:
+        assert target is not None
         wanted = vectorize.unflatten(target, spec)
     if weights.whitened:
         constants = frozen["constants"]
@@ -142,6 +144,7 @@ def _parts(
     parts = objectives.weight_losses(weights, estimate.lora, wanted, stats)
     parts |= {name: loss for name, loss in estimate.losses.items() if getattr(weights, name)}
     if weights.end_to_end:
+        assert base.unet is not None and base.schedule is not None
         parts["end_to_end"] = objectives.end_to_end_loss(
             base.unet,
             frozen["unet"],
@@ -153,6 +156,7 @@ def _parts(
             base.min_snr_gamma,
         )
     if weights.prior:
+        assert base.unet is not None and base.schedule is not None
         parts["prior"] = objectives.prior_loss(
             base.unet,
             frozen["unet"],
@@ -168,12 +172,12 @@ def _parts(
 def hypernet_task(
     generator: Generator,
     frozen: Params,
-    batches: Any,
+    batches: Batches,
     *,
     phases: Sequence[Phase],
     condition_shapes: tuple[tuple[int, ...], tuple[int, ...]],
     base: Base = Base(),
-    facts: dict[str, Any] | None = None,
+    facts: Json | None = None,
     num_images: int = 0,
 ) -> Task:
     """The task of the ordinary training loop.

@@ -16,11 +16,13 @@ import jax
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from hyperlora_jax import storage
-from hyperlora_jax.array_types import Params
+from hyperlora_jax.array_types import Json, Params
 from hyperlora_jax.batches.pipelines import check_numbers, subject_batches
 from hyperlora_jax.batches.ragged import Ragged
+from hyperlora_jax.encoders.condition_encoders import ImageEncoder
 from hyperlora_jax.encoders.named_encoders import configured_encoder
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.hypernet import familiarity
@@ -33,6 +35,7 @@ from hyperlora_jax.parallel import multihost, sharding
 from hyperlora_jax.parallel.mesh import make_mesh
 from hyperlora_jax.stable_diffusion import text_conditions
 from hyperlora_jax.stable_diffusion.embedded import image_size, load_frozen, outline_base
+from hyperlora_jax.stable_diffusion.model import StableDiffusion
 from hyperlora_jax.subjects.encoded_subjects import EncodedSubjects
 from hyperlora_jax.train.hypernetwork.hypernet_data import (
     TrainingTargets,
@@ -45,7 +48,7 @@ from hyperlora_jax.train.hypernetwork.vae_training import train_vae
 from hyperlora_jax.train.loop import Task, arithmetic_dtype, fit_section, open_workdir
 
 
-def train_hypernetwork(config: Any, workdir: epath.PathLike) -> Hypernetwork:
+def train_hypernetwork(config: ConfigDict, workdir: epath.PathLike) -> Hypernetwork:
     """Trains as `configs/avatars.py` describes; writes and returns the hypernetwork.
 
     Raises:
@@ -94,6 +97,7 @@ def train_hypernetwork(config: Any, workdir: epath.PathLike) -> Hypernetwork:
         hyper = _fitted(generator, encoder, conditions, targets, stored, model)
         return _saved(hyper, workdir)
     if isinstance(generator, Diffusion) and isinstance(generator.codec, Latents):
+        assert targets is not None
         constants = train_vae(
             generator.codec,
             constants,
@@ -109,7 +113,7 @@ def train_hypernetwork(config: Any, workdir: epath.PathLike) -> Hypernetwork:
         )
     prior = None
     if needs.prior:
-        rows = text_conditions.encode(sd, [section.prior_caption], (image_size(sd),) * 2)
+        rows = text_conditions.encode(sd, [section.prior_caption], (image_size(sd), image_size(sd)))
         prior = jax.tree.map(lambda array: np.asarray(array[0]), rows)
     frozen = needs.frozen(sd.params["unet"], prior, constants)
     task = training_task(config, mesh, sd, generator, frozen, encoded, targets, facts)
@@ -140,7 +144,7 @@ class Needs:
     targets: bool
 
     @staticmethod
-    def of(config: Any) -> "Needs":
+    def of(config: ConfigDict) -> "Needs":
         """Those of a config; a baseline is fitted without any loss."""
         weights = [phase.weights for phase in make_phases(config.train)]
         trained = config.model.generator not in BASELINES
@@ -159,21 +163,21 @@ class Needs:
         return frozen if prior is None else {**frozen, "prior_text": prior}
 
 
-def configured_generator(config: Any, sd: Any) -> Generator:
+def configured_generator(config: ConfigDict, sd: StableDiffusion) -> Generator:
     """The generator of a config for a base."""
     spec = sd.lora_spec(config.model.preset, config.model.rank)
     return build_generator(spec, with_remat(architecture(config.model), config.train.remat))
 
 
 def training_task(
-    config: Any,
+    config: ConfigDict,
     mesh: Mesh | None,
-    sd: Any,
+    sd: StableDiffusion,
     generator: Generator,
     frozen: Params,
     encoded: EncodedSubjects,
     targets: TrainingTargets | None,
-    facts: dict[str, Any] | None = None,
+    facts: Json | None = None,
 ) -> Task:
     """The task of a config, on a base whose UNet knows the mesh.
 
@@ -212,7 +216,7 @@ def _targets_until(generator: Generator, phases: Sequence[Phase]) -> int | None:
     return phases[0].until
 
 
-def _global_batch(batch_size: int, section: Any, mesh: Mesh | None) -> int:
+def _global_batch(batch_size: int, section: ConfigDict, mesh: Mesh | None) -> int:
     """Subjects a step over all devices, of which the config may name one device's."""
     if mesh is None or not section.batch_per_device:
         return batch_size
@@ -220,7 +224,7 @@ def _global_batch(batch_size: int, section: Any, mesh: Mesh | None) -> int:
 
 
 def _batches(
-    section: Any,
+    section: ConfigDict,
     mesh: Mesh | None,
     encoded: EncodedSubjects,
     targets: TrainingTargets | None,
@@ -244,16 +248,16 @@ def _batches(
 
 def _fitted(
     generator: Fitted,
-    encoder: Any,
+    encoder: ImageEncoder,
     conditions: Ragged,
     targets: TrainingTargets | None,
-    facts: dict[str, Any],
-    model: dict[str, Any],
+    facts: Json,
+    model: Json,
 ) -> Hypernetwork:
     """A baseline, fitted on the mean embedding of every subject's references."""
     assert targets is not None
     means, rows = conditions.means("pooled")[targets.subjects], targets.rows.of(targets.subjects)
-    constants = generator.fit(means, rows) | _known(conditions)
+    constants = {**generator.fit(means, rows), **_known(conditions)}
     return Hypernetwork(generator, {}, encoder, facts, model, constants)
 
 
@@ -263,7 +267,7 @@ def _known(conditions: Ragged) -> Params:
     return {"familiarity": scale}
 
 
-def make_phases(section: Any) -> tuple[Phase, ...]:
+def make_phases(section: ConfigDict) -> tuple[Phase, ...]:
     """The phases of a config's `train` section: `warm_up.objectives` for `warm_up.num_steps`
     steps, then `objectives`.
 
@@ -277,12 +281,12 @@ def make_phases(section: Any) -> tuple[Phase, ...]:
     return Phase(first, section.warm_up.num_steps), main
 
 
-def generate_defaults(section: Any) -> dict[str, Any]:
+def generate_defaults(section: ConfigDict) -> Json:
     """What `hyperlora generate` uses unless told otherwise, from a config's `generate` section."""
     return dict(section)
 
 
-def family(sd: Any) -> str:
+def family(sd: StableDiffusion) -> str:
     """ "sd1", "sd2" or "sdxl": whose names a LoRA file for this base carries.
 
     A base of other sizes counts as the one whose building blocks it shares.
@@ -292,7 +296,7 @@ def family(sd: Any) -> str:
     return "sd2" if sd.unet.settings.use_linear_projection else "sd1"
 
 
-def _weights(name: str, section: Any) -> ObjectiveWeights:
+def _weights(name: str, section: ConfigDict) -> ObjectiveWeights:
     try:
         return ObjectiveWeights(**dict(section))
     except (TypeError, ValueError) as error:

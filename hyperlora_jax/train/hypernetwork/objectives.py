@@ -9,16 +9,18 @@ l2             mean square of the up side: keeps LoRAs small where data says not
 """
 
 import dataclasses
-from typing import Any
+import functools
+import operator
 
 import jax
 import jax.numpy as jnp
 
 from hyperlora_jax.array_types import Array, Float, Params
-from hyperlora_jax.diffusion.schedule import add_noise
+from hyperlora_jax.diffusion.schedule import NoiseSchedule, add_noise
 from hyperlora_jax.lora import factors, losses
 from hyperlora_jax.lora.vectorize import Whitening
 from hyperlora_jax.stable_diffusion.denoising_loss import denoising_loss
+from hyperlora_jax.stable_diffusion.networks.unet import UNet
 from hyperlora_jax.stable_diffusion.text_conditions import Text, apply_unet
 
 
@@ -50,9 +52,9 @@ class ObjectiveWeights:
 
 
 def end_to_end_loss(
-    unet: Any,
+    unet: UNet,
     unet_params: Params,
-    schedule: Any,
+    schedule: NoiseSchedule,
     lora: Params,
     latents: Float[Array, "l g h w c"],
     text: Text,
@@ -76,9 +78,9 @@ def end_to_end_loss(
 
 
 def prior_loss(
-    unet: Any,
+    unet: UNet,
     unet_params: Params,
-    schedule: Any,
+    schedule: NoiseSchedule,
     lora: Params,
     latents: Float[Array, "l g h w c"],
     text: Text,
@@ -102,8 +104,10 @@ def prior_loss(
 def up_size(lora: Params) -> Float[Array, " l"]:
     """Mean square of all up factors."""
     pairs = jax.tree.leaves(lora, is_leaf=factors.is_site)
-    total = sum(jnp.sum(jnp.square(p["up"]), axis=(1, 2)) for p in pairs)
-    return total / sum(p["up"].shape[1] * p["up"].shape[2] for p in pairs)
+    squares = [jnp.sum(jnp.square(p["up"]), axis=(1, 2)) for p in pairs]
+    return functools.reduce(operator.add, squares) / sum(
+        p["up"].shape[1] * p["up"].shape[2] for p in pairs
+    )
 
 
 def weight_losses(
@@ -112,8 +116,10 @@ def weight_losses(
     """The parts that need no UNet, by name, unweighted."""
     parts = {}
     if weights.delta:
+        assert target is not None
         parts["delta"] = losses.delta_error(lora, target)
     if weights.whitened:
+        assert target is not None and stats is not None
         parts["whitened"] = losses.whitened_error(lora, target, stats)
     if weights.l2:
         parts["l2"] = up_size(lora)

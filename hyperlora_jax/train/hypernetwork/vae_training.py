@@ -1,13 +1,15 @@
 """The first stage of latent diffusion: the VAE over LoRA vectors, and statistics of its latents."""
 
 import functools
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from hyperlora_jax.array_types import Array, Float, Params
 from hyperlora_jax.batches.pipelines import subject_batches
@@ -21,7 +23,7 @@ CHUNK = 256
 def vae_loss(
     params: Params,
     frozen: Params,
-    batch: dict[str, Array],
+    batch: Mapping[str, Array],
     key: Array,
     *,
     codec: Latents,
@@ -36,16 +38,16 @@ def vae_loss(
 def train_vae(
     codec: Latents,
     constants: Params,
-    targets: Any,
+    targets: object,
     subjects: np.ndarray,
-    section: Any,
+    section: ConfigDict,
     *,
-    workdir: str | Path,
+    workdir: epath.PathLike,
     mesh: Mesh,
     seed: int,
     batch_size: int,
-    facts: dict[str, Any],
-    config: Any,
+    facts: dict[str, object],
+    config: ConfigDict,
 ) -> Params:
     """Trains the VAE in `workdir` and returns the constants that its latents need.
 
