@@ -55,6 +55,9 @@ def write_onnx(hyper: Hypernetwork, out: epath.PathLike) -> None:
         network = LoraGenerator(scratch).eval()
         config = json.loads((Path(scratch) / "config.json").read_text())
         layout = {name: config[name] for name in ("family", "strength", "sites", "draw")}
+        if "steps" in network.weights:  # numbers, not tensors that a graph would read them from
+            tables = network.weights["steps"]
+            network.weights["steps"] = {name: table.numpy() for name, table in tables.items()}
         inputs = _example(config, 2, 3)
         made = Path(scratch) / NAME
         with torch.no_grad():
