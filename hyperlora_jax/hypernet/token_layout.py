@@ -129,8 +129,10 @@ def assemble(layout: TokenLayout, outputs: list[Array]) -> Params:
     """
     rows: dict[tuple[int, str], list[tuple[int, Array]]] = defaultdict(list)
     for group, output in zip(layout.groups, outputs, strict=True):
-        for k, (site, start) in enumerate(zip(group.sites, group.first_components, strict=True)):
-            rows[site, group.side].append((start, output[:, k]))
+        # Split at once: the gradient of n slices is a sum of n padded arrays, of a split one array.
+        tokens = jnp.split(output, len(group.sites), axis=1)
+        for site, start, token in zip(group.sites, group.first_components, tokens, strict=True):
+            rows[site, group.side].append((start, token[:, 0]))
     tree: dict = {}
     for index, site in enumerate(layout.spec.sites):
         node = tree

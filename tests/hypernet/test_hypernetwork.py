@@ -44,6 +44,20 @@ def test_tokens_hold_every_number_once(components):
     assert all(len(ids) == layout.num_tokens for ids in token_features(layout).values())
 
 
+def test_gradient_of_assembling_pads_nothing():
+    """Slices, one by one, would have gradients of the whole group's size each."""
+    spec = LoraSpec(tuple(LoraSite(f"a.{k}.to_q", 4, 4, 2, "linear") for k in range(9)))
+    layout = make_layout(spec)
+    outputs = [jnp.ones((3, 9, 2, 4)) for _ in layout.groups]
+
+    def total(outputs):
+        return sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(assemble(layout, outputs)))
+
+    program = str(jax.make_jaxpr(jax.grad(total))(outputs))
+    assert "concatenate" in program
+    assert "pad[" not in program
+
+
 def test_components_must_divide_the_rank():
     with pytest.raises(ValueError, match="rank 2 is no multiple of components=3"):
         make_layout(SPEC, 3)

@@ -3,14 +3,19 @@
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from hyperlora_jax.array_types import Array, DType, Float
 from hyperlora_jax.stable_diffusion.networks.attention_kernels import attend
 from hyperlora_jax.stable_diffusion.networks.blocks import rematerialised, scan_blocks
-from hyperlora_jax.stable_diffusion.networks.layers import Conv, Dense, GroupNorm, LayerNorm
+from hyperlora_jax.stable_diffusion.networks.layers import (
+    Conv,
+    Dense,
+    GroupNorm,
+    LayerNorm,
+    gelu,
+)
 
 
 class Attention(nn.Module):
@@ -53,7 +58,7 @@ class GatedGelu(nn.Module):
     def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n f"]:
         """Projects and gates."""
         hidden, gate = jnp.split(Dense(2 * self.features, dtype=self.dtype, name="proj")(x), 2, -1)
-        return hidden * jax.nn.gelu(gate, approximate=False)
+        return hidden * gelu(gate)
 
 
 class FeedForward(nn.Module):

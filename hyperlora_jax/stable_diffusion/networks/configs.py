@@ -16,6 +16,7 @@ import jax
 
 from hyperlora_jax.array_types import Json
 from hyperlora_jax.errors import UserError
+from hyperlora_jax.stable_diffusion.networks.layers import gelu
 
 Config = Json
 _LEAST, _MOST = 1e-12, 2**24
@@ -148,7 +149,7 @@ _FIXED = {
 }
 ACTIVATIONS = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu": gelu,
     "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
     "silu": jax.nn.silu,
     "relu": jax.nn.relu,
