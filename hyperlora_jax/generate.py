@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from hyperlora_jax.array_types import Array, Json, Params
+from hyperlora_jax.array_types import Array, Json, Key, Params
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.hypernet.editing import Directions, edit
 from hyperlora_jax.hypernet.hypernetwork import Hypernetwork
@@ -107,12 +108,12 @@ def generate_files(
         **writing: more for `save_loras`.
     """
     strength = hyper.default_strength if strength is None else strength
-    key = jax.random.key(seed)
     written: dict[int, list[Written]] = {}
     for members in _batches([len(references) for references in subjects]):
         pixels = [[reference_pixels(p, hyper.encoder) for p in subjects[n]] for n in members]
         pooled, tokens = hyper.embed(np.asarray(pixels))
-        loras = _of_each(hyper, key, pooled, tokens, num_samples, draw or {})
+        keys = jnp.broadcast_to(jax.random.key(seed), len(members))
+        loras = write_each(hyper, keys, pooled, tokens, num_samples, draw)
         known = hyper.familiarity_of(pooled)
         familiar = [None] * len(members) if known is None else [float(x) for x in known]
         paths = [_names(outs[n], num_samples) for n in members]
@@ -145,22 +146,23 @@ def _batches(counts: Sequence[int]) -> Iterator[list[int]]:
             yield members[start : start + size]
 
 
-def _of_each(
+def write_each(
     hyper: Hypernetwork,
-    key: Array,
+    keys: Key[Array, " l"],
     pooled: Array,
     tokens: Array,
-    num_samples: int,
-    draw: Json,
+    num_samples: int = 1,
+    draw: Json | None = None,
 ) -> Params:
-    """Every subject's LoRAs with the key it would have alone, a subject's samples in a row."""
+    """Every subject's LoRAs with a key of its own, as if it were alone; its samples in a row."""
+    draw = draw or {}
     if not hyper.generator.stochastic:
-        return hyper.write(key, pooled, tokens, num_samples=num_samples, **draw)
+        return hyper.write(keys[0], pooled, tokens, num_samples=num_samples, **draw)
 
-    def alone(pooled: Array, tokens: Array) -> Params:
+    def alone(key: Array, pooled: Array, tokens: Array) -> Params:
         return hyper.write(key, pooled[None], tokens[None], num_samples=num_samples, **draw)
 
-    loras = jax.vmap(alone)(pooled, tokens)
+    loras = jax.vmap(alone)(keys, pooled, tokens)
     return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), loras)
 
 

@@ -6,6 +6,12 @@ from pathlib import Path
 from hyperlora_jax.errors import UserError
 
 BASES = ("tiny-sd",)
+HYPERNETWORK = "avatar-hypernetwork"  # for the base tiny-sd
+
+
+def shipped_path(name: str) -> Path:
+    """Where the package keeps the model of this name."""
+    return Path(str(importlib.resources.files("hyperlora_jax"))) / "assets" / name
 
 
 def base_path(source: str) -> str:
@@ -16,7 +22,7 @@ def base_path(source: str) -> str:
     """
     if source not in BASES:
         return source
-    folder = Path(str(importlib.resources.files("hyperlora_jax"))) / "assets" / source
+    folder = shipped_path(source)
     if not folder.is_dir():
         raise UserError(
             f"base {source}: {folder} not found; build it by "

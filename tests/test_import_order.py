@@ -41,6 +41,7 @@ ROOMS = [
     "generate",
     "refine",
     "runtime",
+    "serve",
     "evaluate",
     "demo",
     "cli",

@@ -42,8 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--step", type=_step, help="checkpoint: its step, or `best`; default: the newest"
     )
     parser.add_argument(
-        "--dtype", choices=("float16", "float32"), help="of a base; default: float16, and float32 "
-        "with --lora",
+        "--dtype", choices=("float16", "float32"), help="default: float16 of a diffusers folder, "
+        "else float32",
     )  # fmt: skip
     parser.add_argument(
         "--lora", metavar="PRESET", help="of a base: its UNet as a graph that takes a LoRA of "
@@ -147,7 +147,7 @@ def _write_hypernetwork(hyper: "Hypernetwork", out: epath.Path, args: argparse.N
 
         write_onnx(hyper, out)
     else:
-        hyper.save(out)
+        hyper.save(out, args.dtype or "float32")
 
 
 def _hypernetwork(

@@ -12,8 +12,6 @@ if TYPE_CHECKING:
     from hyperlora_jax.generate import Edits, Written
     from hyperlora_jax.lora.sites import LoraSpec
 
-UNFAMILIAR = 0.02  # below, hardly a subject of the training was as unlike all others
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Checkpoint, references or subjects, output."""
@@ -65,6 +63,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _say(written: "Sequence[Written]", out: str) -> None:
     """What was written, at which strength, and which subjects the checkpoint does not know."""
+    from hyperlora_jax.hypernet.familiarity import UNFAMILIAR
+
     known = {file.subject: file.familiarity for file in written if file.familiarity is not None}
     scores = sorted({f"{score:.2f}" for score in known.values()})
     familiar = (

@@ -66,6 +66,7 @@ _EXAMPLES = {
     "extract": "hyperlora extract BASE TUNED --rank 16 --out difference.safetensors",
     "export": "hyperlora export runs/me --out hypernetwork --format pytorch",
     "inspect": "hyperlora inspect anna.safetensors",
+    "serve": "hyperlora serve demo",
     "compile": "hyperlora compile --config sd15 --topology v5e-256",
 }
 

@@ -31,6 +31,7 @@ COMMANDS = {
     "export": ("export", "what was trained as files; a base as a graph that takes LoRAs"),
     "inspect": ("inspect", "what a LoRA, dataset, checkpoint or workdir holds"),
     "evaluate": ("evaluate", "scores on held-out identities, figures, report"),
+    "serve": ("serve", "a local page: pictures in, LoRA and pictures out"),
     "compile": ("compile", "does the training step fit this TPU pod? needs no TPU"),
 }
 TRAINING = ("train", "pretrain", "demo")  # save at SIGTERM

@@ -1,6 +1,7 @@
 """How a checkpoint keeps its condition encoder, and finds it again.
 
-  ours, CLIP            a copy of the weights in CHECKPOINT/encoder, in their own dtype
+  ours, CLIP            a copy of the weights in CHECKPOINT/encoder, in their own dtype; without
+                        it, the shipped encoder of that name
   ONNX, transformers    path, hash, picture size and options in CHECKPOINT/config.json
 
 Whatever is found must have the hash that the checkpoint was trained with.
@@ -18,6 +19,7 @@ from hyperlora_jax.encoders.clip_encoder import ClipImageEncoder, save_clip_visi
 from hyperlora_jax.encoders.condition_encoders import FlaxImageEncoder, ImageEncoder
 from hyperlora_jax.encoders.foreign_encoders import ForeignImageEncoder
 from hyperlora_jax.errors import UserError
+from hyperlora_jax.shipped import shipped_path
 
 FOLDER = "encoder"
 Record = Json
@@ -138,6 +140,8 @@ def candidates(checkpoint: epath.Path, record: Record) -> list[epath.Path]:
     the checkpoint, in it, in its workdir or beside that."""
     copy = checkpoint / FOLDER
     if "path" not in record:
+        if not copy.exists() and record["name"] in named_encoders.SHIPPED.values():
+            return [epath.Path(shipped_path(str(record["name"])))]
         return [copy] if copy.exists() or record.get("kind") != "python" else []
     path = epath.Path(record["path"])
     places = [path]

@@ -28,7 +28,7 @@ from hyperlora_jax.evaluate.method_loras import (
     make_source,
     runnable_methods,
 )
-from hyperlora_jax.evaluate.methods import check_base, fingerprint, lora_method
+from hyperlora_jax.evaluate.methods import fingerprint, lora_method
 from hyperlora_jax.evaluate.own_source import ChosenDefaults, check_source, report_folder
 from hyperlora_jax.evaluate.protocol import check_disjoint
 from hyperlora_jax.evaluate.report import comparison_file
@@ -81,7 +81,7 @@ class Evaluation:
         self.sampler = on_mesh(self.sd, self.mesh)
         self.hyper = Hypernetwork.restore(self.workdir, encoder)
         self.spec = self.hyper.spec
-        check_base(self.hyper, self.sd, config.base)
+        self.hyper.check_base(self.sd, config.base)
         check_source(config, self.hyper.facts, self.workdir)
         self.training = open_training_loras(
             config.data, self.workdir / "targets", self.spec, self.sd.base_hash
@@ -172,7 +172,7 @@ class Evaluation:
         for name, path in self.config.evaluate.others.items():
             if path:
                 hypers[name] = Hypernetwork.restore(path)
-                check_base(hypers[name], self.sd, self.config.base)
+                hypers[name].check_base(self.sd, self.config.base)
                 check_disjoint(self.test.identities, frozenset(hypers[name].facts["trained_on"]))
         return hypers
 

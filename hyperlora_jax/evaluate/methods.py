@@ -13,10 +13,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from hyperlora_jax.array_types import Float, Int, Json, Params
-from hyperlora_jax.errors import UserError
 from hyperlora_jax.evaluate.compare import Method
 from hyperlora_jax.evaluate.protocol import Questions
-from hyperlora_jax.hypernet.hypernetwork import Hypernetwork
 from hyperlora_jax.parallel import sharding, shared_work
 from hyperlora_jax.stable_diffusion.model import StableDiffusion
 
@@ -171,13 +169,3 @@ def fingerprint(*parts: object) -> str:
         for leaf in jax.tree.leaves(part):
             digest.update(leaf.tobytes() if hasattr(leaf, "tobytes") else repr(leaf).encode())
     return digest.hexdigest()
-
-
-def check_base(hyper: Hypernetwork, sd: StableDiffusion, name: str) -> None:
-    """Raises UserError unless the hypernetwork writes LoRAs for this base model."""
-    wanted = hyper.facts.get("base_hash")
-    if wanted != sd.base_hash:
-        raise UserError(
-            f"base {name}: its UNet has the hash {sd.base_hash[:12]}, but the hypernetwork was "
-            f"trained on {hyper.facts.get('base')} with {str(wanted)[:12]}"
-        )

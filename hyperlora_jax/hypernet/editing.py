@@ -121,9 +121,12 @@ def fit_directions(
 
 
 def edit(
-    lora: Params, directions: Directions, amounts: Mapping[str, float]
+    lora: Params,
+    directions: Directions,
+    amounts: Mapping[str, float | Float[AnyArray, " l"]],
 ) -> tuple[Params, LoraSpec]:
-    """LoRA + Σ amount · direction, exactly: ranks add. Works on one LoRA and on a batch.
+    """LoRA + Σ amount · direction, exactly: ranks add. Works on one LoRA and on a batch, of which
+    each LoRA may have an amount of its own.
 
     Returns:
         the LoRA and its spec.

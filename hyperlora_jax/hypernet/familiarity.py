@@ -15,6 +15,7 @@ import numpy as np
 from hyperlora_jax.array_types import AnyArray, Float, Params
 from hyperlora_jax.hypernet.baselines import unit
 
+UNFAMILIAR = 0.02  # below, hardly a subject of the training was as unlike all others
 BLOCK = 256  # subjects that are compared with all at once
 
 

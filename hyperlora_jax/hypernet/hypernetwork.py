@@ -5,8 +5,8 @@
     hyper.save_lora("anna.safetensors", loras)
 
 The folder holds `config.json` (architecture, LoraSpec, base hash, encoder, defaults of sampling),
-`model.safetensors` (float32 parameters, and constants under "constants/") and `encoder/` when the
-encoder is one of ours or a CLIP (`stored_encoder.py`).
+`model.safetensors` (parameters, float32 once they are read, and constants under "constants/") and
+`encoder/` when the encoder is one of ours or a CLIP (`stored_encoder.py`).
 """
 
 import dataclasses
@@ -234,6 +234,15 @@ class Hypernetwork:
         """LoRAs from embeddings: pooled [l, k, e], tokens [l, k, m, e]; see `generate`."""
         return self._write(key, pooled, tokens, num_samples, self._draw(num_samples, draw))
 
+    def check_base(self, sd: Any, name: str) -> None:
+        """Raises UserError unless the LoRAs are for this base model, called `name`."""
+        wanted = self.facts.get("base_hash")
+        if wanted != sd.base_hash:
+            raise UserError(
+                f"base {name}: its UNet has the hash {sd.base_hash[:12]}, but the hypernetwork was "
+                f"trained on {self.facts.get('base')} with {str(wanted)[:12]}"
+            )
+
     @property
     def _constants(self) -> Params:
         return {k: v for k, v in self.constants.items() if k != "familiarity"}
@@ -259,8 +268,8 @@ class Hypernetwork:
             )
         return self.default_draw._replace(**{k: v for k, v in given.items() if v is not None})
 
-    def save(self, path: epath.PathLike) -> None:
-        """Writes the folder; each file appears whole or not at all."""
+    def save(self, path: epath.PathLike, dtype: str = "float32") -> None:
+        """Writes the folder, its arrays in `dtype`; each file appears whole or not at all."""
         folder = epath.Path(path)
         folder.mkdir(parents=True, exist_ok=True)
         config = {
@@ -274,6 +283,7 @@ class Hypernetwork:
         constants = traverse_util.flatten_dict({"constants": dict(self.constants)}, sep="/")
         flat |= {name: np.asarray(value) for name, value in constants.items()}
         arrays = {k: np.ascontiguousarray(jax.device_get(v)) for k, v in flat.items()}
+        arrays = {k: v.astype(dtype) if v.dtype == np.float32 else v for k, v in arrays.items()}
         storage.replaced(folder / "model.safetensors", save_safetensors(arrays))
         storage.replaced(folder / "config.json", (json.dumps(config, indent=1) + "\n").encode())
 
@@ -336,6 +346,7 @@ def read_stored(path: epath.PathLike) -> Stored:
         raise UserError(
             f"checkpoint {folder}: config.json is of format {found!r}, expected {FORMAT!r}"
         )
+    arrays = {k: np.float32(v) if v.dtype == np.float16 else v for k, v in arrays.items()}
     params = traverse_util.unflatten_dict(jax.device_put(arrays), sep="/")
     constants = params.pop("constants", {})
     spec = LoraSpec.from_json(json.dumps(config["spec"]))

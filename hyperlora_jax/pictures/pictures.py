@@ -53,6 +53,14 @@ def encode_png(picture: UInt8[np.ndarray, "h w 3"]) -> bytes:
     return buffer.getvalue()
 
 
+def to_uint8(images: AnyArray) -> UInt8[np.ndarray, "..."]:
+    """Pixels in [0, 1] rounded to 8 bits; uint8 as it is."""
+    pixels = np.asarray(images)
+    if pixels.dtype == np.uint8:
+        return pixels
+    return (np.clip(pixels.astype(np.float32), 0.0, 1.0) * 255.0 + 0.5).astype(np.uint8)
+
+
 def to_pil(images: AnyArray) -> "list[Image.Image] | Image.Image":
     """Pillow pictures of [b, h, w, 3] in [0, 1] or uint8; of [h, w, 3] the one picture.
 
@@ -64,9 +72,7 @@ def to_pil(images: AnyArray) -> "list[Image.Image] | Image.Image":
         raise UserError(
             f"pictures: found shape {list(images.shape)}, expected [b, h, w, 3] or [h, w, 3]"
         )
-    pixels = np.asarray(images)
-    if pixels.dtype != np.uint8:
-        pixels = (np.clip(pixels.astype(np.float32), 0.0, 1.0) * 255.0 + 0.5).astype(np.uint8)
+    pixels = to_uint8(images)
     return [*map(Image.fromarray, pixels)] if pixels.ndim == 4 else Image.fromarray(pixels)
 
 

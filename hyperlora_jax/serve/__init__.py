@@ -1,0 +1,1 @@
+"""A local page: a picture in, a LoRA and pictures out; what arrives together is drawn together."""

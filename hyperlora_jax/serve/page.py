@@ -1,0 +1,244 @@
+"""The page: a Gradio app around a `Studio`, without anything from the internet."""
+
+import functools
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hyperlora_jax.errors import UserError
+from hyperlora_jax.serve import requests
+from hyperlora_jax.serve.studio import Studio, Subject
+
+MOST_WAITING = 64  # visitors' requests in Gradio's queue
+MOST_BYTES = "20mb"  # of an uploaded file
+KEPT_SECONDS = 1800  # how long uploads and written files stay
+MOST_SEED = 2**31 - 1
+EDIT = 2.0  # how far an edit's slider goes either way
+PROMPTS = {
+    "tiny-sd": "smiling mouth, blue background\nfrowning mouth, round glasses, red background\n"
+    "toothy mouth, tired eyes, green striped clothes",
+    "": "a portrait photo\nreading a book in a cafe\nas an astronaut",
+}
+CSS = """
+.gradio-container { max-width: 1100px !important; margin: 0 auto !important; }
+.sides { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: 6px 8px; }
+.sides img { width: 100%; aspect-ratio: 1; object-fit: contain; image-rendering: pixelated;
+  border-radius: 4px; margin: 0; }
+.sides .head { font-weight: 600; text-align: center; }
+.sides .prompt { grid-column: 1 / -1; margin-top: 6px; overflow-wrap: anywhere; }
+#status p { margin: 0; }
+"""
+INTRODUCTION = """# A LoRA from one picture
+Drop a picture of somebody. A small file, the **LoRA**, is written in one pass; with it the picture
+model ("{base}", which has never seen this person) draws them under every prompt below."""
+
+
+def build(studio: Studio, base: str, temporary: Path) -> Any:
+    """The page; `temporary` is the folder that everything is written to.
+
+    Raises:
+        UserError: Gradio is not installed.
+    """
+    gr = _gradio(temporary)
+    answer = functools.partial(respond, studio, temporary)
+    with gr.Blocks(
+        title="A LoRA from one picture",
+        analytics_enabled=False,
+        delete_cache=(KEPT_SECONDS // 3, KEPT_SECONDS),
+    ) as page:
+        gr.Markdown(INTRODUCTION.format(base=base))
+        subject = gr.State(None, time_to_live=KEPT_SECONDS)
+        with gr.Row():
+            with gr.Column(min_width=300):
+                pictures = gr.File(
+                    label=f"Pictures of one person, up to {requests.MOST_PICTURES}",
+                    file_count="multiple",
+                    height=140,
+                    elem_id="pictures",
+                )
+                prompts = gr.Textbox(
+                    PROMPTS.get(base, PROMPTS[""]),
+                    label=f"Prompts, one a line, up to {requests.MOST_PROMPTS}",
+                    lines=3,
+                    max_lines=requests.MOST_PROMPTS,
+                    elem_id="prompts",
+                )
+                strength = gr.Slider(
+                    0, requests.MOST_STRENGTH, studio.hyper.default_strength, step=0.05,
+                    label="Strength of the LoRA", elem_id="strength",
+                )  # fmt: skip
+                seed = gr.Slider(0, 999, 0, step=1, label="Seed", elem_id="seed")
+                amounts = [
+                    gr.Slider(-EDIT, EDIT, 0, step=0.1, label=f"Edit: {name}")
+                    for name in studio.names
+                ]
+                button = gr.Button("Draw", variant="primary", elem_id="draw")
+            with gr.Column(min_width=300):
+                status = gr.Markdown(
+                    "Drop a picture, and the pictures drawn with its LoRA appear here.",
+                    elem_id="status",
+                )
+                shown = gr.HTML(elem_id="shown")
+                with gr.Row():
+                    downloads = [
+                        gr.DownloadButton(
+                            f"Download, {form}", interactive=False, size="sm",
+                            elem_id=f"download-{form}",
+                        )
+                        for form in requests.FORMATS
+                    ]  # fmt: skip
+        given = [pictures, prompts, strength, seed, *amounts]
+        outputs = [subject, status, shown, *downloads]
+        options = {"outputs": outputs, "show_progress": "minimal", "concurrency_limit": None}
+        once = {**options, "trigger_mode": "always_last", "api_visibility": "private"}
+        again = functools.partial(_redrawn, answer)
+        pictures.upload(answer, [*given], api_name="draw", **options)
+        button.click(answer, [*given], **once)
+        for slider in (strength, *amounts):
+            slider.release(again, [subject, *given], **once)
+        prompts.submit(again, [subject, *given], **once)
+        seed.release(answer, [*given], **once)
+    # Blocks of 40 threads wait for batches; more requests than these wait in the queue.
+    page.queue(max_size=MOST_WAITING, default_concurrency_limit=None, api_open=False)
+    return page
+
+
+def respond(
+    studio: Studio,
+    temporary: Path,
+    paths: list[str] | None,
+    text: str,
+    strength: float | None,
+    seed: float | None,
+    *amounts: float | None,
+    subject: Subject | None = None,
+) -> tuple[Any, ...]:
+    """New values of (subject, status, pictures, downloads …); what is wrong is said in the status.
+
+    Args:
+        paths: uploaded files.
+        text: a prompt a line.
+        amounts: of the studio's directions.
+        subject: the LoRA of these pictures, where there is one already.
+    """
+    import gradio as gr
+
+    try:
+        pixels = requests.read_pictures(paths or [], studio)
+        prompts = requests.read_prompts(text or "")
+        whole = int(requests.number(seed, "seed", 0.0, float(MOST_SEED)))
+        strong = requests.number(strength, "strength", 0.0, requests.MOST_STRENGTH)
+        edits = {
+            name: requests.number(amount, name, -EDIT, EDIT)
+            for name, amount in zip(studio.names, amounts, strict=True)
+        }
+        subject = subject or studio.write(pixels, whole)
+        generated = studio.draw(subject, prompts, strong, whole, edits)
+        base = studio.draw_base(prompts, whole)
+        folder = Path(tempfile.mkdtemp(dir=temporary / "written"))
+        files = requests.write_files(
+            studio, subject, folder, Path((paths or [""])[0]).name,
+            strength=strong, seed=whole, edits=edits,
+        )  # fmt: skip
+    except UserError as error:
+        off = [gr.DownloadButton(value=None, interactive=False) for _ in requests.FORMATS]
+        return (None, f"**Sorry:** {_plain(str(error))}", "", *off)
+    ready = [gr.DownloadButton(value=str(path), interactive=True) for path in files]
+    shown = requests.table(pixels, prompts, generated, base)
+    return (subject, requests.about(subject), shown, *ready)
+
+
+def _redrawn(
+    answer: Callable[..., tuple[Any, ...]], subject: Subject | None, *given: Any
+) -> tuple[Any, ...]:
+    return answer(*given, subject=subject)
+
+
+def _plain(text: str) -> str:
+    """Text as it is, in Markdown."""
+    return "".join(f"\\{letter}" if letter in "\\`*_{}[]<>()#!|" else letter for letter in text)
+
+
+class Served:
+    """The page on a port, until `close`.
+
+    Args:
+        host: address to listen on; 127.0.0.1 is this machine alone.
+
+    Raises:
+        UserError: Gradio is not installed, or the port is taken.
+    """
+
+    def __init__(self, studio: Studio, base: str, host: str, port: int) -> None:
+        self._studio = studio
+        self.temporary = Path(tempfile.mkdtemp(prefix="hyperlora-serve-"))
+        self._ended = threading.Event()
+        try:
+            (self.temporary / "written").mkdir()
+            self._page = build(studio, base, self.temporary)
+            import gradio as gr
+
+            _, self.url, _ = self._page.launch(
+                server_name=host,
+                server_port=port,
+                prevent_thread_lock=True,
+                quiet=True,
+                share=False,
+                inbrowser=False,
+                ssr_mode=False,
+                show_error=True,
+                max_threads=MOST_WAITING,
+                max_file_size=MOST_BYTES,
+                enable_monitoring=False,
+                footer_links=[],
+                mcp_server=False,
+                css=CSS,
+                theme=gr.themes.Base(
+                    font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")
+                ),
+            )
+        except OSError:
+            self.close()
+            raise UserError(
+                f"--host {host} --port {port}: cannot be listened on, is another program there? "
+                "name another --port"
+            ) from None
+        except BaseException:
+            self.close()
+            raise
+        threading.Thread(target=self._clean, daemon=True, name="clean").start()
+
+    def close(self) -> None:
+        """Ends the page and removes its folder."""
+        self._ended.set()
+        if hasattr(self, "_page"):
+            self._page.close(verbose=False)
+        self._studio.close()
+        shutil.rmtree(self.temporary, ignore_errors=True)
+
+    def _clean(self) -> None:
+        """Removes what was uploaded and written long ago."""
+        written = self.temporary / "written"
+        while not self._ended.wait(60):
+            for path in [*self.temporary.iterdir(), *written.iterdir()]:
+                if path != written and time.time() - path.stat().st_mtime > KEPT_SECONDS:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _gradio(temporary: Path) -> Any:
+    """The library, told to keep to itself and to the folder."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["GRADIO_TEMP_DIR"] = str(temporary)
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    try:
+        import gradio
+    except ImportError as error:
+        raise UserError(
+            f"serve: {error.name} is not installed: pip install hyperlora-jax[serve]"
+        ) from None
+    return gradio
