@@ -29,6 +29,7 @@ BENCHMARKS = {
     "hypernet": "bench_hypernet",
     "restart": "bench_restart",
     "shell": "bench_shell",
+    "load": "bench_load",
 }
 COMPARING = ("data", "restart", "shell")  # two builds of this project
 COLUMNS = ("workload", "ours", "peer", "unit", "ratio", "runs")

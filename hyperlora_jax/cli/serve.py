@@ -37,6 +37,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--num_steps is {args.num_steps}, expected 1 to 1000")
     from hyperlora_jax.hypernet.editing import load_directions
     from hyperlora_jax.hypernet.hypernetwork import Hypernetwork
+    from hyperlora_jax.parallel.mesh import make_mesh
     from hyperlora_jax.serve.page import Served
     from hyperlora_jax.serve.studio import Studio
     from hyperlora_jax.shipped import HYPERNETWORK, shipped_path
@@ -50,9 +51,8 @@ def run(args: argparse.Namespace) -> int:
     beside = Path(checkpoint) / DIRECTIONS
     file = args.directions or (beside if beside.is_file() else None)
     directions = load_directions(file, hyper.spec) if file else None
-    studio = Studio(
-        hyper, load_base(base), directions, guidance=args.guidance, num_steps=args.num_steps
-    )
+    sd = load_base(base, mesh=make_mesh())  # all devices draw
+    studio = Studio(hyper, sd, directions, guidance=args.guidance, num_steps=args.num_steps)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     served = Served(studio, base, args.host, args.port)
     try:

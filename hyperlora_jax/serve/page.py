@@ -6,24 +6,27 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.serve import requests
 from hyperlora_jax.serve.studio import Studio, Subject
+from hyperlora_jax.shipped import BASES, shipped_path
 
 MOST_WAITING = 64  # visitors' requests in Gradio's queue
 MOST_BYTES = "20mb"  # of an uploaded file
 KEPT_SECONDS = 1800  # how long uploads and written files stay
 MOST_SEED = 2**31 - 1
 EDIT = 2.0  # how far an edit's slider goes either way
+EXAMPLES = "example-people"  # drawn, none of them trained on
 PROMPTS = {
-    "tiny-sd": "smiling mouth, blue background\nfrowning mouth, round glasses, red background\n"
-    "toothy mouth, tired eyes, green striped clothes",
+    "tiny-sd": """smiling mouth wide eyes no glasses blue striped clothes yellow background
+toothy mouth keen eyes round glasses green plain clothes blue background
+frowning mouth tired eyes no glasses red dotted clothes gray background""",
     "": "a portrait photo\nreading a book in a cafe\nas an astronaut",
 }
+HINTS = {"tiny-sd": "This base knows drawn people of 16 × 16 pixels, and captions of this form."}
 CSS = """
 .gradio-container { max-width: 1100px !important; margin: 0 auto !important; }
 .sides { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: 6px 8px; }
@@ -52,7 +55,7 @@ def build(studio: Studio, base: str, temporary: Path) -> Any:
         delete_cache=(KEPT_SECONDS // 3, KEPT_SECONDS),
     ) as page:
         gr.Markdown(INTRODUCTION.format(base=base))
-        subject = gr.State(None, time_to_live=KEPT_SECONDS)
+        kept = gr.State(None, time_to_live=KEPT_SECONDS)
         with gr.Row():
             with gr.Column(min_width=300):
                 pictures = gr.File(
@@ -61,11 +64,20 @@ def build(studio: Studio, base: str, temporary: Path) -> Any:
                     height=140,
                     elem_id="pictures",
                 )
+                if base in BASES:
+                    people = sorted(map(str, shipped_path(EXAMPLES).glob("*.png")))
+                    gr.Examples(
+                        [[[person]] for person in people], [pictures], elem_id="people",
+                        label="No picture at hand? Somebody drawn",
+                        example_labels=[f"person {k + 1}" for k in range(len(people))],
+                        api_visibility="private",
+                    )  # fmt: skip
                 prompts = gr.Textbox(
                     PROMPTS.get(base, PROMPTS[""]),
                     label=f"Prompts, one a line, up to {requests.MOST_PROMPTS}",
-                    lines=3,
-                    max_lines=requests.MOST_PROMPTS,
+                    info=HINTS.get(base),
+                    lines=6,
+                    max_lines=8,
                     elem_id="prompts",
                 )
                 strength = gr.Slider(
@@ -87,44 +99,49 @@ def build(studio: Studio, base: str, temporary: Path) -> Any:
                 with gr.Row():
                     downloads = [
                         gr.DownloadButton(
-                            f"Download, {form}", interactive=False, size="sm",
+                            f"Download, {form}", interactive=False, size="sm", min_width=90,
                             elem_id=f"download-{form}",
                         )
                         for form in requests.FORMATS
                     ]  # fmt: skip
-        given = [pictures, prompts, strength, seed, *amounts]
-        outputs = [subject, status, shown, *downloads]
-        options = {"outputs": outputs, "show_progress": "minimal", "concurrency_limit": None}
-        once = {**options, "trigger_mode": "always_last", "api_visibility": "private"}
-        again = functools.partial(_redrawn, answer)
-        pictures.upload(answer, [*given], api_name="draw", **options)
-        button.click(answer, [*given], **once)
-        for slider in (strength, *amounts):
-            slider.release(again, [subject, *given], **once)
-        prompts.submit(again, [subject, *given], **once)
-        seed.release(answer, [*given], **once)
-    # Blocks of 40 threads wait for batches; more requests than these wait in the queue.
+        options = {
+            "inputs": [kept, pictures, prompts, strength, seed, *amounts],
+            "outputs": [kept, status, shown, *downloads],
+            "show_progress": "minimal",
+        }
+        pictures.change(answer, api_name="draw", **options)
+        changes = [button.click, prompts.submit]
+        changes += [slider.release for slider in (strength, seed, *amounts)]
+        for change in changes:
+            change(answer, trigger_mode="always_last", api_visibility="private", **options)
     page.queue(max_size=MOST_WAITING, default_concurrency_limit=None, api_open=False)
     return page
+
+
+class Kept(NamedTuple):
+    """A visitor's LoRA, and what it was asked for with: (paths, seed)."""
+
+    asked: tuple[tuple[str, ...], int]
+    subject: Subject
 
 
 def respond(
     studio: Studio,
     temporary: Path,
+    kept: Kept | None,
     paths: list[str] | None,
     text: str,
-    strength: float | None,
-    seed: float | None,
-    *amounts: float | None,
-    subject: Subject | None = None,
+    strength: float | int | None,
+    seed: float | int | None,
+    *amounts: float | int | None,
 ) -> tuple[Any, ...]:
-    """New values of (subject, status, pictures, downloads …); what is wrong is said in the status.
+    """New values of (kept, status, pictures, downloads …); what is wrong is said in the status.
 
     Args:
-        paths: uploaded files.
+        kept: the visitor's last LoRA, which is taken again for the same pictures and seed.
+        paths: uploaded files, named by their content.
         text: a prompt a line.
         amounts: of the studio's directions.
-        subject: the LoRA of these pictures, where there is one already.
     """
     import gradio as gr
 
@@ -137,9 +154,9 @@ def respond(
             name: requests.number(amount, name, -EDIT, EDIT)
             for name, amount in zip(studio.names, amounts, strict=True)
         }
-        subject = subject or studio.write(pixels, whole)
-        generated = studio.draw(subject, prompts, strong, whole, edits)
-        base = studio.draw_base(prompts, whole)
+        asked = (tuple(paths or ()), whole)
+        subject = kept.subject if kept and kept.asked == asked else studio.write(pixels, whole)
+        generated, base = studio.draw(subject, prompts, strong, whole, edits)
         folder = Path(tempfile.mkdtemp(dir=temporary / "written"))
         files = requests.write_files(
             studio, subject, folder, Path((paths or [""])[0]).name,
@@ -150,13 +167,7 @@ def respond(
         return (None, f"**Sorry:** {_plain(str(error))}", "", *off)
     ready = [gr.DownloadButton(value=str(path), interactive=True) for path in files]
     shown = requests.table(pixels, prompts, generated, base)
-    return (subject, requests.about(subject), shown, *ready)
-
-
-def _redrawn(
-    answer: Callable[..., tuple[Any, ...]], subject: Subject | None, *given: Any
-) -> tuple[Any, ...]:
-    return answer(*given, subject=subject)
+    return (Kept(asked, subject), requests.about(subject), shown, *ready)
 
 
 def _plain(text: str) -> str:

@@ -37,7 +37,7 @@ def read_pictures(paths: Sequence[str], studio: Studio) -> list[UInt8[np.ndarray
             not its folder.
     """
     if not paths:
-        raise UserError("drop a picture first")
+        raise UserError("no picture yet, drop one first")
     if len(paths) > MOST_PICTURES:
         raise UserError(f"found {len(paths)} pictures, expected at most {MOST_PICTURES}")
     return [_pixels(Path(path), studio) for path in paths]

@@ -2,7 +2,7 @@
 
     studio = Studio(Hypernetwork.restore("demo/run"), load_base("tiny-sd"))
     subject = studio.write([pixels], seed=0)
-    images = studio.draw(subject, ["smiling"], strength=1.5, seed=0)
+    images, base_images = studio.draw(subject, ["smiling"], strength=1.5, seed=0)
 
 Everybody's pictures go into the same batches (`batcher.py`), which are filled up to a few fixed
 sizes, so that each size is compiled once. What somebody gets depends on their own pictures, prompt,
@@ -17,7 +17,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from hyperlora_jax.array_types import AnyArray, Array, Float, Params, UInt8
@@ -103,6 +102,7 @@ class Studio:
                 for size in self._sizes[1:]:
                     self._draw([self._blank("-", 0, 0)] * size)
                     self._drawing.most = size
+                print("all sizes compiled", flush=True)
 
         if wait:
             rest()
@@ -131,8 +131,9 @@ class Studio:
         strength: float,
         seed: int,
         edits: Mapping[str, float] | None = None,
-    ) -> UInt8[np.ndarray, "p h w 3"]:
-        """A picture of the subject for each prompt.
+    ) -> tuple[UInt8[np.ndarray, "p h w 3"], UInt8[np.ndarray, "p h w 3"]]:
+        """Pictures of the subject, one for each prompt, and what the base draws from the same noise
+        without the LoRA.
 
         Raises:
             UserError: an edit without a direction; too many people wait.
@@ -142,18 +143,15 @@ class Studio:
             _Drawing(subject.vector, prompt, strength, amounts, seed, place)
             for place, prompt in enumerate(prompts)
         ]
-        return np.stack(self._drawing.ask(asked))
-
-    def draw_base(self, prompts: Sequence[str], seed: int) -> UInt8[np.ndarray, "p h w 3"]:
-        """What the base draws for the prompts from the same noise without a LoRA."""
-        asked = [self._blank(prompt, seed, place) for place, prompt in enumerate(prompts)]
-        return np.stack(self._drawing.ask(asked))
+        asked += [self._blank(prompt, seed, place) for place, prompt in enumerate(prompts)]
+        images = np.stack(self._drawing.ask(asked))
+        return images[: len(prompts)], images[len(prompts) :]
 
     def lora(
         self, subject: Subject, strength: float, edits: Mapping[str, float] | None = None
     ) -> tuple[Params, LoraSpec]:
         """The LoRA that `draw` uses, for a file."""
-        lora, spec = vectorize.unflatten(jnp.asarray(subject.vector), self.hyper.spec), None
+        lora, spec = self._unflat(subject.vector), None
         chosen = {name: amount for name, amount in (edits or {}).items() if amount}
         if chosen and self.directions is not None:
             lora, spec = edit(lora, self.directions, chosen)
@@ -213,6 +211,10 @@ class Studio:
     @functools.cached_property
     def _flat(self) -> Any:
         return jax.jit(lambda loras: vectorize.flatten(loras, self.hyper.spec))
+
+    @functools.cached_property
+    def _unflat(self) -> Any:
+        return jax.jit(lambda vector: vectorize.unflatten(vector, self.hyper.spec))
 
     @functools.cached_property
     def _loras(self) -> Any:

@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 import subprocess
+import time
 import urllib.request
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
@@ -29,6 +30,26 @@ class Page:
     def run(self, script):
         """What a script returns."""
         return call(f"{self.session}/execute/sync", {"script": script, "args": []})
+
+    def until(self, condition, seconds=60):
+        """Waits for a JavaScript expression to be true."""
+        end = time.monotonic() + seconds
+        while not self.run(f"return Boolean({condition})"):
+            assert time.monotonic() < end, condition
+            time.sleep(0.1)
+
+    def choose_files(self, selector, paths):
+        """Gives files to an <input type=file>."""
+        asked = {"using": "css selector", "value": selector}
+        (element,) = call(f"{self.session}/element", asked).values()
+        text = "\n".join(map(str, paths))
+        call(f"{self.session}/element/{element}/value", {"text": text})
+
+    def download_to(self, folder):
+        """Where downloads go, without asking."""
+        params = {"behavior": "allow", "downloadPath": str(folder)}
+        asked = {"cmd": "Browser.setDownloadBehavior", "params": params}
+        call(f"{self.session}/goog/cdp/execute", asked)
 
     def screenshot(self):
         """PNG bytes of the whole page."""

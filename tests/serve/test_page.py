@@ -1,15 +1,14 @@
 """The page as a visitor's program talks to it, over HTTP on this machine."""
 
-import os
 import signal
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from tests.serve.serving import served
 
 pytest.importorskip("gradio")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
@@ -22,27 +21,8 @@ def _place(tmp_path_factory):
 
 @pytest.fixture(name="server", scope="module")
 def _server(place):
-    """`hyperlora serve` of the shipped checkpoint; (process, address)."""
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    (place / "tmp").mkdir()
-    command = [sys.executable, "-m", "hyperlora_jax", "serve", "--num_steps", "2"]
-    with subprocess.Popen(
-        [*command, "--port", str(port)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, env={**os.environ, "TMPDIR": str(place / "tmp")}, cwd=place,
-    ) as process:  # fmt: skip
-        lines = []
-        for line in process.stdout or ():
-            lines.append(line)
-            if line.startswith("open "):
-                break
-        else:
-            raise AssertionError("".join(lines))
-        yield process, f"http://127.0.0.1:{port}/"
-        process.kill()
+    with served(place) as found:
+        yield found
 
 
 @pytest.fixture(name="ask", scope="module")
@@ -78,7 +58,7 @@ def test_what_is_wrong_is_a_line(ask, place):
     for paths, prompts, said in (
         ([place / "bad.png"], "x", "bad.png: found 4 bytes that are no picture"),
         ([picture(place / "anna.png")], "", "expected 1 to 4, one a line"),
-        ([], "x", "drop a picture"),
+        ([], "x", "no picture yet"),
         ([picture(place / "anna.png")] * 5, "x", "at most 4"),
     ):
         status, shown, *files = ask(paths, prompts)

@@ -64,12 +64,12 @@ def test_a_result_is_the_same_alone_and_in_company(studio, people):
         for k, own in enumerate(prompts)
     ]
     subjects = [studio.write([picture], 0) for picture in people]
-    alone = [studio.draw(subject, **one) for subject, one in zip(subjects, asked, strict=True)]
+    alone = [studio.draw(subject, **one)[0] for subject, one in zip(subjects, asked, strict=True)]
     before = dict(studio.batches)
     with ThreadPoolExecutor(3) as pool:
         again = list(pool.map(lambda picture: studio.write([picture], 0), people))
-        together = list(pool.map(lambda k: studio.draw(again[k], **asked[k]), range(3)))
-    assert sum(size * n for size, n in studio.batches.items()) == 4 + sum(
+        together = list(pool.map(lambda k: studio.draw(again[k], **asked[k])[0], range(3)))
+    assert sum(size * n for size, n in studio.batches.items()) == 8 + sum(
         size * n for size, n in before.items()
     )
     for a, b in zip(alone, together, strict=True):
@@ -83,11 +83,11 @@ def test_pictures_are_those_of_the_loras_and_seeds_that_other_commands_have(stud
     lora = hyper.generate(0, [[people[0], people[1]]], strength=0.7)
     key = jax.random.fold_in(jax.random.key(3), 1)
     wanted = sd.sample(0, ["b"], lora=lora, latents=sd.noise(key, 1), num_steps=STEPS)
-    drawn = studio.draw(subject, ["a", "b"], 0.7, 3)[1]
+    drawn, base = (images[1] for images in studio.draw(subject, ["a", "b"], 0.7, 3))
     assert np.abs(255 * np.asarray(wanted[0]) - drawn).max() < 1.5
     plain = sd.sample(0, ["b"], latents=sd.noise(key, 1), num_steps=STEPS)
-    assert np.abs(255 * np.asarray(plain[0]) - studio.draw_base(["a", "b"], 3)[1]).max() < 1.5
-    assert np.abs(drawn.astype(int) - studio.draw_base(["a", "b"], 3)[1]).max() > 20
+    assert np.abs(255 * np.asarray(plain[0]) - base).max() < 1.5
+    assert np.abs(drawn.astype(int) - base).max() > 20
 
 
 def test_files_hold_the_lora_that_is_drawn_with(studio, people, tmp_path):
@@ -99,7 +99,7 @@ def test_files_hold_the_lora_that_is_drawn_with(studio, people, tmp_path):
     ]  # fmt: skip
     assert sorted(tmp_path.iterdir()) == sorted(files)
     assert read_metadata(files[0])["hyperlora.strength"] == "0.7"
-    drawn = studio.draw(subject, ["a"], 0.7, 3, {"hat": 1.0})[0]
+    drawn = studio.draw(subject, ["a"], 0.7, 3, {"hat": 1.0})[0][0]
     key = jax.random.fold_in(jax.random.key(3), 0)
     for file in files[:2]:
         lora, _ = load_lora(file, studio.sd)
@@ -126,7 +126,7 @@ def test_what_cannot_be_asked_is_said_in_a_line(studio, people, tmp_path):
         with pytest.raises(UserError, match=f"^{name}: ") as error:
             requests.read_pictures([str(tmp_path / name)], studio)
         assert str(tmp_path) not in str(error.value)
-    with pytest.raises(UserError, match="drop a picture"):
+    with pytest.raises(UserError, match="no picture yet"):
         requests.read_pictures([], studio)
     for text in ("", " \n ", "a\n" * 5, "a" * 1001):
         with pytest.raises(UserError, match="prompt"):
