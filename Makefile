@@ -2,11 +2,13 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+RUNS := $(VENV)/.installed-to-run
+STAMP := $(VENV)/.installed-to-develop
+PIP := $(BIN)/pip install -q --disable-pip-version-check -c constraints.txt
 
 .PHONY: demo test test-slow lint bench clean
 
-demo: $(STAMP)
+demo: $(RUNS)
 	$(BIN)/hyperlora demo --workdir demo
 
 test: lint
@@ -23,10 +25,15 @@ lint: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python tools/bench.py all --json docs/measurements/bench_cpu.json
 
-$(STAMP): setup.py constraints.txt
+# What the demo and the page need; what tests need besides is added to the same .venv.
+$(RUNS): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt torch==2.13.0
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[torch,avatars,dev,tpu]"
+	$(PIP) torch==2.13.0
+	$(PIP) -e ".[torch,avatars,serve]"
+	touch $(RUNS)
+
+$(STAMP): $(RUNS)
+	$(PIP) -e ".[torch,avatars,serve,dev,tpu]"
 	touch $(STAMP)
 
 clean:

@@ -8,7 +8,10 @@ The proof: diffusers loads the exported files and draws from the same noise as J
 import contextlib
 import dataclasses
 import importlib.util
-import logging
+import os
+import shlex
+import shutil
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -118,56 +121,62 @@ def _torch_images(
     base: str, files: Sequence[Path], prompts: Sequence[str], noise: np.ndarray, num_steps: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Pictures with and without the LoRA, by StableDiffusionPipeline.load_lora_weights."""
-    with _quiet():
-        try:
-            import torch
-            from diffusers import StableDiffusionPipeline
-        except ImportError as error:
-            raise UserError(
-                f"PyTorch comparison: {error.name} is not installed, "
-                "expected the extra `pip install hyperlora-jax[torch]`"
-            ) from error
-        pipe = StableDiffusionPipeline.from_pretrained(
-            base, safety_checker=None, torch_dtype=torch.float32
+    try:
+        import torch
+        from diffusers import StableDiffusionPipeline
+    except ImportError as error:
+        raise UserError(
+            f"PyTorch comparison: {error.name} is not installed, "
+            "expected the extra `pip install hyperlora-jax[torch]`"
+        ) from error
+    pipe = StableDiffusionPipeline.from_pretrained(
+        base, safety_checker=None, torch_dtype=torch.float32
+    )
+    pipe.set_progress_bar_config(disable=True)
+
+    def draw(k: int) -> np.ndarray:
+        latents = torch.from_numpy(np.ascontiguousarray(noise[k, None].transpose(0, 3, 1, 2)))
+        result = pipe(
+            prompts[k],
+            latents=latents,
+            num_inference_steps=num_steps,
+            guidance_scale=1.0,
+            output_type="np",
         )
-        pipe.set_progress_bar_config(disable=True)
+        return result.images[0]  # pyright: ignore[reportAttributeAccessIssue, reportReturnType]
 
-        def draw(k: int) -> np.ndarray:
-            latents = torch.from_numpy(np.ascontiguousarray(noise[k, None].transpose(0, 3, 1, 2)))
-            result = pipe(
-                prompts[k],
-                latents=latents,
-                num_inference_steps=num_steps,
-                guidance_scale=1.0,
-                output_type="np",
-            )
-            return result.images[0]  # pyright: ignore[reportAttributeAccessIssue, reportReturnType]
-
-        without = [draw(k) for k in range(len(files))]
-        with_lora = []
-        for k, path in enumerate(files):
-            name = f"lora_{k}"
-            pipe.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=name)
-            with_lora.append(draw(k))
-            pipe.unload_lora_weights()
+    without = [draw(k) for k in range(len(files))]
+    with_lora = []
+    for k, path in enumerate(files):
+        name = f"lora_{k}"
+        pipe.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=name)
+        with_lora.append(draw(k))
+        pipe.unload_lora_weights()
     return np.stack(with_lora), np.stack(without)
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """PyTorch libraries' notes on loading, which are about other use than this."""
-    names = ("diffusers", "transformers", "peft")
-    before = {name: logging.getLogger(name).level for name in names}
-    for name in names:
-        logging.getLogger(name).setLevel(logging.ERROR)
+def _logged(path: Path) -> Iterator[None]:
+    """What libraries say inside goes to the end of a file, C++ included, not to the terminal."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = {number: os.dup(number) for number in (1, 2)}
+    with path.open("ab") as file:
+        for number in kept:
+            os.dup2(file.fileno(), number)
     try:
         yield
     finally:
-        for name, level in before.items():
-            logging.getLogger(name).setLevel(level)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for number, own in kept.items():
+            os.dup2(own, number)
+            os.close(own)
 
 
 NUM_FILES = 4
+LOG = "demo.log"
+PROMPT = "smiling mouth wide eyes no glasses blue striped clothes yellow background"
 SHOWN = ("exact", "generated", "conventional", "nearest", "mean_lora", "shuffled", "base")
 
 
@@ -203,17 +212,14 @@ def demo(config: ConfigDict, workdir: str | Path, console: Console | None = None
 
     evaluation, results = stage("evaluate", "Compare on held-out identities", compare_all)
     files = stage("export", "Write LoRA files", lambda: write_loras(evaluation, out / "loras"))
-    parity: TorchParity = stage(
-        "torch",
-        "Load them with PyTorch diffusers",
-        lambda: compare_with_torch(
-            evaluation.sd,
-            config.base,
-            files,
-            [evaluation.test.captions[i][0] for i in range(len(files))],
-            num_steps=config.evaluate.num_sampling_steps,
-        ),
-    )
+
+    def compare_torch() -> TorchParity:
+        prompts = [evaluation.test.captions[i][0] for i in range(len(files))]
+        steps = config.evaluate.num_sampling_steps
+        with _logged(out / LOG):
+            return compare_with_torch(evaluation.sd, config.base, files, prompts, num_steps=steps)
+
+    parity: TorchParity = stage("torch", "Load them with PyTorch diffusers", compare_torch)
     stage("speed", "Measure speed", evaluation.measure_speed)
     seconds["total"] = time.perf_counter() - began
     metrics, written = evaluation.report(
@@ -226,8 +232,29 @@ def demo(config: ConfigDict, workdir: str | Path, console: Console | None = None
     )
     console.print(summary_table(metrics))
     console.print(_verdict(metrics))
-    console.print(f"report: {written.page}\nLoRAs:  {out / 'loras'}")
+    console.print(_next(out, written.page, config.base), soft_wrap=True, highlight=False)
     return metrics
+
+
+def _next(out: Path, page: Path, base: str) -> str:
+    """Where to look first, and three commands that work as they stand here."""
+    program = "hyperlora" if shutil.which("hyperlora") else shlex.join([sys.argv[0]])
+    if program.endswith(".py"):
+        program = f"{sys.executable} -m hyperlora_jax"
+    place, base = shlex.quote(str(out)), shlex.quote(base)
+    reference, file = f"{place}/loras/00.reference.png", f"{place}/mine.safetensors"
+    return f"""
+[bold]Look first at[/bold] {page}
+  four people it has never seen, as LoRAs for other programs: {out / "loras"}
+  what other libraries said: {out / LOG}
+
+[bold]Then try[/bold]
+  {program} serve {place}
+      your own picture, in the browser
+  {program} generate --checkpoint {place} --reference {reference} --out {file}
+      a LoRA from one picture
+  {program} sample {base} --prompt "{PROMPT}" --lora {file} --out {place}/pictures
+      pictures with it, large in contact_sheet.png"""
 
 
 def write_loras(evaluation: Evaluation, folder: Path) -> list[Path]:

@@ -63,6 +63,8 @@ def parse(name: str, summary: str, module: ModuleType, given: Sequence[str]) -> 
     values = vars(known)
     for key, value in values.items():
         values[key] = _expanded(value)
+        if key in ("checkpoint", "workdir", "path") and name != "demo":
+            values[key] = _of_demo(values[key])
     if takes_config:
         known.overrides = [item for item in rest if item.startswith("--config.")]
         rest = [item for item in rest if not item.startswith("--config.")]
@@ -107,6 +109,13 @@ def _expanded(value: Any) -> Any:
         return [_expanded(item) for item in value]
     home = isinstance(value, str) and (value == "~" or value.startswith("~/"))
     return str(Path(value).expanduser()) if home else value
+
+
+def _of_demo(value: Any) -> Any:
+    """The workdir inside of one of `hyperlora demo`; other values as they are."""
+    if isinstance(value, str) and value and Path(value, "run", "hypernetwork").is_dir():
+        return str(Path(value, "run"))
+    return value
 
 
 def _unknown(

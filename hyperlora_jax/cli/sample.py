@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Writes one PNG per LoRA (or one without) and prompt."""
+    """Writes one PNG per LoRA (or one without) and prompt, and a sheet of all, magnified."""
     strengths = _strengths(args)
     out = Path(args.out)
     if args.batch_size < 1:
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--out {out}: cannot be made a folder ({error.strerror})") from error
     import numpy as np
 
-    from hyperlora_jax.pictures.pictures import save_images
+    from hyperlora_jax.pictures.pictures import contact_sheet, save_images
     from hyperlora_jax.stable_diffusion.embedded import load_base
     from hyperlora_jax.stable_diffusion.networks.lora_argument import lora_tree
 
@@ -84,6 +84,7 @@ def run(args: argparse.Namespace) -> int:
         for k in range(len(prompts))
     ]
     save_images(files, images)
+    save_images(out / "contact_sheet.png", contact_sheet(images, len(args.prompt)))
     print(f"wrote {len(files)} pictures to {out}")
     return 0
 

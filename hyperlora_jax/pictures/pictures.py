@@ -32,6 +32,7 @@ SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".avif"),
     *(".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"),
 )
+SHOWN_SIZE = 192  # pixels on a side, at least, of what people look at
 SMALLEST_SIDE = 8  # pixels; below this a file shows no subject
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 _UPRIGHT = {  # of EXIF orientations, by Pillow's names
@@ -74,6 +75,26 @@ def to_pil(images: AnyArray) -> "list[Image.Image] | Image.Image":
         )
     pixels = to_uint8(images)
     return [*map(Image.fromarray, pixels)] if pixels.ndim == 4 else Image.fromarray(pixels)
+
+
+def magnified(images: AnyArray) -> UInt8[np.ndarray, "*b h w 3"]:
+    """Pictures of a few pixels large enough to be seen: every pixel is repeated until the picture
+    has `SHOWN_SIZE` on a side."""
+    pixels = to_uint8(images)
+    times = max(1, SHOWN_SIZE // min(pixels.shape[-3:-1]))
+    return pixels.repeat(times, axis=-3).repeat(times, axis=-2)
+
+
+def contact_sheet(images: AnyArray, columns: int) -> UInt8[np.ndarray, "h w 3"]:
+    """Pictures [b, h, w, 3] side by side on white, `columns` a row, magnified."""
+    pixels = magnified(images)
+    gap = SHOWN_SIZE // 24
+    framed = np.pad(pixels, ((0, 0), (gap, 0), (gap, 0), (0, 0)), constant_values=255)
+    rows = [
+        np.concatenate([*framed[start : start + columns]], axis=1)
+        for start in range(0, len(framed) // columns * columns, columns)
+    ]
+    return np.pad(np.concatenate(rows), ((0, gap), (0, gap), (0, 0)), constant_values=255)
 
 
 def save_images(paths: Sequence[str | Path] | str | Path, images: AnyArray) -> list[Path]:

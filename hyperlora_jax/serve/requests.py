@@ -3,8 +3,8 @@
 Errors are `UserError`s, whose text is what the visitor reads.
 """
 
+import base64
 import html
-import io
 import re
 import shutil
 import zipfile
@@ -12,20 +12,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from hyperlora_jax.array_types import UInt8
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.hypernet.familiarity import UNFAMILIAR
 from hyperlora_jax.lora_files import save_lora
-from hyperlora_jax.pictures.pictures import reference_pixels, to_pil, upright_size
+from hyperlora_jax.pictures.pictures import (
+    encode_png,
+    magnified,
+    reference_pixels,
+    upright_size,
+)
 from hyperlora_jax.serve.studio import MOST_PICTURES, Studio, Subject
 
 MOST_PIXELS = 40_000_000  # of an uploaded picture: a few KB can unpack to gigabytes
 MOST_PROMPTS = 4
 MOST_LETTERS = 1000  # of a prompt
 MOST_STRENGTH = 3.0
-SHOWN_SIZE = 192  # pixels on a side, at least, of what is shown
 FORMATS = ("kohya", "diffusers", "peft")
 
 
@@ -121,21 +124,9 @@ def table(
     return f"<div class='sides'>{''.join(rows)}</div>"
 
 
-def magnified(pixels: UInt8[np.ndarray, "h w 3"]) -> Image.Image:
-    """A picture, its pixels repeated until it has `SHOWN_SIZE` on a side."""
-    picture = to_pil(pixels)
-    assert isinstance(picture, Image.Image)
-    times = max(1, SHOWN_SIZE // min(picture.size))
-    size = (picture.width * times, picture.height * times)
-    return picture.resize(size, Image.Resampling.NEAREST)
-
-
 def _data_uri(pixels: UInt8[np.ndarray, "h w 3"]) -> str:
-    import base64
-
-    buffer = io.BytesIO()
-    magnified(pixels).save(buffer, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    encoded = encode_png(magnified(pixels))
+    return f"data:image/png;base64,{base64.b64encode(encoded).decode()}"
 
 
 def write_files(

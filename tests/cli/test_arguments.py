@@ -1,5 +1,6 @@
 """Arguments: one line and code 2 for wrong ones, before JAX is imported; help that helps."""
 
+import importlib
 import subprocess
 import sys
 
@@ -119,3 +120,20 @@ def test_two_outputs_are_one_too_many():
         arguments.parse("convert", "", convert, ["a", "b", "--out", "c", "--format", "peft"])
     with pytest.raises(UserError, match="required: --out"):
         arguments.parse("convert", "", convert, ["a", "--format", "peft"])
+
+
+def test_the_folder_of_a_demo_means_the_workdir_in_it(tmp_path):
+    (tmp_path / "demo" / "run" / "hypernetwork").mkdir(parents=True)
+    place, inside = str(tmp_path / "demo"), str(tmp_path / "demo" / "run")
+    for name, given in (
+        ("generate", ["--checkpoint", place, "--reference", "a.png", "--out", "a.safetensors"]),
+        ("serve", [place]),
+        ("export", [place, "--out", str(tmp_path / "out")]),
+        ("inspect", [place]),
+        ("evaluate", ["--workdir", place]),
+        ("demo", ["--workdir", place]),
+    ):
+        module = importlib.import_module(f"hyperlora_jax.cli.{name}")
+        found = vars(arguments.parse(name, "", module, given))
+        wanted = place if name == "demo" else inside
+        assert wanted in (found.get("checkpoint"), found.get("workdir"), found.get("path")), name

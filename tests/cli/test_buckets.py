@@ -76,7 +76,7 @@ def test_pictures_are_drawn_there(lora, bucket, capsys):
                "--lora", lora, "--out", "gs://b/drawn/today") == 0  # fmt: skip
     assert "wrote 2 pictures to gs://b/drawn/today" in capsys.readouterr().out
     drawn = [name for name in bucket.store if name.startswith("/b/drawn/today/")]
-    assert len(drawn) == 2 and all(name.endswith(".png") for name in drawn)
+    assert len(drawn) == 3 and all(name.endswith(".png") for name in drawn)
 
 
 def test_loras_are_generated_from_and_to_buckets(lora, bucket, tmp_path, capsys):

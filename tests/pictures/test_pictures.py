@@ -185,3 +185,12 @@ def test_drawn_pictures_become_files_and_pillow_pictures(tmp_path):
             pictures.save_images(paths, drawn)
     with pytest.raises(UserError, match=r"found shape \[9, 3\]"):
         pictures.to_pil(drawn[0, 0])
+
+
+def test_a_contact_sheet_shows_all_pictures_magnified():
+    images = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), np.uint8)
+    sheet = pictures.contact_sheet(images, 3)
+    assert sheet.shape == (2 * 200 + 8, 3 * 200 + 8, 3) and (sheet[:8] == 255).all()
+    second_row_third = sheet[208:400, 408:600]
+    np.testing.assert_array_equal(second_row_third[::12, ::12], images[5])
+    assert pictures.magnified(np.zeros((300, 200, 3), np.uint8)).shape == (300, 200, 3)
