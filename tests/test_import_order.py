@@ -40,6 +40,7 @@ ROOMS = [
     "distill",
     "generate",
     "refine",
+    "model_card",
     "runtime",
     "serve",
     "evaluate",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
-from hyperlora_jax import storage
+from hyperlora_jax import model_card, storage
 from hyperlora_jax.array_types import Params
 from hyperlora_jax.cli import arguments
 from hyperlora_jax.errors import UserError
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     config = ml_collections.ConfigDict(meta["config"])
     if config.get("task") == "unet" or "unet" in params:
         _check_format(args, OF_BASES, "a base model")
-        _write_base(workdir, config, params, out, args.dtype or "float16")
+        _write_base(workdir, config, params, meta["step"], out, args.dtype or "float16")
     elif "spec" in meta["facts"] and "encoder" in meta["facts"]:
         hyper = _hypernetwork(workdir, config, params, meta, args.encoder)
         _write_hypernetwork(hyper, out, args)
@@ -122,7 +122,7 @@ def _check_format(args: argparse.Namespace, known: tuple[str, ...], what: str) -
 
 
 def _write_base(
-    workdir: epath.Path, config: Any, params: Params, out: epath.Path, dtype: str
+    workdir: epath.Path, config: Any, params: Params, step: int, out: epath.Path, dtype: str
 ) -> None:
     with storage.writing(out, storage.scratch(workdir)) as folder:
         if config.get("task") == "unet":
@@ -134,6 +134,9 @@ def _write_base(
 
             base = assemble(config, workdir, params)
         base.save_pretrained(folder, dtype=dtype)
+        source = config.base if config.get("task") == "unet" else ""
+        facts = {"steps": step, "data": config.data.source}
+        model_card.write(folder, model_card.of_base(source, facts))
 
 
 def _write_hypernetwork(hyper: "Hypernetwork", out: epath.Path, args: argparse.Namespace) -> None:
@@ -146,8 +149,12 @@ def _write_hypernetwork(hyper: "Hypernetwork", out: epath.Path, args: argparse.N
         from hyperlora_jax.runtime.onnx_file import write_onnx
 
         write_onnx(hyper, out)
+        return  # one file
     else:
         hyper.save(out, args.dtype or "float32")
+    command = model_card.IN_PYTORCH if args.format == "pytorch" else model_card.IN_JAX
+    card = model_card.of_hypernetwork(hyper.facts, hyper.model, args.workdir, command)
+    model_card.write(out, card)
 
 
 def _hypernetwork(

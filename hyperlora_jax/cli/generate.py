@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Writes one file per subject."""
-    from hyperlora_jax import generate
+    from hyperlora_jax import generate, model_card
     from hyperlora_jax.hypernet.hypernetwork import Hypernetwork
 
     if bool(args.reference) == bool(args.subjects):
@@ -57,6 +57,9 @@ def run(args: argparse.Namespace) -> int:
         written = generate.generate_one(hyper, args.reference, args.out, **options)
     else:
         written = generate.generate_many(hyper, args.subjects, args.out, **options)
+        names = [file.path.name for file in written]
+        card = model_card.of_loras(hyper.facts, names, written[0].strength, str(options["format"]))
+        model_card.write(args.out, card)
     _say(written, args.out)
     return 0
 

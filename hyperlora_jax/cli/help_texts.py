@@ -63,6 +63,7 @@ _EXAMPLES = {
     "sample": 'hyperlora sample BASE --prompt "a portrait" --lora anna.safetensors --out pictures',
     "convert": "hyperlora convert anna.safetensors --format kohya --out anna.kohya.safetensors",
     "merge": "hyperlora merge a.safetensors=0.7 b.safetensors=0.5 --out both.safetensors",
+    "push": "hyperlora push loras/ OWNER/NAME --upload",
     "extract": "hyperlora extract BASE TUNED --rank 16 --out difference.safetensors",
     "export": "hyperlora export runs/me --out hypernetwork --format pytorch",
     "inspect": "hyperlora inspect anna.safetensors",

@@ -29,6 +29,7 @@ COMMANDS = {
     "merge": ("merge", "weighted sums of LoRA files, at any rank, or into a base"),
     "extract": ("extract", "the difference of two models as a LoRA"),
     "export": ("export", "what was trained as files; a base as a graph that takes LoRAs"),
+    "push": ("push", "what was exported or generated -> a repository of the hub"),
     "inspect": ("inspect", "what a LoRA, dataset, checkpoint or workdir holds"),
     "evaluate": ("evaluate", "scores on held-out identities, figures, report"),
     "serve": ("serve", "a local page: pictures in, LoRA and pictures out"),
