@@ -6,6 +6,7 @@ of the weights, and which number of the LoRA a token writes is a table of places
 """
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from hyperlora_jax.hypernet.weight_diffusion import WeightVae
 
 Tensors = dict[str, np.ndarray]
 Described = tuple[dict[str, Any], Tensors]  # a part of config.json, and its tensors
+Replacement = str | Callable[[re.Match[str]], str]
 
 
 def plain(params: Params) -> Tensors:
@@ -46,7 +48,7 @@ def plain(params: Params) -> Tensors:
     return found
 
 
-def renamed(tensors: Tensors, rules: tuple[tuple[str, str], ...]) -> Tensors:
+def renamed(tensors: Tensors, rules: tuple[tuple[str, Replacement], ...]) -> Tensors:
     """Every rule (regular expression, replacement) is applied to every name, in order."""
     found = {}
     for name, value in tensors.items():

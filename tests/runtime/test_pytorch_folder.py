@@ -4,7 +4,7 @@ import copy
 import re
 import subprocess
 import sys
-import types
+from unittest import mock
 
 import jax
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from hyperlora_jax.cli.main import main
+from hyperlora_jax.encoders.condition_encoders import ImageEncoder
 from hyperlora_jax.encoders.named_encoders import load_condition_encoder
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.generate import generate_one
@@ -118,7 +119,7 @@ def write_pictures(folder):
 
 
 def test_pictures_are_read_as_jax_reads_them(tmp_path):
-    encoder = types.SimpleNamespace(image_size=(16, 12))
+    encoder = mock.Mock(spec=ImageEncoder, image_size=(16, 12))
     for path in write_pictures(tmp_path):
         ours = np.float32(reference_pixels(path, encoder)) / np.float32(255)
         np.testing.assert_array_equal(read_picture(path, (16, 12)), ours)
