@@ -72,11 +72,13 @@ def run(
         first = {name: _start(world, name, code, 1) for name, code in builds.items()}
         warm: dict[str, list[tuple[float, float]]] = {name: [] for name in builds}
         cold: dict[str, list[tuple[float, float]]] = {name: [] for name in builds}
-        for step in range(2, 2 * runs + 2, 2):
+        for step in range(2, runs + 2):
             for name, code in builds.items():
                 warm[name].append(_start(world, name, code, step))
+        for step in range(runs + 2, 2 * runs + 2):
+            for name, code in builds.items():
                 _forget(world)
-                cold[name].append(_start(world, name, code, step + 1))
+                cold[name].append(_start(world, name, code, step))
         rates = {name: [] for name in builds}
         for _ in range(runs):
             for name, code in builds.items():
