@@ -28,6 +28,7 @@ BENCHMARKS = {
     "distill": "bench_distill",
     "hypernet": "bench_hypernet",
     "restart": "bench_restart",
+    "serve": "bench_serve",
     "shell": "bench_shell",
     "load": "bench_load",
 }
