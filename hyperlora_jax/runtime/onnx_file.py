@@ -11,6 +11,7 @@ holds the same text as its metadata "hyperlora".
 
 import json
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -88,15 +89,17 @@ def _export(network: Any, inputs: dict[str, Any], file: Path, layout: str) -> No
 
     subjects, pictures = torch.export.Dim("subjects"), torch.export.Dim("pictures")
     free = {"pictures": {0: subjects, 1: pictures}, "noise": {0: subjects}}
-    program = torch.onnx.export(
-        network,
-        kwargs=inputs,
-        dynamo=True,
-        dynamic_shapes={name: free[name] for name in inputs},
-        input_names=[*inputs],
-        output_names=["lora", "familiarity"] if "familiarity" in network.weights else ["lora"],
-        verbose=False,
-    )
+    with warnings.catch_warnings():  # that both inputs have one number of subjects
+        warnings.filterwarnings("ignore", ".*axis name: subjects will not be used")
+        program = torch.onnx.export(
+            network,
+            kwargs=inputs,
+            dynamo=True,
+            dynamic_shapes={name: free[name] for name in inputs},
+            input_names=[*inputs],
+            output_names=["lora", "familiarity"] if "familiarity" in network.weights else ["lora"],
+            verbose=False,
+        )
     program.model.metadata_props[METADATA] = layout
     program.save(file)
 

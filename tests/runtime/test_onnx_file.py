@@ -24,6 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*isinstance.treespec.*:FutureWa
     "kind",
     ["knn", pytest.param("regression", marks=pytest.mark.slow),
      pytest.param("iterative", marks=pytest.mark.slow),
+     pytest.param("diffusion", marks=pytest.mark.slow),
      pytest.param("latent_diffusion", marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_onnxruntime_gives_the_same(kind, tmp_path):
