@@ -12,7 +12,7 @@ from hyperlora_jax.errors import UserError
 from hyperlora_jax.parallel import environment
 
 PREEMPTED = 75
-OBJECTS_UNLOOKED_AT = 20_000  # the collector of cycles waits for that many new ones
+OBJECTS_UNLOOKED_AT = 200_000  # the collector of cycles waits for that many new ones
 
 
 class Process:

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -42,7 +41,7 @@ class Concept:
     num_references: int
     references_at: Callable[[Size], Sequence[UInt8[np.ndarray, "h w 3"]]]
     other_references: bool
-    files: tuple[tuple[Path, str], ...] = ()
+    files: tuple[tuple[str, str], ...] = ()
 
 
 def of_subject(

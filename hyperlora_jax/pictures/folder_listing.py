@@ -2,10 +2,10 @@
 there (hidden names, AppleDouble files, thumbnails)."""
 
 import collections
-import dataclasses
 import os
 from collections.abc import Iterable
 from pathlib import Path, PurePath
+from typing import NamedTuple
 
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.pictures import pictures
@@ -18,8 +18,7 @@ DOUBLE = "._"  # starts the names of what macOS keeps beside the files of other 
 DEEPEST = 3  # levels below a folder that are searched for pictures that nobody reads
 
 
-@dataclasses.dataclass(frozen=True)
-class Listing:
+class Listing(NamedTuple):
     """Names in a folder, sorted: pictures, folders, other files (dead links and macOS' AppleDouble
     companions too)."""
 
@@ -28,25 +27,27 @@ class Listing:
     others: tuple[str, ...]
 
 
-def list_folder(folder: Path) -> Listing:
+def list_folder(folder: str | Path) -> Listing:
     """The names in a folder that are no system's; UserError when it cannot be listed."""
-    found: dict[str, list[str]] = {"pictures": [], "folders": [], "others": []}
+    found: tuple[list[str], list[str], list[str]] = ([], [], [])
+    seen, folders, others = found
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
-                double = entry.name.startswith(DOUBLE) and not entry.is_dir()
-                if entry.name.lower() in SYSTEM or (entry.name.startswith(".") and not double):
+                name, inside = entry.name, entry.is_dir()
+                plain = name.lower()
+                double = name.startswith(DOUBLE) and not inside
+                if plain in SYSTEM or (name.startswith(".") and not double):
                     continue
-                if entry.is_dir():
-                    kind = "folders"
+                if inside:
+                    folders.append(name)
+                elif plain.endswith(pictures.SUFFIXES) and not double and entry.is_file():
+                    seen.append(name)
                 else:
-                    readable = entry.name.lower().endswith(pictures.SUFFIXES)
-                    sound = readable and not double and entry.is_file()
-                    kind = "pictures" if sound else "others"
-                found[kind].append(entry.name)
+                    others.append(name)
     except OSError as error:
         raise UserError(f"{folder}: cannot be listed ({error.strerror})") from None
-    return Listing(**{kind: tuple(sorted(names)) for kind, names in found.items()})
+    return Listing(*(tuple(sorted(names)) for names in found))
 
 
 def pictures_below(folder: Path, names: Iterable[str], depth: int = DEEPEST) -> list[str]:

@@ -11,9 +11,11 @@ all rows of a folder), when several folders show one identity. What is left out 
 """
 
 import dataclasses
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from pathlib import Path
+from typing import NamedTuple
 
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.pictures import captions, folder_listing, pictures, size_buckets
@@ -25,11 +27,10 @@ from hyperlora_jax.pictures.size_buckets import Size
 from hyperlora_jax.pictures.subjects import Subject
 
 
-@dataclasses.dataclass(frozen=True)
-class PictureFile:
+class PictureFile(NamedTuple):
     """One picture of a subject: its path, caption ("" = none given) and role."""
 
-    path: Path
+    path: str  # of hundreds of thousands of files a restart makes no Path
     caption: str
     role: str
 
@@ -58,7 +59,7 @@ class SubjectFolder:
 
     def of_role(self, role: str) -> list[PictureFile]:
         """Those that are a "reference" or a "target"; UserError when there is none."""
-        found = [file for file in self.files if file.role in (role, "both")]
+        found = [file for file in self.files if file.role == "both" or file.role == role]
         if not found:
             raise UserError(f"{self.path}: its metadata names no {role} picture")
         return found
@@ -77,7 +78,7 @@ def open_image_folder(path: str | Path) -> list[SubjectFolder]:
         found = "is a file" if path.exists() else "does not exist"
         raise UserError(f"{path}: {found}, expected a folder of concepts")
     top = list_folder(path)
-    below = {name: list_folder(path / name) for name in top.folders}
+    below = {name: list_folder(os.path.join(path, name)) for name in top.folders}  # noqa: PTH118
     full = {name: listing for name, listing in below.items() if listing.pictures}
     if top.pictures and full:
         raise UserError(
@@ -197,6 +198,7 @@ def _by_folder(root: Path, rows: Sequence[Row], folders: Iterable[str]) -> Mappi
 
 def _subject(folder: Path, listing: Listing, rows: Sequence[Row]) -> SubjectFolder:
     matched = captions.match(rows, listing.pictures, folder)
+    start = os.path.join(folder, "")  # noqa: PTH118
     named = {row.identity for row in matched.values() if row.identity is not None}
     if len(named) > 1:
         raise UserError(
@@ -215,7 +217,7 @@ def _subject(folder: Path, listing: Listing, rows: Sequence[Row]) -> SubjectFold
                     f"{folder / text}: another caption than that of {row.where if row else ''}"
                 )
             caption = written
-        files.append(PictureFile(folder / name, caption or "", row.role if row else "both"))
+        files.append(PictureFile(start + name, caption or "", row.role if row else "both"))
     return SubjectFolder(
         folder,
         named.pop() if named else folder.name,

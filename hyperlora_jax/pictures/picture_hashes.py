@@ -6,6 +6,7 @@ of them again. Pictures that were moved are read once more and found to be the s
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,22 +23,24 @@ SHOWN = 2000  # files to read from which on progress is shown
 Kept = dict[str, list[Any]]  # path below the root: [size, nanoseconds, hash]
 
 
-def content_hashes(root: Path, files: Sequence[Path]) -> list[str]:
+def content_hashes(root: Path, files: Sequence[str]) -> list[str]:
     """Hash of every file's bytes; those known by size and time of change are not read.
 
     Args:
         root: folder of all files; what is known of them is kept in one file in the cache folder.
+        files: paths, which begin with that of `root`.
 
     Raises:
         UserError: a file cannot be read.
     """
     place = _place(root)
     kept = _read(place)
-    names = [str(file.relative_to(root)) for file in files]
+    start = os.path.join(root, "")  # noqa: PTH118
+    names = [file.removeprefix(start) for file in files]
     now = []
     for file in files:
         try:
-            status = file.stat()
+            status = os.stat(file)  # noqa: PTH116
         except OSError as error:
             raise UserError(f"{file}: cannot be read ({error.strerror})") from error
         now.append([status.st_size, status.st_mtime_ns])
@@ -55,9 +58,9 @@ def content_hashes(root: Path, files: Sequence[Path]) -> list[str]:
     return [kept[name][2] for name in names]
 
 
-def _hash(file: Path) -> str:
+def _hash(file: str) -> str:
     try:
-        with file.open("rb") as opened:
+        with Path(file).open("rb") as opened:
             return hashlib.file_digest(opened, "sha256").hexdigest()[:LENGTH]
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from error

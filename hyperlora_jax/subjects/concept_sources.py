@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -58,18 +59,18 @@ def identified(listed: Sequence[Concept]) -> list[Concept]:
     Raises:
         UserError: a file cannot be read.
     """
-    by_root: dict[Path, list[Path]] = {}
+    by_root: dict[str, list[str]] = {}
     for concept in listed:
         for file, _ in concept.files:
-            by_root.setdefault(file.parent.parent, []).append(file)
+            by_root.setdefault(os.path.dirname(os.path.dirname(file)), []).append(file)  # noqa: PTH120
     hashes = {
         file: value
         for root, files in by_root.items()
-        for file, value in zip(files, content_hashes(root, files), strict=True)
+        for file, value in zip(files, content_hashes(Path(root), files), strict=True)
     }
 
     def mark(concept: Concept) -> str:
-        rows = [(file.name, role, hashes[file]) for file, role in concept.files]
+        rows = [(file.rpartition(os.sep)[2], role, hashes[file]) for file, role in concept.files]
         text = json.dumps([concept.id, rows or concept.mark, concept.captions])
         return hashlib.sha256(text.encode()).hexdigest()[:LENGTH]
 

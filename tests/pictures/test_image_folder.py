@@ -1,5 +1,6 @@
 import json
 import unicodedata
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -111,11 +112,11 @@ def test_two_identities_in_one_folder(tmp_path):
 
 
 def names_of(folder):
-    return {own.name: [file.path.name for file in own.files] for own in folder}
+    return {own.name: [Path(file.path).name for file in own.files] for own in folder}
 
 
 def captions_of(folder):
-    return {file.path.name: file.caption for file in folder.files}
+    return {Path(file.path).name: file.caption for file in folder.files}
 
 
 def test_what_systems_leave_behind_is_no_subject(tmp_path, capsys):
