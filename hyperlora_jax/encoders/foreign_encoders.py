@@ -40,6 +40,7 @@ class ForeignImageEncoder:
       options: JSON-able arguments with which the reader makes the same of `source` again.
       channels_first: whether `run` wants [b, 3, h, w].
       source: the file or folder that `load_condition_encoder` was given.
+      module: the PyTorch module behind `run`, of kind "transformers".
     """
 
     name: str
@@ -52,6 +53,7 @@ class ForeignImageEncoder:
     options: Json
     channels_first: bool = True
     source: str = ""
+    module: Any = None
 
     @property
     def image_size(self) -> Size:
@@ -163,17 +165,28 @@ def load_transformers(path: epath.PathLike, **options: Any) -> ForeignImageEncod
             f"encoder {path}: found a model of {model.main_input_name}, expected a vision model"
         )
 
+    class Vision(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model, self.projection = model, projection
+
+        def forward(self, pixels: Any) -> Any:
+            output = self.model(pixel_values=pixels)
+            tokens = output.last_hidden_state
+            if tokens.ndim == 4:  # convolutional models: [b, e, h, w]
+                tokens = tokens.flatten(2).transpose(1, 2)
+            pooled = output.get("pooler_output")
+            pooled = tokens[:, 0] if pooled is None else pooled.flatten(1)
+            if self.projection is not None:
+                tokens = self.model.post_layernorm(tokens)
+                pooled, tokens = self.projection(pooled), self.projection(tokens)
+            return pooled, tokens
+
+    module = Vision().eval()
+
     def run(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         with torch.no_grad():
-            output = model(pixel_values=torch.from_numpy(pixels))
-        tokens = output.last_hidden_state
-        if tokens.ndim == 4:  # convolutional models: [b, e, h, w]
-            tokens = tokens.flatten(2).transpose(1, 2)
-        pooled = output.get("pooler_output")
-        pooled = tokens[:, 0] if pooled is None else pooled.flatten(1)
-        if projection is not None:
-            with torch.no_grad():
-                pooled, tokens = projection(pooled), projection(model.post_layernorm(tokens))
+            pooled, tokens = module(torch.from_numpy(pixels))
         return pooled.numpy(), tokens.numpy()
 
     side = getattr(model.config, "image_size", 224)
@@ -184,6 +197,7 @@ def load_transformers(path: epath.PathLike, **options: Any) -> ForeignImageEncod
             epath.Path(path).name, TRANSFORMERS,
             preprocessing.identity(_hash_of_files(weight_files(Path(path), "image_encoder"))),
             0, 0, run, preprocessing, preprocessing.options("mean", "std", "image_size"),
+            module=module,
         ),
         path,
     )  # fmt: skip

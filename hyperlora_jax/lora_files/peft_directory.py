@@ -25,6 +25,7 @@ from hyperlora_jax.lora_files.lora_config import check_config, config_scale
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
 VECTOR_NAME = "weights.npy"
+PREFIX = "base_model.model."  # of every key
 W2W_SCALE = 27
 W2W_ADAPTER = "identity1"
 OPEN_CLIP_G = 1280  # width of SDXL's second text encoder
@@ -83,7 +84,7 @@ def _second_text_encoder(tensors: Mapping[str, np.ndarray]) -> str:
 @functools.lru_cache(maxsize=1 << 16)
 def _names(key: str, component: str) -> tuple[str, str | None, str]:
     """(key as in a single file, module of the layer's first key or None, name of its scale)."""
-    bare = key.removeprefix("base_model.model.")
+    bare = key.removeprefix(PREFIX)
     name = f"{component}.{bare}" if component else key
     # hada_w1_b: its rows are the rank in every form of LoHa.
     found = re.search(r"\.(?:lora_A|hada_w1_b|lokr_w1(?:_a)?$)", bare)
@@ -151,19 +152,19 @@ def _write_folder(
     tensors = {}
     for name, (a, b) in sites.items():
         module = _module(name)
-        tensors[f"base_model.model.{module}.lora_A{adapter}.weight"] = a
-        tensors[f"base_model.model.{module}.lora_B{adapter}.weight"] = b
+        tensors[f"{PREFIX}{module}.lora_A{adapter}.weight"] = a
+        tensors[f"{PREFIX}{module}.lora_B{adapter}.weight"] = b
     safetensors_io.write(folder / WEIGHTS_NAME, tensors, metadata)
-    safetensors_io.atomic_write(folder / CONFIG_NAME, _config(spec, scale))
+    safetensors_io.atomic_write(folder / CONFIG_NAME, config(spec, scale))
 
 
 @functools.lru_cache(maxsize=64)
-def _config(spec: LoraSpec, scale: int) -> bytes:
+def config(spec: LoraSpec, scale: int = 1) -> bytes:
     """adapter_config.json of LoRAs of one spec; sites of another rank than most are listed."""
     rank = collections.Counter(site.rank for site in spec.sites).most_common(1)[0][0]
     ranks = {_module(site.path): site.rank for site in spec.sites if site.rank != rank}
     patterns = {"rank_pattern": ranks, "alpha_pattern": ranks} if ranks else {}
-    config = patterns | {
+    texts = patterns | {
         "base_model_name_or_path": None,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -175,7 +176,7 @@ def _config(spec: LoraSpec, scale: int) -> bytes:
         "target_modules": sorted(_module(site.path) for site in spec.sites),
         "task_type": None,
     }
-    return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+    return (json.dumps(texts, indent=2, sort_keys=True) + "\n").encode()
 
 
 def _module(path: str) -> str:

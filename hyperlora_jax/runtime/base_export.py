@@ -5,13 +5,8 @@ vector, and what LoRA files call it) and `lora_unet.py`, which runs the graph wh
 not installed.
 """
 
-import importlib.util
 import json
-import logging
 import shutil
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -19,6 +14,7 @@ from hyperlora_jax import storage
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora.sites import LoraSpec
 from hyperlora_jax.lora_files.writing import kohya_names
+from hyperlora_jax.runtime.exporters import exporting
 from hyperlora_jax.stable_diffusion.model import StableDiffusion
 from hyperlora_jax.stable_diffusion.weights import directory
 from hyperlora_jax.stable_diffusion.weights.tensor_stream import read_tensors
@@ -46,12 +42,6 @@ def export_base(
         UserError: no UNet, an unknown preset, a rank below 1, weights that do not fit; PyTorch or
             what its exporter needs is not installed; the folder cannot be written.
     """
-    for package in PACKAGES[format]:
-        if importlib.util.find_spec(package) is None:
-            raise UserError(
-                f"--format {format} needs {package}, which is not installed; "
-                "pip install 'hyperlora-jax[torch,onnx]'"
-            )
     outline = StableDiffusion.outline(base, ("unet",))
     spec = outline.lora_spec(preset, rank)
     layout = {
@@ -64,9 +54,11 @@ def export_base(
         "numbers": spec.num_parameters,
         "sites": _sites(spec, outline),
     }
-    with storage.output(out) as folder, _quiet():
+    with (
+        storage.output(out) as folder,
+        exporting(f"--format {format} of {base}", *PACKAGES[format]),
+    ):
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             _write(_traced(_pytorch(outline, dtype), spec, dtype), folder / GRAPHS[format])
             directory.write_json(folder / "config.json", outline.unet.config)
             (folder / LAYOUT).write_text(json.dumps(layout, indent=1) + "\n")
@@ -163,6 +155,7 @@ def _write(program: Any, file: Path) -> None:
     import torch
 
     if file.suffix == ".pt2":
+        file.parent.mkdir(parents=True, exist_ok=True)
         torch.export.save(program, file)
         return
     from onnxscript import optimizer
@@ -179,17 +172,5 @@ def _write(program: Any, file: Path) -> None:
     optimizer.inline(graph.model)
     optimizer.fold_constants(graph.model)
     optimizer.remove_unused_nodes(graph.model)
+    file.parent.mkdir(parents=True, exist_ok=True)
     graph.save(file)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the exporters' remarks."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        level = logging.root.manager.disable
-        logging.disable(logging.WARNING)
-        try:
-            yield
-        finally:
-            logging.disable(level)

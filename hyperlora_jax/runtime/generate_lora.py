@@ -5,8 +5,7 @@
     hyper = LoraGenerator("FOLDER", "cuda")
     vectors, familiarity = hyper.generate([["anna.jpg"], ["ben1.jpg", "ben2.jpg"]])
     hyper.save("anna.safetensors", hyper.matrices(vectors[0]), "diffusers")
-    applied = Applied(pipe.unet, hyper, hyper.matrices(vectors[0]))  # without a file
-    applied.set(hyper.matrices(vectors[1]))  # another in its place; applied.remove() takes it off
+    applied = Applied(pipe.unet, hyper, hyper.matrices(vectors[0]))  # without a file; .set, .remove
 
 A LoRA is a vector [d]: for each of the config's sites the down matrix (rank, in[, kh, kw]) and the
 up matrix (out, rank), row by row. Seeds give other LoRAs than in JAX, the same noise the same ones.
@@ -19,7 +18,6 @@ import hashlib
 import io
 import json
 import math
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -52,9 +50,8 @@ def naming(what: Any) -> Any:
 def read_picture(source: Any, size: Any) -> np.ndarray:
     """[height, width, 3] in [0, 1] of a path, bytes or Pillow picture: upright, its centre."""
     with naming("picture" if isinstance(source, bytes | Image.Image) else source):
-        data = Path(source).read_bytes() if isinstance(source, str | os.PathLike) else source
-        opened = Image.open(io.BytesIO(data)) if isinstance(data, bytes) else data
-        image = ImageOps.exif_transpose(opened)
+        data = io.BytesIO(source) if isinstance(source, bytes) else source
+        image = ImageOps.exif_transpose(data if isinstance(data, Image.Image) else Image.open(data))
         if image.mode[0] == "I":  # gray of 16 bits, which Pillow would cut off at 255
             image = Image.fromarray(np.uint8(np.round(np.clip(image, 0, 65535) / 257)))
         if image.has_transparency_data:
@@ -70,8 +67,7 @@ def read_picture(source: Any, size: Any) -> np.ndarray:
         # Means of whole blocks are exact; other factors need a filter against aliasing.
         whole = wide % width == 0 and high % height == 0
         how = Image.Resampling.BOX if whole else Image.Resampling.LANCZOS
-        image = image if image.size == (width, height) else image.resize((width, height), how)
-        return np.float32(image) / np.float32(255)
+        return np.float32(image.resize((width, height), how)) / np.float32(255)
 
 
 def norm(x: Tensor, eps: float = 1e-6, **layer: Tensor) -> Tensor:
@@ -149,12 +145,13 @@ def clip_encoder(w: Tree, config: Tree, x: Tensor) -> Given:
 def onnx_encoder(w: Tree, config: Tree, x: Tensor) -> Given:
     """The same by onnxruntime, of any ONNX file: its first outputs [b, e] and [b, n, e]."""
     with naming(w["file"]):
-        import onnxruntime
+        if "session" not in w:
+            from onnxruntime import InferenceSession
 
-        session = onnxruntime.InferenceSession(w["file"], providers=["CPUExecutionProvider"])
+            w["session"] = InferenceSession(w["file"], providers=["CPUExecutionProvider"])
         pixels = (x if config["channels_first"] else x.permute(0, 2, 3, 1)).cpu().numpy()
         feeds = ({config["input"]: np.ascontiguousarray(one[None])} for one in pixels)
-        runs = zip(*(session.run(config["outputs"], feed) for feed in feeds), strict=True)
+        runs = zip(*(w["session"].run(config["outputs"], feed) for feed in feeds), strict=True)
         pooled, *tokens = (torch.from_numpy(np.concatenate(parts)).to(x) for parts in runs)
         return pooled, tokens[0] if tokens else pooled[:, None]
 
@@ -240,22 +237,16 @@ class LoraGenerator(nn.Module):
 
     def write(self, given: Given, noise: Any = None) -> Tensor:
         """LoRAs [l, d]; of `noise` [l, 1 + s, z] the first is a sampler's start, s are added."""
-        w, config, (guidance, count, sampler) = (
-            self.weights,
-            self.config,
-            self.config["draw"].values(),
-        )
+        w, config = self.weights, self.config
+        guidance, count, sampler = config["draw"].values()
         if config["generator"] == "closed":
-            shares = (
-                noise[:, 0]
-                if config["noise_size"]
-                else F.normalize(given[0], dim=1) @ w["embeddings"].T
-            )
+            known = None if config["noise_size"] else w["embeddings"].T
+            shares = noise[:, 0] if known is None else F.normalize(given[0], dim=1) @ known
             if "num_neighbours" in config:
                 best, places = shares.topk(config["num_neighbours"], 1)
                 best = F.softmax(best / config["temperature"], 1)
                 shares = torch.zeros_like(shares).scatter(1, places, best)
-            elif not config["noise_size"]:
+            elif known is not None:
                 shares = torch.exp((shares - 1.0) / config["temperature"])
             return w["lora"]["mean"] + guidance * shares @ w["lora"]["directions"]
         if guidance != 1 and not config["guided"]:
@@ -285,7 +276,7 @@ class LoraGenerator(nn.Module):
         x = mlp_network(w["vae"], config["vae"], None, x, None) if "vae" in w else x
         return x * w["lora"]["spread"] + w["lora"]["mean"]
 
-    def forward(self, pictures: Tensor, noise: Any = None) -> tuple[Tensor, Any]:
+    def forward(self, pictures: Any, noise: Any = None) -> tuple[Tensor, Any]:
         """LoRAs of strength 1; familiarity from 0, unlike all trained subjects, to 1, or None."""
         given, known, familiarity = self.embed(pictures), self.weights.get("familiarity"), None
         if known is not None:
@@ -316,8 +307,10 @@ class LoraGenerator(nn.Module):
         return [(down, strength * up) for down, up in zip(parts[::2], parts[1::2], strict=True)]
 
     def save(self, path: Any, lora: Any, form: str = "kohya", dtype: str = "float16", **texts: Any):
-        """Writes `matrices` as a file for "kohya" tools or "diffusers", its header with `texts`."""
-        own, tensors = self.config["files"][form], {}
+        """Writes `matrices` for "kohya" tools, "diffusers" or "peft", the header with `texts`."""
+        if form not in (files := self.config["files"]):
+            raise WrongInput(f"format {form!r}: this LoRA has none, expected one of {[*files]}")
+        own, tensors, path = files[form], {}, Path(path)
         for name, (down, up) in zip(own["names"], lora, strict=True):
             # Both of one size, by a power of two, which is exact.
             peaks = [x.abs().max().item() for x in (down, up)]
@@ -331,13 +324,18 @@ class LoraGenerator(nn.Module):
                 tensors[f"{name}.{key}.weight"] = x
             tensors |= {f"{name}.alpha": torch.tensor(own["alpha"])} if own["alpha"] else {}
         header = own["header"] | {f"hyperlora.{key}": str(text) for key, text in texts.items()}
-        data = save(tensors)
-        data = data[8 + int.from_bytes(data[:8], "little") :]
-        header[own["hash"]] = hashlib.sha256(data).hexdigest()
+        start = 8 + int.from_bytes((data := save(tensors))[:8], "little")
+        header[own["hash"]] = hashlib.sha256(data[start:]).hexdigest()
+        folder = form == "peft" or (form == "diffusers" and not path.suffix)
+        named = path.name + ".safetensors" * (path.suffix != ".safetensors")
+        path = path / own["file"] if folder else path.with_name(named)
         with naming(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if "adapter_config" in own:
+                path.with_name("adapter_config.json").write_text(own["adapter_config"])
             partial = Path(f"{path}.partial")
             partial.write_bytes(save(tensors, header))
-            partial.replace(path)
+            return partial.replace(path)
 
 
 class Applied:
@@ -374,7 +372,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=main.__doc__)
     parser.add_argument("--reference", metavar="IMG", nargs="+", required=True)
     parser.add_argument("--out", metavar="FILE", required=True)
-    parser.add_argument("--format", choices=("kohya", "diffusers"), default="kohya")
+    parser.add_argument("--format", choices=("kohya", "diffusers", "peft"), default="kohya")
     parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16")
     parser.add_argument("--strength", type=float, help="default: the checkpoint's own")
     parser.add_argument("--seed", type=int, default=0)
@@ -384,15 +382,16 @@ def main() -> int:
         hyper = LoraGenerator(device=args.device)
         vectors, (known,) = hyper.generate([args.reference], args.seed)
         strength = hyper.config["strength"] if args.strength is None else args.strength
-        texts = {} if known is None else {"familiarity": f"{known:.3f}"}
+        texts = {"seed": args.seed, "strength": strength, "sample": 0}
+        texts |= {} if known is None else {"familiarity": f"{known:.3f}"}
         hashes = (hashlib.sha256(Path(file).read_bytes()).digest() for file in args.reference)
-        texts |= {"reference_hash": hashlib.sha256(b"".join(hashes)).hexdigest(), "sample": "0"}
-        texts |= {"seed": str(args.seed), "strength": str(strength)}
-        hyper.save(args.out, hyper.matrices(vectors[0], strength), args.format, args.dtype, **texts)
+        texts["reference_hash"] = hashlib.sha256(b"".join(hashes)).hexdigest()
+        lora = hyper.matrices(vectors[0], strength)
+        file = hyper.save(args.out, lora, args.format, args.dtype, **texts)
     except WrongInput as error:
         print(f"generate.py: {error}", file=sys.stderr)
         return 2
-    print(f"wrote {args.out} (strength {strength:g}, familiarity {texts.get('familiarity', '?')})")
+    print(f"wrote {file} (strength {strength:g}, familiarity {texts.get('familiarity', '?')})")
     return 0
 
 

@@ -20,12 +20,13 @@ from hyperlora_jax.hypernet.hypernetwork import Hypernetwork
 from hyperlora_jax.hypernet.mlp_denoiser import MlpDenoiser
 from hyperlora_jax.hypernet.weight_diffusion import Diffusion, Latents, TokenDenoiser
 from hyperlora_jax.lora import vectorize
-from hyperlora_jax.lora_files import header, safetensors_io, writing
-from hyperlora_jax.runtime import plain_weights, sampling_tables
+from hyperlora_jax.lora_files import header, peft_directory, safetensors_io, writing
+from hyperlora_jax.runtime import exporters, plain_weights, sampling_tables
 from hyperlora_jax.runtime.plain_weights import Described, Tensors
 from hyperlora_jax.stable_diffusion.weights.flax_trees import flax_to_torch
 
 FORMAT = "hyperlora-pytorch-1"
+TRANSFORMERS = {"input": "pixels", "outputs": ["pooled", "tokens"]}  # exported to ONNX
 PROGRAM = Path(__file__).with_name("generate_lora.py")
 _CLIP_NAMES = (
     (r"\.", "/"),
@@ -63,8 +64,7 @@ def write_pytorch(hyper: Hypernetwork, out: epath.PathLike) -> None:
     with storage.writing(out, storage.scratch(out)) as folder:
         safetensors_io.write(folder / "model.safetensors", tensors, {})
         if isinstance(hyper.encoder, ForeignImageEncoder):
-            data = epath.Path(hyper.encoder.source).read_bytes()
-            safetensors_io.atomic_write(folder / "encoder.onnx", data)
+            safetensors_io.atomic_write(folder / "encoder.onnx", _onnx_file(hyper.encoder))
         safetensors_io.atomic_write(folder / "generate.py", PROGRAM.read_bytes())
         text = json.dumps(config, indent=1) + "\n"
         safetensors_io.atomic_write(folder / "config.json", text.encode())
@@ -124,7 +124,7 @@ def _generator(hyper: Hypernetwork) -> Described:
 
 
 def _encoder(encoder: Any) -> Described:
-    """Of ours and of CLIP the weights, in their own dtype; an ONNX file is copied as it is."""
+    """Of ours and of CLIP the weights, in their own dtype; all others are an ONNX file."""
     config: dict[str, Any] = {"name": encoder.name, "image_size": list(encoder.image_size)}
     if isinstance(encoder, FlaxImageEncoder):
         module, own = encoder.module, plain_weights.plain(encoder.params)
@@ -140,20 +140,37 @@ def _encoder(encoder: Any) -> Described:
             values["hidden_act"], (values["hidden_act"], {}, 1.0)
         )
         mean, std = encoder.preprocessing.mean, encoder.preprocessing.std
-    elif isinstance(encoder, ForeignImageEncoder) and encoder.kind == "onnx":
+    elif isinstance(encoder, ForeignImageEncoder):
         config |= {"kind": "onnx", "channels_first": encoder.channels_first}
-        config |= _of_onnx(encoder)
+        config |= TRANSFORMERS if encoder.module is not None else _of_onnx(encoder)
         own, mean, std = {}, encoder.preprocessing.mean, encoder.preprocessing.std
     else:
-        kind = getattr(encoder, "kind", type(encoder).__name__)
         raise UserError(
-            f"encoder {encoder.name}: is one of {kind}, expected one of ours, CLIP, or an .onnx "
-            "file (torch.onnx.export makes one)"
+            f"encoder {encoder.name}: is a {type(encoder).__name__}, expected one of ours, CLIP, "
+            "a model of transformers or an .onnx file"
         )
     dtype = writing.DTYPES[getattr(encoder, "dtype", "float32")]
     tensors = {name: np.asarray(value).astype(dtype) for name, value in own.items()}
     statistics = {"mean": np.float32(mean), "std": np.float32(std)}
     return config, {**_below("encoder", tensors), **statistics}
+
+
+def _onnx_file(encoder: ForeignImageEncoder) -> bytes:
+    """The file that there is, or of a model of transformers what PyTorch makes of it."""
+    if encoder.module is None:
+        return epath.Path(encoder.source).read_bytes()
+    what = f"encoder {encoder.name}"
+    with exporters.exporting(what, "torch", "onnxscript", "onnxruntime"):
+        import torch
+
+        names = [TRANSFORMERS["input"]], TRANSFORMERS["outputs"]
+        free, shape = {"pixels": {0: torch.export.Dim("pictures")}}, (3, *encoder.image_size)
+        with torch.no_grad():
+            inputs = {"pixels": torch.zeros(2, *shape)}
+            model = exporters.onnx_model(encoder.module, inputs, free, names).SerializeToString()
+        pixels = np.random.default_rng(0).normal(size=(3, *shape)).astype(np.float32)
+        exporters.check(what, model, {"pixels": pixels}, encoder.run(pixels))
+    return model
 
 
 def _of_onnx(encoder: ForeignImageEncoder) -> dict[str, Any]:
@@ -179,28 +196,36 @@ def _lora(hyper: Hypernetwork) -> dict[str, Any]:
         window = site.kernel_size if site.kind == "conv" else ()
         down, up = (site.rank, site.in_features, *window), (site.out_features, site.rank)
         sites.append({"path": site.path, "down": down, "up": (*up, *(1 for _ in window))})
+    files: dict[str, dict[str, Any]] = {
+        "kohya": {
+            "names": [kohya[site.path] for site in spec.sites],
+            "down": "lora_down",
+            "up": "lora_up",
+            "alpha": float(spec.max_rank),
+            "hash": safetensors_io.KOHYA_HASH,
+            "header": header.build(spec, family, hyper.provenance, True),
+        },
+        "diffusers": {
+            "names": [writing.diffusers_name(site.path) for site in spec.sites],
+            "file": writing.DIFFUSERS_NAME,
+            "down": "lora_A",
+            "up": "lora_B",
+            "alpha": 0,
+            "hash": safetensors_io.OWN_HASH,
+            "header": header.build(spec, family, hyper.provenance, False),
+        },
+    }
+    if all(site.component == "unet" for site in spec.sites):  # else a folder for each model
+        files["peft"] = files["diffusers"] | {
+            "names": [peft_directory.PREFIX + site.path for site in spec.sites],
+            "file": peft_directory.WEIGHTS_NAME,
+            "adapter_config": peft_directory.config(spec).decode(),
+        }
     return {
         "family": family,
         "strength": hyper.default_strength,
         "sites": sites,
-        "files": {
-            "kohya": {
-                "names": [kohya[site.path] for site in spec.sites],
-                "down": "lora_down",
-                "up": "lora_up",
-                "alpha": float(spec.max_rank),
-                "hash": safetensors_io.KOHYA_HASH,
-                "header": header.build(spec, family, hyper.provenance, True),
-            },
-            "diffusers": {
-                "names": [writing.diffusers_name(site.path) for site in spec.sites],
-                "down": "lora_A",
-                "up": "lora_B",
-                "alpha": 0,
-                "hash": safetensors_io.OWN_HASH,
-                "header": header.build(spec, family, hyper.provenance, False),
-            },
-        },
+        "files": files,
     }
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import re
+import runpy
 import subprocess
 import sys
 from unittest import mock
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import transformers
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from hyperlora_jax.cli.main import main
@@ -141,30 +144,54 @@ def run(folder, *arguments):
     return subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
 
 
-def test_its_files_are_those_of_generate(tmp_path):
+def run_here(monkeypatch, folder, *arguments):
+    """The same in this process, which is faster; its exit code."""
+    program = str(folder / "generate.py")
+    monkeypatch.setattr(sys, "argv", [program, *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(program, run_name="__main__")
+    return stop.value.code
+
+
+def test_its_files_are_those_of_generate(tmp_path, monkeypatch, capsys):
     hyper = hypernetwork("regression")
     hyper.save(tmp_path / "hyper")
     assert main(["export", str(tmp_path / "hyper"), "--out", str(tmp_path / "out"),
                  "--format", "pytorch"]) == 0  # fmt: skip
     references = write_pictures(tmp_path)
-    for format in ("kohya", "diffusers"):
-        ours, theirs = tmp_path / f"ours-{format}.safetensors", tmp_path / f"{format}.safetensors"
-        generate_one(hyper, references, ours, format=format, dtype="float32")
-        done = run(tmp_path / "out", "--reference", *references, "--out", theirs,
-                   "--format", format, "--dtype", "float32")  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.startswith(f"wrote {theirs} (strength 1.5, familiarity ")
-        assert read_metadata(ours).keys() == read_metadata(theirs).keys()
-        different = {"sshs_model_hash", "hyperlora.sha256"}
-        texts = read_metadata(theirs)
+    for format in ("kohya", "diffusers", "peft"):
+        generate_one(hyper, references, tmp_path / "ours" / format, format=format, dtype="float32")
+        arguments = ("--reference", *references, "--out", tmp_path / "theirs" / format,
+                     "--format", format, "--dtype", "float32")  # fmt: skip
+        if format == "kohya":
+            done = run(tmp_path / "out", *arguments)
+            assert done.returncode == 0, done.stderr
+            said = done.stdout
+        else:
+            assert run_here(monkeypatch, tmp_path / "out", *arguments) == 0
+            said = capsys.readouterr().out
+        assert re.search(r"wrote .*theirs.*\.safetensors \(strength 1\.5, familiarity ", said)
+    names = {
+        str(file.relative_to(tmp_path / "ours"))
+        for file in (tmp_path / "ours").rglob("*.*")
+        if file.is_file()
+    }
+    assert len(names) == 4  # one of them is PEFT's configuration
+    for name in names:
+        ours, theirs = tmp_path / "ours" / name, tmp_path / "theirs" / name
+        if ours.suffix == ".json":
+            assert ours.read_bytes() == theirs.read_bytes()
+            continue
+        texts, different = read_metadata(theirs), {"sshs_model_hash", "hyperlora.sha256"}
+        assert read_metadata(ours).keys() == texts.keys()
         assert {k: v for k, v in read_metadata(ours).items() if k not in different} == {
             k: v for k, v in texts.items() if k not in different
         }
         a, b = safetensors_io.read(ours)[0], safetensors_io.read(theirs)[0]  # hashes are compared
         assert list(a) == list(b)
-        for name, value in a.items():
-            assert value.dtype == b[name].dtype and value.shape == b[name].shape
-            assert np.abs(value - b[name]).max() <= 1e-5 * np.abs(value).max()
+        for key, value in a.items():
+            assert value.dtype == b[key].dtype and value.shape == b[key].shape
+            assert np.abs(value - b[key]).max() <= 1e-5 * np.abs(value).max()
 
 
 def test_the_same_numbers_are_the_same_bytes(tmp_path):
@@ -186,12 +213,11 @@ def test_the_same_numbers_are_the_same_bytes(tmp_path):
         ((), "--reference"),
     ],
 )
-def test_what_is_wrong_is_one_line(tmp_path, arguments, said):
+def test_what_is_wrong_is_one_line(tmp_path, monkeypatch, capsys, arguments, said):
     write_pytorch(hypernetwork("mean"), tmp_path)
     given = [tmp_path / a if "." in a else a for a in arguments]
-    done = run(tmp_path, *given, "--out", tmp_path / "x.safetensors")
-    assert done.returncode == 2
-    (line,) = done.stderr.strip().splitlines()
+    assert run_here(monkeypatch, tmp_path, *given, "--out", tmp_path / "x.safetensors") == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("generate.py: ") and said in line
     assert not (tmp_path / "x.safetensors").exists()
 
@@ -212,21 +238,80 @@ def test_what_only_jax_runs_is_refused(tmp_path):
         write_pytorch(hypernetwork("ridge", baseline={"space": "delta"}), tmp_path)
 
 
-def test_clip_and_onnx_encoders(tmp_path, pictures):
-    user_world.write_clip(tmp_path / "clip")
-    user_world.write_onnx(tmp_path / "encoder.onnx")
-    for name in ("clip", "encoder.onnx"):
-        encoder = load_condition_encoder(tmp_path / name)
-        side = encoder.image_size[0]
-        seen = np.float32(np.random.default_rng(3).uniform(size=(2, 3, side, side, 3)))
-        folder = exported(hypernetwork("ridge", encoder), tmp_path / f"out-{name}")
-        pooled, tokens = encoder.encode(seen.reshape(-1, side, side, 3))
-        theirs = folder.embed(torch.from_numpy(seen))
-        merged = np.asarray(pooled).reshape(2, 3, -1).mean(1)
-        assert relative(merged, theirs[0].numpy()) < 1e-5
-        assert (
-            relative(np.asarray(tokens).reshape(2, -1, tokens.shape[-1]), theirs[1].numpy()) < 1e-5
-        )
+def write_encoder(name, root):
+    """A tiny vision encoder of this kind, saved by the software that it is of."""
+    if name == "clip":
+        return user_world.write_clip(root)
+    if name == "onnx":
+        return user_world.write_onnx(root.with_suffix(".onnx"))
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 20,
+             "patch_size": 5, "intermediate_size": 32}  # fmt: skip
+    convolutional = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
+    class_ = getattr(transformers, name)
+    config = class_.config_class(**(convolutional if name == "ResNetModel" else sizes))
+    tiny.randomise(class_(config), 0).save_pretrained(root)
+    return root
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["clip", "onnx", *(pytest.param(name, marks=pytest.mark.slow) for name in (
+        "ViTModel", "Dinov2Model", "SiglipVisionModel", "ResNetModel"))],
+)  # fmt: skip
+def test_encoders_of_others(name, tmp_path):
+    options = {"image_size": (32, 32)} if name == "ResNetModel" else {}
+    encoder = load_condition_encoder(write_encoder(name, tmp_path / "encoder"), **options)
+    side = encoder.image_size[0]
+    seen = np.float32(np.random.default_rng(3).uniform(size=(2, 3, side, side, 3)))
+    folder = exported(hypernetwork("ridge", encoder), tmp_path / "out")
+    pooled, tokens = encoder.encode(seen.reshape(-1, side, side, 3))
+    theirs = folder.embed(torch.from_numpy(seen))
+    merged = np.asarray(pooled).reshape(2, 3, -1).mean(1)
+    assert relative(merged, theirs[0].numpy()) < 1e-5
+    assert relative(np.asarray(tokens).reshape(2, -1, tokens.shape[-1]), theirs[1].numpy()) < 1e-5
+
+
+@pytest.mark.slow
+def test_the_same_picture_by_either_file_and_without_one(tmp_path, monkeypatch):
+    user_world.write_base(tmp_path / "base")
+    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "base", safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    sites = tuple(
+        LoraSite(name, module.weight.shape[1], module.weight.shape[0], 2)
+        for name, module in pipe.unet.named_modules()
+        if re.search(r"attn[12]\.to_[qv]$", name)
+    )
+    hypernetwork("knn", spec=LoraSpec(sites)).save(tmp_path / "hyper")
+    reference, folder = str(write_pictures(tmp_path)[0]), tmp_path / "out"
+    files = [tmp_path / f"{name}.safetensors" for name in ("ours", "theirs")]
+    for command in (
+        ("export", tmp_path / "hyper", "--out", folder, "--format", "pytorch"),
+        ("generate", "--checkpoint", tmp_path / "hyper", "--reference", reference, "--out",
+         files[0]),
+    ):  # fmt: skip
+        assert main([*map(str, command)]) == 0
+    assert run_here(monkeypatch, folder, "--reference", reference, "--out", files[1]) == 0
+
+    def drawn():
+        noise = torch.Generator().manual_seed(0)
+        return pipe("a portrait", num_inference_steps=3, generator=noise, output_type="np").images
+
+    hyper = LoraGenerator(folder)
+    lora = hyper.matrices(hyper.generate([[reference]])[0][0])
+    files.append(tmp_path / "exact.safetensors")
+    hyper.save(files[-1], lora, "diffusers", "float32")
+    plain, found = drawn(), []
+    for file in files:
+        pipe.load_lora_weights(file)
+        found.append(drawn())
+        pipe.unload_lora_weights()
+    applied = Applied(pipe.unet, hyper, lora)
+    found.append(drawn())
+    applied.remove()
+    assert np.abs(drawn() - plain).max() == 0
+    assert np.abs(found[0] - found[1]).max() <= 1e-3
+    assert np.abs(found[2] - found[3]).max() <= 1e-4
+    assert all(np.abs(picture - plain).max() > 0.05 for picture in found)
 
 
 def test_a_lora_on_a_unet_and_another_in_its_place(tmp_path):

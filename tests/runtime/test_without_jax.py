@@ -67,7 +67,8 @@ def run(site, *command):
 
 
 def check(site):
-    files = [site / f"{name}.safetensors" for name in ("anna", "both", "ben")]
+    files = [site / name for name in ("anna.safetensors", "both.safetensors", "ben_peft")]
+    files.append(site / "ben.safetensors")
     assert all(load_lora(file)[0] for file in files)
 
 
