@@ -26,7 +26,7 @@ bench: $(STAMP)
 	$(BIN)/python tools/bench.py all --json docs/measurements/bench_cpu.json
 
 # What the demo and the page need; what tests need besides is added to the same .venv.
-$(RUNS): setup.py constraints.txt
+$(RUNS): pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch==2.13.0
 	$(PIP) -e ".[torch,avatars,serve]"

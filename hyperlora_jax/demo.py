@@ -5,17 +5,15 @@ render ─► distill ─► train ─► generate, compare ─► export ─►
 The proof: diffusers loads the exported files and draws from the same noise as JAX.
 """
 
-import contextlib
 import dataclasses
+import functools
 import importlib.util
-import os
 import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -23,11 +21,11 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from hyperlora_jax import storage
+from hyperlora_jax import demo_screen, storage
 from hyperlora_jax.array_types import Float, Json
+from hyperlora_jax.demo_screen import Stage
 from hyperlora_jax.distill.distillation import distill
 from hyperlora_jax.errors import UserError
-from hyperlora_jax.evaluate.compare import MethodResult
 from hyperlora_jax.evaluate.evaluation import Evaluation
 from hyperlora_jax.evaluate.methods import TITLES
 from hyperlora_jax.generate import generate_one
@@ -155,28 +153,45 @@ def _torch_images(
     return np.stack(with_lora), np.stack(without)
 
 
-@contextlib.contextmanager
-def _logged(path: Path) -> Iterator[None]:
-    """What libraries say inside goes to the end of a file, C++ included, not to the terminal."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    kept = {number: os.dup(number) for number in (1, 2)}
-    with path.open("ab") as file:
-        for number in kept:
-            os.dup2(file.fileno(), number)
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        for number, own in kept.items():
-            os.dup2(own, number)
-            os.close(own)
-
-
 NUM_FILES = 4
 LOG = "demo.log"
 PROMPT = "smiling mouth wide eyes no glasses blue striped clothes yellow background"
+STAGES = {
+    "distill": Stage(
+        "Train LoRAs the usual way, as examples",
+        60.0,
+        (("drawing", 0.0, 0.05), ("distill", 0.05, 1.0)),
+    ),
+    "train": Stage(
+        "Train the hypernetwork: picture in, LoRA out",
+        300.0,
+        (
+            ("drawing", 0.0, 0.04),
+            ("conditions", 0.04, 0.05),
+            ("latents", 0.05, 0.06),
+            ("texts", 0.06, 0.07),
+            ("hypernetwork", 0.07, 1.0),
+        ),
+    ),
+    "evaluate": Stage(
+        "Try it on people it has never seen",
+        200.0,
+        (
+            ("drawing", 0.0, 0.01),
+            ("encoding", 0.01, 0.02),
+            ("conventional LoRAs", 0.2, 0.55),
+            ("evaluating base", 0.55, 0.55),
+            ("evaluating mean_lora", 0.6, 0.6),
+            ("evaluating shuffled", 0.7, 0.7),
+            ("evaluating nearest", 0.8, 0.8),
+            ("evaluating conventional", 0.9, 0.9),
+        ),
+    ),
+    "export": Stage("Write LoRA files", 3.0),
+    "torch": Stage("Load them with PyTorch diffusers", 16.0),
+    "speed": Stage("Measure speed", 14.0),
+    "report": Stage("Write the report", 15.0),
+}
 SHOWN = ("exact", "generated", "conventional", "nearest", "mean_lora", "shuffled", "base")
 
 
@@ -189,50 +204,43 @@ def demo(config: ConfigDict, workdir: str | Path, console: Console | None = None
     Raises:
         UserError: PyTorch is not installed, an unusable workdir.
     """
-    console = console or Console()
     out = Path(open_workdir(storage.local(workdir, "demo")))
-    run, seconds = out / "run", {}
+    run = out / "run"
     _check_torch()
-
-    def stage(name: str, title: str, function: Any) -> Any:
-        console.rule(f"[bold]{title}")
-        start = time.perf_counter()
-        result = function()
-        seconds[name] = time.perf_counter() - start
-        return result
-
-    began = time.perf_counter()
-    concepts = config.distill.num_concepts
-    stage("distill", f"Distil: {concepts} LoRAs at once", lambda: distill(config, run))
-    stage("train", "Train the hypernetwork", lambda: train_hypernetwork(config, run))
-
-    def compare_all() -> tuple[Evaluation, dict[str, MethodResult]]:
-        evaluation = Evaluation(config, run)
-        return evaluation, evaluation.run(lambda line: console.print(f"[dim]{line}"))
-
-    evaluation, results = stage("evaluate", "Compare on held-out identities", compare_all)
-    files = stage("export", "Write LoRA files", lambda: write_loras(evaluation, out / "loras"))
-
-    def compare_torch() -> TorchParity:
-        prompts = [evaluation.test.captions[i][0] for i in range(len(files))]
-        steps = config.evaluate.num_sampling_steps
-        with _logged(out / LOG):
-            return compare_with_torch(evaluation.sd, config.base, files, prompts, num_steps=steps)
-
-    parity: TorchParity = stage("torch", "Load them with PyTorch diffusers", compare_torch)
-    stage("speed", "Measure speed", evaluation.measure_speed)
-    seconds["total"] = time.perf_counter() - began
-    metrics, written = evaluation.report(
-        results,
-        out,
-        torch_parity=parity.to_json(),
-        seconds=seconds,
-        page_name="report.html",
-        title="A LoRA from one picture",
+    shown = console or Console()
+    minutes = sum(stage.seconds for stage in STAGES.values()) / 60
+    shown.print(
+        f"About {minutes:.0f} minutes on two cores. What libraries say goes to {out / LOG}."
     )
-    console.print(summary_table(metrics))
-    console.print(_verdict(metrics))
-    console.print(_next(out, written.page, config.base), soft_wrap=True, highlight=False)
+    began = time.perf_counter()
+    with demo_screen.opened(out / LOG, console) as screen:
+        with screen.stage("distill", STAGES["distill"]):
+            distill(config, run)
+        with screen.stage("train", STAGES["train"]):
+            train_hypernetwork(config, run)
+        with screen.stage("evaluate", STAGES["evaluate"]):
+            evaluation = Evaluation(config, run)
+            results = evaluation.run(functools.partial(print, flush=True))
+        with screen.stage("export", STAGES["export"]):
+            files = write_loras(evaluation, out / "loras")
+        with screen.stage("torch", STAGES["torch"]):
+            prompts = [evaluation.test.captions[i][0] for i in range(len(files))]
+            steps = config.evaluate.num_sampling_steps
+            parity = compare_with_torch(evaluation.sd, config.base, files, prompts, num_steps=steps)
+        with screen.stage("speed", STAGES["speed"]):
+            evaluation.measure_speed()
+        with screen.stage("report", STAGES["report"]):
+            metrics, written = evaluation.report(
+                results,
+                out,
+                torch_parity=parity.to_json(),
+                seconds={**screen.seconds, "total": time.perf_counter() - began},
+                page_name="report.html",
+                title="A LoRA from one picture",
+            )
+    shown.print(summary_table(metrics))
+    shown.print(_verdict(metrics))
+    shown.print(_next(out, written.page, config.base), soft_wrap=True, highlight=False)
     return metrics
 
 

@@ -3,6 +3,8 @@
 import importlib.resources
 from pathlib import Path
 
+from etils import epath
+
 from hyperlora_jax.errors import UserError
 
 BASES = ("tiny-sd",)
@@ -12,6 +14,11 @@ HYPERNETWORK = "avatar-hypernetwork"  # for the base tiny-sd
 def shipped_path(name: str) -> Path:
     """Where the package keeps the model of this name."""
     return Path(str(importlib.resources.files("hyperlora_jax"))) / "assets" / name
+
+
+def checkpoint_path(source: epath.PathLike) -> epath.PathLike:
+    """Folder of the shipped hypernetwork for its name; `source` itself for anything else."""
+    return shipped_path(HYPERNETWORK) if str(source) == HYPERNETWORK else source
 
 
 def base_path(source: str) -> str:

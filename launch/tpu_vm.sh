@@ -144,7 +144,7 @@ install() {
   if [[ -n $SOURCE ]]; then requirement="hyperlora-jax[$EXTRAS] @ $SOURCE"; fi
   read -ra more <<<"$FILES"
   tar -czf "$packed/source.tar.gz" -C "$tree" --exclude=__pycache__ \
-    setup.py pyproject.toml README.md constraints.txt hyperlora_jax
+    pyproject.toml setup.py README.md LICENSE constraints.txt configs hyperlora_jax
   for node in $(nodes); do
     call tpu-vm ssh "$node" --worker=all '--command=mkdir -p hyperlora/source'
     call tpu-vm scp --recurse "$packed/source.tar.gz" "$tree/constraints.txt" "$tree/configs" \

@@ -44,6 +44,7 @@ ROOMS = [
     "runtime",
     "serve",
     "evaluate",
+    "demo_screen",
     "demo",
     "cli",
 ]

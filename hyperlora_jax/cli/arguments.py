@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from hyperlora_jax import storage
 from hyperlora_jax.cli import buckets, config, help_texts, single_files
 from hyperlora_jax.errors import UserError
+from hyperlora_jax.shipped import HYPERNETWORK, shipped_path
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -64,7 +65,7 @@ def parse(name: str, summary: str, module: ModuleType, given: Sequence[str]) -> 
     for key, value in values.items():
         values[key] = _expanded(value)
         if key in ("checkpoint", "workdir", "path") and name != "demo":
-            values[key] = _of_demo(values[key])
+            values[key] = _named(values[key])
     if takes_config:
         known.overrides = [item for item in rest if item.startswith("--config.")]
         rest = [item for item in rest if not item.startswith("--config.")]
@@ -111,8 +112,11 @@ def _expanded(value: Any) -> Any:
     return str(Path(value).expanduser()) if home else value
 
 
-def _of_demo(value: Any) -> Any:
-    """The workdir inside of one of `hyperlora demo`; other values as they are."""
+def _named(value: Any) -> Any:
+    """The shipped checkpoint's folder for its name, the workdir inside of one of `hyperlora demo`;
+    other values as they are."""
+    if value == HYPERNETWORK:
+        return str(shipped_path(HYPERNETWORK))
     if isinstance(value, str) and value and Path(value, "run", "hypernetwork").is_dir():
         return str(Path(value, "run"))
     return value

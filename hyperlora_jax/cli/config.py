@@ -63,12 +63,12 @@ def find_file(path: str | Path) -> Path:
     file = Path(path).expanduser()
     if file.is_file() and file.suffix == ".py":
         return file
-    if file.exists():
-        raise UserError(f"--config {path}: expected a Python file")
     names = sorted(own.stem for own in PACKAGED.glob("*.py"))
     name = str(path).removesuffix(".py").removeprefix("configs/")
-    if str(path) in names:
+    if str(path) in names:  # even where a folder is called so: `hyperlora demo` makes one
         return PACKAGED / f"{path}.py"
+    if file.exists():
+        raise UserError(f"--config {path}: expected a Python file")
     close = difflib.get_close_matches(name, names, 1)
     hint = f"; did you mean {close[0]}?" if close else ""
     raise UserError(f"--config {path}: no such file, and none of {', '.join(names)}{hint}")

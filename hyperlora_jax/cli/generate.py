@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Checkpoint, references or subjects, output."""
-    parser.add_argument("--checkpoint", metavar="DIR", required=True, help="workdir of `train`")
+    parser.add_argument(
+        "--checkpoint", metavar="DIR", required=True,
+        help="workdir of `train`, or avatar-hypernetwork, the shipped one",
+    )  # fmt: skip
     parser.add_argument("--reference", metavar="IMG", nargs="+", help="pictures of one subject")
     parser.add_argument("--subjects", metavar="DIR", help="a folder of pictures per subject")
     parser.add_argument("--out", metavar="PATH", required=True, help="file, or folder for many")

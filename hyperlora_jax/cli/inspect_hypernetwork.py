@@ -60,7 +60,7 @@ def _encoder(stored: "Stored", given: str | None) -> Iterator[tuple[str, str]]:
         yield "", f"not at hand: {error}"
         return
     copy = stored.folder / stored_encoder.FOLDER
-    if given is None and "path" not in record:
+    if given is None and "path" not in record and copy.exists():
         size = sum(file.stat().length for file in copy.iterdir()) / 1e6
         yield "", f"kept with the checkpoint: {copy}, {size:,.1f} MB"
     else:

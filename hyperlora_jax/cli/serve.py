@@ -40,10 +40,10 @@ def run(args: argparse.Namespace) -> int:
     from hyperlora_jax.parallel.mesh import make_mesh
     from hyperlora_jax.serve.page import Served
     from hyperlora_jax.serve.studio import Studio
-    from hyperlora_jax.shipped import HYPERNETWORK, shipped_path
+    from hyperlora_jax.shipped import HYPERNETWORK, checkpoint_path
     from hyperlora_jax.stable_diffusion.embedded import load_base
 
-    checkpoint = args.checkpoint or str(shipped_path(HYPERNETWORK))
+    checkpoint = str(args.checkpoint or checkpoint_path(HYPERNETWORK))
     hyper = Hypernetwork.restore(checkpoint, args.encoder)
     base = args.base or str(hyper.facts.get("base", ""))
     if not base:

@@ -38,6 +38,7 @@ from hyperlora_jax.hypernet.generators import Draw, Generator
 from hyperlora_jax.lora import factors
 from hyperlora_jax.lora.sites import LoraSpec
 from hyperlora_jax.pictures.references import by_number
+from hyperlora_jax.shipped import checkpoint_path
 
 FORMAT = "hyperlora-hypernetwork"
 FOLDER = "hypernetwork"
@@ -293,7 +294,8 @@ class Hypernetwork:
         path: epath.PathLike,
         encoder: condition_encoders.ImageEncoder | epath.PathLike | None = None,
     ) -> "Hypernetwork":
-        """Reads what `save` wrote; `path` may be the folder or the workdir of `hyperlora train`.
+        """Reads what `save` wrote; `path` may be the folder, the workdir of `hyperlora train`,
+        or "avatar-hypernetwork", the one that ships with the package.
 
         Args:
             encoder: the condition encoder or its path; needed when it is not kept with the
@@ -333,7 +335,7 @@ def read_stored(path: epath.PathLike) -> Stored:
     Raises:
         UserError: no such folder, not a hypernetwork, damaged files.
     """
-    folder = _find(epath.Path(path))
+    folder = _find(epath.Path(checkpoint_path(path)))
     try:
         config = json.loads((folder / "config.json").read_text())
         arrays = load_safetensors((folder / "model.safetensors").read_bytes())

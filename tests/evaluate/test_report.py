@@ -93,6 +93,16 @@ def test_page_is_self_contained(files, summary):
         Image.open(figure).verify()
 
 
+def test_page_begins_with_the_picture_and_how_to_read_it(files, summary):
+    page = files.page.read_text()
+    places = [page.index(text) for text in ("<figure>", "“exact answer” is", "Lead.", "<table>")]
+    assert places == sorted(places) and "LoRA" not in page[page.index("<h1>") : places[0]]
+    real = {**summary, "identity_top1": {"generated": {}}}
+    del real["image_error"]
+    assert "trained on several" not in wording.reading(real)
+    assert "“another picture” is a real one" in wording.reading(real)
+
+
 def test_verdicts_follow_the_numbers(summary):
     texts = {line["text"]: line["tone"] for line in verdicts.verdicts(summary)}
     assert any("“base, no LoRA” in identity and in error" in text for text in texts)

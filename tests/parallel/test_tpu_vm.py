@@ -14,7 +14,8 @@ echo "$*" >>"$CLOUD/calls"
 if [[ $1 == venv ]]; then
   mkdir -p venv/bin
 else
-  test -f source/setup.py -a -f constraints.txt -a -f configs/avatars.py
+  test -f source/setup.py -a -f source/configs/avatars.py -a -f source/LICENSE
+  test -f constraints.txt -a -f configs/avatars.py
   cp "$CLOUD/hyperlora" venv/bin/hyperlora
 fi
 """

@@ -141,6 +141,7 @@ def render_page(
         title=title,
         lead=lead,
         done=list(done),
+        reading=wording.reading(summary),
         notes=list(summary["facts"].get("notes", ())),
         command=summary["facts"].get("command", ""),
         glossary=wording.glossary(summary),

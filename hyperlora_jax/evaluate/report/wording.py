@@ -174,6 +174,26 @@ def timings(summary: Summary) -> list[dict[str, str]]:
     return rows
 
 
+def reading(summary: Summary) -> str:
+    """How to read the picture on top of the page, for those who know none of the words."""
+    drawn = {
+        "generated": "with the file that was made from that one picture (“generated LoRA”)",
+        "conventional": "with one trained on several pictures of it (“conventional LoRA”)",
+        "base": "by the generator alone (“base, no LoRA”)",
+        "shuffled": "with a file that was made from a picture of somebody else "
+        "(“shuffled reference”)",
+    }
+    how = joined([text for name, text in drawn.items() if name in summary["identity_top1"]])
+    right = "“exact answer” is the picture that would be right"
+    if "image_error" not in summary:
+        right = "“another picture” is a real one of the same subject"
+    return (
+        "Every row is one subject that was never seen before, and the first picture, the "
+        "“reference”, is all that the program was shown of it. The words below it were then drawn "
+        f"{how}; {right}. The more a picture looks like that one, the better."
+    )
+
+
 def glossary(summary: Summary) -> list[dict[str, str]]:
     """What the methods of the table are."""
     meanings = {name: meaning(name) for name in method_order(summary["identity_top1"])}
