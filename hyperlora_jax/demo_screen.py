@@ -19,6 +19,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
 BAR = re.compile(r"^(.*?):? +(\d+)%\|")
 EVERY = 0.3  # seconds between two looks at the log
+LOOKED_AT = 8192  # bytes of the log
 KNOWN = 0.15  # of a stage, from where on its own pace tells the time left
 
 
@@ -66,8 +67,13 @@ class Screen:
             BarColumn(24),
             TextColumn("{task.percentage:3.0f} %  [dim]{task.fields[left]}"),
         )
-        quiet = {"redirect_stdout": False, "redirect_stderr": False}  # they go to the log
-        with Progress(*columns, console=self._console, **quiet) as progress:
+        with Progress(
+            *columns,
+            console=self._console,
+            refresh_per_second=4,
+            redirect_stdout=False,  # they go to the log
+            redirect_stderr=False,
+        ) as progress:
             task = progress.add_task(f"{stage.title:<46}", total=1.0, left="")
             ended = threading.Event()
 
@@ -120,9 +126,9 @@ def opened(log: Path, console: Console | None = None) -> Iterator[Screen]:
 
 
 def _lines(log: Path, offset: int) -> list[str]:
-    """What was written to the log since `offset`, a bar's states one by one."""
+    """What was written to the log at last, but since `offset`, a bar's states one by one."""
     with log.open("rb") as file:
-        file.seek(offset)
+        file.seek(max(offset, log.stat().st_size - LOOKED_AT))
         return re.split(r"[\r\n]+", file.read().decode(errors="replace"))
 
 
