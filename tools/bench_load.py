@@ -1,15 +1,22 @@
-"""What many visitors of `hyperlora serve` at once get, against one request at a time.
+"""What many users of `hyperlora serve` at once get, against one request at a time.
 
     python tools/bench.py load --json docs/measurements/load_cpu.json
 
-The page of the shipped checkpoint on this machine's loopback; visitors are another process, each
-with a session, a picture, a prompt and a seed of its own. A request uploads nothing (the pictures
-are there already), writes a LoRA, draws it and the base (two pictures), and writes the three files.
-Every visitor asks again as soon as the answer is there. "ours" are pictures a second of so many
-visitors, "peer" those of one; the rows "p50" and "p95" are seconds of a request.
+The shipped checkpoint on this machine's loopback. Users are one other process that does little but
+send and receive, each on a connection of its own, and ask again as soon as the answer is there.
+Every request brings a picture that no other one brought, so that its LoRA has to be written.
+Workloads: the endpoint for a picture, and for a picture and the base's under a seed of its own; the
+page as a browser asks it (upload, then draw: a picture and the base's, and a LoRA kept for
+downloads), everybody with a seed of their own, or all with the same one, as the page opens, where
+the base's picture is drawn once. "ours" are pictures shown a second with so many users, "peer"
+those of one user of the same path; the rows "p50" and "p95" are seconds of a request, "CPU" the
+server's seconds of CPU a request. A request that is not answered with pictures ends it all.
 """
 
-import concurrent.futures
+import asyncio
+import io
+import itertools
+import json
 import os
 import platform
 import socket
@@ -18,12 +25,20 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 USERS = (1, 8, 32)
-REQUESTS = {1: 24, 8: 8, 32: 6}  # of each visitor
-PICTURES = 2  # a request
+REQUESTS = {1: 40, 8: 12, 32: 8}  # of each user
+PROMPT = "smiling mouth wide eyes no glasses blue striped clothes yellow background"
+WORKLOADS = {  # pictures a request
+    "endpoint, a picture": 1,
+    "endpoint, and the base's": 2,
+    "page, own seeds": 2,
+    "page, one seed": 2,
+}
+EDGE = "a-line-between-the-parts-of-a-form"
 
 
 def run(device: str = "cpu") -> list[dict]:
@@ -40,18 +55,10 @@ def run(device: str = "cpu") -> list[dict]:
         ) as process:  # fmt: skip
             try:
                 _until_open(log, process)
-                found = {users: _visits(port, users) for users in USERS}
+                faces, server = _faces(), process.pid
+                rows = [row for name in WORKLOADS for row in _workload(name, port, server, faces)]
             finally:
                 process.terminate()
-    rows = []
-    alone, seconds_alone = found[1]
-    for users, (rate, seconds) in found.items():
-        runs = users * REQUESTS[users]
-        rows.append(_row(f"load/{users} visitors", rate, alone, "pictures/s", rate / alone, runs))
-        for name, place in (("p50", 0.5), ("p95", 0.95)):
-            ours, peer = _quantile(seconds, place), _quantile(seconds_alone, place)
-            title = f"load/{users} visitors, {name}"
-            rows.append(_row(title, ours, peer, "s", peer / ours, runs))
     return [{**row, "machine": f"{row['machine']}, {device}"} for row in rows]
 
 
@@ -62,38 +69,115 @@ def _until_open(log: Path, process: subprocess.Popen) -> None:
         time.sleep(0.2)
 
 
-def _visits(port: int, users: int) -> tuple[float, list[float]]:
-    """(pictures a second, seconds of every request); RuntimeError when one is lost."""
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    from gradio_client import Client, handle_file
+def _faces() -> Iterator[bytes]:
+    """PNGs of the example people, each changed a little."""
+    import numpy as np
+    from PIL import Image
 
-    people = sorted((ROOT / "hyperlora_jax" / "assets" / "example-people").glob("*.png"))
-    prompt = "smiling mouth wide eyes no glasses blue striped clothes yellow background"
-    clients = [
-        Client(f"http://127.0.0.1:{port}/", verbose=False, download_files=False)
-        for _ in range(users)
-    ]
+    paths = sorted((ROOT / "hyperlora_jax" / "assets" / "example-people").glob("*.png"))
+    people = [np.asarray(Image.open(path).convert("RGB")).astype(int) for path in paths]
+    random = np.random.default_rng(time.time_ns())
+    for person in itertools.cycle(people):
+        changed = np.clip(person + random.integers(-2, 3, person.shape), 0, 255)
+        buffer = io.BytesIO()
+        Image.fromarray(changed.astype(np.uint8)).save(buffer, "PNG")
+        yield buffer.getvalue()
 
-    def visit(number: int) -> list[float]:
-        client, seconds = clients[number], []
-        for turn in range(REQUESTS[users]):
-            files = [handle_file(str(people[(number + turn) % len(people)]))]
-            seed = (31 * number + turn) % 1000
+
+def _workload(name: str, port: int, server: int, faces: Iterator[bytes]) -> list[dict]:
+    rows, first = [], {}
+    for users in USERS:
+        given = [[next(faces) for _ in range(REQUESTS[users] + 1)] for _ in range(users)]
+        took, seconds, cpu = asyncio.run(_visits(name, port, server, given))
+        runs = users * REQUESTS[users]
+        found = {
+            "": (WORKLOADS[name] * runs / took, "pictures/s"),
+            ", p50": (_quantile(seconds, 0.5), "s"),
+            ", p95": (_quantile(seconds, 0.95), "s"),
+            ", CPU": (cpu / runs, "s"),
+        }
+        for what, (ours, unit) in found.items():
+            peer = first.setdefault(what, ours)
+            ratio = ours / peer if unit != "s" else peer / ours
+            title = f"load/{name}, {users} user{'s' * (users > 1)}{what}"
+            rows.append(_row(title, ours, peer, unit, ratio, runs))
+        print(*(f"{row['workload']}: {row['ours']} {row['unit']}" for row in rows[-4:]), sep="; ")
+    return rows
+
+
+async def _visits(
+    name: str, port: int, server: int, given: list[list[bytes]]
+) -> tuple[float, list[float], float]:
+    """(seconds of all, seconds of every request, the server's seconds of CPU) of users with a
+    picture for each request, and one before."""
+    doors = [await asyncio.open_connection("127.0.0.1", port) for _ in given]
+    ask = _ask_page if name.startswith("page") else _ask_endpoint
+
+    async def visit(number: int, pictures: list[bytes]) -> list[float]:
+        seconds = []
+        for turn, picture in enumerate(pictures):
+            seed = 0 if name == "page, one seed" else (REQUESTS[1] * number + turn) % 1000
             begin = time.perf_counter()
-            status, shown, *_ = client.predict(files, prompt, 1.5, seed, api_name="/draw")
+            await ask(doors[number], picture, seed, WORKLOADS[name] == 2)
             seconds.append(time.perf_counter() - begin)
-            if "Sorry" in status or shown.count("<img") != 3:
-                raise RuntimeError(status)
         return seconds
 
-    visit(0)  # opens connections, caches
-    begin = time.perf_counter()
-    with concurrent.futures.ThreadPoolExecutor(users) as pool:
-        seconds = [one for own in pool.map(visit, range(users)) for one in own]
-    rate = PICTURES * len(seconds) / (time.perf_counter() - begin)
-    for client in clients:
-        client.close()
-    return rate, seconds
+    await asyncio.gather(*(visit(k, own[-1:]) for k, own in enumerate(given)))  # caches
+    begin, cpu = time.perf_counter(), _cpu(server)
+    seconds = await asyncio.gather(*(visit(k, own[:-1]) for k, own in enumerate(given)))
+    took, cpu = time.perf_counter() - begin, _cpu(server) - cpu
+    for _, writer in doors:
+        writer.close()
+    return took, [one for own in seconds for one in own], cpu
+
+
+Door = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+async def _ask_endpoint(door: Door, picture: bytes, seed: int, base: bool) -> None:
+    fields = {"prompt": PROMPT, "seed": str(seed), "base": str(int(base))}
+    found = await _post(door, "/v1/draw", *_form("picture", picture, fields))
+    if not found.startswith(b"\x89PNG"):
+        raise RuntimeError(found)
+
+
+async def _ask_page(door: Door, picture: bytes, seed: int, base: bool) -> None:
+    found = await _post(door, "/gradio_api/upload", *_form("files", picture, {}))
+    file = {"path": json.loads(found)[0], "meta": {"_type": "gradio.FileData"}}
+    asked = {"data": [[file], PROMPT, 1.5, seed], "session_hash": str(id(door[1]))}
+    found = await _post(
+        door, "/gradio_api/run/draw", "application/json", json.dumps(asked).encode()
+    )
+    if found.count(b"<img") != 3 or found.count(b"'v1/lora/") != 3:
+        raise RuntimeError(found)
+
+
+def _form(name: str, picture: bytes, fields: dict[str, str]) -> tuple[str, bytes]:
+    """(content type, body)."""
+    part = f'--{EDGE}\r\nContent-Disposition: form-data; name="%s"%s\r\n\r\n'
+    texts = "".join(part % (key, "") + value + "\r\n" for key, value in fields.items())
+    head = texts + part % (name, '; filename="a.png"')
+    body = head.encode() + picture + f"\r\n--{EDGE}--\r\n".encode()
+    return f"multipart/form-data; boundary={EDGE}", body
+
+
+async def _post(door: Door, path: str, kind: str, body: bytes) -> bytes:
+    """The answer's body; RuntimeError unless it is 200."""
+    reader, writer = door
+    head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: {kind}\r\n"
+    writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+    lines = (await reader.readuntil(b"\r\n\r\n")).decode().lower().split("\r\n")
+    [length] = [line for line in lines if line.startswith("content-length:")]
+    found = await reader.readexactly(int(length.partition(":")[2]))
+    if " 200 " not in lines[0] + " ":
+        raise RuntimeError(f"{path}: {lines[0]}: {found[:500]!r}")
+    return found
+
+
+def _cpu(process: int) -> float:
+    """Seconds of CPU that a process has taken."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _quantile(values: list[float], share: float) -> float:

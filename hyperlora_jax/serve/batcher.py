@@ -1,17 +1,28 @@
 """Questions that arrive together are answered together, in one thread.
 
-While a batch runs, new questions wait and become the next one; a lone question waits `wait_s` for
-company. An error is that of the one question that raises it alone, not of its companions.
+While a batch runs, new questions wait and become the next one. Who asks alone never waits for
+company; after a batch of several askers the next one waits up to `wait_s` for them to come back. An
+error is that of the one question that raises it alone, not of its companions.
 """
 
 import collections
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, NamedTuple
 
 from hyperlora_jax.errors import UserError
+
+
+class Busy(UserError):
+    """Too many questions wait already."""
+
+
+class _Asked(NamedTuple):
+    question: Any
+    future: "Future[Any]"
+    asker: object  # one for all questions of a call
 
 
 class Batcher:
@@ -19,78 +30,108 @@ class Batcher:
 
     Args:
         answer: answers of several questions, in order; called in this object's thread only.
-        most: questions at once; may be changed later.
-        wait_s: seconds that a lone question waits for others.
+        portion: of so many that wait, how many to answer at once.
+        wait_s: seconds that are waited for the askers of the last batch.
         most_waiting: questions above which new ones are refused.
+        remembered: answers that are kept by their keys, those last asked for.
     """
 
     def __init__(
         self,
         answer: Callable[[Sequence[Any]], Sequence[Any]],
-        most: int,
+        portion: Callable[[int], int],
         wait_s: float = 0.004,
         most_waiting: int = 256,
+        remembered: int = 128,
     ) -> None:
-        self.most, self.sizes = most, collections.Counter[int]()  # batches that ran, by size
-        self._answer, self._wait_s, self._most_waiting = answer, wait_s, most_waiting
-        self._waiting: collections.deque[tuple[Any, Future[Any]]] = collections.deque()
-        self._changed, self._closed = threading.Condition(), False
+        self.sizes = collections.Counter[int]()  # batches that ran, by size
+        self._answer, self._portion, self._wait_s = answer, portion, wait_s
+        self._most_waiting, self._remembered = most_waiting, remembered
+        self._waiting: collections.deque[_Asked] = collections.deque()
+        self._kept: collections.OrderedDict[Hashable, Future[Any]] = collections.OrderedDict()
+        self._changed, self._closed, self._company = threading.Condition(), False, False
         self._thread = threading.Thread(target=self._work, daemon=True, name="batches")
         self._thread.start()
 
-    def ask(self, questions: Sequence[Any]) -> list[Any]:
-        """Answers, in order, once all are there.
+    def submit(
+        self, questions: Sequence[Any], keys: Sequence[Hashable] | None = None
+    ) -> "list[Future[Any]]":
+        """The answers to come, in order. They may be shared: cancel none.
+
+        Args:
+            keys: one for each question; equal ones are answered once and remembered, None is not.
 
         Raises:
-            UserError: too many questions wait already; whatever answering one of these raises.
+            Busy: too many questions wait already.
         """
-        futures: list[Future[Any]] = [Future() for _ in questions]
+        keys, asker = keys or [None] * len(questions), object()
         with self._changed:
             if self._closed:
                 raise UserError("this program is ending")
-            if len(self._waiting) + len(questions) > self._most_waiting:
-                raise UserError(
+            if len(self._waiting) + [*map(self._known, keys)].count(None) > self._most_waiting:
+                raise Busy(
                     f"{len(self._waiting)} requests are waiting already; try again in a moment"
                 )
-            self._waiting.extend(zip(questions, futures, strict=True))
+            futures = []
+            for question, key in zip(questions, keys, strict=True):
+                if (future := self._known(key)) is None:
+                    future = Future()
+                    self._waiting.append(_Asked(question, future, asker))
+                    if key is not None:
+                        self._kept[key] = future
+                futures.append(future)
+            while len(self._kept) > self._remembered:
+                self._kept.popitem(last=False)
             self._changed.notify_all()
-        return [future.result() for future in futures]
+        return futures
 
     def close(self) -> None:
         """Ends the thread after the batch that it is at; what still waits gets an error."""
         with self._changed:
             self._closed = True
-            left = [future for _, future in self._waiting]
+            left = [asked.future for asked in self._waiting]
             self._waiting.clear()
             self._changed.notify_all()
         for future in left:
             future.set_exception(UserError("this program is ending"))
         self._thread.join()
 
+    def _known(self, key: Hashable) -> "Future[Any] | None":
+        future = None if key is None else self._kept.get(key)
+        if future is None or (future.done() and future.exception()):
+            return None
+        self._kept.move_to_end(key)
+        return future
+
     def _work(self) -> None:
         while batch := self._next():
             self.sizes[len(batch)] += 1
             self._settle(batch)
 
-    def _next(self) -> list[tuple[Any, "Future[Any]"]]:
+    def _next(self) -> list[_Asked]:
         """The next batch; [] at the end."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._closed)
             end = time.monotonic() + self._wait_s
-            while not self._closed and len(self._waiting) < self.most:
-                if not self._changed.wait(end - time.monotonic()) or time.monotonic() >= end:
+            while self._company and not self._closed and (left := end - time.monotonic()) > 0:
+                if len(self._waiting) >= self._portion(self._most_waiting):
                     break
-            return [self._waiting.popleft() for _ in range(min(self.most, len(self._waiting)))]
+                self._changed.wait(left)
+            if not self._waiting:
+                return []
+            batch = [self._waiting.popleft() for _ in range(self._portion(len(self._waiting)))]
+            self._company = len({asked.asker for asked in batch}) > 1
+            return batch
 
-    def _settle(self, batch: Sequence[tuple[Any, "Future[Any]"]]) -> None:
+    def _settle(self, batch: Sequence[_Asked]) -> None:
         try:
-            answers = self._answer([question for question, _ in batch])
+            answers = self._answer([asked.question for asked in batch])
         except Exception as error:  # belongs to whoever asked
             if len(batch) == 1:
-                batch[0][1].set_exception(error)
+                batch[0].future.set_exception(error)
             else:
                 for one in batch:
                     self._settle([one])
             return
-        for (_, future), answer in zip(batch, answers, strict=True):
-            future.set_result(answer)
+        for asked, answer in zip(batch, answers, strict=True):
+            asked.future.set_result(answer)

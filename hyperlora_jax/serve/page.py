@@ -1,24 +1,20 @@
 """The page: a Gradio app around a `Studio`, without anything from the internet."""
 
-import functools
+import asyncio
 import os
 import shutil
 import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from hyperlora_jax.errors import UserError
-from hyperlora_jax.serve import requests
-from hyperlora_jax.serve.studio import Studio, Subject
+from hyperlora_jax.serve import endpoint, requests
+from hyperlora_jax.serve.studio import Studio
 from hyperlora_jax.shipped import BASES, shipped_path
 
-MOST_WAITING = 64  # visitors' requests in Gradio's queue
-MOST_BYTES = "20mb"  # of an uploaded file
-KEPT_SECONDS = 1800  # how long uploads and written files stay
-MOST_SEED = 2**31 - 1
-EDIT = 2.0  # how far an edit's slider goes either way
+KEPT_SECONDS = 1800  # how long uploads and LoRAs stay
 EXAMPLES = "example-people"  # drawn, none of them trained on
 PROMPTS = {
     "tiny-sd": """smiling mouth wide eyes no glasses blue striped clothes yellow background
@@ -34,6 +30,11 @@ CSS = """
   border-radius: 4px; margin: 0; }
 .sides .head { font-weight: 600; text-align: center; }
 .sides .prompt { grid-column: 1 / -1; margin-top: 6px; overflow-wrap: anywhere; }
+.downloads { display: flex; flex-wrap: wrap; gap: 8px; margin-top: 12px; }
+.downloads a { flex: 1 1 90px; padding: 6px 8px; text-align: center; text-decoration: none;
+  border: 1px solid var(--border-color-primary); border-radius: 4px;
+  background: var(--button-secondary-background-fill);
+  color: var(--button-secondary-text-color) !important; }
 #status p { margin: 0; }
 """
 INTRODUCTION = """# A LoRA from one picture
@@ -44,18 +45,23 @@ model ("{base}", which has never seen this person) draws them under every prompt
 def build(studio: Studio, base: str, temporary: Path) -> Any:
     """The page; `temporary` is the folder that everything is written to.
 
+    Its events go past Gradio's queue (which costs several messages each): the batches' queue is the
+    one that is bounded.
+
     Raises:
         UserError: Gradio is not installed.
     """
     gr = _gradio(temporary)
-    answer = functools.partial(respond, studio, temporary)
+
+    async def answer(*given: Any) -> tuple[str, str]:
+        return await respond(studio, temporary, *given)
+
     with gr.Blocks(
         title="A LoRA from one picture",
         analytics_enabled=False,
         delete_cache=(KEPT_SECONDS // 3, KEPT_SECONDS),
     ) as page:
         gr.Markdown(INTRODUCTION.format(base=base))
-        kept = gr.State(None, time_to_live=KEPT_SECONDS)
         with gr.Row():
             with gr.Column(min_width=300):
                 pictures = gr.File(
@@ -86,7 +92,7 @@ def build(studio: Studio, base: str, temporary: Path) -> Any:
                 )  # fmt: skip
                 seed = gr.Slider(0, 999, 0, step=1, label="Seed", elem_id="seed")
                 amounts = [
-                    gr.Slider(-EDIT, EDIT, 0, step=0.1, label=f"Edit: {name}")
+                    gr.Slider(-requests.EDIT, requests.EDIT, 0, step=0.1, label=f"Edit: {name}")
                     for name in studio.names
                 ]
                 button = gr.Button("Draw", variant="primary", elem_id="draw")
@@ -96,78 +102,66 @@ def build(studio: Studio, base: str, temporary: Path) -> Any:
                     elem_id="status",
                 )
                 shown = gr.HTML(elem_id="shown")
-                with gr.Row():
-                    downloads = [
-                        gr.DownloadButton(
-                            f"Download, {form}", interactive=False, size="sm", min_width=90,
-                            elem_id=f"download-{form}",
-                        )
-                        for form in requests.FORMATS
-                    ]  # fmt: skip
         options = {
-            "inputs": [kept, pictures, prompts, strength, seed, *amounts],
-            "outputs": [kept, status, shown, *downloads],
+            "inputs": [pictures, prompts, strength, seed, *amounts],
+            "outputs": [status, shown],
             "show_progress": "minimal",
+            "queue": False,
         }
         pictures.change(answer, api_name="draw", **options)
         changes = [button.click, prompts.submit]
         changes += [slider.release for slider in (strength, seed, *amounts)]
         for change in changes:
             change(answer, trigger_mode="always_last", api_visibility="private", **options)
-    page.queue(max_size=MOST_WAITING, default_concurrency_limit=None, api_open=False)
     return page
 
 
-class Kept(NamedTuple):
-    """A visitor's LoRA, and what it was asked for with: (paths, seed)."""
-
-    asked: tuple[tuple[str, ...], int]
-    subject: Subject
-
-
-def respond(
+async def respond(
     studio: Studio,
     temporary: Path,
-    kept: Kept | None,
     paths: list[str] | None,
     text: str,
     strength: float | int | None,
     seed: float | int | None,
     *amounts: float | int | None,
-) -> tuple[Any, ...]:
-    """New values of (kept, status, pictures, downloads …); what is wrong is said in the status.
+) -> tuple[str, str]:
+    """New texts of (status, pictures and downloads); what is wrong is said in the status.
 
     Args:
-        kept: the visitor's last LoRA, which is taken again for the same pictures and seed.
-        paths: uploaded files, named by their content.
+        paths: uploaded files.
         text: a prompt a line.
         amounts: of the studio's directions.
     """
-    import gradio as gr
-
     try:
-        pixels = requests.read_pictures(paths or [], studio)
-        prompts = requests.read_prompts(text or "")
-        whole = int(requests.number(seed, "seed", 0.0, float(MOST_SEED)))
         strong = requests.number(strength, "strength", 0.0, requests.MOST_STRENGTH)
+        whole = int(requests.number(seed, "seed", 0.0, float(requests.MOST_SEED)))
         edits = {
-            name: requests.number(amount, name, -EDIT, EDIT)
+            name: requests.number(amount, name, -requests.EDIT, requests.EDIT)
             for name, amount in zip(studio.names, amounts, strict=True)
         }
-        asked = (tuple(paths or ()), whole)
-        subject = kept.subject if kept and kept.asked == asked else studio.write(pixels, whole)
-        generated, base = studio.draw(subject, prompts, strong, whole, edits)
-        folder = Path(tempfile.mkdtemp(dir=temporary / "written"))
-        files = requests.write_files(
-            studio, subject, folder, Path((paths or [""])[0]).name,
-            strength=strong, seed=whole, edits=edits,
-        )  # fmt: skip
+        pixels = await asyncio.to_thread(_read, paths or [], studio)
+        prompts = requests.read_prompts(text or "")
+        [subject] = await endpoint.results([studio.writing(pixels, whole)])
+        images = await endpoint.results(studio.drawing(subject, prompts, strong, whole, edits))
     except UserError as error:
-        off = [gr.DownloadButton(value=None, interactive=False) for _ in requests.FORMATS]
-        return (None, f"**Sorry:** {_plain(str(error))}", "", *off)
-    ready = [gr.DownloadButton(value=str(path), interactive=True) for path in files]
-    shown = requests.table(pixels, prompts, generated, base)
-    return (Kept(asked, subject), requests.about(subject), shown, *ready)
+        return f"**Sorry:** {_plain(str(error))}", ""
+    numbers = {"strength": strong, "seed": whole}
+    numbers |= {f"{endpoint.EDITED}{name}": amount for name, amount in edits.items()}
+
+    def shown() -> str:
+        table = requests.table(pixels, prompts, images[: len(prompts)], images[len(prompts) :])
+        key = endpoint.keep(subject, temporary / "written")
+        return table + requests.links(key, Path((paths or [""])[0]).name, numbers)
+
+    return requests.about(subject), await asyncio.to_thread(shown)
+
+
+def _read(paths: list[str], studio: Studio) -> list[Any]:
+    files = [Path(path) for path in paths[: requests.MOST_PICTURES + 1]]
+    try:
+        return requests.read_pictures([(file.name, file.read_bytes()) for file in files], studio)
+    except OSError as error:
+        raise UserError(f"an uploaded file cannot be read ({error.strerror})") from None
 
 
 def _plain(text: str) -> str:
@@ -194,7 +188,7 @@ class Served:
             self._page = build(studio, base, self.temporary)
             import gradio as gr
 
-            _, self.url, _ = self._page.launch(
+            app, self.url, _ = self._page.launch(
                 server_name=host,
                 server_port=port,
                 prevent_thread_lock=True,
@@ -203,8 +197,7 @@ class Served:
                 inbrowser=False,
                 ssr_mode=False,
                 show_error=True,
-                max_threads=MOST_WAITING,
-                max_file_size=MOST_BYTES,
+                max_file_size=endpoint.MOST_BYTES,
                 enable_monitoring=False,
                 footer_links=[],
                 mcp_server=False,
@@ -213,6 +206,7 @@ class Served:
                     font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")
                 ),
             )
+            app.routes.extend(endpoint.routes(studio, self.temporary / "written"))
         except OSError:
             self.close()
             raise UserError(
@@ -244,6 +238,7 @@ class Served:
 def _gradio(temporary: Path) -> Any:
     """The library, told to keep to itself and to the folder."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["GRADIO_RUN_HISTORY"] = "False"  # visitors' faces, in their browsers
     os.environ["GRADIO_TEMP_DIR"] = str(temporary)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:

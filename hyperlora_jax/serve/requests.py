@@ -6,10 +6,10 @@ Errors are `UserError`s, whose text is what the visitor reads.
 import base64
 import html
 import re
-import shutil
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from urllib.parse import urlencode
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from hyperlora_jax.errors import UserError
 from hyperlora_jax.hypernet.familiarity import UNFAMILIAR
 from hyperlora_jax.lora_files import save_lora
 from hyperlora_jax.pictures.pictures import (
+    SMALLEST_SIDE,
     encode_png,
     magnified,
     reference_pixels,
@@ -27,39 +28,49 @@ from hyperlora_jax.serve.studio import MOST_PICTURES, Studio, Subject
 
 MOST_PIXELS = 40_000_000  # of an uploaded picture: a few KB can unpack to gigabytes
 MOST_PROMPTS = 4
+PNG_LEVEL = 1  # a third of the usual time, a tenth larger
 MOST_LETTERS = 1000  # of a prompt
 MOST_STRENGTH = 3.0
+MOST_SEED = 2**31 - 1
+EDIT = 2.0  # how far an edit goes either way
 FORMATS = ("kohya", "diffusers", "peft")
 
 
-def read_pictures(paths: Sequence[str], studio: Studio) -> list[UInt8[np.ndarray, "h w 3"]]:
-    """The uploaded pictures as the encoder sees them.
+def read_pictures(
+    given: Sequence[tuple[str, bytes]], studio: Studio
+) -> list[UInt8[np.ndarray, "h w 3"]]:
+    """The uploaded pictures (name, content) as the encoder sees them.
 
     Raises:
-        UserError: none or too many, a file that is no picture or too large; names the file alone,
-            not its folder.
+        UserError: none or too many, a file that is no picture, too small or too large.
     """
-    if not paths:
+    if not given:
         raise UserError("no picture yet, drop one first")
-    if len(paths) > MOST_PICTURES:
-        raise UserError(f"found {len(paths)} pictures, expected at most {MOST_PICTURES}")
-    return [_pixels(Path(path), studio) for path in paths]
+    if len(given) > MOST_PICTURES:
+        raise UserError(f"found {len(given)} pictures, expected at most {MOST_PICTURES}")
+    return [_pixels(name, encoded, studio) for name, encoded in given]
 
 
-def _pixels(path: Path, studio: Studio) -> UInt8[np.ndarray, "h w 3"]:
+def _pixels(name: str, encoded: bytes, studio: Studio) -> UInt8[np.ndarray, "h w 3"]:
     try:
-        height, width = upright_size(path)
-        if height * width > MOST_PIXELS:
-            raise UserError(
-                f"{path.name}: has {width} × {height} pixels, expected at most "
-                f"{MOST_PIXELS // 1_000_000} million"
-            )
-        return reference_pixels(path, studio.hyper.encoder)
+        height, width = upright_size(encoded, name)
     except UserError as error:
-        text = str(error).replace(str(path), path.name)
-        if "decompression bomb" in text:  # Pillow's word, at sizes far above ours
-            text = f"{path.name}: has more than {MOST_PIXELS // 1_000_000} million pixels"
-        raise UserError(text) from None
+        if "decompression bomb" not in str(error):  # Pillow's word, at sizes far above ours
+            raise
+        raise UserError(
+            f"{name}: has more than {MOST_PIXELS // 1_000_000} million pixels"
+        ) from None
+    if height * width > MOST_PIXELS:
+        raise UserError(
+            f"{name}: has {width} × {height} pixels, expected at most "
+            f"{MOST_PIXELS // 1_000_000} million"
+        )
+    if min(height, width) < SMALLEST_SIDE:
+        raise UserError(
+            f"{name}: has {width} × {height} pixels, expected at least {SMALLEST_SIDE} × "
+            f"{SMALLEST_SIDE}"
+        )
+    return reference_pixels(encoded, studio.hyper.encoder, name)
 
 
 def read_prompts(text: str) -> list[str]:
@@ -125,40 +136,55 @@ def table(
 
 
 def _data_uri(pixels: UInt8[np.ndarray, "h w 3"]) -> str:
-    encoded = encode_png(magnified(pixels))
+    encoded = encode_png(magnified(pixels), PNG_LEVEL)
     return f"data:image/png;base64,{base64.b64encode(encoded).decode()}"
 
 
-def write_files(
+def links(key: str, picture: str, numbers: Mapping[str, float]) -> str:
+    """HTML: a download for each form.
+
+    Args:
+        key: of the kept LoRA.
+        picture: name of the uploaded one.
+        numbers: strength, seed and edits, as the endpoint calls them.
+    """
+    asked = html.escape(urlencode({"name": picture, **numbers}), quote=True)
+    anchors = [
+        f"<a id='download-{form}' href='v1/lora/{key}/{form}?{asked}' download>Download, {form}</a>"
+        for form in FORMATS
+    ]
+    return f"<div class='downloads'>{''.join(anchors)}</div>"
+
+
+def lora_file(
     studio: Studio,
     subject: Subject,
     folder: Path,
-    name: str,
+    form: str,
     *,
     strength: float,
     seed: int,
     edits: Mapping[str, float],
-) -> list[Path]:
-    """The LoRA as it is drawn with, in the forms of `FORMATS`; the last one as a zip.
+) -> Path:
+    """A file of the LoRA as it is drawn with, in a form of `FORMATS`; PEFT's folder as a zip.
 
     Args:
         folder: a new one of this request.
-        name: of the uploaded picture.
     """
-    stem = re.sub(r"[^\w-]+", "_", Path(name).stem)[:60].strip("_") or "subject"
     lora, spec = studio.lora(subject, strength, edits)
     texts = {**studio.hyper.provenance, "seed": seed, "strength": strength}
-    family = studio.hyper.facts["family"]
-    files = []
-    for form in FORMATS[:2]:
-        path = folder / f"{stem}.{form}.safetensors"
-        save_lora(path, lora, spec, format=form, family=family, metadata=texts)
-        files.append(path)
-    peft = folder / f"{stem}.peft"
-    save_lora(peft, lora, spec, format="peft", family=family, metadata=texts)
-    with zipfile.ZipFile(folder / f"{stem}.peft.zip", "w") as archive:
-        for path in sorted(peft.rglob("*")):
-            if path.is_file():
-                archive.write(path, path.relative_to(folder))
-    shutil.rmtree(peft)
-    return [*files, folder / f"{stem}.peft.zip"]
+    path = folder / ("lora" if form == "peft" else "lora.safetensors")
+    save_lora(path, lora, spec, format=form, family=studio.hyper.facts["family"], metadata=texts)
+    if form != "peft":
+        return path
+    with zipfile.ZipFile(folder / "lora.zip", "w") as archive:
+        for file in sorted(path.rglob("*")):
+            if file.is_file():
+                archive.write(file, file.relative_to(path))
+    return folder / "lora.zip"
+
+
+def file_name(picture: str, form: str) -> str:
+    """What a LoRA's file is called, after an uploaded picture."""
+    stem = re.sub(r"[^\w-]+", "_", Path(picture).stem)[:60].strip("_") or "subject"
+    return f"{stem}.{form}.{'zip' if form == 'peft' else 'safetensors'}"

@@ -6,14 +6,17 @@
 
 Everybody's pictures go into the same batches (`batcher.py`), which are filled up to a few fixed
 sizes, so that each size is compiled once. What somebody gets depends on their own pictures, prompt,
-strength and seed; the noise is that of `hyperlora sample --seed`.
+strength and seed; the noise is that of `hyperlora sample --seed`. A LoRA of the same pictures and
+seed, and the base's picture of a prompt and seed, are made once and remembered for a while.
 """
 
 import contextlib
 import functools
+import hashlib
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 import jax
@@ -31,7 +34,8 @@ from hyperlora_jax.serve.batcher import Batcher
 from hyperlora_jax.stable_diffusion.model import StableDiffusion
 
 SUBJECTS = 8  # whose LoRAs are written at once
-SIZES = (2, 8, 32)  # pictures that are drawn at once
+SIZES = (2, 4, 8, 16, 32)  # pictures that are drawn at once
+FULL = 0.75  # of a batch that is drawn; with fewer waiting, a smaller batch is taken
 MOST_PICTURES = 4  # that tell one subject
 
 
@@ -81,8 +85,11 @@ class Studio:
         self.names = tuple(directions.vectors) if directions else ()
         self._sampling = {"guidance": guidance, "num_steps": num_steps}
         self._sizes = sorted(sizes)
-        self._writing = Batcher(self._write, SUBJECTS, most_waiting=most_waiting)
-        self._drawing = Batcher(self._draw, self._sizes[0], most_waiting=most_waiting)
+        self._ready = self._sizes[:1]  # those that are compiled
+        self._writing = Batcher(
+            self._write, lambda waiting: min(waiting, SUBJECTS), most_waiting=most_waiting
+        )
+        self._drawing = Batcher(self._draw, self._portion, most_waiting=most_waiting)
 
     @property
     def batches(self) -> dict[int, int]:
@@ -101,7 +108,7 @@ class Studio:
                     self.write([blank] * count, 0)
                 for size in self._sizes[1:]:
                     self._draw([self._blank("-", 0, 0)] * size)
-                    self._drawing.most = size
+                    self._ready = [*self._ready, size]
                 print("all sizes compiled", flush=True)
 
         if wait:
@@ -118,11 +125,23 @@ class Studio:
         """The LoRA of one subject, from pictures at the encoder's size.
 
         Raises:
+            UserError: see `writing`.
+        """
+        return self.writing(pictures, seed).result()
+
+    def writing(
+        self, pictures: Sequence[UInt8[np.ndarray, "h w 3"]], seed: int
+    ) -> "Future[Subject]":
+        """`write`, to be waited for.
+
+        Raises:
             UserError: no picture, or more than `MOST_PICTURES`; too many people wait.
         """
         if not 1 <= len(pictures) <= MOST_PICTURES:
             raise UserError(f"found {len(pictures)} pictures, expected 1 to {MOST_PICTURES}")
-        return self._writing.ask([(np.stack(pictures), seed)])[0]
+        stacked = np.stack(pictures)
+        key = (hashlib.sha256(stacked.tobytes()).digest(), len(stacked), seed)
+        return self._writing.submit([(stacked, seed)], [key])[0]
 
     def draw(
         self,
@@ -136,6 +155,25 @@ class Studio:
         without the LoRA.
 
         Raises:
+            UserError: see `drawing`.
+        """
+        asked = self.drawing(subject, prompts, strength, seed, edits)
+        images = np.stack([future.result() for future in asked])
+        return images[: len(prompts)], images[len(prompts) :]
+
+    def drawing(
+        self,
+        subject: Subject,
+        prompts: Sequence[str],
+        strength: float,
+        seed: int,
+        edits: Mapping[str, float] | None = None,
+        base: bool = True,
+    ) -> "list[Future[UInt8[np.ndarray, 'h w 3']]]":
+        """`draw`, to be waited for: the subject's pictures, then, unless `base` is False, the
+        base's.
+
+        Raises:
             UserError: an edit without a direction; too many people wait.
         """
         amounts = self._amounts(edits or {})
@@ -143,9 +181,11 @@ class Studio:
             _Drawing(subject.vector, prompt, strength, amounts, seed, place)
             for place, prompt in enumerate(prompts)
         ]
-        asked += [self._blank(prompt, seed, place) for place, prompt in enumerate(prompts)]
-        images = np.stack(self._drawing.ask(asked))
-        return images[: len(prompts)], images[len(prompts) :]
+        keys: list[Any] = [None] * len(asked)
+        if base:
+            asked += [self._blank(prompt, seed, place) for place, prompt in enumerate(prompts)]
+            keys += [(prompt, seed, place) for place, prompt in enumerate(prompts)]
+        return self._drawing.submit(asked, keys)
 
     def lora(
         self, subject: Subject, strength: float, edits: Mapping[str, float] | None = None
@@ -168,6 +208,13 @@ class Studio:
         zeros = np.zeros(self.hyper.spec.num_parameters, np.float32)
         return _Drawing(zeros, prompt, 0.0, self._amounts({}), seed, place)
 
+    def _portion(self, waiting: int) -> int:
+        """How many of those that wait are drawn now."""
+        size = next((size for size in self._ready if size >= waiting), self._ready[-1])
+        if waiting >= FULL * size or size == self._ready[0]:
+            return min(waiting, size)
+        return max(smaller for smaller in self._ready if smaller < waiting)
+
     def _write(self, asked: Sequence[tuple[np.ndarray, int]]) -> list[Subject]:
         """Those with equally many pictures at once, always `SUBJECTS` of them."""
         found: dict[int, Subject] = {}
@@ -183,7 +230,7 @@ class Studio:
             scores = self.hyper.familiarity_of(pooled)
             for k, n in enumerate(members):
                 known = None if scores is None else float(scores[k])
-                found[n] = Subject(vectors[k], known, seconds)
+                found[n] = Subject(vectors[k].copy(), known, seconds)
         return [found[n] for n in range(len(asked))]
 
     def _draw(self, asked: Sequence[_Drawing]) -> list[np.ndarray]:
@@ -198,7 +245,7 @@ class Studio:
         )
         prompts = [row.prompt for row in rows]
         images = self.sd.sample(keys, prompts, lora=loras, latents=noise, **self._sampling)
-        return list(to_uint8(images))[: len(asked)]
+        return [image.copy() for image in to_uint8(images)[: len(asked)]]  # a view keeps them all
 
     @functools.cached_property
     def _noise(self) -> Any:

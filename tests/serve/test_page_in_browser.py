@@ -60,7 +60,7 @@ def test_a_visit(address, width, dark, tmp_path):
     with chromium.opened(address, width, tmp_path / "profile", dark) as page:
         page.download_to(tmp_path / "down")
         page.until("document.querySelector('#pictures input[type=file]')")
-        assert page.run("return document.querySelector('#download-kohya').disabled")
+        assert not page.run("return document.querySelector('#download-kohya')")
         page.choose_files("#pictures input[type=file]", [person])
         page.until(f"{SHOWN} == 9")
         first, measured, shot = pictures(page), page.run(MEASURE), page.screenshot()
