@@ -110,24 +110,22 @@ async def _visits(
 ) -> tuple[float, list[float], float]:
     """(seconds of all, seconds of every request, the server's seconds of CPU) of users with a
     picture for each request, and one before."""
-    doors = [await asyncio.open_connection("127.0.0.1", port) for _ in given]
     ask = _ask_page if name.startswith("page") else _ask_endpoint
 
     async def visit(number: int, pictures: list[bytes]) -> list[float]:
-        seconds = []
+        door, seconds = await asyncio.open_connection("127.0.0.1", port), []
         for turn, picture in enumerate(pictures):
             seed = 0 if name == "page, one seed" else (REQUESTS[1] * number + turn) % 1000
             begin = time.perf_counter()
-            await ask(doors[number], picture, seed, WORKLOADS[name] == 2)
+            await ask(door, picture, seed, WORKLOADS[name] == 2)
             seconds.append(time.perf_counter() - begin)
+        door[1].close()
         return seconds
 
     await asyncio.gather(*(visit(k, own[-1:]) for k, own in enumerate(given)))  # caches
     begin, cpu = time.perf_counter(), _cpu(server)
     seconds = await asyncio.gather(*(visit(k, own[:-1]) for k, own in enumerate(given)))
     took, cpu = time.perf_counter() - begin, _cpu(server) - cpu
-    for _, writer in doors:
-        writer.close()
     return took, [one for own in seconds for one in own], cpu
 
 
