@@ -28,7 +28,7 @@ from hyperlora_jax.pictures.pictures import reference_pixels
 from hyperlora_jax.runtime.generate_lora import Applied, LoraGenerator, WrongInput, read_picture
 from hyperlora_jax.runtime.pytorch_folder import PROGRAM, write_pytorch
 from tests import user_world
-from tests.runtime.conftest import hypernetwork
+from tests.runtime.conftest import SPEC, hypernetwork
 from tests.stable_diffusion import conftest as tiny
 
 CASES = {
@@ -231,6 +231,13 @@ def test_damaged_folders_are_named(tmp_path):
     (tmp_path / "config.json").write_text('{"format": "other"}')
     with pytest.raises(WrongInput, match="found format 'other', expected 'hyperlora-pytorch-1'"):
         LoraGenerator(tmp_path)
+
+
+def test_a_lora_of_several_models_is_no_peft_folder(tmp_path):
+    text = LoraSite("text_encoder.text_model.encoder.layers.0.self_attn.q_proj", 24, 24, 2)
+    folder = exported(hypernetwork("mean", spec=LoraSpec((*SPEC.sites, text))), tmp_path)
+    with pytest.raises(WrongInput, match=r"'peft': .* expected one of \['kohya', 'diffusers'\]$"):
+        folder.save(tmp_path / "x", [], "peft")
 
 
 def test_what_only_jax_runs_is_refused(tmp_path):
