@@ -218,6 +218,18 @@ def sigmas_at(schedule: NoiseSchedule, timesteps: np.ndarray) -> Float[np.ndarra
     return np.append(np.interp(timesteps, np.arange(len(sigmas)), sigmas), 0.0)
 
 
+def _karras(
+    schedule: NoiseSchedule, num_steps: int, ends: tuple[float, float] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Fractional timesteps [s] and sigmas [s + 1], even in sigma^(1/7) (Karras et al. 2022,
+    equation 5), from and to `ends`, or over the whole schedule; and a final 0."""
+    known = sigmas_at(schedule, np.arange(schedule.num_train_timesteps))[:-1]
+    first, last = ends or (known[-1], known[0])
+    sigmas = np.linspace(first ** (1 / 7), last ** (1 / 7), num_steps) ** 7
+    timesteps = np.interp(np.log(sigmas), np.log(known), np.arange(len(known)))
+    return timesteps, np.append(sigmas, 0.0)
+
+
 def _denoised(schedule: NoiseSchedule, prediction: Array, x: Array, sigma: Array) -> Array:
     """x0 from a prediction at x_t = x0 + sigma eps, scaled by 1 / sqrt(sigma² + 1)."""
     signal = 1 / jnp.sqrt(sigma**2 + 1)
@@ -266,6 +278,8 @@ def _euler(
     if spacing == "linspace":  # not rounded: sigmas are interpolated
         timesteps = np.linspace(0, schedule.num_train_timesteps - 1, num_steps)[::-1]
     sigmas = sigmas_at(schedule, timesteps)
+    if schedule.use_karras_sigmas and draw is None:
+        timesteps, sigmas = _karras(schedule, num_steps, (sigmas[0], sigmas[-2]))
     first = np.sqrt(sigmas.max() ** 2 + 1) if spacing == "leading" else sigmas.max()
     now, after = sigmas[:-1], sigmas[1:]
     up = np.zeros(num_steps) if draw is None else after * np.sqrt(1 - (after / now) ** 2)
@@ -320,6 +334,12 @@ def _multistep(
 ) -> Array:
     timesteps = _dpm_timesteps(schedule, num_steps)
     sigmas = sigmas_at(schedule, timesteps)
+    if schedule.use_karras_sigmas:
+        timesteps, sigmas = _karras(schedule, num_steps)
+        if corrects or schedule.beta_schedule != "squaredcos_cap_v2":
+            timesteps = timesteps.round()
+        else:  # as PyTorch's class does
+            timesteps = np.floor(timesteps)
     signal = 1 / np.sqrt(sigmas**2 + 1)
     with np.errstate(divide="ignore", invalid="ignore"):
         h = -np.diff(np.log(sigmas))  # lambda = -log(sigma); the last is infinite

@@ -39,8 +39,8 @@ class NoiseSchedule:
     """Discrete schedule; hashable, so that it can be a static jit argument.
 
     `timestep_spacing` None stands for the default of whichever sampler is used. That and what
-    follows it concern sampling only, the two before the last only consistency models. `sampler` is
-    what the model is drawn with unless told otherwise.
+    follows it concern sampling only, the two after `set_alpha_to_one` only consistency models.
+    `sampler` is what the model is drawn with unless told otherwise.
     """
 
     num_train_timesteps: int = 1000
@@ -55,6 +55,7 @@ class NoiseSchedule:
     set_alpha_to_one: bool = True
     original_inference_steps: int = 50
     timestep_scaling: float = 10.0
+    use_karras_sigmas: bool = False
     sampler: str = "ddim"
 
     def __post_init__(self):
@@ -98,6 +99,8 @@ class NoiseSchedule:
         config = {"_class_name": kind, **values}
         if sampler not in ("lcm", "tcd"):
             del config["original_inference_steps"], config["timestep_scaling"]
+        if sampler not in ("dpmpp_2m", "euler", "unipc"):
+            del config["use_karras_sigmas"]
         if sampler in ("ddim", "lcm", "tcd"):
             config["clip_sample"] = False
         elif sampler == "pndm":

@@ -63,7 +63,6 @@ _PC = ("UniPCMultistepScheduler",)
 NOT_HONOURED: dict[str, tuple[tuple[Any, ...], tuple[str, ...]]] = {
     "clip_sample": ((False,), ()),
     "thresholding": ((False,), ()),
-    "use_karras_sigmas": ((False,), ()),
     "use_exponential_sigmas": ((False,), ()),
     "use_beta_sigmas": ((False,), ()),
     "use_lu_lambdas": ((False,), ()),
@@ -143,7 +142,7 @@ def _typed(key: str, value: Any) -> Any:
         good, expected = isinstance(value, int) and not isinstance(value, bool), "a whole number"
     elif key in ("beta_start", "beta_end", "timestep_scaling"):
         good, expected = _is_number(value), "a number"
-    elif key in ("rescale_betas_zero_snr", "set_alpha_to_one"):
+    elif key in ("rescale_betas_zero_snr", "set_alpha_to_one", "use_karras_sigmas"):
         good, expected = isinstance(value, bool), "true or false"
     else:
         good, expected = isinstance(value, str), "a text"

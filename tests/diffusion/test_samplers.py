@@ -128,6 +128,25 @@ def test_samplers_that_remember_equal_diffusers(kind, name, spacing, num_steps):
     assert np.abs(ours - theirs).max() <= tolerance * np.abs(theirs).max()
 
 
+@pytest.mark.parametrize(
+    "kind", [EulerDiscreteScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler]
+)
+@pytest.mark.parametrize(
+    ("name", "num_steps"), [("offset", 7), ("velocity", 20), ("zero-snr", 5), ("epsilon", 1)]
+)
+def test_karras_sigmas_equal_diffusers(kind, name, num_steps):
+    known = inspect.signature(kind.__init__).parameters
+    config = {key: value for key, value in CONFIGS[name].items() if key in known}
+    config |= {"_class_name": kind.__name__, "use_karras_sigmas": True}
+    theirs = diffusers_sample(kind.from_config(config), num_steps)
+    ours = our_sample(read_scheduler_config(config).sampler, config, num_steps)
+    tolerance = 1e-4 if name == "zero-snr" else 1e-5
+    assert np.abs(ours - theirs).max() <= tolerance * np.abs(theirs).max()
+    # A folder that is written again says the same.
+    again = read_scheduler_config(read_scheduler_config(config).to_config())
+    assert again.use_karras_sigmas
+
+
 @pytest.mark.parametrize("kind", [EulerAncestralDiscreteScheduler, LCMScheduler, TCDScheduler])
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("num_steps", [1, 4, 13])
