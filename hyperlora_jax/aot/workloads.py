@@ -153,7 +153,7 @@ def _outline(config: ConfigDict, dtype: DType) -> StableDiffusion:
 
 def _latent(sd: StableDiffusion) -> Shape:
     side = sd.unet.settings.sample_size[0]  # pictures are squares
-    return side, side, sd.unet.settings.in_channels
+    return side, side, sd.unet.settings.out_channels
 
 
 def _num_tokens(sd: StableDiffusion) -> int:

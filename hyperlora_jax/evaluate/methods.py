@@ -108,7 +108,7 @@ def sample_images(
     """
     count = int(jax.tree.leaves(loras)[0].shape[0])
     settings = sd.unet.settings
-    noise = questions.first(count).noise((*settings.sample_size, settings.in_channels))
+    noise = questions.first(count).noise((*settings.sample_size, settings.out_channels))
     shards, place = 1, functools.partial(jax.tree.map, jnp.asarray)
     if mesh is not None:
         shards = mesh.shape["data"] * mesh.shape["fsdp"]

@@ -22,7 +22,7 @@ from hyperlora_jax.diffusion.schedule import NoiseSchedule
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora.sites import LoraSpec, component_tree, spec_from_shapes
 from hyperlora_jax.parallel.sharding import DEFAULT_RULES, Rule, split_rows
-from hyperlora_jax.stable_diffusion import inference
+from hyperlora_jax.stable_diffusion import inference, text_conditions
 from hyperlora_jax.stable_diffusion.networks.autoencoder import AutoencoderKL
 from hyperlora_jax.stable_diffusion.networks.clip_text import ClipTextModel
 from hyperlora_jax.stable_diffusion.networks.lora_argument import (
@@ -350,6 +350,9 @@ class StableDiffusion:
             text = self._guided_conditions(prompts, negative_prompts, lora, clip_skip)
         else:
             text = self.encode_conditions(prompts, lora, clip_skip)
+        factor, rows = self.component("vae").downsampling, len(text["states"])
+        size = noise.shape[1] * factor, noise.shape[2] * factor
+        text |= text_conditions.nothing_given(self, rows, size)
         return inference.sample_images(
             self.unet,
             self.component("vae"),
@@ -378,7 +381,7 @@ class StableDiffusion:
                 raise UserError(f"{name} is {pixels}, expected a multiple of {factor} pixels")
             size.append(own if pixels is None else pixels // factor)
         key = jax.random.key(key) if isinstance(key, int) else key
-        return jax.random.normal(key, (num, *size, settings.in_channels))
+        return jax.random.normal(key, (num, *size, settings.out_channels))
 
     @functools.cached_property
     def base_hash(self) -> str:

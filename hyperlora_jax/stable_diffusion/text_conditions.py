@@ -5,6 +5,7 @@ pooled     [b, p]      SDXL: the state of the whole prompt
 time_ids   [b, 6]      SDXL: the picture's height and width before its crop, the crop's top and
                        left, its height and width; float32, as bfloat16 takes 1023 for 1024
 timestep_cond  [b, w]  of bases with a distilled guidance: its embedding
+given      [b, hh, ww, c]  of inpainting and pix2pix bases: what follows the latents' channels
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,7 +28,8 @@ def encode(sd: Any, prompts: Sequence[str], picture: tuple[int, int]) -> dict[st
         sd: a StableDiffusion.
         picture: (height, width) in pixels of the pictures, taken as whole and uncropped.
     """
-    return with_sizes(sd.encode_conditions(prompts), picture)
+    text = with_sizes(sd.encode_conditions(prompts), picture)
+    return text | nothing_given(sd, len(prompts), picture)
 
 
 def encode_nothing(sd: Any, picture: tuple[int, int]) -> dict[str, Array]:
@@ -36,7 +38,23 @@ def encode_nothing(sd: Any, picture: tuple[int, int]) -> dict[str, Array]:
     text = sd.encode_conditions([""])
     if sd.is_xl and sd.zeros_for_no_prompt():
         text = jax.tree.map(jnp.zeros_like, text)
-    return with_sizes(text, picture)
+    return with_sizes(text, picture) | nothing_given(sd, 1, picture)
+
+
+def nothing_given(sd: Any, num: int, picture: tuple[int, int]) -> dict[str, Array]:
+    """ "given" of a base that takes a picture beside the noise, for `num` pictures drawn freely:
+    an inpainting base is told that all is masked (1, and the latents of a grey picture), a pix2pix
+    base gets zeros, as in its training without a picture. Nothing for other bases."""
+    latents = sd.unet.settings.out_channels
+    count = sd.unet.settings.in_channels - latents
+    if not count:
+        return {}
+    size = (1, *(side // sd.component("vae").downsampling for side in picture))
+    rows = jnp.zeros((*size, count))
+    if count > latents:
+        grey = sd.encode_images(jnp.full((1, *picture, 3), 0.5))
+        rows = jnp.concatenate([jnp.ones((*size, 1)), grey], -1)
+    return {"given": jnp.broadcast_to(rows, (num, *rows.shape[1:]))}
 
 
 def with_sizes(text: Mapping[str, Array], picture: tuple[int, int]) -> dict[str, Array]:
@@ -55,6 +73,8 @@ def row_shapes(settings: UNetConfig, num_tokens: int) -> dict[str, tuple[int, ..
         assert settings.addition_input_width
         pooled = settings.addition_input_width - NUM_SIZES * settings.addition_time_width
         shapes |= {"pooled": (pooled,), "time_ids": (NUM_SIZES,)}
+    if given := settings.in_channels - settings.out_channels:
+        shapes["given"] = (*settings.sample_size, given)
     return shapes
 
 
@@ -71,4 +91,6 @@ def apply_unet(
         added = {"text_embeds": text["pooled"], "time_ids": text["time_ids"]}
     if "timestep_cond" in text:
         added = {**(added or {}), "timestep_cond": text["timestep_cond"]}
+    if "given" in text:
+        latents = jnp.concatenate([latents, text["given"].astype(latents.dtype)], -1)
     return cast(Array, unet.apply(variables, latents, timesteps, text["states"], added))

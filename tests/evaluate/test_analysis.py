@@ -17,7 +17,7 @@ SPEC = spec_from_shapes(SHAPES, ["to_q", "to_v"], 2)
 class Recorder(StableDiffusion):
     """Draws a flat picture; keeps the LoRAs and noise it was asked to draw with."""
 
-    unet = types.SimpleNamespace(settings=types.SimpleNamespace(sample_size=(4, 4), in_channels=2))
+    unet = types.SimpleNamespace(settings=types.SimpleNamespace(sample_size=(4, 4), out_channels=2))
 
     def __init__(self):
         self.calls = []

@@ -157,7 +157,7 @@ def interpolation_strips(
     """
     pairs = min(NUM_PAIRS, test.num_identities // 2)
     noise = np.asarray(
-        test.first(2 * pairs).noise((*sd.unet.settings.sample_size, sd.unet.settings.in_channels))
+        test.first(2 * pairs).noise((*sd.unet.settings.sample_size, sd.unet.settings.out_channels))
     )
     rows = []
     for pair in range(pairs):

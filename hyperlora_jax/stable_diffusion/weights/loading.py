@@ -177,8 +177,11 @@ def model_index(
     modules: Mapping[str, Any], tokenizers: Iterable[str], schedule: NoiseSchedule, is_xl: bool
 ) -> Json:
     """model_index.json of a directory: which class reads each of its parts."""
+    unet = modules["unet"].settings
+    given = unet.in_channels - unet.out_channels
+    kind = {0: "", unet.out_channels: "InstructPix2Pix"}.get(given, "Inpaint")
     index: dict[str, object] = {
-        "_class_name": "StableDiffusionXLPipeline" if is_xl else "StableDiffusionPipeline",
+        "_class_name": f"StableDiffusion{'XL' if is_xl else ''}{kind}Pipeline",
         "_diffusers_version": "0.33.0",
         "feature_extractor": [None, None],
         "scheduler": ["diffusers", schedule.to_config()["_class_name"]],

@@ -21,18 +21,18 @@ def check_parts(modules: Mapping[str, Any], where: Path | str) -> None:
         UserError: two parts of different widths, with both numbers.
     """
     unet, vae = modules["unet"].settings, modules.get("vae")
-    kind = {9: " (an inpainting model)", 8: " (a pix2pix model)"}.get(unet.in_channels, "")
-    if vae is not None and vae.values["latent_channels"] != unet.in_channels:
-        latents = vae.values["latent_channels"]
+    latents = unet.out_channels if vae is None else vae.values["latent_channels"]
+    # Beside the latents: nothing, a picture (pix2pix), or one and its mask (inpainting).
+    if unet.in_channels not in (latents, 2 * latents, 2 * latents + 1):
         raise UserError(
-            f"{where}: the UNet takes {unet.in_channels} channels{kind}, the autoencoder makes "
-            f"{latents}; expected a text-to-image UNet of {latents} channels"
+            f"{where}: the UNet takes {unet.in_channels} channels, the autoencoder makes {latents};"
+            f" expected a UNet of {latents} channels, or of {2 * latents} or {2 * latents + 1} "
+            "(pix2pix, inpainting)"
         )
-    if unet.out_channels != unet.in_channels:
-        reason = "" if kind else " (a learned variance?)"
+    if unet.out_channels != latents:
         raise UserError(
-            f"{where}: the UNet takes {unet.in_channels} channels{kind} and makes "
-            f"{unet.out_channels}{reason}, expected a text-to-image UNet that makes as many"
+            f"{where}: the UNet takes {unet.in_channels} channels and makes {unet.out_channels} "
+            f"(a learned variance?), expected one that makes {latents}"
         )
     texts = [modules[n] for n in ("text_encoder", "text_encoder_2") if n in modules]
     if not texts:
