@@ -21,13 +21,13 @@ from hyperlora_jax.encoders.condition_encoders import placed, read_config, tree_
 from hyperlora_jax.encoders.preprocessing import FILE, Preprocessing, of_folder
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora_files import safetensors_io
+from hyperlora_jax.lora_files.base_check import weight_files
 from hyperlora_jax.stable_diffusion.networks.clip_vision import (
     CLASSES,
     ClipVisionModel,
     ClipVisionOutput,
     vision_model_from_config,
 )
-from hyperlora_jax.stable_diffusion.weights import directory
 from hyperlora_jax.stable_diffusion.weights.flax_trees import (
     flax_to_torch,
     param_shapes,
@@ -127,7 +127,7 @@ def load_clip_vision(path: epath.PathLike, **options: Any) -> ClipImageEncoder:
     except UserError as error:
         raise UserError(f"{folder / 'config.json'}: {error}") from error
     preprocessing = _preprocessing(folder, module, options)
-    files = directory.weight_files(folder, "image_encoder")
+    files = weight_files(folder, "image_encoder")
     tensors: Tensors = read_tensors(files)
     if whole:
         tensors = ((name, load) for name, load in tensors if name.startswith(VISION_PARTS))

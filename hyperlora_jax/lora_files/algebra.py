@@ -33,7 +33,9 @@ from hyperlora_jax.lora_files.base_check import (
     BaseModel,
     layers_per_block_of,
     read_base_model,
+    read_weights,
     tensor_files,
+    unused_weights,
 )
 from hyperlora_jax.shipped import base_path
 
@@ -228,7 +230,7 @@ def _base_weights(base: Any, paths: set[str]) -> Iterator[tuple[str, np.ndarray]
 def _weights(folder: Path, component: str, paths: set[str]) -> Iterator[tuple[str, np.ndarray]]:
     """(site path, view of its weight) of the wanted layers."""
     for file, names in tensor_files(folder / component, component):
-        tensors = safetensors_io.read(file)[0]
+        tensors = read_weights(file)[0]
         for path, key in names.items():
             if path in paths:
                 yield path, tensors[key]
@@ -239,7 +241,10 @@ def merge_into_checkpoint(
 ) -> Path:
     """Copy of a diffusers directory with strength · delta added to its weights.
 
-    Dtypes and files stay as they are. Raises UserError when `out` exists or a site has no layer.
+    Dtypes and files stay as they are, but for PyTorch files, which become .safetensors. Further
+    variants of the components that change (fp16 beside full precision, say) are left out.
+
+    Raises UserError when `out` exists or a site has no layer.
     """
     source, target = Path(base_path(str(base))), Path(out)
     tree, spec = lora
@@ -256,7 +261,11 @@ def merge_into_checkpoint(
     }
     temporary = target.with_name(f".{target.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
-    skipped = {str(file) for file in weights}
+    others = [f for name in components for f in unused_weights(source / name, weights)]
+    if others:
+        names = ", ".join(str(file.relative_to(source)) for file in others)
+        print(f"note: {target}: without the LoRA, so left out: {names}", file=sys.stderr)
+    skipped = {str(file) for file in (*weights, *others)}
     shutil.copytree(
         source,
         temporary,
@@ -264,7 +273,9 @@ def merge_into_checkpoint(
     )
     for component in sorted(components):
         for file, names in tensor_files(source / component, component):
-            _merge_file(file, temporary / file.relative_to(source), names, tree, spec, strength)
+            new = (temporary / file.relative_to(source)).with_suffix(".safetensors")
+            new = new.with_name(re.sub("^pytorch_model", "model", new.name))
+            _merge_file(file, new, names, tree, spec, strength)
     temporary.replace(target)
     return target
 
@@ -272,7 +283,7 @@ def merge_into_checkpoint(
 def _merge_file(
     file: Path, out: Path, names: dict[str, str], tree: Params, spec: LoraSpec, strength: float
 ) -> None:
-    tensors, metadata = safetensors_io.read(file)
+    tensors, metadata = read_weights(file)
     paths = {key: path for path, key in names.items() if path in spec.by_path}
 
     def changed(key: str) -> np.ndarray:

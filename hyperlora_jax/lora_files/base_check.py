@@ -8,10 +8,12 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from hyperlora_jax.array_types import Json, Params
@@ -28,6 +30,16 @@ from hyperlora_jax.lora_files import safetensors_io
 from hyperlora_jax.lora_files.header import PREFIX, Family
 from hyperlora_jax.shipped import base_path
 
+WEIGHT_STEMS = {
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "text_encoder": "model",
+    "text_encoder_2": "model",
+    "image_encoder": "model",
+}
+PICKLED_STEMS = {"model": "pytorch_model"}
+_WEIGHTS = (".bin", ".ckpt", ".h5", ".msgpack", ".onnx", ".pt", ".safetensors")
+Loader = Callable[[], np.ndarray]
 _TEXT_PREFIX = re.compile(r"^(?!text_model\.|text_projection)")
 
 
@@ -84,34 +96,132 @@ def what_is_there(root: Path) -> str:
     return "the UNet of a diffusers model directory"
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of one model folder: the plain ones, or else one variant's."""
-    files = sorted(folder.glob("*.safetensors"))
-    plain = [file for file in files if file.name.count(".") == 1]
-    if not files:
-        pickles = sorted(folder.glob("*.bin"))
-        other = (
-            f", found {pickles[0].name}; save_pretrained of diffusers or transformers writes it as "
-            "safetensors"
-        )
+def weight_files(folder: Path, component: str, variant: str | None = None) -> list[Path]:
+    """Weight files of a component: one safetensors file, its shards, or a .bin file.
+
+    Without `variant`, full precision comes first, then fp16, then whichever variant is there: many
+    bases are published in half precision only.
+
+    Raises UserError when there are none, or when a shard of the index is missing.
+    """
+    stem = WEIGHT_STEMS[component]
+    for suffix in [f".{variant}"] if variant else ["", ".fp16", *_variants(folder, stem)]:
+        found = _of_variant(folder, stem, suffix)
+        if found:
+            return found
+    named = f"{stem}.{variant}.safetensors" if variant else f"{stem}.safetensors"
+    raise UserError(f"{folder / named}: file not found (weights of the {component})")
+
+
+def _of_variant(folder: Path, stem: str, suffix: str) -> list[Path]:
+    single = folder / f"{stem}{suffix}.safetensors"
+    if single.is_file():
+        return [single]
+    indices = (f"{stem}.safetensors.index{suffix}.json", f"{stem}{suffix}.safetensors.index.json")
+    for index in (folder / name for name in indices):
+        if index.is_file():
+            shards = _json(index).get("weight_map")
+            shards = shards.values() if isinstance(shards, dict) else ()
+            names = sorted({str(name) for name in shards})
+            if not names:
+                raise UserError(f"{index}: has no weight_map, expected the names of the shards")
+            for name in names:
+                if not (folder / name).is_file():
+                    raise UserError(f"{folder / name}: file not found, named by {index.name}")
+            return [folder / name for name in names]
+    pickled = folder / f"{PICKLED_STEMS.get(stem, stem)}{suffix}.bin"
+    return [pickled] if pickled.is_file() else []
+
+
+def _variants(folder: Path, stem: str) -> list[str]:
+    """Suffixes of further variants: ".bf16" of `STEM.bf16.safetensors`."""
+    files = sorted(folder.glob(f"{stem}.*.safetensors")) if folder.is_dir() else []
+    suffixes = [file.name[len(stem) : -len(".safetensors")] for file in files]
+    return [
+        suffix for suffix in suffixes if not suffix.startswith(".fp16") and "-of-" not in suffix
+    ]
+
+
+def unused_weights(folder: Path, used: Collection[Path]) -> list[Path]:
+    """Weights of a model folder that are not `used`: other variants and forms, with their index."""
+
+    def of_used(index: Path) -> bool:
+        return any(f'"{file.name}"' in index.read_text("utf-8", "replace") for file in used)
+
+    return [
+        file
+        for file in sorted(folder.iterdir())
+        if (file.suffix in _WEIGHTS and file not in used)
+        or (file.name.endswith(".index.json") and not of_used(file))
+    ]
+
+
+def read_weights(file: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """(tensors, metadata) of a .safetensors or .bin file. Raises UserError naming it."""
+    if file.suffix == ".bin":
+        return {name: load() for name, load in read_pickle(file)}, {"format": "pt"}
+    return safetensors_io.read(file)
+
+
+def read_pickle(path: Path) -> Iterator[tuple[str, Loader]]:
+    """(name, loader) of every tensor of a PyTorch file; `weights_only=True` runs no code from it.
+
+    Raises:
+        UserError: PyTorch is not installed, or the file holds something else.
+    """
+    try:
+        import torch
+    except ImportError as error:
         raise UserError(
-            f"{folder}: no .safetensors file, expected model weights{other if pickles else ''}"
-        )
-    return plain or files
+            f"{path}: reading a .bin file needs PyTorch, install hyperlora-jax[torch] or use "
+            "safetensors"
+        ) from error
+    try:
+        # Files from before PyTorch 1.6 are no zip archives: those are read whole.
+        mapped = zipfile.is_zipfile(path)
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:
+        with path.open("rb") as file:
+            kind = safetensors_io.other_kind(file.read(64))
+        if kind and "pickle" not in kind:
+            raise UserError(f"{path}: {kind}, expected PyTorch weights") from error
+        raise UserError(
+            f"{path}: no PyTorch file of plain tensors ({type(error).__name__}); if it holds "
+            "Python objects too (checkpoints of trainers do), reading it would run code: save its "
+            "state_dict as .safetensors where you trust it"
+        ) from error
+    if not isinstance(tensors, dict):
+        raise UserError(f"{path}: found {type(tensors).__name__}, expected tensors by their names")
+    for name, tensor in tensors.get("state_dict", tensors).items():
+        if not hasattr(tensor, "numpy"):
+            continue  # training bookkeeping: step counters and the like
+        yield name, lambda tensor=tensor: _numpy(tensor)
+
+
+def _numpy(tensor: Any) -> np.ndarray:
+    if str(tensor.dtype) == "torch.bfloat16":  # which numpy lacks
+        import torch
+
+        return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
 
 
 def tensor_files(folder: Path, component: str) -> list[tuple[Path, dict[str, str]]]:
     """[(file, {site path: tensor name})] of every 2-D and 4-D weight of a model folder."""
     return [
         (file, {path: name for path, (name, _) in _named(file, component).items()})
-        for file in weight_files(folder)
+        for file in weight_files(folder, component)
     ]
 
 
 def _named(file: Path, component: str) -> dict[str, tuple[str, tuple[int, ...]]]:
     prefix = "" if component == "unet" else f"{component}."
     found = {}
-    for name, (_, shape) in safetensors_io.read_shapes(file).items():
+    if file.suffix == ".bin":
+        shapes = {name: array.shape for name, array in read_weights(file)[0].items()}
+    else:
+        shapes = {name: shape for name, (_, shape) in safetensors_io.read_shapes(file).items()}
+    for name, shape in shapes.items():
         if not name.endswith(".weight") or len(shape) not in (2, 4) or "embedding.w" in name:
             continue
         path = name.removesuffix(".weight")
@@ -123,7 +233,7 @@ def _named(file: Path, component: str) -> dict[str, tuple[str, tuple[int, ...]]]
 
 def _layers(folder: Path, component: str) -> list[LoraSite]:
     sites = []
-    for file in weight_files(folder):
+    for file in weight_files(folder, component):
         for path, (_, shape) in _named(file, component).items():
             window = (shape[2], shape[3]) if len(shape) == 4 else (1, 1)
             kind = "conv" if len(shape) == 4 else "linear"

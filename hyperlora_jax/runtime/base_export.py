@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 from hyperlora_jax import storage
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora.sites import LoraSpec
+from hyperlora_jax.lora_files.base_check import weight_files
 from hyperlora_jax.lora_files.writing import kohya_names
 from hyperlora_jax.runtime.exporters import exporting
 from hyperlora_jax.stable_diffusion.model import StableDiffusion
@@ -97,7 +98,7 @@ def _pytorch(outline: StableDiffusion, dtype: str) -> Any:
         unet = UNet2DConditionModel.from_config(outline.unet.config)
     state = {
         name: torch.from_numpy(load().astype(dtype))
-        for name, load in read_tensors(directory.weight_files(folder, "unet"))
+        for name, load in read_tensors(weight_files(folder, "unet"))
     }
     try:
         unet.load_state_dict(state, assign=True)

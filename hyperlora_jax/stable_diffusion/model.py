@@ -21,6 +21,7 @@ from hyperlora_jax.diffusion.samplers import SAMPLERS
 from hyperlora_jax.diffusion.schedule import NoiseSchedule
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora.sites import LoraSpec, component_tree, spec_from_shapes
+from hyperlora_jax.lora_files.base_check import weight_files
 from hyperlora_jax.parallel.sharding import DEFAULT_RULES, Rule, split_rows
 from hyperlora_jax.stable_diffusion import inference, text_conditions
 from hyperlora_jax.stable_diffusion.networks.autoencoder import AutoencoderKL
@@ -389,7 +390,7 @@ class StableDiffusion:
         if self.path is None:
             return directory.hash_of_params(self.params["unet"])
         folder = self.path / "unet"
-        files = directory.weight_files(folder, "unet")
+        files = weight_files(folder, "unet")
         return directory.cached_hash(folder, files, lambda: directory.hash_of_files(files))
 
     def lora_spec(self, preset: str | Sequence[str] = "attn-qkvo", rank: int = 4) -> LoraSpec:

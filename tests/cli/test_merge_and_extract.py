@@ -1,7 +1,11 @@
 """Sums of LoRA files, merged models and LoRAs of the difference, from the command line."""
 
+import shutil
+
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from hyperlora_jax.cli.main import run_command
 from hyperlora_jax.lora_files import load_lora, read_metadata, save_lora
@@ -59,6 +63,34 @@ def test_a_merged_model_gives_its_lora_back(world, tmp_path, capsys):
     found = deltas(*load_lora(out, spec))
     for path, value in deltas(random_lora(spec, 0), spec).items():
         np.testing.assert_allclose(found[path], 2 * value, atol=5e-3)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_bases_of_pytorch_files_and_of_several_variants(world, tmp_path, capsys, dtype):
+    folder, spec = world
+    old = shutil.copytree(folder / "base", tmp_path / "old")
+    plain = old / "unet" / "diffusion_pytorch_model.safetensors"
+    state = {name: x.to(getattr(torch, dtype)) for name, x in load_file(plain).items()}
+    torch.save(state, plain.with_suffix(".bin"))
+    plain.unlink()
+    a, out = folder / "a.safetensors", tmp_path / "c.safetensors"
+    assert run("merge", a, "--into", old, "--out", tmp_path / "new") == 0
+    assert not list((tmp_path / "new" / "unet").glob("*.bin"))
+    new = load_file(tmp_path / "new" / "unet" / plain.name)
+    assert {x.dtype for x in new.values()} == {getattr(torch, dtype)}
+    tolerance = {"float16": 1e-3, "bfloat16": 8e-3}[dtype]
+    for path, change in deltas(random_lora(spec, 0), spec).items():
+        old_weight, new_weight = (s[f"{path}.weight"].float().numpy() for s in (state, new))
+        change = change.T if change.ndim == 2 else change.transpose(3, 2, 0, 1)
+        np.testing.assert_allclose(new_weight, old_weight + change, rtol=tolerance, atol=tolerance)
+    assert run("convert", a, "--out", out, "--base", old, "--format", "diffusers") == 0
+    capsys.readouterr()
+    # What would go on without the LoRA does not go along.
+    shutil.copy(old / "unet" / f"{plain.stem}.bin", tmp_path / "new" / "unet")
+    assert run("merge", a, "--into", tmp_path / "new", "--out", tmp_path / "newer") == 0
+    left_out = "without the LoRA, so left out: unet/diffusion_pytorch_model.bin"
+    assert left_out in capsys.readouterr().err
+    assert not list((tmp_path / "newer" / "unet").glob("*.bin"))
 
 
 def test_wrong_use_is_one_line_and_code_2(world, tmp_path, capsys):

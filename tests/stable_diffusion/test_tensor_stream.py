@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from hyperlora_jax.errors import UserError
+from hyperlora_jax.lora_files.base_check import weight_files
 from hyperlora_jax.parallel.mesh import make_mesh
 from hyperlora_jax.parallel.sharding import REPLICATED_RULES
 from hyperlora_jax.stable_diffusion.model import StableDiffusion
@@ -117,5 +118,5 @@ def test_hash_does_not_depend_on_the_order_of_files(tmp_path):
     for file, part in (("b", names[::2]), ("a", names[1::2])):
         save_file({n: tensors[n] for n in part}, tmp_path / f"{file}.safetensors")
     split = directory.hash_of_files([tmp_path / "b.safetensors", tmp_path / "a.safetensors"])
-    whole = directory.weight_files(tmp_path / "unet", "unet")
+    whole = weight_files(tmp_path / "unet", "unet")
     assert split == directory.hash_of_files(whole) == directory.hash_of_params(params)

@@ -13,17 +13,10 @@ import numpy as np
 from hyperlora_jax.array_types import Params
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora_files import safetensors_io
+from hyperlora_jax.lora_files.base_check import WEIGHT_STEMS, Loader
 from hyperlora_jax.stable_diffusion.weights.flax_trees import flax_to_torch
-from hyperlora_jax.stable_diffusion.weights.tensor_stream import Loader, read_tensors
+from hyperlora_jax.stable_diffusion.weights.tensor_stream import read_tensors
 
-WEIGHT_STEMS = {
-    "unet": "diffusion_pytorch_model",
-    "vae": "diffusion_pytorch_model",
-    "text_encoder": "model",
-    "text_encoder_2": "model",
-    "image_encoder": "model",
-}
-PICKLED_STEMS = {"model": "pytorch_model"}
 _HASH_FILE = "base_hash.json"
 
 
@@ -44,52 +37,6 @@ def write_json(path: Path, content: Mapping[str, object]) -> None:
     """Writes a JSON object, creating the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(dict(content), indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def weight_files(folder: Path, component: str, variant: str | None = None) -> list[Path]:
-    """Weight files of a component: one safetensors file, its shards, or a .bin file.
-
-    Without `variant`, full precision comes first, then fp16, then whichever variant is there: many
-    bases are published in half precision only.
-
-    Raises UserError when there are none, or when a shard of the index is missing.
-    """
-    stem = WEIGHT_STEMS[component]
-    for suffix in [f".{variant}"] if variant else ["", ".fp16", *_variants(folder, stem)]:
-        found = _of_variant(folder, stem, suffix)
-        if found:
-            return found
-    named = f"{stem}.{variant}.safetensors" if variant else f"{stem}.safetensors"
-    raise UserError(f"{folder / named}: file not found (weights of the {component})")
-
-
-def _of_variant(folder: Path, stem: str, suffix: str) -> list[Path]:
-    single = folder / f"{stem}{suffix}.safetensors"
-    if single.is_file():
-        return [single]
-    indices = (f"{stem}.safetensors.index{suffix}.json", f"{stem}{suffix}.safetensors.index.json")
-    for index in (folder / name for name in indices):
-        if index.is_file():
-            shards = read_json(index).get("weight_map")
-            shards = shards.values() if isinstance(shards, dict) else ()
-            names = sorted({str(name) for name in shards})
-            if not names:
-                raise UserError(f"{index}: has no weight_map, expected the names of the shards")
-            for name in names:
-                if not (folder / name).is_file():
-                    raise UserError(f"{folder / name}: file not found, named by {index.name}")
-            return [folder / name for name in names]
-    pickled = folder / f"{PICKLED_STEMS.get(stem, stem)}{suffix}.bin"
-    return [pickled] if pickled.is_file() else []
-
-
-def _variants(folder: Path, stem: str) -> list[str]:
-    """Suffixes of further variants: ".bf16" of `STEM.bf16.safetensors`."""
-    files = sorted(folder.glob(f"{stem}.*.safetensors")) if folder.is_dir() else []
-    suffixes = [file.name[len(stem) : -len(".safetensors")] for file in files]
-    return [
-        suffix for suffix in suffixes if not suffix.startswith(".fp16") and "-of-" not in suffix
-    ]
 
 
 def write_component(

@@ -2,7 +2,7 @@
 
 A repository holds the same weights many times: single files, pickles, ONNX, Flax and OpenVINO
 versions, half precision, weights before averaging, a safety checker. Taken are configs, tokenizers
-and one set of weights for each component, in the order in which `directory.weight_files` reads.
+and one set of weights for each component, in the order in which `weight_files` reads.
 """
 
 import re
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from hyperlora_jax import storage
 from hyperlora_jax.errors import UserError
-from hyperlora_jax.stable_diffusion.weights.directory import PICKLED_STEMS, WEIGHT_STEMS
+from hyperlora_jax.lora_files.base_check import PICKLED_STEMS, WEIGHT_STEMS
 
 COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 INDEX = "model_index.json"

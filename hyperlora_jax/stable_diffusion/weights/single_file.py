@@ -21,13 +21,14 @@ from hyperlora_jax.diffusion.schedule import NoiseSchedule
 from hyperlora_jax.diffusion.scheduler_config import read_scheduler_config
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora_files import safetensors_io
+from hyperlora_jax.lora_files.base_check import WEIGHT_STEMS, Loader, weight_files
 from hyperlora_jax.stable_diffusion.weights import directory, loading
 from hyperlora_jax.stable_diffusion.weights.clip_tokenizer import load_tokenizer
 from hyperlora_jax.stable_diffusion.weights.families import SCHEDULER, configs_of
 from hyperlora_jax.stable_diffusion.weights.flax_trees import param_shapes, torch_to_flax
 from hyperlora_jax.stable_diffusion.weights.original_names import Target, translate
 from hyperlora_jax.stable_diffusion.weights.parts import check_parts
-from hyperlora_jax.stable_diffusion.weights.tensor_stream import Loader, read_tensors
+from hyperlora_jax.stable_diffusion.weights.tensor_stream import read_tensors
 
 SUFFIXES = (".safetensors", ".ckpt")
 SD2_BASE_STEP = 875000
@@ -122,7 +123,7 @@ def _unpack(path: Path, folder: Path, stamp: Json, prediction_type: str | None) 
             directory.write_json(new / name / "config.json", config)
             own = parts[name]
             safetensors_io.write_streamed(
-                new / name / f"{directory.WEIGHT_STEMS[name]}.safetensors",
+                new / name / f"{WEIGHT_STEMS[name]}.safetensors",
                 {key: tensor.outline() for key, tensor in own.items()},
                 lambda key, own=own: own[key].load(),
                 {"format": "pt"},
@@ -201,9 +202,7 @@ def packed(source: Path, folder: Path, out: Path) -> Path:
         raise UserError(f"{out}: only a .safetensors base is written as one file; name a folder")
     tensors = dict(_tensors(source))
     configs = configs_of({name: tensor.shape for name, tensor in tensors.items()})
-    changed = {
-        name: dict(read_tensors(directory.weight_files(folder / name, name))) for name in configs
-    }
+    changed = {name: dict(read_tensors(weight_files(folder / name, name))) for name in configs}
 
     def make(name: str) -> np.ndarray:
         targets = [t for t in translate(name, configs) if t.component in configs]

@@ -6,7 +6,6 @@ be there twice while it is loaded.
 
 import functools
 import math
-import zipfile
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
@@ -18,9 +17,9 @@ from jax.sharding import Mesh
 from hyperlora_jax.array_types import AnyArray, DType, Params
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora_files import safetensors_io
+from hyperlora_jax.lora_files.base_check import Loader, read_pickle
 from hyperlora_jax.parallel.sharding import DEFAULT_RULES, Rule, param_shardings
 
-Loader = Callable[[], np.ndarray]
 Place = Callable[[tuple[str, ...], np.ndarray], AnyArray]
 Placing = Callable[[Params, DType], Place]  # shapes of a tree and the dtype that it is kept in
 
@@ -33,7 +32,7 @@ def read_tensors(files: Sequence[Path]) -> Iterator[tuple[str, Loader]]:
     """
     for path in files:
         if path.suffix in (".bin", ".ckpt", ".pt"):
-            yield from _read_pickle(path)
+            yield from read_pickle(path)
             continue
         for name, (dtype, shape, offset) in safetensors_io.read_entries(path).items():
             where = (path, dtype, shape, offset)
@@ -51,37 +50,6 @@ def _read(path: Path, dtype: np.dtype, shape: tuple[int, ...], offset: int) -> n
     if found != data.nbytes:
         raise UserError(f"{path}: cut off: {found} of {data.nbytes} bytes at {offset}")
     return data.view(dtype).reshape(shape)
-
-
-def _read_pickle(path: Path) -> Iterator[tuple[str, Loader]]:
-    """Tensors of a PyTorch file; `weights_only=True` runs no code from it."""
-    try:
-        import torch
-    except ImportError as error:
-        raise UserError(
-            f"{path}: reading a .bin file needs PyTorch, install hyperlora-jax[torch] or use "
-            "safetensors"
-        ) from error
-    try:
-        # Files from before PyTorch 1.6 are no zip archives: those are read whole.
-        mapped = zipfile.is_zipfile(path)
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except Exception as error:
-        with path.open("rb") as file:
-            kind = safetensors_io.other_kind(file.read(64))
-        if kind and "pickle" not in kind:
-            raise UserError(f"{path}: {kind}, expected PyTorch weights") from error
-        raise UserError(
-            f"{path}: no PyTorch file of plain tensors ({type(error).__name__}); if it holds "
-            "Python objects too (checkpoints of trainers do), reading it would run code: save its "
-            "state_dict as .safetensors where you trust it"
-        ) from error
-    if not isinstance(tensors, dict):
-        raise UserError(f"{path}: found {type(tensors).__name__}, expected tensors by their names")
-    for name, tensor in tensors.get("state_dict", tensors).items():
-        if not hasattr(tensor, "numpy"):
-            continue  # training bookkeeping: step counters and the like
-        yield name, lambda tensor=tensor: tensor.float().numpy()
 
 
 def to_devices(
