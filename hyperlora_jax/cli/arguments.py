@@ -133,6 +133,8 @@ def _unknown(
             return f"{bare[0]} {argument}: use {bare[0]}={argument}"
         return f"unknown argument {argument!r}{_did_you_mean(argument, parser)}"
     key, equals, value = argument.removeprefix("--").partition("=")
+    if key == "workdir":  # a key of that name means something else
+        return f"unknown argument {argument!r}; {command} reads its --config alone"
     keys: list[str] = []
     if known.config:
         keys = list(config.flatten(config.read_file(known.config)))

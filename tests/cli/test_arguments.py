@@ -36,6 +36,10 @@ AVATARS = ["--config", "avatars", "--workdir", "nowhere"]
         (["sample", "tiny-sd", "--prompt", "a", "--num_steps", "x"], "invalid int value: 'x'"),
         (["convert", "a", "--out", "b", "--format", "zip"], "invalid choice: 'zip'"),
         (["export", "runs/me", "--out", "b", "--to", "zip"], "invalid choice: 'zip'"),
+        (
+            ["compile", *AVATARS, "--topology", "v5e-4"],
+            "unknown argument '--workdir'; compile reads its --config alone",
+        ),
         (["inspect", "configs", "--frob"], "unrecognized arguments: --frob"),
         (["merge", "a=1", "--uot", "x"], "the following arguments are required: --out"),
         (["train", *AVATARS, "--workdir=hyperlora_jax/assets"], "lies in the installed package"),
