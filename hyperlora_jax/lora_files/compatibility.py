@@ -8,6 +8,7 @@ ComfyUI and stable-diffusion.cpp, and read in A1111's source, for each form of k
 
 import collections
 import dataclasses
+import functools
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -111,7 +112,9 @@ def _loss(tool: str, site: LoraSite, spec: LoraSpec, family: Family, form: Form)
     if form in ("peft", "weights2weights"):
         return "an adapter folder is for PEFT only"
     if tool.startswith("diffusers"):
-        return _diffusers(tool, site, family, form, len({s.rank for s in spec.sites}) > 1)
+        mixed = len({s.rank for s in spec.sites}) > 1
+        reason = _diffusers(tool, site, family, form, mixed)
+        return reason or (_diffusers_text(site, spec) if form.startswith("kohya") else "")
     if tool == "ComfyUI":
         diffusers = form == "diffusers"
         if diffusers and ".attn" in site.path:
@@ -140,6 +143,34 @@ def _diffusers(tool: str, site: LoraSite, family: Family, form: Form, mixed: boo
     if tool != "diffusers" and form.startswith("kohya") and EDGE.match(site.path):
         return "layers outside attention, resnets and samplers are dropped"
     return ""
+
+
+def _diffusers_text(site: LoraSite, spec: LoraSpec) -> str:
+    """Of kohya files, it tells the form of a text encoder's layers by an out_proj, or else by the
+    MLP."""
+    for component, (attends, ends, others) in _text_layers(spec).items():
+        if attends and not ends and not others:
+            return "it refuses attention of a text encoder without any out_proj"
+        if attends and not ends and site.component == component and ".self_attn." in site.path:
+            return "attention of a text encoder is skipped where no out_proj is beside it"
+    return ""
+
+
+@functools.lru_cache(maxsize=8)
+def _text_layers(spec: LoraSpec) -> dict[str, tuple[bool, bool, bool]]:
+    """{text encoder: whether there is attention, an out_proj of it, another layer}."""
+    paths: dict[str, list[str]] = {}
+    for site in spec.sites:
+        if site.component != "unet":
+            paths.setdefault(site.component, []).append(site.path)
+    return {
+        component: (
+            any(".self_attn." in path for path in own),
+            any(path.endswith(".out_proj") for path in own),
+            any(".mlp." in path for path in own),
+        )
+        for component, own in paths.items()
+    }
 
 
 def _a1111(site: LoraSite, spec: LoraSpec, family: Family, form: Form) -> str:

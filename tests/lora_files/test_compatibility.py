@@ -1,6 +1,7 @@
 """What `inspect` says of other programs' files against what PyTorch diffusers and PEFT do."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -68,6 +69,10 @@ def same(tensors, spec):
     return tensors
 
 
+def without(pattern):
+    return lambda tensors, spec: {k: v for k, v in tensors.items() if not re.search(pattern, k)}
+
+
 CASES = {
     "kohya": ("kohya", same),
     "kohya, sgm names": ("kohya-ldm", same),
@@ -92,6 +97,8 @@ CASES = {
         k.replace("lora_A", "lora_down").replace("lora_B", "lora_up"): v for k, v in t.items()}),
     "windows flat": ("kohya", flat_windows),
     "ups flat": ("kohya", flat_ups),
+    "no out_proj": ("kohya", without("out_proj")),
+    "no out_proj, no MLP": ("kohya", without("out_proj|mlp")),
     "lycoris_": ("kohya", renamed("lora_unet_", "lycoris_")),
     "bundled": ("kohya", lambda t, s: t | {"bundle_emb.a.clip_l": np.ones((2, 8), np.float32)}),
 }  # fmt: skip

@@ -206,7 +206,8 @@ def test_edge_layers_and_partial_attention_are_reported():
     rows = {row.tool: row for row in compatibility.report(spec, "sdxl", "kohya-ldm")}
     assert rows["kohya sd-scripts"].lost == ("conv_in",)
     assert "q, k, v and out" in rows["A1111"].reason
-    assert rows["diffusers 0.33"].lost == ("conv_in",)
+    assert "layers outside attention" in rows["diffusers 0.33"].reason
+    assert "without any out_proj" in rows["diffusers"].reason
 
 
 @pytest.mark.parametrize(
