@@ -14,6 +14,7 @@ SYSTEM = {
     *("@eadir", "__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "#recycle"),
     *("system volume information", "lost+found"),
 }
+MASKS = ("-masklabel.png", "-condlabel.png")  # ends of what OneTrainer lays beside pictures
 DOUBLE = "._"  # starts the names of what macOS keeps beside the files of other file systems
 DEEPEST = 3  # levels below a folder that are searched for pictures that nobody reads
 
@@ -41,7 +42,12 @@ def list_folder(folder: str | Path) -> Listing:
                     continue
                 if inside:
                     folders.append(name)
-                elif plain.endswith(pictures.SUFFIXES) and not double and entry.is_file():
+                elif (
+                    plain.endswith(pictures.SUFFIXES)
+                    and not double
+                    and not plain.endswith(MASKS)
+                    and entry.is_file()
+                ):
                     seen.append(name)
                 else:
                     others.append(name)
@@ -79,4 +85,6 @@ def way_out(names: Iterable[str]) -> str:
 def _kind(name: str) -> str:
     if PurePath(name).name.startswith(DOUBLE):
         return "AppleDouble ._*"
+    if name.lower().endswith(MASKS):
+        return "mask"
     return PurePath(name).suffix.lower() or "no suffix"

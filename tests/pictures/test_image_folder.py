@@ -122,13 +122,15 @@ def captions_of(folder):
 def test_what_systems_leave_behind_is_no_subject(tmp_path, capsys):
     save(tmp_path / "1.png")
     save(tmp_path / "2.JPG", format="JPEG")
-    for left in (".ipynb_checkpoints/1-checkpoint.png", "@eaDir/1.png", "__MACOSX/2.png"):
+    for left in (".ipynb_checkpoints/1-checkpoint.png", "@eaDir/1.png", "__MACOSX/2.png",
+                 "1-masklabel.png"):  # fmt: skip
         save(tmp_path / left)
     for name in ("._1.jpg", ".DS_Store", "Thumbs.db"):
         (tmp_path / name).write_bytes(b"x")
     folders = image_folder.open_image_folder(tmp_path)
     assert names_of(folders) == {tmp_path.name: ["1.png", "2.JPG"]}
-    assert capsys.readouterr().err == (f"note: {tmp_path}: not read: 1 file (AppleDouble ._* 1)\n")
+    said = f"note: {tmp_path}: not read: 2 files (mask 1, AppleDouble ._* 1)\n"
+    assert capsys.readouterr().err == said
 
 
 def test_what_is_not_read_is_counted_in_one_line(tmp_path, capsys):
