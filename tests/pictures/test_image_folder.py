@@ -129,7 +129,7 @@ def test_what_systems_leave_behind_is_no_subject(tmp_path, capsys):
         (tmp_path / name).write_bytes(b"x")
     folders = image_folder.open_image_folder(tmp_path)
     assert names_of(folders) == {tmp_path.name: ["1.png", "2.JPG"]}
-    said = f"note: {tmp_path}: not read: 2 files (mask 1, AppleDouble ._* 1)\n"
+    said = f"note: {tmp_path}: not read: 2 files (AppleDouble ._* 1, mask 1)\n"
     assert capsys.readouterr().err == said
 
 
