@@ -87,7 +87,9 @@ def test_a_program_gets_what_the_page_shows(ask, post, place):
     drawn = np.asarray(Image.open(io.BytesIO(sheet.content))).astype(int)
     assert drawn.shape == (32, 32, 3)
     answer = post(fields | {"format": "json"}, picture=content).json()
-    alone = [Image.open(io.BytesIO(base64.b64decode(png))) for png in answer["pictures"]]
+    alone = [
+        np.asarray(Image.open(io.BytesIO(base64.b64decode(png)))) for png in answer["pictures"]
+    ]
     assert answer["base"] == [] and abs(np.hstack(alone).astype(int) - drawn[:16]).max() <= 1
     _, shown = ask([place / "anna.png"], "smiling mouth\nred", 0.7, 3)
     pages = [
