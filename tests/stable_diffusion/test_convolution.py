@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from jax import lax
 
-from hyperlora_jax.stable_diffusion.networks.layers import conv2d, flax_conv2d
+from hyperlora_jax.stable_diffusion.networks import layers
+from hyperlora_jax.stable_diffusion.networks.layers import conv2d, flax_conv2d, product
 
 CASES = [
     (3, 1, ((1, 1), (1, 1)), 8),
@@ -42,6 +43,23 @@ def test_gradients_equal_xlas_own(size, stride, padding, pixels):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("padding", [((1, 1), (1, 1)), ((0, 2), (2, 0))])
+def test_few_pixels_and_a_large_kernel_are_one_product_with_the_same_gradient(padding, monkeypatch):
+    rng = np.random.default_rng(4)
+    x = jnp.asarray(rng.normal(size=(2, 4, 3, 3)), jnp.float32)
+    kernel = jnp.asarray(rng.normal(size=(3, 3, 3, 5)), jnp.float32)
+
+    def values(x, kernel):
+        out, back = jax.vjp(lambda x, kernel: conv2d(x, kernel, 1, padding), x, kernel)
+        return out, back(jnp.sin(out))
+
+    wanted = values(x, kernel)
+    monkeypatch.setattr(layers, "_LARGE", 1)
+    assert "convolution" not in jax.jit(lambda x: conv2d(x, kernel, 1, padding)).lower(x).as_text()
+    for ours, plain in zip(*map(jax.tree.leaves, (values(x, kernel), wanted)), strict=True):
+        np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-5)
+
+
 def test_platforms_get_the_form_that_is_fast_there():
     def loss(x, kernel):
         return conv2d(x, kernel, 1, ((1, 1), (1, 1))).sum()
@@ -72,3 +90,18 @@ def test_flax_layers_that_it_cannot_compute_are_refused():
     module = nn.Conv(4, (3, 3), feature_group_count=2, conv_general_dilated=flax_conv2d)
     with pytest.raises(ValueError, match="one group"):
         module.init(jax.random.key(0), jnp.ones((1, 4, 4, 4)))
+
+
+def test_products_of_few_rows_with_a_large_kernel_have_the_usual_gradients():
+    rng = np.random.default_rng(2)
+    x = jnp.asarray(rng.normal(size=(2, 3, 1024)), jnp.float32)
+    kernel = jnp.asarray(rng.normal(size=(1024, 1024)), jnp.float32)
+
+    def gradients(multiply):
+        return jax.grad(lambda x, k: jnp.sin(multiply(x, k)).sum(), (0, 1))(x, kernel)
+
+    for ours, plain in zip(gradients(product), gradients(jnp.matmul), strict=True):
+        np.testing.assert_allclose(ours, plain, rtol=1e-4, atol=1e-3)
+    program = jax.jit(gradients, static_argnums=0).trace(product)
+    assert "optimization_barrier" in program.lower(lowering_platforms=("cpu",)).as_text()
+    assert "optimization_barrier" not in program.lower(lowering_platforms=("tpu",)).as_text()

@@ -24,6 +24,8 @@ from jax import lax
 from hyperlora_jax.array_types import Array, DType, Float
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
+_FEW_ROWS, _FEW_PIXELS = 512, 64  # measured on two cores
+_LARGE = 2**20  # numbers of a kernel
 
 
 def conv2d(
@@ -38,7 +40,7 @@ def conv2d(
         padding: ((top, bottom), (left, right)) pixels.
     """
     if kernel.shape[:2] == (1, 1) and stride == 1 and not any(map(any, padding)):
-        return x @ kernel[0, 0]
+        return product(x, kernel[0, 0])
     return _conv(x, kernel, stride, tuple(map(tuple, padding)))
 
 
@@ -64,6 +66,36 @@ def flax_conv2d(
     return conv2d(x, kernel, stride, (tuple(padding[0]), tuple(padding[1])))
 
 
+def product(x: Float[Array, "*b i"], kernel: Float[Array, "i o"]) -> Float[Array, "*b o"]:
+    """x · kernel. On a CPU the gradient for a few rows is computed as (kernel · gᵀ)ᵀ: XLA's own
+    g · kernelᵀ walks through a large kernel against its order, three to seven times as long."""
+    rows = math.prod(x.shape[:-1])
+    return _product(x, kernel) if rows <= _FEW_ROWS and kernel.size >= _LARGE else x @ kernel
+
+
+@jax.custom_vjp
+def _product(x: Array, kernel: Array) -> Array:
+    return x @ kernel
+
+
+def _by_columns(x: Array, kernel: Array) -> Array:
+    """x · kernelᵀ; the barriers keep XLA from turning it back."""
+    turned = lax.optimization_barrier(x.reshape(-1, x.shape[-1]).T)
+    return lax.optimization_barrier(kernel @ turned).T.reshape(*x.shape[:-1], -1)
+
+
+def _product_backward(residuals: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    x, kernel = residuals
+    for_x = lax.platform_dependent(
+        gradient, kernel, cpu=_by_columns, default=lambda gradient, kernel: gradient @ kernel.T
+    )
+    flat, rows = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
+    return for_x, flat.T @ rows
+
+
+_product.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _product_backward)
+
+
 def _plain(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
     return lax.conv_general_dilated(
         x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
@@ -72,11 +104,18 @@ def _plain(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _conv(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
-    return _plain(x, kernel, stride, padding)
+    if not _few_pixels(x, kernel, stride):
+        return _plain(x, kernel, stride, padding)
+    return lax.platform_dependent(
+        x,
+        kernel,
+        cpu=lambda x, kernel: _one_product(x, kernel, padding),
+        default=lambda x, kernel: _plain(x, kernel, 1, padding),
+    )
 
 
 def _forward(x: Array, kernel: Array, stride: int, padding: Padding):
-    return _plain(x, kernel, stride, padding), (x, kernel)
+    return _conv(x, kernel, stride, padding), (x, kernel)
 
 
 def _backward(stride: int, padding: Padding, residuals, gradient: Array):
@@ -86,6 +125,8 @@ def _backward(stride: int, padding: Padding, residuals, gradient: Array):
         return jax.linear_transpose(lambda x: _plain(x, kernel, stride, padding), x)(gradient)[0]
 
     def by_convolution(gradient: Array, kernel: Array) -> Array:
+        if _few_pixels(x, kernel, stride):
+            return _one_product_back(gradient, kernel, padding, x.shape[1:3])
         return _input_gradient(gradient, kernel, stride, padding, x.shape[1:3])
 
     for_x = lax.platform_dependent(gradient, kernel, cpu=by_convolution, default=by_transposition)
@@ -94,6 +135,37 @@ def _backward(stride: int, padding: Padding, residuals, gradient: Array):
 
 
 _conv.defvjp(_forward, _backward)
+
+
+def _few_pixels(x: Array, kernel: Array, stride: int) -> bool:
+    """Where reading the kernel once, in its order, is what counts on a CPU."""
+    return stride == 1 and math.prod(x.shape[:3]) <= _FEW_PIXELS and kernel.size >= _LARGE
+
+
+def _one_product(x: Array, kernel: Array, padding: Padding) -> Array:
+    """The convolution as one product with all windows, [b · hh · ww, kh · kw · i]."""
+    kh, kw, _, features = kernel.shape
+    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    rows, columns = x.shape[1] - kh + 1, x.shape[2] - kw + 1
+    taps = [x[:, i : i + rows, j : j + columns] for i in range(kh) for j in range(kw)]
+    return jnp.concatenate(taps, -1) @ kernel.reshape(-1, features)
+
+
+def _one_product_back(
+    gradient: Array, kernel: Array, padding: Padding, size: tuple[int, ...]
+) -> Array:
+    """Its gradient for x: one product, and its parts shifted and summed."""
+    kh, kw, channels, features = kernel.shape
+    batch, rows, columns, _ = gradient.shape
+    windows = _by_columns(gradient, kernel.reshape(-1, features))
+    windows = windows.reshape(batch, rows, columns, kh, kw, channels)
+    padded = jnp.zeros((batch, rows + kh - 1, columns + kw - 1, channels), gradient.dtype)
+    for i in range(kh):
+        for j in range(kw):
+            edges = ((0, 0), (i, kh - 1 - i), (j, kw - 1 - j), (0, 0))
+            padded = padded + jnp.pad(windows[:, :, :, i, j], edges)
+    (top, _), (left, _) = padding
+    return padded[:, top : top + size[0], left : left + size[1]]
 
 
 def _input_gradient(
@@ -194,7 +266,7 @@ class Dense(nn.Module):
         """x · kernel + x · down · up + bias."""
         x = x.astype(self.dtype)
         kernel = _param(self, "kernel", (x.shape[-1], self.features))
-        y = x @ kernel.astype(self.dtype)
+        y = product(x, kernel.astype(self.dtype))
         if self.has_variable("lora", "down"):
             down, up = self.get_variable("lora", "down"), self.get_variable("lora", "up")
             y = y + lora_linear(x, down.astype(self.dtype), up.astype(self.dtype))
