@@ -115,8 +115,15 @@ def find_loras(folder: Path) -> list[Path]:
         if bool(adapter_folders(path)) if path.is_dir() else path.suffix == ".safetensors":
             found.append(path)
     if not found:
-        raise UserError(f"{folder}: no LoRA file (.safetensors) or adapter folder in it")
+        pickles = _pickles(folder)
+        there = f"; not read, Python pickles: {pickles}" if pickles else ""
+        raise UserError(f"{folder}: no LoRA file (.safetensors) or adapter folder in it{there}")
     return found
+
+
+def _pickles(root: Path) -> str:
+    found = [path for path in sorted(root.rglob("*")) if path.suffix in _PICKLES]
+    return ", ".join(str(path.relative_to(root)) for path in found)
 
 
 def convert_folder(
@@ -151,9 +158,8 @@ def convert_folder(
         if place in found and place != path:
             raise UserError(f"{path} would replace {place}; name another folder")
         jobs.append((path, place))
-    if pickles := [path for path in sorted(root.rglob("*")) if path.suffix in _PICKLES]:
-        names = ", ".join(str(path.relative_to(root)) for path in pickles)
-        print(f"note: {root}: not read, Python pickles: {names}", file=sys.stderr)
+    if pickles := _pickles(root):
+        print(f"note: {root}: not read, Python pickles: {pickles}", file=sys.stderr)
 
     def one(job: tuple[Path, Path]) -> Converted:
         try:

@@ -205,6 +205,11 @@ def test_layers_by_number_and_pickles_are_named(tmp_path, capsys):
     assert main(["convert", str(folder), "--out", str(tmp_path / "out"), "--format", "kohya"]) == 0
     assert "not read, Python pickles: bob.v1/old.pt" in capsys.readouterr().err
     assert (tmp_path / "out" / "bob.v1.safetensors").exists()
+    (folder / "bob.v1" / "pytorch_lora_weights.safetensors").unlink()
+    assert main(["convert", str(folder), "--out", str(tmp_path / "new"), "--format", "kohya"]) == 2
+    assert "or adapter folder in it; not read, Python pickles: bob.v1/old.pt" in (
+        capsys.readouterr().err
+    )
 
 
 def test_a_rank_above_both_widths(tmp_path, capsys):
