@@ -9,6 +9,7 @@ import pytest
 from hyperlora_jax.cli.main import main
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.stable_diffusion.model import StableDiffusion
+from hyperlora_jax.stable_diffusion.weights import loading
 from tests.stable_diffusion import conftest as tiny
 
 
@@ -149,6 +150,15 @@ def test_another_kind_of_schedule(copied, capsys):
     file.write_text(json.dumps(edm))
     code, error = sample(copied, capsys)
     assert code == 2 and "scheduler_config.json: scheduler EDMEulerScheduler" in error
+
+
+def test_a_scheduler_that_the_folder_names_otherwise_is_said(copied, caplog):
+    file = copied / "scheduler" / "scheduler_config.json"
+    loading.load_schedule(copied)
+    assert not caplog.messages
+    rewrite(file, _class_name="EulerDiscreteScheduler")
+    assert loading.load_schedule(copied).sampler == "euler"
+    assert "says DDIMScheduler" in caplog.text and "says EulerDiscreteScheduler" in caplog.text
 
 
 def test_old_folders_get_the_offset_that_pytorch_sets(copied):

@@ -1,6 +1,7 @@
 """Whole models from and to diffusers directories."""
 
 import dataclasses
+import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from hyperlora_jax.stable_diffusion.weights.tensor_stream import (
     to_devices,
 )
 
+log = logging.getLogger(__name__)
 GUIDANCE = 7.5  # of Stable Diffusion, where a base does not say otherwise
 SAMPLING = "sampling.json"  # where it does: {"guidance": 1.0}; other programs pass over it
 CONSTRUCTORS = {
@@ -103,10 +105,19 @@ def load_modules(root: Path, dtype: DType, names: Iterable[str]) -> dict[str, tu
 def load_schedule(root: Path) -> NoiseSchedule:
     """The noise schedule of a model directory, as PyTorch's pipeline of the family takes it."""
     file = root / "scheduler" / "scheduler_config.json"
+    config = directory.read_json(file)
     try:
-        schedule = read_scheduler_config(directory.read_json(file))
+        schedule = read_scheduler_config(config)
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
+    index = root / "model_index.json"
+    named = directory.read_json(index).get("scheduler") if index.is_file() else None
+    own = config.get("_class_name")
+    if isinstance(named, list) and named and own and own != named[-1]:
+        log.warning(
+            "%s says %s, %s says %s: the latter is drawn, PyTorch's pipeline draws the former",
+            index, named[-1], file, own,
+        )  # fmt: skip
     xl = directory.read_json(root / "unet" / "config.json").get("addition_embed_type")
     # StableDiffusionPipeline sets the offset to 1 whatever the file says; SDXL's does not.
     return schedule if xl else dataclasses.replace(schedule, steps_offset=1)
