@@ -12,7 +12,7 @@ demo: $(RUNS)
 	$(BIN)/hyperlora demo --workdir demo
 
 test: lint
-	$(BIN)/python -m pytest -n 2 -q --durations=15
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q --durations=15
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -q -m slow

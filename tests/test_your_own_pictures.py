@@ -40,8 +40,7 @@ def commands(block):
 def environment(folder):
     """The repository's code, seen from another working folder."""
     paths = os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")])
-    flags = "--xla_backend_optimization_level=0"
-    return {**os.environ, "PYTHONPATH": paths, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    return {**os.environ, "PYTHONPATH": paths, "JAX_PLATFORMS": "cpu"}
 
 
 @pytest.mark.slow

@@ -127,7 +127,7 @@ def write_all(root: Path) -> Path:
 
 def hyperlora(*arguments: object, timeout: float = 500, **environment: str):
     """The command in a process of its own, as from a shell: (exit code, stdout, stderr)."""
-    flags = "--xla_backend_optimization_level=0"
+    flags = os.environ.get("XLA_FLAGS", "--xla_backend_optimization_level=0")
     done = subprocess.run(
         [sys.executable, "-m", "hyperlora_jax", *map(str, arguments)],
         env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, **environment},

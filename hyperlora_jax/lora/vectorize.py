@@ -6,6 +6,7 @@ layout of weights2weights, bit for bit. Tokens: one for each (site, side, rank c
 width fan_in (down) or out (up), bucketed by width so that shapes stay static.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -28,6 +29,7 @@ def flatten(lora: Params, spec: LoraSpec) -> Float[Array, "*l d"]:
     return jnp.concatenate(parts, axis=-1)
 
 
+@functools.partial(jax.jit, static_argnames="spec", inline=True)
 def unflatten(vector: Float[AnyArray, "*l d"], spec: LoraSpec) -> Params:
     """Inverse of `flatten`. Raises ValueError when d is not the spec's number of parameters."""
     if vector.shape[-1] != spec.num_parameters:
@@ -60,6 +62,7 @@ def tokens(lora: Params, spec: LoraSpec) -> dict[int, Float[Array, "*l n width"]
     return {width: jnp.concatenate(rows[width], axis=-2) for width in sorted(rows)}
 
 
+@functools.partial(jax.jit, static_argnames="spec", inline=True)
 def untokens(values: Mapping[int, Float[AnyArray, "*l n width"]], spec: LoraSpec) -> Params:
     """Exact inverse of `tokens`."""
     used = dict.fromkeys(values, 0)

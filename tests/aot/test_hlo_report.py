@@ -69,7 +69,8 @@ def test_spreading_parameters_moves_no_activations(knows):
     generator = build_generator(SPEC, {"generator": "regression", **model})
     mesh = topology_mesh(parse("v5e-8"), data=1, fsdp=8)
 
-    params = generator.init(jax.random.key(0), Condition(jnp.zeros((1, 8)), jnp.zeros((1, 4, 8))))
+    given = Condition(jnp.zeros((1, 8)), jnp.zeros((1, 4, 8)))
+    params = jax.eval_shape(generator.init, jax.random.key(0), given)
     places = sharding.param_shardings(params, mesh)
 
     def moved(count):

@@ -148,7 +148,7 @@ def test_a_folder_is_judged_by_somebody_and_needs_newcomers(workdir, folder):
 def started(workdir, changes, environment):
     """The command in a process of its own with two devices."""
     values = {**SMALL, **changes}
-    flags = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
     return subprocess.Popen(
         [
             *(sys.executable, "-m", "hyperlora_jax", "evaluate", "--config", "configs/avatars.py"),

@@ -46,7 +46,7 @@ def constants_of(generator, vectors, embeddings):
     codec = getattr(generator, "codec", None)
     if hasattr(codec, "vae"):
         key = jax.random.key(7)
-        found["vae"] = codec.vae.init(key, jnp.asarray(vectors), key)["params"]
+        found["vae"] = jax.jit(codec.vae.init)(key, jnp.asarray(vectors), key)["params"]
         found |= {"latent_mean": np.zeros(6, np.float32), "latent_std": np.ones(6, np.float32)}
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), found)
 
@@ -57,7 +57,7 @@ def test_every_generator_samples(kind, data):
     generator = build_generator(SPEC, {**MODEL, "generator": kind})
     assert isinstance(generator, Generator)
     constants = constants_of(generator, vectors, condition.pooled)
-    params = generator.init(jax.random.key(0), condition)
+    params = jax.jit(generator.init)(jax.random.key(0), condition)
     # As after some training: an untrained network predicts zeros, whatever it starts from.
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(9), len(leaves))
@@ -86,7 +86,7 @@ def test_diffusion_learns_what_the_condition_says(prediction, denoiser, data):
     model = {**MODEL, "generator": "diffusion", "diffusion": settings, "condition_dropout": 0.1}
     generator = build_generator(SPEC, model)
     constants = constants_of(generator, vectors, condition.pooled)
-    params = generator.init(jax.random.key(0), condition)
+    params = jax.jit(generator.init)(jax.random.key(0), condition)
     optimizer = optax.adam(5e-3)
     target = jnp.asarray(vectors)
 
@@ -107,7 +107,8 @@ def test_diffusion_learns_what_the_condition_says(prediction, denoiser, data):
 
     def error(guidance):
         draw = Draw(guidance=guidance, num_steps=20)
-        lora = generator.sample(params, constants, condition, jax.random.key(3), draw)
+        sample = jax.jit(lambda key: generator.sample(params, constants, condition, key, draw))
+        lora = sample(jax.random.key(3))
         ours = vectorize.flatten(lora, SPEC)
         return float(jnp.mean((ours - target) ** 2) / jnp.mean((target - target.mean(0)) ** 2))
 
@@ -119,7 +120,7 @@ def test_diffusion_learns_what_the_condition_says(prediction, denoiser, data):
 def test_guidance_needs_condition_dropout(kind, data):
     condition, _ = data
     generator = build_generator(SPEC, {**MODEL, "generator": kind})
-    params = generator.init(jax.random.key(0), condition)
+    params = jax.jit(generator.init)(jax.random.key(0), condition)
     with pytest.raises(UserError, match="trained with condition_dropout = 0"):
         generator.sample(params, {}, condition, jax.random.key(0), Draw(guidance=2.0))
 
@@ -130,11 +131,14 @@ def test_iterations_see_the_last_answer(data):
     twice = build_generator(SPEC, {**MODEL, "generator": "iterative", "num_iterations": 2})
     params = jax.tree.map(
         lambda leaf: leaf + 0.05 * jnp.sin(jnp.arange(leaf.size)).reshape(leaf.shape),
-        once.init(jax.random.key(0), condition),
+        jax.jit(once.init)(jax.random.key(0), condition),
     )
-    first = vectorize.flatten(once.train(params, {}, condition, None, jax.random.key(0)).lora, SPEC)
-    second = twice.train(params, {}, condition, None, jax.random.key(0)).lora
-    assert float(jnp.abs(first - vectorize.flatten(second, SPEC)).max()) > 1e-4
+
+    def answer(generator):
+        write = jax.jit(lambda key: generator.train(params, {}, condition, None, key).lora)
+        return vectorize.flatten(write(jax.random.key(0)), SPEC)
+
+    assert float(jnp.abs(answer(once) - answer(twice)).max()) > 1e-4
 
 
 def test_errors_name_the_config():

@@ -70,19 +70,22 @@ def test_starts_at_the_base_and_learns_from_the_condition(head, down):
     key = jax.random.key(1)
     pooled, tokens = jax.random.normal(key, (2, 5)), jax.random.normal(key, (2, 3, 5))
     given = Condition(pooled, tokens)
-    params = net.init(key, given)["params"]
-    lora = net.apply({"params": params}, given)
+    params = jax.jit(net.init)(key, given)["params"]
+    apply = jax.jit(lambda params: net.apply({"params": params}, given))
+    lora = apply(params)
     validate(lora, SPEC)
     deltas = jax.tree.leaves(jax.tree.map(factors.delta, lora, is_leaf=factors.is_site))
     assert all(not np.any(delta) for delta in deltas)
 
-    def size(params):
-        lora = net.apply({"params": params}, given)
-        return sum(jnp.sum(leaf**2) + jnp.sum(leaf) for leaf in jax.tree.leaves(lora))
+    @jax.jit
+    def moved(params):
+        def size(params):
+            lora = net.apply({"params": params}, given)
+            return sum(jnp.sum(leaf**2) + jnp.sum(leaf) for leaf in jax.tree.leaves(lora))
 
-    moved = jax.tree.map(lambda p, g: p - 0.1 * g, params, jax.grad(size)(params))
-    moved = jax.tree.map(lambda p, g: p - 0.1 * g, moved, jax.grad(size)(moved))
-    lora = net.apply({"params": moved}, given)
+        return jax.tree.map(lambda p, g: p - 0.1 * g, params, jax.grad(size)(params))
+
+    lora = apply(moved(moved(params)))
     ups = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(lora) if "up" in str(path)]
     assert any(np.abs(up[0] - up[1]).max() > 1e-6 for up in ups), "the condition has no effect"
 
@@ -94,15 +97,15 @@ def test_scan_equals_unrolled(conditioning_kind):
     key = jax.random.key(2)
     pooled, tokens = jax.random.normal(key, (1, 5)), jax.random.normal(key, (1, 3, 5))
     given = Condition(pooled, tokens, jnp.asarray([[True, True, False]]))
-    params = unrolled.init(key, given)["params"]
+    params = jax.jit(unrolled.init)(key, given)["params"]
     params = jax.tree.map(
         lambda leaf: leaf + 0.05 * jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape), params
     )
     blocks = params["backbone"]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), blocks["block_0"], blocks["block_1"])
     other = {**params, "backbone": {"blocks": stacked}}
-    first = unrolled.apply({"params": params}, given)
-    second = scanned.apply({"params": other}, given)
+    first = jax.jit(unrolled.apply)({"params": params}, given)
+    second = jax.jit(scanned.apply)({"params": other}, given)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), first, second)
 
 
@@ -111,7 +114,7 @@ def test_unknown_setting_is_named():
         build_network(SPEC, {"widht": 3})
 
 
-@pytest.fixture(name="hyper")
+@pytest.fixture(name="hyper", scope="module")
 def _hyper():
     module = ConvEncoder(image_size=8, widths=(8, 8), embedding_dim=8, pool_channels=4)
     params = init_encoder(module, jax.random.key(3))
@@ -121,7 +124,7 @@ def _hyper():
     model = {"generator": "regression", "network": SMALL}
     generator = build_generator(SPEC, model)
     pooled, tokens = encoder.encode(jnp.zeros((1, 8, 8, 3)))
-    weights = generator.init(jax.random.key(4), Condition(pooled, tokens))
+    weights = jax.jit(generator.init)(jax.random.key(4), Condition(pooled, tokens))
     weights = jax.tree.map(lambda leaf: leaf + 0.1, weights)
     return Hypernetwork(generator, weights, encoder, {"base_hash": "b", "base": "x"}, model)
 
@@ -142,14 +145,13 @@ def test_references_that_are_not_given_do_not_count(hyper):
     key = jax.random.key(8)
     pooled, tokens = jax.random.normal(key, (2, 3, 8)), jax.random.normal(key, (2, 3, 4, 8))
     given = jnp.asarray([[True, True, False], [True, False, False]])
-    lora = hyper.generator.net.apply(
-        {"params": hyper.params}, merge_references(pooled, tokens, given)
-    )
+    apply = jax.jit(hyper.generator.net.apply)
+    lora = apply({"params": hyper.params}, merge_references(pooled, tokens, given))
     for row, count in enumerate((2, 1)):
         alone = merge_references(pooled[row : row + 1, :count], tokens[row : row + 1, :count])
-        wanted = hyper.generator.net.apply({"params": hyper.params}, alone)
+        wanted = apply({"params": hyper.params}, alone)
         for ours, theirs in zip(jax.tree.leaves(lora), jax.tree.leaves(wanted), strict=True):
-            np.testing.assert_allclose(ours[row], theirs[0], atol=1e-5)
+            np.testing.assert_allclose(ours[row], theirs[0], rtol=1e-4, atol=1e-5)
 
 
 def test_bad_checkpoints_are_named(hyper, tmp_path):

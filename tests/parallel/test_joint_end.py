@@ -17,12 +17,18 @@ PROGRAM = str(pathlib.Path(__file__).parent / "failing_command.py")
 SOON = 90  # seconds, with the start of both processes on a busy machine
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """The step is compiled by the first test that takes one."""
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture
-def run_both(as_hosts, tmp_path):
+def run_both(as_hosts, cache):
     """Runs a command line in two processes, the second with `more`: [(exit code, out, err)]."""
 
     def run(*command, more=()):
-        shared = {**os.environ, "JAX_PLATFORMS": "cpu", "HYPERLORA_CACHE": str(tmp_path / "cache")}
+        shared = {**os.environ, "JAX_PLATFORMS": "cpu", "HYPERLORA_CACHE": str(cache)}
         running = [
             subprocess.Popen(
                 [sys.executable, *map(str, command), *further],
@@ -51,7 +57,8 @@ def run_both(as_hosts, tmp_path):
         ("make", (0, 1)),
         # The other waits for a word of the first.
         pytest.param("agree", (0,), marks=pytest.mark.slow),
-        ("0", (0,)),  # before the first step: the other waits in the step's collective
+        # Before the first step: the other waits in the step's collective.
+        pytest.param("0", (0,), marks=pytest.mark.slow),
         ("6", (1,)),  # after it
     ],
 )

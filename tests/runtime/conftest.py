@@ -32,17 +32,21 @@ MODEL = {
 }
 
 
-def stirred(params, seed=9):
-    """As after some training: nothing is zero any more."""
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    leaves = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    return jax.tree.unflatten(tree, leaves)
+def trained(init, *arguments):
+    """Parameters as after some training: nothing is zero. Drawn by numpy, which compiles nothing."""
+    random = np.random.default_rng(9)
+
+    def draw(path, leaf):
+        spread = 0.25 if leaf.ndim > 1 else 0.1
+        mean = 1.0 if path[-1].key == "scale" else 0.0
+        return jax.numpy.asarray(random.normal(mean, spread, leaf.shape), np.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, jax.eval_shape(init, *arguments))
 
 
 def conv_encoder():
     module = ConvEncoder(image_size=16, widths=(8, 8, 16), embedding_dim=8, pool_channels=4)
-    params = jax.device_get(stirred(init_encoder(module, jax.random.key(3))))
+    params = jax.device_get(trained(init_encoder, module, jax.random.key(3)))
     return condition_encoders.FlaxImageEncoder(
         "e", module, params, condition_encoders.tree_hash(params)
     )
@@ -63,7 +67,7 @@ def hypernetwork(kind, encoder=None, spec=SPEC, facts=None, **model):
     else:
         tokens = np.zeros((1, 2, width), np.float32)
         condition = Condition(jax.numpy.asarray(embeddings[:1]), jax.numpy.asarray(tokens))
-        params = stirred(jax.jit(generator.init)(jax.random.key(0), condition))
+        params = trained(generator.init, jax.random.key(0), condition)
         constants = _constants(generator, vectors)
     known = familiarity.fit(embeddings, embeddings[::-1])
     facts = {"base_hash": "b" * 64, "base": "x", "family": "sd1", "default_strength": 1.5,
@@ -81,7 +85,7 @@ def _constants(generator, vectors):
     vae = getattr(generator.codec, "vae", None)
     if vae is not None:
         key = jax.random.key(7)
-        found["vae"] = stirred(vae.init(key, jax.numpy.asarray(vectors), key)["params"])
+        found["vae"] = trained(vae.init, key, jax.numpy.asarray(vectors), key)["params"]
         found["latent_mean"] = random.normal(size=vae.latent_dim).astype(np.float32)
         found["latent_std"] = random.uniform(0.5, 2, vae.latent_dim).astype(np.float32)
     return jax.tree.map(jax.numpy.asarray, found)

@@ -173,6 +173,17 @@ def assert_parity():
     return check
 
 
+@pytest.fixture
+def pytorch_here(monkeypatch):
+    """`inspect --verify` runs PyTorch in this process, which has imported it already."""
+    from hyperlora_jax.stable_diffusion import pytorch_forward, pytorch_parity
+
+    def forward(root, part, inputs, variant):
+        return pytorch_forward.forward(root, part, inputs, variant)
+
+    monkeypatch.setattr(pytorch_parity, "_pytorch", forward)
+
+
 XL_UNET = tiny_unet_config(
     block_out_channels=[8, 16, 32],
     down_block_types=["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],

@@ -374,7 +374,7 @@ def run(capsys, *arguments, code=0):
     return said.out + said.err
 
 
-def test_a_single_file_goes_through_the_commands(single, tmp_path, capsys):
+def test_a_single_file_goes_through_the_commands(single, tmp_path, capsys, pytorch_here):
     path, lora = single
     draw = ("--prompt", "a cat", "--num_steps", 1, "--height", 16, "--width", 16, "--out")
     tokens = ("--tokenizer", tmp_path / "tokens")

@@ -33,9 +33,10 @@ def test_the_loss_equals_pytorchs(tiny_xl, assert_parity):
     }
     assert shapes == {"states": (16, 56), "pooled": (20,), "time_ids": (6,)}
 
+    @jax.jit
     def error(text):
         given = (sd.params["unet"], sd.schedule, latents, text, timesteps, noise)
-        return np.asarray(denoising_error(sd.unet, *given))
+        return denoising_error(sd.unet, *given)
 
     ours = error(text)
     with torch.no_grad():

@@ -7,6 +7,7 @@ import time
 
 import numpy as np
 import pytest
+from toy_task import fit_toy
 
 from hyperlora_jax.train.checkpoints import restore_params
 from hyperlora_jax.train.events import goodput
@@ -51,8 +52,8 @@ def assert_same_parameters(found, expected):
             np.testing.assert_array_equal(found[name][leaf], value)
 
 
-def test_a_few_kills(tmp_path, start_toy, run_toy):
-    run_toy("--workdir", tmp_path / "whole", "--num_steps", SHORT)
+def test_a_few_kills(tmp_path, start_toy):
+    fit_toy(tmp_path / "whole", num_steps=SHORT)
     codes = disturbed_run(start_toy, tmp_path / "cut", SHORT, kills=1, terminations=1, seed=1)
     assert codes[-1] == 0
     assert_same_parameters(tmp_path / "cut", tmp_path / "whole")

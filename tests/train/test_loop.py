@@ -1,6 +1,7 @@
 import json
 import logging
 import os
+import shutil
 import signal
 import time
 
@@ -27,6 +28,19 @@ def send_sigterm_at(step):
     return lambda n: os.kill(os.getpid(), signal.SIGTERM) if n == step else None
 
 
+@pytest.fixture(name="whole", scope="module")
+def _whole(tmp_path_factory):
+    """The folder and the last state of a run that nothing disturbed."""
+    workdir = tmp_path_factory.mktemp("whole")
+    return workdir, fit_toy(workdir)
+
+
+@pytest.fixture(name="finished")
+def _finished(whole, tmp_path):
+    """A copy of that folder."""
+    return shutil.copytree(whole[0], tmp_path / "run")
+
+
 def test_learns_and_logs_each_step_once(tmp_path):
     state = fit_toy(tmp_path, num_steps=40)
     rows = read_rows(tmp_path / "metrics.jsonl")
@@ -46,24 +60,22 @@ def test_logged_loss_is_that_steps_own(tmp_path):
     assert some == {step: every[step] for step in (1, 4, 8)}
 
 
-def test_ema_is_between_start_and_end(tmp_path):
-    state = fit_toy(tmp_path)
+def test_ema_is_between_start_and_end(tmp_path, whole):
+    _, state = whole
     assert not np.allclose(state.ema["out"]["kernel"], state.params["out"]["kernel"])
     assert fit_toy(tmp_path / "none", ema_decay=None).ema is None
 
 
-def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path):
-    whole = fit_toy(tmp_path / "whole")
+def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, whole):
+    folder, state = whole
     with pytest.raises(Preempted, match="saved step 8") as caught:
         fit_toy(tmp_path / "cut", toy_task(send_sigterm_at(7)))
     assert caught.value.step == 8
-    assert_same(fit_toy(tmp_path / "cut"), whole)
-    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert_same(fit_toy(tmp_path / "cut"), state)
+    assert losses(tmp_path / "cut") == losses(folder)
 
 
-def test_the_first_ctrl_c_saves_and_the_second_leaves(tmp_path, capsys):
-    whole = fit_toy(tmp_path / "whole")
-
+def test_the_first_ctrl_c_saves_and_the_second_leaves(tmp_path, whole, capsys):
     def once(n):
         if n == 7:
             os.kill(os.getpid(), signal.SIGINT)
@@ -71,7 +83,7 @@ def test_the_first_ctrl_c_saves_and_the_second_leaves(tmp_path, capsys):
     with pytest.raises(Interrupted, match="the same command goes on from step 8"):
         fit_toy(tmp_path / "cut", toy_task(once))
     assert "Ctrl-C again leaves at once" in capsys.readouterr().err
-    assert_same(fit_toy(tmp_path / "cut"), whole)
+    assert_same(fit_toy(tmp_path / "cut"), whole[1])
 
     def twice(n):
         once(n)
@@ -88,22 +100,20 @@ def test_handlers_are_put_back(tmp_path):
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
-def test_sigkill_loses_at_most_the_interval(tmp_path, run_toy):
+def test_sigkill_loses_at_most_the_interval(tmp_path, whole, run_toy):
     done = run_toy("--workdir", tmp_path, "--num_steps", 12, "--kill_at", 11, check=False)
     assert done.returncode == -signal.SIGKILL
     seen = []
     state = fit_toy(tmp_path, toy_task(seen.append))
     assert seen[0] in (5, 10)  # 10 only if its write was over before the kill
-    assert_same(state, fit_toy(tmp_path.parent / "whole"))
+    assert_same(state, whole[1])
 
 
-def test_finished_workdir_gives_its_state_without_touching_data(tmp_path):
-    state = fit_toy(tmp_path)
-
+def test_finished_workdir_gives_its_state_without_touching_data(whole, finished):
     def forbidden(n):
         raise AssertionError(f"batch {n} was read")
 
-    assert_same(fit_toy(tmp_path, toy_task(forbidden)), state)
+    assert_same(fit_toy(finished, toy_task(forbidden)), whole[1])
 
 
 def test_longer_run_goes_on(tmp_path):
@@ -145,10 +155,9 @@ def test_frozen_base_is_never_written(tmp_path):
     assert arrays < trainable + 2**15 < big["base"].nbytes
 
 
-def test_other_facts_are_refused(tmp_path):
-    fit_toy(tmp_path, num_steps=2)
+def test_other_facts_are_refused(finished):
     with pytest.raises(UserError, match=r"made with spec = 'abc', this run has spec = 'xyz'"):
-        fit_toy(tmp_path, toy_task(facts={"spec": "xyz"}))
+        fit_toy(finished, toy_task(facts={"spec": "xyz"}))
 
 
 # Cut off by a full disk.
@@ -156,9 +165,8 @@ TEXTS = {"mark": "_CHECKPOINT_METADATA", "facts": "meta/metadata", "loss": "metr
 
 
 @pytest.mark.parametrize("kind", ["empty", "no_metadata", "temporary", *TEXTS])
-def test_half_written_checkpoint_is_skipped_by_name(tmp_path, caplog, kind):
-    whole = fit_toy(tmp_path)
-    folder = tmp_path / "checkpoints" / "12"
+def test_half_written_checkpoint_is_skipped_by_name(whole, finished, caplog, kind):
+    folder = finished / "checkpoints" / "12"
     if kind == "empty":
         for path in sorted(folder.rglob("*"), reverse=True):
             path.rmdir() if path.is_dir() else path.unlink()
@@ -169,28 +177,26 @@ def test_half_written_checkpoint_is_skipped_by_name(tmp_path, caplog, kind):
     else:
         folder.rename(folder.with_name("12.orbax-checkpoint-tmp"))
     with caplog.at_level(logging.WARNING):
-        assert_same(fit_toy(tmp_path), whole)
+        assert_same(fit_toy(finished), whole[1])
     assert "skipping half-written checkpoint" in caplog.text
     assert "checkpoints/12" in caplog.text
 
 
 # Orbax's other reads of the same checkpoint end after its event loop is closed.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_failed_restore_is_an_error_and_never_a_fresh_start(tmp_path):
-    fit_toy(tmp_path, num_steps=5)
-    for path in (tmp_path / "checkpoints" / "5" / "state").rglob("*"):
+def test_failed_restore_is_an_error_and_never_a_fresh_start(finished):
+    for path in (finished / "checkpoints" / "12" / "state").rglob("*"):
         if path.parent.name == "d":
             path.write_bytes(b"junk")
-    with pytest.raises(UserError, match=r"checkpoints/5: cannot restore this checkpoint"):
-        fit_toy(tmp_path)
+    with pytest.raises(UserError, match=r"checkpoints/12: cannot restore this checkpoint"):
+        fit_toy(finished)
     time.sleep(0.3)
 
 
-def test_checkpoint_of_another_model_is_an_error(tmp_path):
-    fit_toy(tmp_path, num_steps=5)
+def test_checkpoint_of_another_model_is_an_error(finished):
     other = toy_task(init=lambda key: {"hidden": {"kernel": jnp.zeros((3, 3))}})
     with pytest.raises(UserError, match=r"sound, but .*this run's model: params.hidden.bias has"):
-        fit_toy(tmp_path, other)
+        fit_toy(finished, other)
 
 
 def test_workdir_that_cannot_be_made(tmp_path):

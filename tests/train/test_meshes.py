@@ -7,7 +7,7 @@ from hyperlora_jax.train.interruption import EXIT_CODE
 from hyperlora_jax.train.json_lines import read_rows
 
 MESHES = ["1,1,1,1", "8,1,1,8", "2,4,1,8", "2,2,2,8", "1,1,8,8"]
-
+FEW = ["1,1,1,1", "2,2,2,8", "1,1,8,8"]  # all axes at once, and a batch that is not split
 
 DOUBLE = {"JAX_ENABLE_X64": "1"}
 
@@ -18,7 +18,7 @@ def losses(workdir):
 
 @pytest.fixture
 def runs(tmp_path, run_toy):
-    arguments = [part for mesh in MESHES for part in ("--mesh", mesh)]
+    arguments = [part for mesh in FEW for part in ("--mesh", mesh)]
     done = run_toy("--workdir", tmp_path, *arguments, "--num_steps", 20, devices=8)
     reports = [json.loads(line) for line in done.stdout.splitlines()]
     return tmp_path, {report["mesh"]: report["placed"] for report in reports}
@@ -28,7 +28,7 @@ def test_every_mesh_gives_the_same_losses(runs):
     workdir, placed = runs
     reference = losses(workdir / "1-1-1-1")
     assert len(reference) == 20
-    for mesh in MESHES[1:]:
+    for mesh in FEW[1:]:
         found = losses(workdir / mesh.replace(",", "-"))
         np.testing.assert_allclose(found[:5], reference[:5], rtol=1e-5, err_msg=mesh)
         np.testing.assert_allclose(found, reference, rtol=1e-3, err_msg=mesh)

@@ -6,6 +6,7 @@ import subprocess
 
 import numpy as np
 import pytest
+from toy_task import fit_toy
 
 from hyperlora_jax.train.checkpoints import complete_steps
 from hyperlora_jax.train.interruption import EXIT_CODE
@@ -38,8 +39,8 @@ def losses(workdir):
     return np.asarray([row["loss"] for row in read_rows(workdir / "metrics.jsonl")])
 
 
-def test_two_hosts_train_as_one_and_agree_on_preemption(tmp_path, start_two, run_toy):
-    run_toy("--workdir", tmp_path / "alone", "--num_steps", 20)
+def test_two_hosts_train_as_one_and_agree_on_preemption(tmp_path, start_two):
+    fit_toy(tmp_path / "alone", num_steps=20)
     mesh = ("--mesh", "2,2,2,8", "--flat", "--num_steps", 20, "--workdir", tmp_path / "pod")
     results = start_two(*mesh, second=("--terminate_at", 7))
     assert [code for code, *_ in results] == [EXIT_CODE, EXIT_CODE], results
@@ -55,8 +56,8 @@ def test_two_hosts_train_as_one_and_agree_on_preemption(tmp_path, start_two, run
     np.testing.assert_allclose(pod, alone, rtol=1e-3)
 
 
-def test_hosts_whose_rows_lie_apart_train_as_one(tmp_path, start_two, run_toy):
-    run_toy("--workdir", tmp_path / "alone", "--num_steps", 6)
+def test_hosts_whose_rows_lie_apart_train_as_one(tmp_path, start_two):
+    fit_toy(tmp_path / "alone", num_steps=6)
     mesh = ("--mesh", "4,1,2,8", "--interleaved", "--flat", "--num_steps", 6)
     results = start_two(*mesh, "--workdir", tmp_path / "pod")
     assert [code for code, *_ in results] == [0, 0], results

@@ -5,6 +5,7 @@ applies. All numbers come from two long draws that are cut into leaves: hundreds
 kernels take a minute to compile, two take a second.
 """
 
+import functools
 import math
 import re
 from collections.abc import Mapping
@@ -60,6 +61,12 @@ def _clip_std(path: tuple[str, ...], leaves: Leaves) -> float:
 def draw_params(shapes: Params, key: PRNGKey) -> Params:
     """Parameters of these shapes, float32; traceable."""
     leaves: dict[tuple[str, ...], Any] = flatten_dict(shapes)
+    return unflatten_dict(_drawn(tuple((path, s.shape) for path, s in leaves.items()), key))
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)  # as a cut is a program of its own
+def _drawn(shapes: tuple[tuple[tuple[str, ...], tuple[int, ...]], ...], key: PRNGKey) -> Params:
+    leaves = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes}
     rules = {path: initial_distribution(path, leaves) for path in leaves}
     out: dict[tuple[str, ...], Array] = {}
     draws = {"normal": jax.random.normal, "uniform": _symmetric_uniform}
@@ -75,7 +82,7 @@ def draw_params(shapes: Params, key: PRNGKey) -> Params:
     for path, (kind, value) in rules.items():
         if kind == "constant":
             out[path] = jnp.full(leaves[path].shape, value, jnp.float32)
-    return unflatten_dict(out)
+    return out
 
 
 def _symmetric_uniform(key: PRNGKey, shape: tuple[int, ...]) -> jax.Array:
