@@ -4,7 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUNS := $(VENV)/.installed-to-run
 STAMP := $(VENV)/.installed-to-develop
-PIP := $(BIN)/pip install -q --disable-pip-version-check -c constraints.txt
+PIP := $(BIN)/pip install -q --no-compile --disable-pip-version-check -c constraints.txt
+# On all cores, where pip would take a minute of one; a file that is no Python of today stays as it is.
+COMPILE := $(BIN)/python -W ignore -m compileall -qq -j 0 $(CURDIR)/$(VENV)/lib || true
 
 .PHONY: demo test test-slow lint bench clean
 
@@ -30,10 +32,12 @@ $(RUNS): pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch==2.13.0
 	$(PIP) -e ".[torch,avatars,serve]"
+	$(COMPILE)
 	touch $(RUNS)
 
 $(STAMP): $(RUNS)
 	$(PIP) -e ".[torch,avatars,serve,dev,tpu]"
+	$(COMPILE)
 	touch $(STAMP)
 
 clean:

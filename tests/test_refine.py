@@ -74,16 +74,13 @@ def denoising(world, lora):
     latents, text = joined(concepts)
     noise = jax.random.normal(jax.random.key(5), latents.shape)
     times = jnp.full(len(latents), 400)
-    errors = denoising_error(
-        sd.unet,
-        sd.params["unet"],
-        sd.schedule,
-        latents,
-        text,
-        times,
-        noise,
-        lora=jax.tree.map(jnp.asarray, lora),
-    )
+
+    @jax.jit
+    def error(lora):
+        given = (sd.params["unet"], sd.schedule, latents, text, times, noise)
+        return denoising_error(sd.unet, *given, lora=lora)
+
+    errors = error(jax.tree.map(jnp.asarray, lora))
     return np.asarray(errors).reshape(3, 2).mean(axis=1)
 
 

@@ -47,7 +47,7 @@ def test_round_trip(trained, folder):
     assert probe.facts["steps"] == 7 and probe.facts["data"] == {"style": "drawn"}
     images = np.random.default_rng(0).random((3, 2, 8, 8, 3), np.float32)
     stored = jax.tree.map(lambda x: np.float32(np.float16(x)), params)
-    logits = module.apply({"params": stored}, images.reshape(6, 8, 8, 3))
+    logits = jax.jit(module.apply)({"params": stored}, images.reshape(6, 8, 8, 3))
     expected = np.stack([part.argmax(axis=-1) for part in logits], axis=-1).reshape(3, 2, 2)
     np.testing.assert_array_equal(probe.classes(images), expected)
     broken = images.copy()

@@ -35,7 +35,8 @@ def _context(test_set):
     vectors = random.normal(size=(12, SPEC.num_parameters)).astype(np.float32)
     model = {"generator": "regression", "network": {"width": 8, "depth": 1, "num_heads": 2}}
     generator = build_generator(SPEC, model)
-    params = generator.init(jax.random.key(0), Condition(jnp.ones((1, 3)), jnp.ones((1, 1, 3))))
+    given = Condition(jnp.ones((1, 3)), jnp.ones((1, 1, 3)))
+    params = jax.jit(generator.init)(jax.random.key(0), given)
     params = jax.tree.map(lambda x: x + 0.1 * jnp.cos(jnp.arange(x.size)).reshape(x.shape), params)
     hyper = Hypernetwork(generator, params, MeanColour(), {}, model)
     baseline = {"num_neighbours": 20, "num_components": 4}

@@ -33,7 +33,7 @@ MODEL = {
 
 
 def trained(init, *arguments):
-    """Parameters as after some training: nothing is zero. Drawn by numpy, which compiles nothing."""
+    """Parameters as after some training: nothing is zero. numpy draws, as it compiles nothing."""
     random = np.random.default_rng(9)
 
     def draw(path, leaf):

@@ -76,10 +76,13 @@ def test_flax_layers_take_it(stride, padding):
     x = jnp.asarray(rng.normal(size=(2, 9, 6, 3)), jnp.float32)
     options = {"features": 5, "kernel_size": (3, 3), "strides": stride, "padding": padding}
     plain, fast = nn.Conv(**options), nn.Conv(**options, conv_general_dilated=flax_conv2d)
-    params = plain.init(jax.random.key(0), x)
+    params = jax.jit(plain.init)(jax.random.key(0), x)
 
     def gradients(module):
-        return jax.grad(lambda p, x: jnp.sin(module.apply(p, x)).sum(), (0, 1))(params, x)
+        def total(p, x):
+            return jnp.sin(module.apply(p, x)).sum()
+
+        return jax.jit(jax.grad(total, (0, 1)))(params, x)
 
     np.testing.assert_allclose(fast.apply(params, x), plain.apply(params, x), atol=1e-6)
     for a, b in zip(*map(jax.tree.leaves, map(gradients, (fast, plain))), strict=True):
