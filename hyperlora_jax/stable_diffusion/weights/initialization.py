@@ -65,7 +65,9 @@ def draw_params(shapes: Params, key: PRNGKey) -> Params:
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)  # as a cut is a program of its own
-def _drawn(shapes: tuple[tuple[tuple[str, ...], tuple[int, ...]], ...], key: PRNGKey) -> Params:
+def _drawn(
+    shapes: tuple[tuple[tuple[str, ...], tuple[int, ...]], ...], key: PRNGKey
+) -> dict[tuple[str, ...], Array]:
     leaves = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes}
     rules = {path: initial_distribution(path, leaves) for path in leaves}
     out: dict[tuple[str, ...], Array] = {}
