@@ -68,13 +68,13 @@ def test_gives_up_after_so_many_restarts(tmp_path):
 
 def test_two_local_processes_survive_a_preemption(tmp_path):
     toy = ROOT / "tests" / "train" / "toy_task.py"
-    arguments = ("--mesh=-1,1,1,4", "--flat", "--num_steps", 60, "--workdir", tmp_path)
+    arguments = ("--mesh=-1,1,1,4", "--flat", "--num_steps", 24, "--workdir", tmp_path)
     done = run(
         "local_processes.sh", 2, 2, sys.executable, toy, *arguments, "--terminate_once_at", 6
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "exit code 75, restart 1" in done.stderr
-    assert complete_steps(tmp_path / "checkpoints")[-1] == 60
+    assert complete_steps(tmp_path / "checkpoints")[-1] == 24
 
 
 MADE_ONCE = """
