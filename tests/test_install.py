@@ -108,5 +108,5 @@ def test_uv_makes_an_environment_and_runs_the_program_without_one(tree, tmp_path
     program = tree / ".venv/bin/hyperlora"
     assert "hypernetwork" in run(program, "inspect", "avatar-hypernetwork", cwd=tmp_path)
     assert not list((tree / ".venv").rglob("torch/version.py"))  # gigabytes that nobody asked for
-    program = (*uv, "tool", "run", "--from", f"{tree}[onnx]", "hyperlora")  # as uvx does
-    assert "Stable Diffusion base" in run(*program, "inspect", "tiny-sd", cwd=tmp_path)
+    program = (*uv, "tool", "run", "--from", ".[serve]", "hyperlora")  # as uvx does
+    assert "Stable Diffusion base" in run(*program, "inspect", "tiny-sd", cwd=tree)

@@ -105,8 +105,8 @@ def standard_figures(
         Figure(
             "grid",
             figures.to_png(figures.main_grid(test, results, num_rows)),
-            "The first held-out identities of the test set, in its own order; under each row the "
-            f"caption that every {shown} should show.",
+            "The first of the test, in its own order: nobody chose them. Under each row the words "
+            f"that every {shown} should show.",
             place="top",
         )
     ]

@@ -174,24 +174,21 @@ def timings(summary: Summary) -> list[dict[str, str]]:
     return rows
 
 
-def reading(summary: Summary) -> str:
-    """How to read the picture on top of the page, for those who know none of the words."""
-    drawn = {
-        "generated": "with the file that was made from that one picture (“generated LoRA”)",
-        "conventional": "with one trained on several pictures of it (“conventional LoRA”)",
-        "base": "by the generator alone (“base, no LoRA”)",
-        "shuffled": "with a file that was made from a picture of somebody else "
-        "(“shuffled reference”)",
-    }
-    how = joined([text for name, text in drawn.items() if name in summary["identity_top1"]])
-    right = "“exact answer” is the picture that would be right"
+def reading(summary: Summary) -> list[dict[str, str]]:
+    """What the columns of the picture on top of the page are, for those who know none of the words:
+    [{"name", "text"}] in their order."""
+    right = ("exact answer", "what would be right: the more a picture looks like it, the better")
     if "image_error" not in summary:
-        right = "“another picture” is a real one of the same subject"
-    return (
-        "Every row is one subject that was never seen before, and the first picture, the "
-        "“reference”, is all that the program was shown of it. The words below it were then drawn "
-        f"{how}; {right}. The more a picture looks like that one, the better."
-    )
+        right = ("another picture", "a real one of the same subject, which the program did not see")
+    drawn = {
+        "generated": "drawn with the file that the program wrote from the reference alone",
+        "conventional": "drawn with a file trained on several pictures of the subject",
+        "base": "drawn by the generator as it is",
+        "shuffled": "drawn with a file that was written from somebody else’s picture",
+    }
+    there = [(title(name), how) for name, how in drawn.items() if name in summary["identity_top1"]]
+    seen = ("reference", "the only picture of the subject that the program was shown")
+    return [{"name": name, "text": text} for name, text in (seen, right, *there)]
 
 
 def glossary(summary: Summary) -> list[dict[str, str]]:
