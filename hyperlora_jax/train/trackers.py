@@ -114,7 +114,10 @@ class TensorBoard:
         self._workdir = run.workdir
         purge = run.start_step + 1 if run.start_step else None
         folder = str(storage.scratch(run.workdir) / self.FOLDER)
-        self._writer = SummaryWriter(folder, purge_step=purge)
+        # tensorboardX names a file by the second: of two starts within one the later would take the
+        # place of the earlier.
+        suffix = f".{run.start_step:09d}"
+        self._writer = SummaryWriter(folder, purge_step=purge, filename_suffix=suffix)
         self._uploaded = time.monotonic()
 
     def write(self, row: Mapping[str, float | int], step: int) -> None:

@@ -22,7 +22,9 @@ class Base(StableDiffusion):
     """Draws pictures that tell their prompt; counts what it is asked for."""
 
     base_hash = "b" * 64
-    unet = SimpleNamespace(settings=SimpleNamespace(sample_size=(2, 2)))
+    unet = SimpleNamespace(
+        settings=SimpleNamespace(sample_size=(2, 2), in_channels=4, out_channels=4)
+    )
     vae = SimpleNamespace(downsampling=2)
 
     def __init__(self):
