@@ -1,16 +1,12 @@
-"""How XLA uses a CPU: one JAX device per core, small products without a detour, memory kept.
+"""How XLA uses a CPU: one JAX device per core, and small products without a detour.
 
 XLA:CPU leaves most of a second core idle when a program is made of small operations. As one device
 per core, data-parallel work keeps all of them busy. Its compiler hands products to YNNPACK, whose
-cost of a call is that of a whole product in a model as small as the embedded one. XLA asks for the
-memory of a step at its start and gives it back at its end; glibc gives it on to the system, which
-hands it out page by page, zeroed, in the next step: a quarter of the time of a step of 64 pictures.
+cost of a call is that of a whole product in a model as small as the embedded one.
 """
 
-import ctypes
 import os
 from collections.abc import Mapping, MutableMapping
-from typing import Any
 
 import jax
 
@@ -18,20 +14,16 @@ from hyperlora_jax.parallel.environment import settings
 
 YNN = "--xla_cpu_experimental_ynn_fusion_type"
 KNOWN_TO = (0, 10)  # versions of jaxlib; one that does not know a flag ends the program
-# mallopt's numbers in malloc.h, and what is asked: no memory of its own for a large array, none
-# given back, and one heap for all threads (those of other threads are given back all the same).
-KEEP = {"M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, 2**31 - 1), "M_ARENA_MAX": (-8, 1)}
 MOST = 8  # batches divide by 8; more devices would ask for other batch sizes
 
 
 def prepare() -> None:
-    """All three, for a program of this project; call it before anything asks for devices.
+    """Both, for a program of this project; call it before anything asks for devices.
 
     In a program that has started JAX before, nothing changes: flags would only reach its children.
     """
     if one_per_core() is not None:
         small_products(os.environ)
-        keep_memory(ctypes.CDLL(None) if os.name == "posix" else None)
 
 
 def small_products(environment: MutableMapping[str, str]) -> bool:
@@ -42,14 +34,6 @@ def small_products(environment: MutableMapping[str, str]) -> bool:
         return False
     environment["XLA_FLAGS"] = f"{flags} {YNN}=LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION".strip()
     return True
-
-
-def keep_memory(libc: Any) -> bool:
-    """Freed memory stays with the process, for the next step; false where the C library is not
-    glibc. The process keeps the size of its largest moment."""
-    if not hasattr(libc, "mallopt"):
-        return False
-    return all(libc.mallopt(*option) == 1 for option in KEEP.values())
 
 
 def one_per_core(environment: Mapping[str, str] | None = None) -> int | None:

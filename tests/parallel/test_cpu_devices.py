@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import types
 
 import jax
 import pytest
@@ -63,12 +62,3 @@ def test_the_environment_goes_first(environment):
     before = jax.config.jax_num_cpu_devices
     assert cpu_devices.one_per_core(environment) is None
     assert jax.config.jax_num_cpu_devices == before
-
-
-def test_glibc_is_asked_to_keep_memory():
-    asked = []
-    glibc = types.SimpleNamespace(mallopt=lambda option, value: asked.append((option, value)) or 1)
-    assert cpu_devices.keep_memory(glibc)
-    assert asked == [(-4, 0), (-1, 2**31 - 1), (-8, 1)]
-    assert not cpu_devices.keep_memory(types.SimpleNamespace())
-    assert not cpu_devices.keep_memory(None)
