@@ -49,20 +49,22 @@ def run(device: str = "cpu", runs: int = RUNS) -> list[dict]:
     return rows
 
 
+FOLDERS = ("peft", "weights2weights")
 _ALL = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 def _rows(name: str, spec: LoraSpec, loras: Params, folder: Path, runs: int) -> list[dict]:
     rows = []
     for format in FORMATS:
-        paths = [folder / f"{format}{i}" for i in range(COUNT[name])]
+        suffix = "" if format in FOLDERS else ".safetensors"
+        paths = [folder / f"{format}{i}{suffix}" for i in range(COUNT[name])]
         rates = []
         for _ in range(runs):
             start = time.perf_counter()
             save_loras(paths, loras, spec, format)
             rates.append(len(paths) / (time.perf_counter() - start))
         rows.append(_row(f"write {name} {format}", rates, None))
-        files = [path if format in ("peft", "weights2weights") else _file(path) for path in paths]
+        files = [path if format in FOLDERS else _file(path) for path in paths]
         for what, peer in (_peers(spec, paths) if format == "peft" else {"": None}).items():
             pairs = [(_rate(load_lora, files), peer and peer()) for _ in range(runs)]
             ours, theirs = zip(*pairs, strict=True)
