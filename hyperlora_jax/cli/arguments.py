@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from hyperlora_jax import storage
 from hyperlora_jax.cli import buckets, config, help_texts, single_files
 from hyperlora_jax.errors import UserError
-from hyperlora_jax.shipped import HYPERNETWORK, shipped_path
+from hyperlora_jax.shipped import HYPERNETWORK, checkpoint_path
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -116,7 +116,7 @@ def _named(value: Any) -> Any:
     """The shipped checkpoint's folder for its name, the workdir inside of one of `hyperlora demo`;
     other values as they are."""
     if value == HYPERNETWORK:
-        return str(shipped_path(HYPERNETWORK))
+        return str(checkpoint_path(value))
     if isinstance(value, str) and value and Path(value, "run", "hypernetwork").is_dir():
         return str(Path(value, "run"))
     return value
