@@ -205,7 +205,8 @@ def save_lora(
     if format == "kohya":
         scales = [spec.max_rank / site.rank for site in spec.sites]
     elif format == "weights2weights":
-        lora, spec = gauge.pad_rank(lora, spec.max_rank), spec.with_rank(spec.max_rank)
+        if spec != (whole := spec.with_rank(spec.max_rank)):
+            lora, spec = gauge.pad_rank(lora, spec.max_rank), whole
         scales = [float(W2W_SCALE)] * len(spec)
     # A weights2weights vector comes back bit for bit: nothing is balanced there.
     sites = normal_form(lora, spec, dtype, balance=format != "weights2weights", scales=scales)
