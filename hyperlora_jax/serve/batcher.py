@@ -1,7 +1,8 @@
 """Questions that arrive together are answered together, in one thread.
 
 While a batch runs, new questions wait and become the next one. Who asks alone never waits for
-company; after a batch of several askers the next one waits up to `wait_s` for them to come back. An
+company; after a batch of several askers the next one waits for as many questions as that had, for
+at most `wait_s` or `PATIENCE` of the time that it took: half a batch costs nearly a whole one. An
 error is that of the one question that raises it alone, not of its companions.
 """
 
@@ -13,6 +14,8 @@ from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 from hyperlora_jax.errors import UserError
+
+PATIENCE = 0.25  # of the last batch's seconds
 
 
 class Busy(UserError):
@@ -31,7 +34,7 @@ class Batcher:
     Args:
         answer: answers of several questions, in order; called in this object's thread only.
         portion: of so many that wait, how many to answer at once.
-        wait_s: seconds that are waited for the askers of the last batch.
+        wait_s: seconds that are waited for the askers of the last batch at least.
         most_waiting: questions above which new ones are refused.
         remembered: answers that are kept by their keys, those last asked for.
     """
@@ -49,7 +52,8 @@ class Batcher:
         self._most_waiting, self._remembered = most_waiting, remembered
         self._waiting: collections.deque[_Asked] = collections.deque()
         self._kept: collections.OrderedDict[Hashable, Future[Any]] = collections.OrderedDict()
-        self._changed, self._closed, self._company = threading.Condition(), False, False
+        self._changed, self._closed = threading.Condition(), False
+        self._expected, self._took_s = 0, 0.0  # questions that may come back, and after how long
         self._thread = threading.Thread(target=self._work, daemon=True, name="batches")
         self._thread.start()
 
@@ -106,21 +110,24 @@ class Batcher:
     def _work(self) -> None:
         while batch := self._next():
             self.sizes[len(batch)] += 1
+            start = time.monotonic()
             self._settle(batch)
+            self._took_s = time.monotonic() - start
 
     def _next(self) -> list[_Asked]:
         """The next batch; [] at the end."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._closed)
-            end = time.monotonic() + self._wait_s
-            while self._company and not self._closed and (left := end - time.monotonic()) > 0:
-                if len(self._waiting) >= self._portion(self._most_waiting):
-                    break
-                self._changed.wait(left)
+            enough = min(self._expected, self._portion(self._most_waiting))
+            self._changed.wait_for(
+                lambda: len(self._waiting) >= enough or self._closed,
+                max(self._wait_s, PATIENCE * self._took_s),
+            )
             if not self._waiting:
                 return []
             batch = [self._waiting.popleft() for _ in range(self._portion(len(self._waiting)))]
-            self._company = len({asked.asker for asked in batch}) > 1
+            alone = len({asked.asker for asked in batch}) == 1
+            self._expected = 0 if alone else len(batch)
             return batch
 
     def _settle(self, batch: Sequence[_Asked]) -> None:
