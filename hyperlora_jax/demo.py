@@ -27,7 +27,7 @@ from hyperlora_jax.demo_screen import Stage
 from hyperlora_jax.distill.distillation import distill
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.evaluate.evaluation import Evaluation
-from hyperlora_jax.evaluate.methods import TITLES
+from hyperlora_jax.evaluate.methods import title
 from hyperlora_jax.generate import generate_one
 from hyperlora_jax.lora_files import load_lora
 from hyperlora_jax.lora_files.verify import load_modules, verify
@@ -297,7 +297,7 @@ def summary_table(metrics: Json) -> Table:
             f"{cell['mean']:.{d}f} ± {cell['stderr']:.{d}f}"
             for cell, d in zip(cells, digits, strict=True)
         ]
-        table.add_row(TITLES.get(name, name), *text, f"{metrics['strength'][name]['best']:g}")
+        table.add_row(title(name), *text, f"{metrics['strength'][name]['best']:g}")
     return table
 
 

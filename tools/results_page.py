@@ -23,6 +23,7 @@ import pods_page
 from etils import epath
 
 from hyperlora_jax.errors import UserError
+from hyperlora_jax.evaluate.methods import title
 from hyperlora_jax.evaluate.report import verdicts, wording
 
 KEYS = ("name", "title", "command", "machine", "picture", "metrics")
@@ -141,7 +142,7 @@ def readme_block(record: Mapping[str, Any]) -> str:
     metrics = record["metrics"]
     shown = [name for name in README_METHODS if name in metrics["identity_top1"]]
     scores = wording.score_table(metrics)
-    rows = [row for row in _rows(scores) if row[0] in {wording.title(name) for name in shown}]
+    rows = [row for row in _rows(scores) if row[0] in {title(name) for name in shown}]
     paragraph = " ".join(_sentences(metrics))
     return "\n\n".join(
         [

@@ -105,6 +105,7 @@ class Evaluation:
             [name for name, path in config.evaluate.others.items() if path],
             self.training,
             self.test.num_identities,
+            max(map(len, self.test.views)),
             given=given,
         )
         wanted, line = config.evaluate.steps_to_quality, ""
@@ -207,10 +208,12 @@ class Evaluation:
         self.seconds["generate_one_lora"] = self.seconds_per_lora(self.hyper)
         self.seconds["fit_one_lora"] = seconds_per_fit(self.sd, self.spec, recipe, self.test)
 
-    def seconds_per_lora(self, hyper: Hypernetwork) -> float:
-        """Of a generator in one pass, amortised over a batch."""
-        repeats = -(-SPEED_BATCH // self.test.num_identities)
-        references = np.tile(self.test.conditions, (repeats, 1, 1, 1))[:SPEED_BATCH]
+    def seconds_per_lora(self, hyper: Hypernetwork, num_views: int = 1) -> float:
+        """Of a generator in one pass from so many pictures, amortised over a batch."""
+        shown = self.test.first_views(num_views)
+        of_each = max(map(len, shown))  # who shows fewer shows the last one again
+        filled = [own[np.minimum(np.arange(of_each), len(own) - 1)] for own in shown]
+        references = np.stack([filled[n % len(filled)] for n in range(SPEED_BATCH)])
         took = []
         for _ in range(6):
             start = time.perf_counter()

@@ -358,10 +358,10 @@ def _with_prompt(subject: Subject, prompt: str) -> Subject:
 
 
 def _seen(listed: Sequence[Concept], condition: ImageEncoder) -> Seen:
-    """What the condition encoder is shown of a subject: its first reference at the encoder's size,
-    as training and `hyperlora generate` read it."""
+    """What the condition encoder is shown of a subject: its first references at the encoder's
+    size, as training and `hyperlora generate` read them."""
     by_id = {concept.id: concept for concept in listed}
-    return lambda name: np.asarray(by_id[name].references_at(condition.image_size)[0])
+    return lambda name, count: np.stack([*by_id[name].references_at(condition.image_size)[:count]])
 
 
 def _avatar_exam(

@@ -4,12 +4,13 @@ base                no LoRA (a LoRA of zeros: the same compiled program as all o
 mean_lora, nearest, knn, ridge, pca_gaussian
                     closed forms, fitted on the LoRA-target dataset (`hypernet/baselines.py`)
 noisy_copy          the nearest training LoRA, and noise of half the median leave-one-out distance
-generated           the hypernetwork
+generated           the hypernetwork, given the reference
+generated_N         the same, given the identity's first N views
 shuffled            the hypernetwork, given another identity's reference
 refined_N           the generated LoRA after N steps on the identity's views (`refine.py`)
 linear_combination  coefficients of training LoRAs, fitted by gradient to the reference (2412.02352)
 conventional        a LoRA fitted to all views of the identity
-conventional_1      a LoRA fitted to the reference alone
+conventional_N      a LoRA fitted to the first N views; conventional_1 to the reference alone
 
 Other trained generators join by `evaluate.others.NAME = WORKDIR`.
 
@@ -27,7 +28,7 @@ import numpy as np
 from hyperlora_jax.array_types import Float, Json, Params
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.evaluate.fitted_sets import FittedSets
-from hyperlora_jax.evaluate.methods import LorasOf
+from hyperlora_jax.evaluate.methods import NUMBERED, LorasOf, number_of
 from hyperlora_jax.evaluate.protocol import Questions
 from hyperlora_jax.evaluate.training_loras import TrainingLoras
 from hyperlora_jax.hypernet.baselines import make_baseline
@@ -59,7 +60,7 @@ class Source:
         steps: optimiser steps per new identity.
         tuned: whether strength is chosen.
         guided: whether guidance is chosen.
-        hyper: the generator behind it, where one pass makes the LoRA.
+        hyper: the generator behind it, where one pass makes the LoRA of so many views.
     """
 
     loras_of: LorasOf
@@ -68,6 +69,7 @@ class Source:
     tuned: bool = True
     guided: bool = False
     hyper: Hypernetwork | None = None
+    num_views: int = 1
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -102,13 +104,14 @@ def make_source(name: str, context: Context) -> Source:
         ValueError: an unknown name.
     """
     check_name(name, context.others)
-    if name in MAKERS:
-        return MAKERS[name](context)
-    if name in BASELINE_NAMES:
-        return _baseline(name, context)
     if name in context.others:
         return _hypernetwork(context.others[name])
-    return _refined(int(name.removeprefix("refined_")), context)
+    if name in BASELINE_NAMES:
+        return _baseline(name, context)
+    if name in MAKERS:
+        return MAKERS[name](context)
+    kind, _, number = name.rpartition("_")
+    return NUMBERED_MAKERS[kind](context, int(number))
 
 
 def check_name(name: str, others: Collection[str] = ()) -> None:
@@ -118,25 +121,34 @@ def check_name(name: str, others: Collection[str] = ()) -> None:
         others: names of more generators.
     """
     names = [*MAKERS, *BASELINE_NAMES, *others]
-    refined = name.startswith("refined_") and name.removeprefix("refined_").isdigit()
-    if name not in names and not refined:
-        expected = ", ".join([*names, "refined_N"])
+    if name not in names and number_of(name) is None:
+        expected = ", ".join([*names, *(f"{kind}_N" for kind in NUMBERED)])
         raise ValueError(f"method {name!r} is unknown, expected one of {expected}")
 
 
-def one_per_identity(hyper: Hypernetwork, references: np.ndarray, guidance: float) -> Params:
-    """A generator's LoRAs of some references; guidance multiplies its own default's distance
-    from plain only where it is given."""
+def one_per_identity(
+    hyper: Hypernetwork, references: np.ndarray | Sequence[Sequence[np.ndarray]], guidance: float
+) -> Params:
+    """A generator's LoRAs of some references, one or several each; guidance multiplies
+    its own default's distance from plain only where it is given."""
     given = {} if guidance == 1.0 else {"guidance": guidance}
     return jax.device_get(hyper.generate(jax.random.key(0), references, strength=1.0, **given))
 
 
-def _hypernetwork(hyper: Hypernetwork) -> Source:
+def _hypernetwork(hyper: Hypernetwork, num_views: int = 1) -> Source:
+    def loras_of(questions: Questions, guidance: float) -> Params:
+        shown: np.ndarray | list[list[np.ndarray]] = questions.conditions
+        if num_views > 1:
+            shown = [[*own] for own in questions.first_views(num_views)]
+        return one_per_identity(hyper, shown, guidance)
+
+    several = [num_views] if num_views > 1 else []
     return Source(
-        lambda q, guidance: one_per_identity(hyper, q.conditions, guidance),
-        [hyper.params, hyper.constants, hyper.model, hyper.facts.get("generate")],
+        loras_of,
+        [hyper.params, hyper.constants, hyper.model, hyper.facts.get("generate"), *several],
         guided=bool(hyper.model.get("condition_dropout")),
         hyper=hyper,
+        num_views=num_views,
     )
 
 
@@ -233,7 +245,7 @@ def _linear_combination(context: Context) -> Source:
     return Source(lambda q, _: loras[q.split], ["linear_combination", loras], steps=steps)
 
 
-def _refined(num_steps: int, context: Context) -> Source:
+def _refined(context: Context, num_steps: int) -> Source:
     def start(questions: Questions) -> Params:
         plain = one_per_identity(context.hyper, questions.conditions, 1.0)
         return jax.device_get(factors.scale(plain, context.hyper.default_strength))
@@ -254,7 +266,11 @@ MAKERS: dict[str, Callable[[Context], Source]] = {
     "noisy_copy": _noisy_copy,
     "linear_combination": _linear_combination,
     "conventional": _conventional,
-    "conventional_1": functools.partial(_conventional, num_views=1),
+}
+NUMBERED_MAKERS: dict[str, Callable[[Context, int], Source]] = {
+    "generated": lambda context, num_views: _hypernetwork(context.hyper, num_views),
+    "refined": _refined,
+    "conventional": _conventional,
 }
 
 
@@ -267,6 +283,7 @@ def runnable_methods(
     others: Collection[str],
     loras: TrainingLoras,
     num_identities: int,
+    num_views: int,
     *,
     given: bool,
 ) -> tuple[list[str], list[str]]:
@@ -276,7 +293,7 @@ def runnable_methods(
         asked: names, of a config; those of `WITHOUT_MODEL` are passed over.
         others: more generators by name.
         loras: the LoRAs that some methods need.
-        num_identities: of the test set.
+        num_identities: of the test set; num_views: that the one with the most shows.
         given: whether somebody asked for these very methods; what cannot run then is an error.
 
     Raises:
@@ -289,7 +306,7 @@ def runnable_methods(
             check_name(name, others)
         except ValueError as error:
             raise UserError(f"--config.{KEY}: {error}") from error
-        why = _why_not(name, loras, num_identities)
+        why = _why_not(name, loras, num_identities, num_views)
         if why and given:
             raise UserError(f"--config.{KEY}: {name} cannot run ({why})")
         if why:
@@ -299,7 +316,10 @@ def runnable_methods(
     return [name for name in names if name not in without], lines
 
 
-def _why_not(name: str, loras: TrainingLoras, num_identities: int) -> str:
+def _why_not(name: str, loras: TrainingLoras, num_identities: int, num_views: int) -> str:
+    number = number_of(name) or 0
+    if number > num_views and not name.startswith("refined"):
+        return f"at most {num_views} of a subject's pictures are shown, evaluate.num_views"
     if name in NEED_LORAS and loras.no_loras:
         return loras.no_loras
     if name in NEED_PICTURES and loras.no_pictures:

@@ -5,7 +5,7 @@ Also how readers see all methods: titles, order in tables, which are controls.
 
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -29,14 +29,21 @@ TITLES = {
     "nearest": "nearest LoRA",
     "copy_reference": "copied reference",
     "refined": "refined LoRA",
-    "refined_25": "refined, 25 steps",
     "paper": "paper’s recipe",
-    "conventional_1": "conventional, 1 picture",
     "linear_combination": "mixed training LoRAs",
     "ridge": "ridge regression",
     "knn": "nearest 20 LoRAs",
     "noisy_copy": "noisy copy of the nearest",
     "pca_gaussian": "random sample (PCA)",
+}
+# KIND_N: of the identity's first N views, or after N steps.
+NUMBERED = {
+    "generated": ("generated, {} picture{}", "in one pass, from as many of the pictures"),
+    "conventional": ("conventional, {} picture{}", "fitted in the same way to as many pictures"),
+    "refined": (
+        "refined, {} step{}",
+        "the generated LoRA after a few steps on the pictures that were shown of the subject",
+    ),
 }
 
 ORDER = (
@@ -77,10 +84,37 @@ MEANINGS = {
 }
 
 
+def number_of(name: str) -> int | None:
+    """N of a method's name KIND_N, at least 1; None for any other name."""
+    kind, _, number = name.rpartition("_")
+    counts = kind in NUMBERED and number.isascii() and number.isdigit() and number[0] != "0"
+    return int(number) if counts else None
+
+
+def title(name: str) -> str:
+    """What a method is called in words."""
+    if (number := number_of(name)) is not None:
+        return NUMBERED[name.rpartition("_")[0]][0].format(number, "s" * (number > 1))
+    return TITLES.get(name, name.replace("_", " "))
+
+
+def method_order(names: Iterable[str]) -> list[str]:
+    """Known methods in the order of tables, more pictures or steps first, then all others."""
+    known = [name for name in names if name in ORDER]
+    known += [name for name in names if number_of(name) is not None and name not in ORDER]
+
+    def place(name: str) -> tuple[int, int]:
+        number = number_of(name) or 0
+        return ORDER.index(name if name in ORDER else name.rpartition("_")[0]), -number
+
+    ordered = sorted(dict.fromkeys(known), key=place)
+    return ordered + [name for name in names if name not in ordered]
+
+
 def meaning(name: str) -> str:
-    """MEANINGS, of refined LoRAs too; "" where there is nothing to say."""
-    if name.startswith("refined"):
-        return "the generated LoRA after a few steps on the pictures that were shown of the subject"
+    """MEANINGS, of KIND_N too; "" where there is nothing to say."""
+    if name not in MEANINGS and number_of(name) is not None:
+        return NUMBERED[name.rpartition("_")[0]][1]
     return MEANINGS.get(name, "")
 
 

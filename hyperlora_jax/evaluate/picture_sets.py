@@ -1,10 +1,10 @@
 """Questions about real pictures, where no exact answer exists: other pictures of the same subject.
 
 A subject's pictures are parted in two. The first `num_views` of its references are shown to the
-methods: the first one is what the hypernetwork is given, all of them are what a conventional LoRA
-is fitted to. Its other targets, the *gallery*, are never shown to any method; judges compare
-generated pictures with them (`picture_scores.py`). Every subject keeps its own number of both: one
-with fewer pictures shows fewer, so that at least one is left to judge by.
+methods: the first one is what the hypernetwork is given (the first k: `generated_k`), all of them
+are what a conventional LoRA is fitted to. Its other targets, the *gallery*, are never shown to any
+method; judges compare generated pictures with them (`picture_scores.py`). Every subject keeps its
+own number of both: one with fewer pictures shows fewer, so that at least one is left to judge by.
 """
 
 import dataclasses
@@ -22,7 +22,8 @@ from hyperlora_jax.pictures.subjects import Subject
 
 MOST_JUDGED_BY = 64  # gallery pictures of a subject; more tell a judge nothing new
 
-Seen = Callable[[str], UInt8[np.ndarray, "s s 3"]]  # subject's id -> what the encoder is shown
+# (subject's id, number of views) -> the first views as the encoder is shown them
+Seen = Callable[[str, int], UInt8[np.ndarray, "v s s 3"]]
 
 
 AnyNamed = TypeVar("AnyNamed", Subject, Concept)
@@ -124,7 +125,7 @@ def make_picture_sets(
       split_seed: that `people` were put in order by; identity_seed: draws noise and candidates.
       training_ids: who was trained on.
       strangers: more subjects to tell a true one apart from, where `people` are too few.
-      seen: what the condition encoder is shown of a subject; None: its first view.
+      seen: what the condition encoder is shown of a subject; None: its views.
 
     Raises:
       UserError: somebody was trained on.
@@ -186,7 +187,8 @@ def _make(
             "pictures_shown": [len(own) for own in shown],
             "pictures_judged_by": [len(own) for own in gallery[: len(people)]],
         },
-        seen=None if seen is None else np.stack([seen(person.id) for person in people]),
+        seen=seen
+        and tuple(seen(person.id, len(own)) for person, own in zip(people, shown, strict=True)),
         gallery=tuple(gallery),
         candidates=np.array(
             [[i, *row[: sizes.num_candidates - 1]] for i, row in enumerate(strangers)]

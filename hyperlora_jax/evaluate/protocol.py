@@ -30,12 +30,12 @@ class Questions:
       split: "validation" or "test".
       identities: the held-out identities.
       captions: c captions per identity.
-      views: pictures of every identity, of each its own number; the first is the reference, all of
-        them together are what a conventional LoRA is trained on.
+      views: pictures of every identity, of each its own number; the first is the reference, the
+        first k are what `generated_k` is given, all of them what a conventional LoRA is trained on.
       view_captions: their captions.
       noise_seeds: one per picture, see `noise`.
       facts: what it was made from, JSON-able.
-      seen: the references as the condition encoder is shown them, where its size is another.
+      seen: the views as the condition encoder is shown them, where its size is another.
     """
 
     PER_IDENTITY: ClassVar[tuple[str, ...]] = (
@@ -51,7 +51,9 @@ class Questions:
     view_captions: tuple[tuple[str, ...], ...]
     noise_seeds: Int[np.ndarray, "i c"]
     facts: Json
-    seen: UInt8[np.ndarray, "i s s 3"] | None = dataclasses.field(default=None, kw_only=True)
+    seen: tuple[UInt8[np.ndarray, "_ s s 3"], ...] | None = dataclasses.field(
+        default=None, kw_only=True
+    )
 
     @property
     def num_identities(self) -> int:
@@ -71,7 +73,13 @@ class Questions:
     @property
     def conditions(self) -> Float[np.ndarray, "i s s2 3"]:
         """The reference pictures as the condition encoder is shown them, in [0, 1]."""
-        return self.references if self.seen is None else unit_pixels(self.seen)
+        return np.stack([own[0] for own in self.first_views(1)])
+
+    def first_views(self, count: int) -> list[Float[np.ndarray, "_ s s2 3"]]:
+        """The first `count` views of every identity, or all where there are fewer, as the
+        condition encoder is shown them, in [0, 1]."""
+        shown = self.views if self.seen is None else self.seen
+        return [unit_pixels(own[:count]) for own in shown]
 
     def noise(self, shape: Sequence[int]) -> Float[np.ndarray, "i c *shape"]:
         """Standard normal start noise, the same on every machine and for every method."""

@@ -76,8 +76,7 @@ def cache_key(fingerprint: str, evaluation: Questions, strength: float) -> str:
         "identities": [person.id for person in evaluation.identities],
     }
     digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode())
-    seen = () if evaluation.seen is None else (evaluation.seen,)
-    for array in (*evaluation.views, evaluation.noise_seeds, *seen):
+    for array in (*evaluation.views, evaluation.noise_seeds, *(evaluation.seen or ())):
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
 

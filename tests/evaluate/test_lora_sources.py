@@ -58,6 +58,17 @@ def test_one_lora_per_identity(name, context, test_set):
     assert source.guided == (name in ("knn", "ridge"))
 
 
+def test_the_first_views_tell_a_subject(context, test_set):
+    alone = vectors_of(make_source("generated", context), test_set)
+    source = make_source("generated_2", context)
+    both = vectors_of(source, test_set)
+    pairs = [[*own[:2]] for own in test_set.views]
+    expected = context.hyper.generate(0, pairs, strength=1.0)
+    expected = np.asarray(vectorize.flatten(expected, SPEC))
+    np.testing.assert_allclose(both, expected, rtol=1e-5, atol=1e-6)
+    assert np.abs(both - alone).max() > 1e-4 and source.num_views == 2
+
+
 def test_controls_are_what_they_say(context, test_set):
     nearest = vectors_of(make_source("nearest", context), test_set)
     np.testing.assert_allclose(nearest, context.vectors[:6], rtol=1e-5)

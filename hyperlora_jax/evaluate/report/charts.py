@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from hyperlora_jax.evaluate.compare import MethodResult
-from hyperlora_jax.evaluate.methods import TITLES
+from hyperlora_jax.evaluate.methods import title
 
 
 def strength_chart(results: Mapping[str, MethodResult]) -> bytes | None:
@@ -26,7 +26,7 @@ def strength_chart(results: Mapping[str, MethodResult]) -> bytes | None:
             axes, (_means(result, "top1"), _means(result, "loss")), strict=True
         ):
             y = [values[s] for s in strengths]
-            (line,) = axis.plot(strengths, y, marker=".", label=TITLES.get(name, name))
+            (line,) = axis.plot(strengths, y, marker=".", label=title(name))
             axis.plot([result.strength], [values[result.strength]], "o", color=line.get_color())
     axes[0].set_ylabel("identity top-1")
     axes[0].set_ylim(bottom=0)
@@ -45,7 +45,7 @@ def line_chart(
     """PNG of lines {name: (x, y)} with a legend."""
     figure, (axis,) = _new_figure(rows=1)
     for name, (x, y) in series.items():
-        axis.plot(x, y, marker=".", label=TITLES.get(name, name))
+        axis.plot(x, y, marker=".", label=title(name))
     if log_x:
         axis.set_xscale("symlog", linthresh=10.0)
         ticks = sorted({value for x, _ in series.values() for value in x})

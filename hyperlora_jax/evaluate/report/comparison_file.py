@@ -77,7 +77,7 @@ def measured(evaluation: Any, summary: Json, command: str) -> Json:
     seconds: dict[str, float | None] = {}
     for name, source in sources.items():
         if source.hyper is not None:
-            seconds[name] = evaluation.seconds_per_lora(source.hyper)
+            seconds[name] = evaluation.seconds_per_lora(source.hyper, source.num_views)
         elif name.startswith("conventional"):
             seconds[name] = evaluation.seconds["fit_one_lora"]
         elif name.startswith("refined"):

@@ -13,7 +13,7 @@ import numpy as np
 
 from hyperlora_jax.array_types import AnyArray, Float
 from hyperlora_jax.evaluate.compare import MethodResult
-from hyperlora_jax.evaluate.methods import TITLES
+from hyperlora_jax.evaluate.methods import title
 from hyperlora_jax.evaluate.picture_sets import AnySet
 from hyperlora_jax.evaluate.protocol import EvaluationSet, unit_pixels
 
@@ -65,12 +65,12 @@ def draw_grid(
     height = TITLE + rows * (cell + below + GAP)
     page = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(page)
-    titles = [title.replace(" ", "\n", 1) for title in columns]
-    font = _fitting_font(draw, [line for title in titles for line in title.split("\n")], cell)
-    for k, (title, pictures) in enumerate(zip(titles, columns.values(), strict=True)):
+    titles = [name.replace(" ", "\n", 1) for name in columns]
+    font = _fitting_font(draw, [line for name in titles for line in name.split("\n")], cell)
+    for k, (name, pictures) in enumerate(zip(titles, columns.values(), strict=True)):
         left = GAP + k * (cell + GAP)
         place = (left + cell / 2, TITLE / 2)
-        draw.multiline_text(place, title, INK, font, anchor="mm", align="center", spacing=2)
+        draw.multiline_text(place, name, INK, font, anchor="mm", align="center", spacing=2)
         for row, picture in enumerate(pictures):
             top = TITLE + row * (cell + below + GAP)
             page.paste(_enlarged(picture, cell), (left, top))
@@ -96,13 +96,13 @@ def main_grid(
     shown = [name for name in methods if name in results]
     rows = min(num_rows, test.num_identities, *(len(results[name].images) for name in shown))
     where = [(k, k % test.num_captions) for k in range(rows)]
-    title, answers = _answers(test)
+    right, answers = _answers(test)
     columns = {
-        TITLES["reference"]: [test.references[i] for i, _ in where],
-        title: [answers[i, c] for i, c in where],
+        title("reference"): [test.references[i] for i, _ in where],
+        right: [answers[i, c] for i, c in where],
     }
     for name in shown:
-        columns[TITLES.get(name, name)] = [results[name].images[i, c] for i, c in where]
+        columns[title(name)] = [results[name].images[i, c] for i, c in where]
     return draw_grid(columns, [test.captions[i][c] for i, c in where])
 
 
@@ -120,10 +120,10 @@ def worst_cases(test: AnySet, result: MethodResult, count: int = 10) -> list[Wor
 
 def worst_grid(test: AnySet, result: MethodResult, cases: Sequence[WorstCase]) -> "Image.Image":
     """reference | exact | generated | who the judge took it for, one row per case."""
-    references, (title, answers) = test.references, _answers(test)
+    references, (right, answers) = test.references, _answers(test)
     columns = {
-        TITLES["reference"]: [references[w.identity] for w in cases],
-        title: [answers[w.identity, w.caption] for w in cases],
+        title("reference"): [references[w.identity] for w in cases],
+        right: [answers[w.identity, w.caption] for w in cases],
         "generated": [result.images[w.identity, w.caption] for w in cases],
         "taken for": [_candidate(test, w) for w in cases],
     }
@@ -136,7 +136,7 @@ def worst_grid(test: AnySet, result: MethodResult, cases: Sequence[WorstCase]) -
 
 def _answers(test: AnySet) -> tuple[str, Float[np.ndarray, "i c h w 3"]]:
     if isinstance(test, EvaluationSet):
-        return TITLES["exact"], test.exact
+        return title("exact"), test.exact
     return "another picture", test.others
 
 

@@ -4,10 +4,11 @@ from the config at hand, which may be another run's."""
 from collections.abc import Sequence
 
 from hyperlora_jax.array_types import Json
+from hyperlora_jax.evaluate.methods import title
 from hyperlora_jax.evaluate.own_source import source_name
 from hyperlora_jax.evaluate.picture_sets import AnySet
 from hyperlora_jax.evaluate.protocol import EvaluationSet
-from hyperlora_jax.evaluate.report.wording import counted, duration, joined, span, title
+from hyperlora_jax.evaluate.report.wording import counted, duration, joined, span
 
 CLOSED_FORMS = ("mean", "nearest", "knn", "ridge", "pca_gaussian")
 

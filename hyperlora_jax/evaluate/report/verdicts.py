@@ -1,7 +1,7 @@
 """What the numbers of metrics.json say, good and bad, one sentence each."""
 
 from hyperlora_jax.array_types import Json
-from hyperlora_jax.evaluate.methods import CONTROLS
+from hyperlora_jax.evaluate.methods import CONTROLS, title
 from hyperlora_jax.evaluate.report.wording import (
     COLUMNS,
     STANDARD_ERRORS,
@@ -9,7 +9,6 @@ from hyperlora_jax.evaluate.report.wording import (
     beats,
     counted,
     duration,
-    title,
 )
 
 LOSSES = ("image_error", "similarity")  # what tells beside identity how good a picture is

@@ -1,9 +1,9 @@
 """Turns the numbers of metrics.json into tables and sentences. Pure functions of the summary."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from hyperlora_jax.array_types import Json
-from hyperlora_jax.evaluate.methods import ORDER, TITLES, meaning
+from hyperlora_jax.evaluate.methods import meaning, method_order, title
 
 Summary = Json
 
@@ -28,12 +28,6 @@ TIMING_NAMES = {  # in the order of the page
     "generate_one_lora": "one generated LoRA (amortised, without compilation)",
     "fit_one_lora": "one conventional LoRA, fitted alone (without compilation)",
 }
-
-
-def method_order(names: Iterable[str]) -> list[str]:
-    """Known methods in the order of tables, then all others."""
-    ordered = [name for name in ORDER if name in names]
-    return ordered + [name for name in names if name not in ordered]
 
 
 def tiles(summary: Summary) -> list[dict[str, str]]:
@@ -219,11 +213,6 @@ def speed_up(summary: Summary) -> float | None:
     if not seconds.get("generate_one_lora") or not seconds.get("fit_one_lora"):
         return None
     return seconds["fit_one_lora"] / seconds["generate_one_lora"]
-
-
-def title(name: str) -> str:
-    """What a method is called in words."""
-    return TITLES.get(name, name.replace("_", " "))
 
 
 def percent(value: float) -> str:
