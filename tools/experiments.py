@@ -32,10 +32,12 @@ AVATARS = "configs/avatars.py"
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One row of an experiment: a config file and what is changed in it."""
+    """One row of an experiment: a config file, what is changed in it, and the method (of
+    `evaluate/method_loras.py`) whose LoRAs are scored. Rows of one training are its methods."""
 
     config: str = AVATARS
     changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    method: str = "generated"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,21 +152,55 @@ def _compute() -> dict[str, Run]:
     }
 
 
+def _references() -> dict[str, Run]:
+    steps = {"train.num_steps": 3000}
+    several = {**steps, "train.num_references": (1, 8)}
+    runs = {"trained with 1, told by 1": Run(changes=steps)}
+    for count in (1, 2, 4, 8):
+        method = f"generated_{count}" if count > 1 else "generated"
+        runs[f"trained with 1 to 8, told by {count}"] = Run(changes=several, method=method)
+    return runs
+
+
+def _conventional() -> dict[str, Run]:
+    """What the yardstick's recipe is chosen by: its own scores on validation identities. The few
+    test identities only fill the table's columns."""
+    asked = {
+        "train.num_steps": 1,  # an evaluation belongs to a checkpoint, whatever it is like
+        "evaluate.conventional.num_validation": 32,
+        "evaluate.num_validation": 32,
+        "evaluate.conventional.num_identities": 8,
+    }
+    recipe = "evaluate.conventional.recipe"
+    return {
+        f"{steps} steps, learning rate {rate:g}": Run(
+            changes={**asked, f"{recipe}.num_steps": steps, f"{recipe}.learning_rate": rate},
+            method="conventional",
+        )
+        for steps in (150, 300, 600)
+        for rate in (0.003, 0.01, 0.02)
+    }
+
+
 EXPERIMENTS = {
+    "conventional": Experiment("The best conventional recipe", _conventional()),
     "gauges": Experiment("Which form of a LoRA is learned best?", _gauges()),
     "num_targets": Experiment("How many LoRA targets are enough?", _num_targets()),
     "num_subjects": Experiment("How many subjects are enough?", _num_subjects()),
     "compute": Experiment("How long should a hypernetwork train on pictures?", _compute()),
+    "references": Experiment("What do more pictures of a subject tell?", _references()),
     "objectives": Experiment("Objective and generator", _objectives()),
     "paper": Experiment("The paper's grid (arXiv 2412.02352)", _paper_grid()),
 }
+
+WITHOUT_TARGETS = ("conventional", "references", "compute")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Parses, runs what is missing, writes the JSON after every run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", choices=sorted(EXPERIMENTS))
-    parser.add_argument("--targets", required=True, help="LoRA-target dataset")
+    parser.add_argument("--targets", help="LoRA-target dataset, of experiments that learn from one")
     parser.add_argument("--workdir", required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="training seeds")
     parser.add_argument("--only", help="runs whose name contains this")
@@ -178,12 +214,15 @@ def main(arguments: list[str] | None = None) -> int:
     experiment = EXPERIMENTS[given.name]
     file = pathlib.Path(given.json or ROOT / f"docs/measurements/experiment_{given.name}.json")
     workdir = pathlib.Path(given.workdir)
+    targets = given.targets and pathlib.Path(given.targets).resolve()
+    if not targets and given.name not in WITHOUT_TARGETS:
+        parser.error(f"--targets: {given.name} learns from a LoRA-target dataset")
     try:
         for seed in given.seeds:
             for name, run in experiment.runs.items():
                 if given.only and given.only not in name:
                     continue
-                row = kept_row(name, run, seed, pathlib.Path(given.targets).resolve(), workdir)
+                row = kept_row(name, run, seed, targets, workdir)
                 print(f"{name}, seed {seed}: {_brief(row)}", flush=True)
                 write(file, given.name, experiment, workdir)
     except UserError as error:
@@ -194,24 +233,24 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def kept_row(
-    name: str, run: Run, seed: int, targets: pathlib.Path, workdir: pathlib.Path
+    name: str, run: Run, seed: int, targets: pathlib.Path | None, workdir: pathlib.Path
 ) -> dict[str, Any]:
     """The scores of one run, from its folder if the same run was finished before."""
     from hyperlora_jax.cli.config import load_config
 
-    changes = {**run.changes, "data.targets": str(targets), "train.seed": seed}
+    changes = {**run.changes, "data.targets": str(targets or ""), "train.seed": seed}
     if run.config == PAPER:  # runs of the grid share the VAE
         changes["train.vae.workdir"] = str(workdir / f"vae-{seed}")
     overrides = [f"--config.{key}={value}" for key, value in changes.items()]
     folder = run_folder(workdir, run, seed)
-    kept = folder / "row.json"
+    kept = folder / _row_file(run)
     if kept.exists():
         return {**json.loads(kept.read_text()), "run": name}
     folder.mkdir(parents=True, exist_ok=True)
     _share(folder, workdir / "shared")
     config = load_config(ROOT / run.config, overrides)
-    asked = {"config": run.config, "changes": dict(run.changes), "seed": seed}
-    row = {"run": name, **asked, **measure(config, folder)}
+    asked = {"config": run.config, "changes": dict(run.changes), "method": run.method, "seed": seed}
+    row = {"run": name, **asked, **measure(config, folder, run.method)}
     temporary = kept.with_suffix(".tmp")
     temporary.write_text(json.dumps(row, indent=1))
     temporary.replace(kept)
@@ -224,12 +263,16 @@ def run_folder(workdir: pathlib.Path, run: Run, seed: int | str) -> pathlib.Path
     return workdir / f"{hashlib.sha256(asked.encode()).hexdigest()[:16]}-{seed}"
 
 
-def measure(config: Any, folder: pathlib.Path) -> dict[str, Any]:
-    """Trains one config and scores it on the held-out identities."""
+def _row_file(run: Run) -> str:
+    return "row.json" if run.method == "generated" else f"row-{run.method}.json"
+
+
+def measure(config: Any, folder: pathlib.Path, method: str = "generated") -> dict[str, Any]:
+    """Trains one config, if that is not done yet, and scores it on the held-out identities."""
     from hyperlora_jax.evaluate.evaluation import Evaluation
     from hyperlora_jax.train.hypernetwork.hypernet_training import train_hypernetwork
 
-    config.evaluate.methods = ("generated",)
+    config.evaluate.methods = (method,)
     timed = folder / "trained.json"
     if not timed.exists():
         _empty(folder)  # half a training that goes on here would cost half as much
@@ -239,13 +282,15 @@ def measure(config: Any, folder: pathlib.Path) -> dict[str, Any]:
     gc.collect()
     evaluation = Evaluation(config, folder)
     summary = evaluation.summary(evaluation.run())
-    chosen = summary["strength"]["generated"]
+    chosen = summary["strength"][method]
+    curve = [point["identity_top1"]["mean"] for point in chosen["validation"]]
     return {
         **{
-            score: summary[score]["generated"]
+            score: summary[score][method]
             for score in ("identity_top1", "image_error", "caption_accuracy", "diversity")
         },
         "strength": chosen["best"],
+        "validation_top1": max(curve, default=None),
         "guidance": chosen.get("guidance", 1.0),
         "steps": config.train.num_steps if evaluation.hyper.params else 0,
         **json.loads(timed.read_text()),
@@ -257,14 +302,14 @@ def write(
     file: pathlib.Path, name: str, experiment: Experiment, workdir: pathlib.Path
 ) -> pathlib.Path:
     """All finished runs of an experiment, in the order of its table."""
-    rows = []
+    rows, targets = [], [] if name in WITHOUT_TARGETS else ["--targets TARGETS"]
     for title, run in experiment.runs.items():
-        for kept in sorted(workdir.glob(f"{run_folder(workdir, run, '*').name}/row.json")):
+        for kept in sorted(workdir.glob(f"{run_folder(workdir, run, '*').name}/{_row_file(run)}")):
             rows.append({**json.loads(kept.read_text()), "run": title})
     content = {
         "name": name,
         "title": experiment.title,
-        "command": f"python tools/experiments.py {name} --targets TARGETS --workdir WORKDIR",
+        "command": " ".join(["python tools/experiments.py", name, *targets, "--workdir WORKDIR"]),
         "rows": rows,
     }
     file.parent.mkdir(parents=True, exist_ok=True)

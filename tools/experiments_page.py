@@ -2,7 +2,8 @@
 
 A record is {"name", "title", "command", "rows"}; a row is one run with one seed: {"run", "seed",
 "identity_top1": {"mean", "stderr", "n"}, "image_error", "caption_accuracy", "strength", "guidance",
-"steps", "cpu_seconds" (of training)}. Written by tools/experiments.py.
+"steps", "cpu_seconds" (of training)}, and "validation_top1", by which a recipe is chosen, where
+that is what the experiment is for. Written by tools/experiments.py.
 """
 
 import json
@@ -51,6 +52,15 @@ def table(record: Mapping[str, Any]) -> list[list[str]]:
     return [[name, *_cells(rows)] for name, rows in by_run.items()]
 
 
+def columns(record: Mapping[str, Any]) -> tuple[str, ...]:
+    """Of `table`."""
+    return (*COLUMNS, "validation identity") if _chooses(record["rows"]) else COLUMNS
+
+
+def _chooses(rows: Sequence[Mapping[str, Any]]) -> bool:
+    return any(row.get("method") == "conventional" for row in rows)
+
+
 def across_seeds(estimates: Sequence[Mapping[str, float]]) -> tuple[float, float]:
     """Mean and standard error of one score over training seeds.
 
@@ -69,12 +79,14 @@ def _cells(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     cells = [f"{m:.{d}f} ± {e:.{d}f}" for (m, e), d in zip(scores, digits, strict=True)]
     strengths = sorted({row["strength"] for row in rows})
     took = [row["cpu_seconds"] for row in rows]
+    chosen_by = [f"{row['validation_top1']:.3f}" for row in rows] if _chooses(rows) else []
     return [
         *cells,
         ", ".join(f"{value:g}" for value in strengths),
         ", ".join(f"{steps:,}" for steps in sorted({row["steps"] for row in rows})),
         wording.duration(float(np.median(took))),
         str(len(rows)),
+        *chosen_by[:1],
     ]
 
 

@@ -166,7 +166,9 @@ def results_page(
     for record in records:
         parts += _section(record)
     for experiment in experiments:
-        rows = _markdown_table(experiments_page.COLUMNS, experiments_page.table(experiment))
+        rows = _markdown_table(
+            experiments_page.columns(experiment), experiments_page.table(experiment)
+        )
         heading, command, note = experiments_page.section(experiment)
         parts += [heading, command, rows, note]
     if not records:

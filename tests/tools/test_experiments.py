@@ -41,7 +41,7 @@ def measured(experiments, monkeypatch):
     """What was trained instead of kept, in order; nothing is trained really."""
     done = []
 
-    def measure(config, folder):
+    def measure(config, folder, method="generated"):
         done.append(config.train.num_steps)
         (folder / "encoded" / "abc").write_bytes(b"pictures")
         scores = dict.fromkeys(("identity_top1", "image_error", "caption_accuracy"), score(0.5))
@@ -75,3 +75,16 @@ def test_seeds_are_rows_of_their_own(experiments, measured, tmp_path):
     experiments.main(["compute", *flags, "--only", "250"])
     experiments.main(["compute", *flags, "--only", "250", "--seeds", "1", "2"])
     assert [row["seed"] for row in json.loads(file.read_text())["rows"]] == [0, 1, 2]
+
+
+def test_methods_of_one_training_are_rows_of_their_own(experiments, measured, tmp_path):
+    file = tmp_path / "e.json"
+    flags = ["--workdir", str(tmp_path / "w"), "--json", str(file)]
+    assert experiments.main(["references", *flags]) == 0
+    runs = experiments.EXPERIMENTS["references"].runs
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["run"] for row in rows] == [*runs]
+    assert [row["method"] for row in rows][-1] == "generated_8"
+    assert len({experiments.run_folder(tmp_path, run, 0) for run in runs.values()}) == 2
+    with pytest.raises(SystemExit):
+        experiments.main(["gauges", *flags])
