@@ -174,7 +174,7 @@ def _conventional() -> dict[str, Run]:
     recipe = "evaluate.conventional.recipe"
     return {
         f"{steps} steps, learning rate {rate:g}": Run(
-            changes={**asked, f"{recipe}.num_steps": steps, f"{recipe}.learning_rate": rate},
+            changes={**asked, f"{recipe}.num_steps": steps, "distill.recipe.learning_rate": rate},
             method="conventional",
         )
         for steps in (150, 300, 600)
