@@ -6,7 +6,6 @@ end: `*.dtype` are all dtypes without a row of their own; of several such rows t
 
 import fnmatch
 import functools
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -181,7 +180,7 @@ def table() -> Mapping[str, Rule]:
         "evaluate.judges.*": TEXT, "evaluate.others.*": TEXT, "evaluate.detector": TEXT,
         "evaluate.clip": TEXT, "evaluate.lpips": TEXT, "evaluate.guidance": NUMBER,
         "evaluate.strengths": several(POSITIVE, 1), "evaluate.guidances": several(NUMBER, 1),
-        "evaluate.methods": several(Rule(f"of {', '.join(methods())}, refined_N", is_method), 1),
+        "evaluate.methods": several(Rule(f"of {method_names()}", is_method), 1),
         "evaluate.linear_combination.per": one_of(MIXTURES),
         "evaluate.steps_to_quality.num_identities": whole(0),
         "evaluate.steps_to_quality.checkpoints": several(whole(0), 1),
@@ -195,7 +194,16 @@ def table() -> Mapping[str, Rule]:
 
 def is_method(name: object) -> bool:
     """Whether a method of this name can be compared (those of `evaluate.others` aside)."""
-    return name in methods() or bool(re.fullmatch(r"refined_\d+", str(name)))
+    from hyperlora_jax.evaluate.methods import number_of
+
+    return name in methods() or number_of(str(name)) is not None
+
+
+def method_names() -> str:
+    """All of them, for people."""
+    from hyperlora_jax.evaluate.methods import NUMBERED
+
+    return ", ".join([*methods(), *(f"{kind}_N" for kind in NUMBERED)])
 
 
 def methods() -> tuple[str, ...]:
