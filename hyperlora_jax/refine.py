@@ -113,8 +113,8 @@ def refine_files(
     encoder: str | Path | None = None,
     **writing: Any,
 ) -> list[Path]:
-    """Refines one LoRA file on a folder of pictures, or every `NAME.safetensors` of a folder on
-    the pictures of IMAGES/NAME; `writing` goes to `save_lora`.
+    """Refines one LoRA file on a folder of pictures, or every `NAME.safetensors` or adapter folder
+    NAME of a folder on the pictures of IMAGES/NAME; `writing` goes to `save_lora`.
 
     Args:
         base: name of the base model, for the header.
@@ -127,10 +127,10 @@ def refine_files(
     """
     source, folder = Path(lora), Path(images)
     many = source.is_dir() and not is_one_lora(source)
-    found = sorted(source.glob("*.safetensors")) if many else [source]
-    files = [file for file in found if not file.name.startswith(".")]
+    found = sorted(source.iterdir()) if many else [source]
+    files = [file for file in found if not many or _is_lora(file)]
     if not files:
-        raise UserError(f"{source}: holds no .safetensors file, expected LoRAs to refine")
+        raise UserError(f"{source}: holds no LoRA file or adapter folder, expected LoRAs to refine")
     if encoder is not None:
         _check_encoder(files, encoder)
     read = [load_lora(file, sd) for file in files]
@@ -183,6 +183,11 @@ def refine_files(
     return written
 
 
+def _is_lora(path: Path) -> bool:
+    lora = is_one_lora(path) if path.is_dir() else path.suffix == ".safetensors"
+    return lora and not path.name.startswith(".")
+
+
 def _check_encoder(files: Sequence[Path], encoder: str | Path) -> None:
     for file in files:
         metadata = read_metadata(file)
@@ -209,12 +214,13 @@ def _subject(folder: Path, file: Path) -> SubjectFolder:
 def _subjects(folder: Path, files: Sequence[Path]) -> list[SubjectFolder]:
     """The sub-folder that belongs to every LoRA, by name."""
     named = {own.name: own for own in open_image_folder(folder) if own.path != folder}
-    if missing := [file for file in files if file.stem not in named]:
+    names = {file: file.name if file.is_dir() else file.stem for file in files}
+    if missing := [file for file in files if names[file] not in named]:
         raise UserError(
-            f"{folder}: has no folder {missing[0].stem!r} with the pictures of {missing[0]}; "
+            f"{folder}: has no folder {names[missing[0]]!r} with the pictures of {missing[0]}; "
             f"expected one per LoRA, {len(missing)} of {len(files)} are missing"
         )
-    return [named[file.stem] for file in files]
+    return [named[names[file]] for file in files]
 
 
 def _concept(sd: StableDiffusion, subject: SubjectFolder, caption: str) -> ConceptArrays:

@@ -42,7 +42,8 @@ def page() -> str:
             "# Which LoRA files are read and written, and by whom they are loaded",
             "",
             "Written by `python tools/compatibility_page.py` from the package's own tables.",
-            "`hyperlora inspect FILE` says the same of one file, layer by layer.",
+            "`hyperlora inspect FILE` says the same of one file, layer by layer. Files that PyTorch",
+            "saved (.bin, .pt, .pth, .ckpt) are read too, where PyTorch is installed.",
             *_written(),
             *_tools(),
             *_read(),
@@ -98,6 +99,8 @@ def _read() -> list[str]:
         what = "refused by name: no plain LoRA"
         if role in keys.PLAIN:
             what = "read"
+        elif role in keys.JOINED:
+            what = "read: times the down factor it is a down factor"
         elif role in keys.CONVERTED:
             what = "with a base: the best LoRA of `--rank`, its error said; else refused"
         elif role in keys.DIFFERENCES:

@@ -274,10 +274,21 @@ def merge_into_checkpoint(
     for component in sorted(components):
         for file, names in tensor_files(source / component, component):
             new = (temporary / file.relative_to(source)).with_suffix(".safetensors")
-            new = new.with_name(re.sub("^pytorch_model", "model", new.name))
+            new = new.with_name(_as_safetensors(new.name))
             _merge_file(file, new, names, tree, spec, strength)
+        for index in (temporary / component).glob("*.bin.index*.json"):  # of shards in PyTorch form
+            text = re.sub(r'"([^"/]+)\.bin"', lambda m: f'"{_as_safetensors(m[1])}.safetensors"',
+                          index.read_text("utf-8"))  # fmt: skip
+            index.unlink()
+            index.with_name(
+                _as_safetensors(index.name).replace(".bin.", ".safetensors.")
+            ).write_text(text, "utf-8")
     temporary.replace(target)
     return target
+
+
+def _as_safetensors(name: str) -> str:
+    return re.sub("^pytorch_model", "model", name)
 
 
 def _merge_file(

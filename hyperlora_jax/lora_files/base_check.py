@@ -5,6 +5,7 @@ the headers of the safetensors files are read, so this takes milliseconds.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -38,6 +39,7 @@ WEIGHT_STEMS = {
     "image_encoder": "model",
 }
 PICKLED_STEMS = {"model": "pytorch_model"}
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _WEIGHTS = (".bin", ".ckpt", ".h5", ".msgpack", ".onnx", ".pt", ".safetensors")
 Loader = Callable[[], np.ndarray]
 _TEXT_PREFIX = re.compile(r"^(?!text_model\.|text_projection)")
@@ -97,7 +99,7 @@ def what_is_there(root: Path) -> str:
 
 
 def weight_files(folder: Path, component: str, variant: str | None = None) -> list[Path]:
-    """Weight files of a component: one safetensors file, its shards, or a .bin file.
+    """Weight files of a component: one safetensors file, its shards, or likewise .bin files.
 
     Without `variant`, full precision comes first, then fp16, then whichever variant is there: many
     bases are published in half precision only.
@@ -114,23 +116,26 @@ def weight_files(folder: Path, component: str, variant: str | None = None) -> li
 
 
 def _of_variant(folder: Path, stem: str, suffix: str) -> list[Path]:
-    single = folder / f"{stem}{suffix}.safetensors"
-    if single.is_file():
-        return [single]
-    indices = (f"{stem}.safetensors.index{suffix}.json", f"{stem}{suffix}.safetensors.index.json")
-    for index in (folder / name for name in indices):
-        if index.is_file():
-            shards = _json(index).get("weight_map")
-            shards = shards.values() if isinstance(shards, dict) else ()
-            names = sorted({str(name) for name in shards})
-            if not names:
-                raise UserError(f"{index}: has no weight_map, expected the names of the shards")
-            for name in names:
-                if not (folder / name).is_file():
-                    raise UserError(f"{folder / name}: file not found, named by {index.name}")
-            return [folder / name for name in names]
-    pickled = folder / f"{PICKLED_STEMS.get(stem, stem)}{suffix}.bin"
-    return [pickled] if pickled.is_file() else []
+    for name, ending in ((stem, "safetensors"), (PICKLED_STEMS.get(stem, stem), "bin")):
+        single = folder / f"{name}{suffix}.{ending}"
+        if single.is_file():
+            return [single]
+        indices = (f"{name}.{ending}.index{suffix}.json", f"{name}{suffix}.{ending}.index.json")
+        for index in (folder / file for file in indices):
+            if index.is_file():
+                return _shards(index)
+    return []
+
+
+def _shards(index: Path) -> list[Path]:
+    shards = _json(index).get("weight_map")
+    names = sorted({str(name) for name in shards.values()} if isinstance(shards, dict) else ())
+    if not names:
+        raise UserError(f"{index}: has no weight_map, expected the names of the shards")
+    for name in names:
+        if not (index.parent / name).is_file():
+            raise UserError(f"{index.parent / name}: file not found, named by {index.name}")
+    return [index.parent / name for name in names]
 
 
 def _variants(folder: Path, stem: str) -> list[str]:
@@ -157,10 +162,18 @@ def unused_weights(folder: Path, used: Collection[Path]) -> list[Path]:
 
 
 def read_weights(file: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """(tensors, metadata) of a .safetensors or .bin file. Raises UserError naming it."""
-    if file.suffix == ".bin":
+    """(tensors, metadata) of a safetensors or PyTorch file. Raises UserError naming it."""
+    if is_pickled(file):
         return {name: load() for name, load in read_pickle(file)}, {"format": "pt"}
     return safetensors_io.read(file)
+
+
+def is_pickled(file: Path) -> bool:
+    """Whether PyTorch wrote it; some programs give safetensors files the ending .pt or .ckpt."""
+    if file.suffix not in PICKLED or not file.is_file():
+        return False
+    with file.open("rb") as stream:
+        return stream.read(9)[8:] != b"{"
 
 
 def read_pickle(path: Path) -> Iterator[tuple[str, Loader]]:
@@ -173,8 +186,8 @@ def read_pickle(path: Path) -> Iterator[tuple[str, Loader]]:
         import torch
     except ImportError as error:
         raise UserError(
-            f"{path}: reading a .bin file needs PyTorch, install hyperlora-jax[torch] or use "
-            "safetensors"
+            f"{path}: reading a {path.suffix} file needs PyTorch, install hyperlora-jax[torch] or "
+            "use safetensors"
         ) from error
     try:
         # Files from before PyTorch 1.6 are no zip archives: those are read whole.
@@ -190,20 +203,34 @@ def read_pickle(path: Path) -> Iterator[tuple[str, Loader]]:
             "Python objects too (checkpoints of trainers do), reading it would run code: save its "
             "state_dict as .safetensors where you trust it"
         ) from error
-    if not isinstance(tensors, dict):
+    tensors = tensors.get("state_dict", tensors) if isinstance(tensors, dict) else tensors
+    if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
         raise UserError(f"{path}: found {type(tensors).__name__}, expected tensors by their names")
-    for name, tensor in tensors.get("state_dict", tensors).items():
-        if not hasattr(tensor, "numpy"):
-            continue  # training bookkeeping: step counters and the like
-        yield name, lambda tensor=tensor: _numpy(tensor)
+    for name, tensor in tensors.items():
+        if isinstance(tensor, int | float) and name.endswith((".alpha", ".scale")):
+            yield name, functools.partial(np.asarray, tensor)
+        elif hasattr(tensor, "numpy"):  # else training bookkeeping: step counters and the like
+            yield name, functools.partial(_numpy, path, name, tensor)
 
 
-def _numpy(tensor: Any) -> np.ndarray:
-    if str(tensor.dtype) == "torch.bfloat16":  # which numpy lacks
-        import torch
+def _numpy(path: Path, name: str, tensor: Any) -> np.ndarray:
+    try:
+        tensor = tensor.detach().contiguous()
+        if other := _NOT_NUMPYS.get(str(tensor.dtype)):
+            import torch
 
-        return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.numpy()
+            whole = torch.int16 if tensor.element_size() == 2 else torch.uint8
+            return tensor.view(whole).numpy().view(other)
+        return tensor.numpy()
+    except (RuntimeError, TypeError, NotImplementedError) as error:
+        raise UserError(f"{path}: {name} is no plain tensor ({str(error)[:80]})") from error
+
+
+_NOT_NUMPYS = {
+    "torch.bfloat16": ml_dtypes.bfloat16,
+    "torch.float8_e4m3fn": ml_dtypes.float8_e4m3fn,
+    "torch.float8_e5m2": ml_dtypes.float8_e5m2,
+}
 
 
 def tensor_files(folder: Path, component: str) -> list[tuple[Path, dict[str, str]]]:
@@ -217,7 +244,7 @@ def tensor_files(folder: Path, component: str) -> list[tuple[Path, dict[str, str
 def _named(file: Path, component: str) -> dict[str, tuple[str, tuple[int, ...]]]:
     prefix = "" if component == "unet" else f"{component}."
     found = {}
-    if file.suffix == ".bin":
+    if is_pickled(file):
         shapes = {name: array.shape for name, array in read_weights(file)[0].items()}
     else:
         shapes = {name: shape for name, (_, shape) in safetensors_io.read_shapes(file).items()}

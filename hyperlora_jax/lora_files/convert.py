@@ -14,9 +14,9 @@ from etils import epath
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora.sites import PRESETS, LoraSpec
 from hyperlora_jax.lora_files import header as families
-from hyperlora_jax.lora_files.base_check import BaseModel, of_family, read_base_model
+from hyperlora_jax.lora_files.base_check import PICKLED, BaseModel, of_family, read_base_model
 from hyperlora_jax.lora_files.header import PREFIX, carried
-from hyperlora_jax.lora_files.peft_directory import adapter_folders
+from hyperlora_jax.lora_files.peft_directory import adapter_folders, weights_of
 from hyperlora_jax.lora_files.reading import load_lora, read_metadata
 from hyperlora_jax.lora_files.writing import DIFFUSERS_NAME, default_workers, save_lora
 
@@ -102,7 +102,7 @@ def _vector_spec(source: Path, base: BaseModel | None) -> LoraSpec:
 
 def is_one_lora(folder: Path) -> bool:
     """Whether a folder is a PEFT adapter or a diffusers LoRA, not a folder of several."""
-    return bool(adapter_folders(folder)) or (folder / DIFFUSERS_NAME).exists()
+    return bool(adapter_folders(folder)) or weights_of(folder, DIFFUSERS_NAME) is not None
 
 
 def find_loras(folder: Path) -> list[Path]:
@@ -112,18 +112,25 @@ def find_loras(folder: Path) -> list[Path]:
         inside = any(parent in found for parent in path.parents)
         if inside or any(part.startswith(".") for part in path.relative_to(folder).parts):
             continue
-        if bool(adapter_folders(path)) if path.is_dir() else path.suffix == ".safetensors":
+        if bool(adapter_folders(path)) if path.is_dir() else _is_file_of_lora(path):
             found.append(path)
     if not found:
-        pickles = _pickles(folder)
-        there = f"; not read, Python pickles: {pickles}" if pickles else ""
-        raise UserError(f"{folder}: no LoRA file (.safetensors) or adapter folder in it{there}")
+        there = f"; not read: {others}" if (others := _passed_over(folder, found)) else ""
+        raise UserError(f"{folder}: no LoRA file or adapter folder in it{there}")
     return found
 
 
-def _pickles(root: Path) -> str:
-    found = [path for path in sorted(root.rglob("*")) if path.suffix in _PICKLES]
-    return ", ".join(str(path.relative_to(root)) for path in found)
+def _is_file_of_lora(path: Path) -> bool:
+    if path.suffix in PICKLED:
+        return not (_STATE.match(path.name) or path.with_suffix(".safetensors").exists())
+    return path.suffix == ".safetensors"
+
+
+def _passed_over(root: Path, found: Collection[Path]) -> str:
+    """PyTorch files that are no LoRAs of their own: a trainer's state, a second form of one."""
+    files = [path for path in sorted(root.rglob("*")) if path.suffix in PICKLED]
+    inside = {*found, *(file for path in found if path.is_dir() for file in path.rglob("*"))}
+    return ", ".join(str(path.relative_to(root)) for path in files if path not in inside)
 
 
 def convert_folder(
@@ -138,8 +145,8 @@ def convert_folder(
 ) -> list[Converted]:
     """Converts every LoRA below a folder; the results keep its structure and order.
 
-    A file that cannot be converted does not stop the others: its `error` says why. What is no
-    .safetensors is named on stderr. `reading` goes to `convert_file`.
+    A file that cannot be converted does not stop the others: its `error` says why. PyTorch files
+    that are no LoRAs are named on stderr. `reading` goes to `convert_file`.
     """
     root, out = Path(source), Path(target)
     jobs: list[tuple[Path, Path]] = []
@@ -147,9 +154,9 @@ def convert_folder(
     found = find_loras(root)
     for path in found:
         relative = path.relative_to(root)
-        if relative.name == DIFFUSERS_NAME and relative.parent != Path():
-            relative = relative.parent
-        name = str(relative).removesuffix(".safetensors")
+        name = relative.with_suffix("") if path.is_file() else relative
+        if name.name == Path(DIFFUSERS_NAME).stem and name.parent != Path():
+            name = name.parent
         place = out / (name if to in _FOLDERS else f"{name}.safetensors")
         if taken.setdefault(place, path) != path:
             raise UserError(
@@ -158,8 +165,8 @@ def convert_folder(
         if place in found and place != path:
             raise UserError(f"{path} would replace {place}; name another folder")
         jobs.append((path, place))
-    if pickles := _pickles(root):
-        print(f"note: {root}: not read, Python pickles: {pickles}", file=sys.stderr)
+    if others := _passed_over(root, found):
+        print(f"note: {root}: not read: {others}", file=sys.stderr)
 
     def one(job: tuple[Path, Path]) -> Converted:
         try:
@@ -177,4 +184,5 @@ def convert_folder(
 
 
 _FOLDERS = ("peft", "weights2weights")
-_PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+# What trainers keep beside a LoRA to go on with.
+_STATE = re.compile(r"optimizer|scheduler|scaler|random_states|rng_state|train(ing|er)_")

@@ -29,7 +29,7 @@ _ROLES = (
     (r"\.(?:hada_w[12]_[ab]|hada_t[12])$", "LoHa"),
     (r"\.lokr_(?:w[12](?:_[ab])?|t2)$", "LoKr"),
     (r"\.(?:dora_scale|lora_magnitude_vector(?:\.[\w-]+)?(?:\.weight)?)$", "DoRA"),
-    (r"\.lora_mid\.weight$", "LoRA with a Tucker core (lora_mid)"),
+    (r"\.lora_mid\.weight$", "core of a convolution (lora_mid)"),
     (r"\.(?:diff|diff_b)$", "full difference (diff)"),
     (r"\.(?:set_weight|reshape_weight)$", "a replaced or reshaped weight (set_weight)"),
     (r"\.(?:oft_blocks|oft_diag|oft_[rR]|boft_\w+)(?:\.[\w-]+)?(?:\.weight)?$", "OFT"),
@@ -40,6 +40,7 @@ _ROLES = (
 )
 ROLES = tuple((re.compile(pattern), role) for pattern, role in _ROLES)
 PLAIN = ("down", "up", "alpha", "scale")
+JOINED = ("core of a convolution (lora_mid)",)  # times down it is a down factor
 CONVERTED = ("LoHa", "LoKr", "DoRA")  # to plain LoRAs, where there is a base
 DIFFERENCES = ("full difference (diff)", "norm difference (w_norm)", "LoRA with a bias")
 

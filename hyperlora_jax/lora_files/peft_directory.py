@@ -1,6 +1,6 @@
 """PEFT adapter directories and weights2weights exports.
 
-A directory is adapter_config.json + adapter_model.safetensors; a LoRA of several models has one
+A directory is adapter_config.json + adapter_model.safetensors (or .bin); a LoRA of several models has one
 folder for each ("unet", "text_encoder", "text_encoder_2"). Text encoder modules are named as
 transformers >= 5.6 names them (no "text_model." in CLIPTextModel); both namings are read.
 weights2weights: folder "unet" with keys that carry the adapter name "identity1" and lora_alpha
@@ -20,6 +20,7 @@ import numpy as np
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora.sites import TEXT_ENCODERS, LoraSpec
 from hyperlora_jax.lora_files import safetensors_io
+from hyperlora_jax.lora_files.base_check import read_weights
 from hyperlora_jax.lora_files.lora_config import check_config, config_scale
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -39,19 +40,25 @@ def adapter_folders(path: Path) -> dict[str, Path]:
     A directory without sub-folders belongs to the component that its name, or else its keys, say:
     "" here for the latter.
     """
-    if (path / CONFIG_NAME).exists() or (path / WEIGHTS_NAME).exists():
+    if (path / CONFIG_NAME).exists() or weights_of(path):
         return {path.name if path.name in COMPONENTS else "": path}
-    return {name: path / name for name in COMPONENTS if (path / name / WEIGHTS_NAME).exists()}
+    return {name: path / name for name in COMPONENTS if weights_of(path / name)}
+
+
+def weights_of(folder: Path, name: str = WEIGHTS_NAME) -> Path | None:
+    """The file of this name in a folder, or else the one that older versions wrote by PyTorch."""
+    files = (folder / name, (folder / name).with_suffix(".bin"))
+    return next((file for file in files if file.exists()), None)
 
 
 def read_folder(path: Path, component: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Tensors with the keys of a single file, plus a ".scale" for every module; metadata."""
-    if not (path / WEIGHTS_NAME).exists():
+    if (weights := weights_of(path)) is None:
         raise UserError(f"{path}: has {CONFIG_NAME} but no {WEIGHTS_NAME}")
-    tensors, metadata = safetensors_io.read(path / WEIGHTS_NAME)
+    tensors, metadata = read_weights(weights)
     config_path = path / CONFIG_NAME
     if not config_path.exists():
-        raise UserError(f"{path}: has {WEIGHTS_NAME} but no {CONFIG_NAME}, which holds the scale")
+        raise UserError(f"{path}: has {weights.name} but no {CONFIG_NAME}, which holds the scale")
     try:
         config = json.loads(config_path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

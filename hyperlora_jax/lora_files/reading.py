@@ -19,18 +19,25 @@ from hyperlora_jax.array_types import Params
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora.sites import LoraSite, LoraSpec, site_factors, tree_from_sites
 from hyperlora_jax.lora_files import keys, safetensors_io
-from hyperlora_jax.lora_files.base_check import check_base, layers_per_block_of
+from hyperlora_jax.lora_files.base_check import (
+    check_base,
+    is_pickled,
+    layers_per_block_of,
+    read_weights,
+)
 from hyperlora_jax.lora_files.lora_config import header_scales
 from hyperlora_jax.lora_files.peft_directory import (
     WEIGHTS_NAME,
     adapter_folders,
     read_folder,
     read_vector,
+    weights_of,
 )
 from hyperlora_jax.lora_files.safetensors_io import Signature, signature
 from hyperlora_jax.lora_files.writing import DIFFUSERS_NAME
 
 SWAPPED, NARROWEST = 4, 32
+CORE = ".lora_mid.weight"
 BUNDLED = "bundle_emb."  # textual inversions that OneTrainer puts into the LoRA file
 DROP_DIFFERENCES = "differences"
 _FLOATS = {
@@ -55,14 +62,16 @@ def load_lora(
 ) -> tuple[Params, LoraSpec]:
     """(LoRA tree of float32 numpy arrays, its spec). Folded: alpha is multiplied into up.
 
-    `path` is a .safetensors file, a PEFT or diffusers folder, or a weights2weights vector (.npy,
-    which needs a LoraSpec). `base` None reads by names alone; a StableDiffusion, a LoraSpec or a
-    `BaseModel` is checked against the file: another base raises UserError that names both sides.
+    `path` is a .safetensors or PyTorch file, a PEFT or diffusers folder, or a weights2weights
+    vector (.npy, which needs a LoraSpec). `base` None reads by names alone; a StableDiffusion, a
+    LoraSpec or a `BaseModel` is checked against the file: another base raises UserError that names
+    both sides.
     `drop` leaves out "differences" (of biases and norms, beside the factors) and layers, named by
     any whole parts of their paths ("conv_in", "text_encoder"). What is left out is said on stderr.
     With a base that has weights, layers of LoHa, LoKr and DoRA become factors of `rank`.
     """
     tensors, metadata = read_tensors(Path(path), base if isinstance(base, LoraSpec) else None)
+    tensors = _without_cores(path, tensors)
     if base is not None and not isinstance(base, LoraSpec):
         from hyperlora_jax.lora_files.algebra import plain_tensors  # JAX
 
@@ -83,12 +92,11 @@ def load_lora(
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
-    """The header's texts of a LoRA file or folder ("hyperlora.*", "ss_*", …)."""
+    """The header's texts of a LoRA file or folder ("hyperlora.*", "ss_*", …); {} without one."""
     path = Path(path)
     folders = adapter_folders(path) if path.is_dir() else {}
-    if folders:
-        return safetensors_io.read_metadata(next(iter(folders.values())) / WEIGHTS_NAME)
-    return safetensors_io.read_metadata(_file(path))
+    file = weights_of(next(iter(folders.values()))) if folders else _file(path)
+    return {} if file is None or is_pickled(file) else safetensors_io.read_metadata(file)
 
 
 def read_tensors(
@@ -108,19 +116,40 @@ def read_tensors(
             tensors |= part
             metadata |= texts
         return tensors, metadata
-    tensors, metadata = safetensors_io.read(_file(path))
+    tensors, metadata = read_weights(_file(path))
     if text := metadata.get("lora_adapter_metadata"):
         tensors |= header_scales(path, tensors, text)
     return tensors, metadata
 
 
+def _without_cores(
+    path: str | os.PathLike[str], tensors: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """LyCORIS' convolutions in Tucker form as plain factors: its core times down is a down."""
+    cores = [key for key in tensors if key.endswith(CORE)]
+    if not cores:
+        return tensors
+    result = {key: array for key, array in tensors.items() if not key.endswith(CORE)}
+    for key in cores:
+        name = key.removesuffix(CORE) + ".lora_down.weight"
+        core, down = tensors[key], tensors.get(name, np.empty(0))
+        rank = down.shape[0]
+        if core.ndim != 4 or core.shape[:2] != (rank, rank) or down.shape[2:] not in ((), (1, 1)):
+            raise UserError(
+                f"{path}: {key} {list(core.shape)} does not fit the down factor {list(down.shape)}"
+            )
+        flat = down.reshape(rank, -1).astype(np.float64)
+        result[name] = np.einsum("mnhw,ni->mihw", core.astype(np.float64), flat).astype(np.float32)
+    return result
+
+
 def _file(path: Path) -> Path:
     if path.is_dir():
-        if not (path / DIFFUSERS_NAME).exists():
+        if (file := weights_of(path, DIFFUSERS_NAME)) is None:
             raise UserError(
                 f"{path}: a folder without {DIFFUSERS_NAME} or {WEIGHTS_NAME}, expected a LoRA"
             )
-        return path / DIFFUSERS_NAME
+        return file
     if not path.exists():
         raise UserError(f"{path}: no such file, expected a LoRA (.safetensors)")
     return path

@@ -21,7 +21,12 @@ from hyperlora_jax.array_types import Params
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora.sites import LoraSite, LoraSpec, site_factors
 from hyperlora_jax.lora_files.compatibility import scale_notes
-from hyperlora_jax.lora_files.peft_directory import VECTOR_NAME, W2W_ADAPTER, adapter_folders
+from hyperlora_jax.lora_files.peft_directory import (
+    VECTOR_NAME,
+    W2W_ADAPTER,
+    adapter_folders,
+    weights_of,
+)
 from hyperlora_jax.lora_files.reading import load_lora, read_tensors
 from hyperlora_jax.lora_files.writing import DIFFUSERS_NAME
 from hyperlora_jax.shipped import base_path
@@ -195,8 +200,7 @@ def _adapted(modules: Modules, path: Path) -> Iterator[None]:
                 model = modules[component or "unet"]
                 loaded.append(PeftModel.from_pretrained(model, str(folder), adapter_name=name))
         else:
-            if path.is_dir():
-                path = path / DIFFUSERS_NAME
+            path = (weights_of(path, DIFFUSERS_NAME) or path) if path.is_dir() else path
             pipeline = _pipeline(modules)
             pipeline.load_lora_weights(
                 str(path.parent.resolve()), weight_name=path.name, adapter_name=ADAPTER

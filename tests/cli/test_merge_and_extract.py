@@ -1,5 +1,6 @@
 """Sums of LoRA files, merged models and LoRAs of the difference, from the command line."""
 
+import json
 import shutil
 
 import numpy as np
@@ -91,6 +92,19 @@ def test_bases_of_pytorch_files_and_of_several_variants(world, tmp_path, capsys,
     left_out = "without the LoRA, so left out: unet/diffusion_pytorch_model.bin"
     assert left_out in capsys.readouterr().err
     assert not list((tmp_path / "newer" / "unet").glob("*.bin"))
+    # In shards, as older versions of diffusers wrote large models.
+    weight_map = {}
+    for k, names in enumerate((sorted(state)[::2], sorted(state)[1::2])):
+        shard = f"{plain.stem}-0000{k + 1}-of-00002.bin"
+        torch.save({name: state[name] for name in names}, old / "unet" / shard)
+        weight_map |= dict.fromkeys(names, shard)
+    (old / "unet" / f"{plain.stem}.bin").unlink()
+    index = json.dumps({"metadata": {}, "weight_map": weight_map})
+    (old / "unet" / f"{plain.stem}.bin.index.json").write_text(index)
+    assert run("merge", a, "--into", old, "--out", tmp_path / "shards") == 0
+    assert not list((tmp_path / "shards").rglob("*.bin*"))
+    assert run("extract", tmp_path / "new", tmp_path / "shards", "--rank", 1, "--out", out) == 0
+    assert all(not value.any() for value in deltas(*load_lora(out)).values())
 
 
 def test_wrong_use_is_one_line_and_code_2(world, tmp_path, capsys):

@@ -194,21 +194,58 @@ def test_factors_in_float8(dtype, tmp_path):
     assert (pair["down"] == 1.5).all() and (pair["up"] == 1.5 * 12 / 4).all()
 
 
-def test_layers_by_number_and_pickles_are_named(tmp_path, capsys):
+def test_layers_by_number_are_named(tmp_path):
     save_file({"unet:0:up": torch.ones(4, 2)}, tmp_path / "a.safetensors")
     with pytest.raises(UserError, match="layers by number"):
         load_lora(tmp_path / "a.safetensors")
-    folder = tmp_path / "in"
+
+
+def test_pytorch_files_of_a_folder(tmp_path, capsys):
+    folder, new = tmp_path / "in", tmp_path / "new"
     (folder / "bob.v1").mkdir(parents=True)
-    lora_file(folder / "bob.v1" / "pytorch_lora_weights.safetensors", {FIRST: ((4, 320), (320, 4))})
-    torch.save({}, folder / "bob.v1" / "old.pt")
-    assert main(["convert", str(folder), "--out", str(tmp_path / "out"), "--format", "kohya"]) == 0
-    assert "not read, Python pickles: bob.v1/old.pt" in capsys.readouterr().err
-    assert (tmp_path / "out" / "bob.v1.safetensors").exists()
-    (folder / "bob.v1" / "pytorch_lora_weights.safetensors").unlink()
-    assert main(["convert", str(folder), "--out", str(tmp_path / "new"), "--format", "kohya"]) == 2
-    assert "or adapter folder in it; not read, Python pickles: bob.v1/old.pt" in (
+    file = folder / "bob.v1" / "pytorch_lora_weights.safetensors"
+    lora_file(file, {FIRST: ((4, 320), (320, 4))}, alpha=8.0)
+    tensors = {key: torch.nn.Parameter(x) for key, x in load_file(file).items()}
+    for path in (file.with_suffix(".bin"), folder / "carl.pt", file.with_name("optimizer.bin")):
+        torch.save(tensors, path)
+    tensors[f"{FIRST}.alpha"] = 8
+    torch.save({"state_dict": tensors, "step": 3}, folder / "dora.ckpt")
+    convert = ["convert", str(folder), "--format", "kohya", "--dtype", "float32", "--out"]
+    assert main([*convert, str(tmp_path / "out")]) == 0
+    assert "not read: bob.v1/optimizer.bin, bob.v1/pytorch_lora_weights.bin" in (
         capsys.readouterr().err
+    )
+    file.unlink()
+    assert main([*convert, str(new)]) == 0
+    written = [new / f"{name}.safetensors" for name in ("bob.v1", "carl", "dora")]
+    assert sorted(new.rglob("*.*")) == written
+    first, *others = [path.read_bytes() for path in written]
+    assert others == [first] * 2 and (tmp_path / "out" / "bob.v1.safetensors").read_bytes() == first
+    assert load_lora(file.parent)[1] == load_lora(written[0])[1]
+    # Safetensors under another name, code, and what is no LoRA.
+    (folder / "carl.pt").write_bytes(first)
+    assert load_lora(folder / "carl.pt")[1] == load_lora(written[0])[1]
+    torch.save({"x": print}, folder / "carl.pt")
+    with pytest.raises(UserError, match=r"carl.pt: no PyTorch file of plain tensors"):
+        load_lora(folder / "carl.pt")
+    torch.save([torch.ones(2)], folder / "carl.pt")
+    with pytest.raises(UserError, match=r"carl.pt: found list, expected tensors by their names"):
+        load_lora(folder / "carl.pt")
+
+
+def test_a_core_between_the_factors_of_a_convolution(tmp_path):
+    """LyCORIS: up (core down) for every place of the window; times alpha / rank."""
+    name, random = "lora_unet_down_blocks_0_resnets_0_conv1", np.random.default_rng(0)
+    shapes = {"lora_mid": (4, 4, 3, 3), "lora_down": (4, 32, 1, 1), "lora_up": (48, 4, 1, 1)}
+    parts = {key: random.normal(size=shape).astype("f4") for key, shape in shapes.items()}
+    tensors = {f"{name}.{key}.weight": torch.from_numpy(array) for key, array in parts.items()}
+    save_file(tensors | {f"{name}.alpha": torch.tensor(2.0)}, tmp_path / "a.safetensors")
+    written, _ = converted(tmp_path / "a.safetensors", "diffusers", tmp_path)
+    core, down, up = (array.astype(np.float64) for array in parts.values())
+    wanted = 0.5 * np.einsum("mnhw,ni,om->oihw", core, down[..., 0, 0], up[..., 0, 0])
+    a, b = (array.double().numpy() for _, array in sorted(written.items()))
+    np.testing.assert_allclose(
+        (b[..., 0, 0] @ a.reshape(4, -1)).reshape(wanted.shape), wanted, atol=2e-2
     )
 
 

@@ -95,7 +95,7 @@ def kohya_tensors(rank=2, in_features=6, out_features=8):
         (f"{KOHYA}.diff", "1 differences of biases, norms or weights"),
         (f"{KOHYA}.set_weight", "a replaced or reshaped weight"),
         (f"{KOHYA}.oft_R.weight", "OFT is not supported"),
-        (f"{KOHYA}.lora_mid.weight", "Tucker core"),
+        (f"{KOHYA}.lora_mid.weight", "does not fit the down factor"),
         (f"{KOHYA}.oft_blocks", "OFT is not supported"),
         (f"{KOHYA}.on_input", "IA3 is not supported"),
         (f"{KOHYA}.w_norm", "1 differences of biases, norms or weights"),

@@ -44,8 +44,20 @@ def test_shards_and_pickles_hold_the_same_tensors(unet_folder):
     index = unet_folder / f"{STEM}.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": weight_map}))
     assert same(loading.load_component(unet_folder, "unet", jnp.float32)[1], expected)
-    (unet_folder / shard).unlink()
-    with pytest.raises(UserError, match=r"00002-of-00002\.safetensors: file not found, named by"):
+    for i, file in enumerate(sorted(unet_folder.glob("*-of-*"))):
+        kept = {k: torch.from_numpy(v) for k, v in load_file(file).items()}
+        torch.save(kept, file.with_suffix(".bin"))
+        if i == 0:
+            file.unlink()
+    pickled = index.with_name(f"{STEM}.bin.index.json")
+    pickled.write_text(index.read_text().replace(".safetensors", ".bin"))
+    (unet_folder / f"{STEM}.bin").unlink()
+    with pytest.raises(UserError, match=r"00001-of-00002\.safetensors: file not found, named by"):
+        loading.load_component(unet_folder, "unet", jnp.float32)
+    index.unlink()
+    assert same(loading.load_component(unet_folder, "unet", jnp.float32)[1], expected)
+    (unet_folder / shard).with_suffix(".bin").unlink()
+    with pytest.raises(UserError, match=r"00002-of-00002\.bin: file not found, named by"):
         loading.load_component(unet_folder, "unet", jnp.float32)
 
 

@@ -110,6 +110,8 @@ def test_what_a_repository_lacks_decides_what_is_taken():
     ]
     assert weights([*shards, *in_half]) == shards
     assert weights([*shards, *in_half], "fp16") == in_half
+    old = sorted(name.replace(".safetensors", ".bin") for name in shards)
+    assert weights([*shards, *old]) == shards and sorted(weights(old)) == old
     assert weights([*shards, half], "fp16") == [half]
 
 

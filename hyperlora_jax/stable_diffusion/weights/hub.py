@@ -77,23 +77,21 @@ def _weights(component: str, names: Iterable[str], variant: str | None) -> list[
     stem = WEIGHT_STEMS[component]
     pickled = PICKLED_STEMS.get(stem, stem)
     own = [name.removeprefix(f"{component}/") for name in names if name.startswith(f"{component}/")]
-    for forms in (
-        (
-            rf"{stem}{SHARD}{VARIANT}\.safetensors",
-            rf"{stem}{VARIANT}{SHARD}\.safetensors",
-            rf"{stem}\.safetensors\.index{VARIANT}\.json",
-            rf"{stem}{VARIANT}\.safetensors\.index\.json",
-        ),
-        (rf"{pickled}{VARIANT}\.bin",),
-    ):
+    for name, ending in ((stem, "safetensors"), (pickled, "bin")):
+        forms = (
+            rf"{name}{SHARD}{VARIANT}\.{ending}",
+            rf"{name}{VARIANT}{SHARD}\.{ending}",
+            rf"{name}\.{ending}\.index{VARIANT}\.json",
+            rf"{name}{VARIANT}\.{ending}\.index\.json",
+        )
         found: dict[str, list[str]] = {}
-        for name in own:
-            match = next(filter(None, (re.fullmatch(form, name) for form in forms)), None)
+        for file in own:
+            match = next(filter(None, (re.fullmatch(form, file) for form in forms)), None)
             if match:
-                found.setdefault(match["variant"] or "", []).append(name)
+                found.setdefault(match["variant"] or "", []).append(file)
         for suffix in [f".{variant}"] if variant else ["", ".fp16", *sorted(found)]:
             if suffix in found:
-                return [f"{component}/{name}" for name in _one_form(found[suffix])]
+                return [f"{component}/{file}" for file in _one_form(found[suffix])]
     return []
 
 

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from hyperlora_jax.array_types import AnyArray, DType, Params
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora_files import safetensors_io
-from hyperlora_jax.lora_files.base_check import Loader, read_pickle
+from hyperlora_jax.lora_files.base_check import Loader, is_pickled, read_pickle
 from hyperlora_jax.parallel.sharding import DEFAULT_RULES, Rule, param_shardings
 
 Place = Callable[[tuple[str, ...], np.ndarray], AnyArray]
@@ -31,7 +31,7 @@ def read_tensors(files: Sequence[Path]) -> Iterator[tuple[str, Loader]]:
         UserError: naming the file and what is wrong with it.
     """
     for path in files:
-        if path.suffix in (".bin", ".ckpt", ".pt"):
+        if is_pickled(path):
             yield from read_pickle(path)
             continue
         for name, (dtype, shape, offset) in safetensors_io.read_entries(path).items():
