@@ -277,14 +277,17 @@ def merge_into_checkpoint(
             new = new.with_name(_as_safetensors(new.name))
             _merge_file(file, new, names, tree, spec, strength)
         for index in (temporary / component).glob("*.bin.index*.json"):  # of shards in PyTorch form
-            text = re.sub(r'"([^"/]+)\.bin"', lambda m: f'"{_as_safetensors(m[1])}.safetensors"',
-                          index.read_text("utf-8"))  # fmt: skip
+            new = index.with_name(_as_safetensors(index.name).replace(".bin.", ".safetensors."))
+            text = index.read_text("utf-8")
             index.unlink()
-            index.with_name(
-                _as_safetensors(index.name).replace(".bin.", ".safetensors.")
-            ).write_text(text, "utf-8")
+            new.write_text(
+                _SHARD.sub(lambda m: f'"{_as_safetensors(m[1])}.safetensors"', text), "utf-8"
+            )
     temporary.replace(target)
     return target
+
+
+_SHARD = re.compile(r'"([^"/]+)\.bin"')
 
 
 def _as_safetensors(name: str) -> str:

@@ -1,8 +1,8 @@
 """PEFT adapter directories and weights2weights exports.
 
-A directory is adapter_config.json + adapter_model.safetensors (or .bin); a LoRA of several models has one
-folder for each ("unet", "text_encoder", "text_encoder_2"). Text encoder modules are named as
-transformers >= 5.6 names them (no "text_model." in CLIPTextModel); both namings are read.
+A directory is adapter_config.json + adapter_model.safetensors (or .bin); a LoRA of several models
+has one folder for each ("unet", "text_encoder", "text_encoder_2"). Text encoder modules are named
+as transformers >= 5.6 names them (no "text_model." in CLIPTextModel); both namings are read.
 weights2weights: folder "unet" with keys that carry the adapter name "identity1" and lora_alpha
 27 · rank, so 1/27 of the up factor is stored, beside the same numbers as one vector, weights.npy.
 """
