@@ -1,5 +1,7 @@
 """Target LoRAs of one dataset or of several, by subject."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -11,7 +13,7 @@ from hyperlora_jax.pictures.subjects import Subject
 from hyperlora_jax.subjects.encoded_subjects import EncodedSubjects
 from hyperlora_jax.targets import lora_targets_writer
 from hyperlora_jax.targets.lora_targets_writer import write_lora_targets
-from hyperlora_jax.train.hypernetwork.hypernet_data import read_targets
+from hyperlora_jax.train.hypernetwork.hypernet_data import read_targets, same_as_before
 
 SPEC = LoraSpec((LoraSite("mid_block.attentions.0.to_q", 6, 4, 2),))
 NAMES = [f"p{k}" for k in range(12)]
@@ -106,3 +108,21 @@ def test_wrong_mixtures_are_named(tmp_path, targets, settings, match):
     paths = ",".join(str(tmp_path / name) for name in targets.split(","))
     with pytest.raises(UserError, match=match):
         read(tmp_path, paths, **settings)
+
+
+def test_a_run_says_which_subjects_have_other_pictures(tmp_path):
+    def go_on(**subjects):
+        marks = [f"{name} {count}" for name, count in subjects.items()]
+        counts = SimpleNamespace(counts=list(subjects.values()))
+        same_as_before(tmp_path, SimpleNamespace(ids=list(subjects), marks=marks, images=counts))
+
+    go_on(anna=1)
+    go_on(anna=2, bert=2)  # nothing is trained yet
+    (tmp_path / "checkpoints" / "3").mkdir(parents=True)
+    go_on(anna=2, bert=2)
+    with pytest.raises(UserError, match=r"1 of its 2 subjects .* 'anna' \(2 pictures, now 3\)"):
+        go_on(anna=3, bert=2)
+    with pytest.raises(UserError, match=r"2 subjects, of which this run has 1 new \(first 'carl'"):
+        go_on(anna=2, bert=2, carl=1)
+    with pytest.raises(UserError, match=r"has 1 gone \(first 'bert'\); use another workdir"):
+        go_on(anna=2)

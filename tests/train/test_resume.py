@@ -102,5 +102,12 @@ def test_the_command_goes_on_when_everything_moved_and_says_what_changed(
     assert code == 0, error
     shutil.copy(tmp_path / "people2" / "bert" / "0.png", tmp_path / "people2" / "anna" / "0.png")
     code, _, error = train(4, "base2", "people2")
-    assert code == 2 and "checkpoints/3 was made with data.pictures = '" in error
-    assert error.endswith("use another workdir")
+    assert code == 2 and "1 of its 4 subjects have other pictures than those that" in error
+    assert error.endswith("first 'anna' (other contents or captions); use another workdir")
+    shutil.copy(tmp_path / "people2" / "bert" / "0.png", tmp_path / "people2" / "anna" / "2.png")
+    assert "first 'anna' (2 pictures, now 3)" in train(4, "base2", "people2")[2]
+    (tmp_path / "people2" / "anna").rename(tmp_path / "people2" / "zoe")
+    code, _, error = train(4, "base2", "people2")
+    assert code == 2 and "has 1 new (first 'emil') and 1 gone (first 'anna'); use" in error
+    (tmp_path / "run" / "pictures.json").unlink()  # of an older version
+    assert "checkpoints/3 was made with data.pictures = '" in train(4, "base2", "people2")[2]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+from hyperlora_jax import storage
 from hyperlora_jax.array_types import DType, Float, Index, Int, Json
 from hyperlora_jax.batches.mixing import MixedSubjects
 from hyperlora_jax.encoders.condition_encoders import ImageEncoder
@@ -20,7 +22,7 @@ from hyperlora_jax.stable_diffusion.model import StableDiffusion
 from hyperlora_jax.subjects.concept_sources import split_paths
 from hyperlora_jax.subjects.encoded_subjects import EncodedSubjects
 from hyperlora_jax.subjects.encoding_cache import encode_once
-from hyperlora_jax.subjects.subject_pictures import load_pictures
+from hyperlora_jax.subjects.subject_pictures import SubjectPictures, load_pictures
 from hyperlora_jax.targets.gauged_targets import GaugedVectors, read_in_gauge
 from hyperlora_jax.targets.lora_targets import LoraTargets, open_lora_targets
 from hyperlora_jax.targets.mapped_vectors import MappedVectors
@@ -110,11 +112,15 @@ def read_encoded(
 
     Args:
         latents, texts: whether a loss reads those of the targets.
+
+    Raises:
+        UserError: the workdir's checkpoints were trained on other pictures; which ones is said.
     """
     count, size = config.data.num_identities, image_size(sd)
     pictures = multihost.first_then_others(
         "pictures", lambda: load_pictures(config.data, count, size, scratch / "renders")
     )
+    same_as_before(workdir, pictures)
     encoded = encode_once(
         workdir,
         sd,
@@ -126,6 +132,41 @@ def read_encoded(
         batch_size=config.train.encode_batch_size,
     )
     return encoded, dict(pictures.facts)
+
+
+def same_as_before(workdir: epath.PathLike, pictures: SubjectPictures) -> None:
+    """Keeps what every subject's pictures are, by content, in WORKDIR/pictures.json; where there are
+    checkpoints, says which subjects have others now.
+
+    Raises:
+        UserError: some have.
+    """
+    if not pictures.marks:
+        return
+    marked = zip(pictures.ids, pictures.marks, pictures.images.counts, strict=True)
+    now = {name: [mark, count] for name, mark, count in marked}
+    file, trained = (epath.Path(workdir) / name for name in ("pictures.json", "checkpoints"))
+    if not (trained.exists() and any(step.name.isdigit() for step in trained.iterdir())):
+        if multihost.is_first():
+            storage.replaced(file, json.dumps(now).encode())
+        return
+    before = json.loads(file.read_text()) if file.exists() else now
+    if other := {name: row for name, row in now.items() if before.get(name, row) != row}:
+        name, (_, count) = next(iter(other.items()))
+        was = before[name][1]
+        how = f"{was} pictures, now {count}" if was != count else "other contents or captions"
+        raise UserError(
+            f"{workdir}: {len(other)} of its {len(before)} subjects have other pictures than those "
+            f"that it was trained on, first {name!r} ({how}); use another workdir"
+        )
+    new, gone = sorted(now.keys() - before.keys()), sorted(before.keys() - now.keys())
+    if new or gone:
+        names = [f"{len(own)} {what} (first {own[0]!r})"
+                 for own, what in ((new, "new"), (gone, "gone")) if own]  # fmt: skip
+        raise UserError(
+            f"{workdir}: was trained on {len(before)} subjects, of which this run has "
+            f"{' and '.join(names)}; use another workdir"
+        )
 
 
 def read_targets(
