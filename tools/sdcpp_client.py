@@ -31,7 +31,7 @@ from hyperlora_jax.lora.factors import is_site
 from hyperlora_jax.lora.sites import LoraSpec, tree_from_sites
 from hyperlora_jax.lora_files import safetensors_io, save_lora
 from hyperlora_jax.lora_files.algebra import merge_into_checkpoint
-from hyperlora_jax.lora_files.base_check import read_base_model
+from hyperlora_jax.lora_files.base_files import read_base_model
 from hyperlora_jax.lora_files.compatibility import EDGE
 
 CLIENT = "cyllama==0.2.18"

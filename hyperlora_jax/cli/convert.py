@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Converts, prints what came out and which tools load it."""
     from hyperlora_jax.lora_files import compatibility, convert
-    from hyperlora_jax.lora_files.base_check import BaseModel
+    from hyperlora_jax.lora_files.base_files import BaseModel
 
     source, args.base = Path(args.source), single_files.folder_of(args.base)
     base = convert.open_base(args.base)

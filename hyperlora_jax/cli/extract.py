@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """SVD layer by layer, then one file."""
     from hyperlora_jax.lora_files import algebra, save_lora
-    from hyperlora_jax.lora_files.base_check import read_base_model
+    from hyperlora_jax.lora_files.base_files import read_base_model
 
     if args.rank < 1:
         raise UserError(f"--rank is {args.rank}, expected at least 1")

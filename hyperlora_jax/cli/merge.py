@@ -29,9 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Reads, adds, writes."""
+    from hyperlora_jax.lora.layer_fit import of_family
     from hyperlora_jax.lora.sites import LoraSpec
     from hyperlora_jax.lora_files import algebra, convert, load_lora, read_metadata, save_lora
-    from hyperlora_jax.lora_files.base_check import BaseModel, of_family
+    from hyperlora_jax.lora_files.base_files import BaseModel
 
     folder = single_files.folder_of(args.into)
     base = convert.open_base(folder or single_files.folder_of(args.base))

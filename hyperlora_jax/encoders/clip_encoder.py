@@ -21,7 +21,7 @@ from hyperlora_jax.encoders.condition_encoders import placed, read_config, tree_
 from hyperlora_jax.encoders.preprocessing import FILE, Preprocessing, of_folder
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora_files import safetensors_io
-from hyperlora_jax.lora_files.base_check import weight_files
+from hyperlora_jax.lora_files.base_files import weight_files
 from hyperlora_jax.stable_diffusion.networks.clip_vision import (
     CLASSES,
     ClipVisionModel,

@@ -17,7 +17,7 @@ from hyperlora_jax.array_types import AnyArray, Float, Json
 from hyperlora_jax.encoders.condition_encoders import ONNX, TRANSFORMERS
 from hyperlora_jax.encoders.preprocessing import Preprocessing, Size, of_folder
 from hyperlora_jax.errors import UserError
-from hyperlora_jax.lora_files.base_check import weight_files
+from hyperlora_jax.lora_files.base_files import weight_files
 from hyperlora_jax.stable_diffusion.weights.tensor_stream import read_tensors
 
 Pooled = Float[AnyArray, "b e"]

@@ -29,7 +29,7 @@ from hyperlora_jax.lora.sites import (
     tree_from_sites,
 )
 from hyperlora_jax.lora_files import keys, safetensors_io
-from hyperlora_jax.lora_files.base_check import (
+from hyperlora_jax.lora_files.base_files import (
     BaseModel,
     layers_per_block_of,
     read_base_model,

@@ -19,10 +19,11 @@ import numpy as np
 
 from hyperlora_jax.array_types import Json, Params
 from hyperlora_jax.lora import other_kinds
+from hyperlora_jax.lora.layer_fit import of_family
 from hyperlora_jax.lora.sites import LoraSite, LoraSpec, site_factors
 from hyperlora_jax.lora_files import convert, keys
 from hyperlora_jax.lora_files import header as families
-from hyperlora_jax.lora_files.base_check import BaseModel, of_family
+from hyperlora_jax.lora_files.base_files import BaseModel
 from hyperlora_jax.lora_files.header import Family
 from hyperlora_jax.lora_files.reading import DROP_DIFFERENCES, load_lora, read_tensors
 

@@ -12,9 +12,10 @@ from typing import Any
 from etils import epath
 
 from hyperlora_jax.errors import UserError
+from hyperlora_jax.lora.layer_fit import of_family
 from hyperlora_jax.lora.sites import PRESETS, LoraSpec
 from hyperlora_jax.lora_files import header as families
-from hyperlora_jax.lora_files.base_check import PICKLED, BaseModel, of_family, read_base_model
+from hyperlora_jax.lora_files.base_files import PICKLED, BaseModel, read_base_model
 from hyperlora_jax.lora_files.header import PREFIX, carried
 from hyperlora_jax.lora_files.peft_directory import adapter_folders, weights_of
 from hyperlora_jax.lora_files.reading import load_lora, read_metadata

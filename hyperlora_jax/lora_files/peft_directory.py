@@ -20,7 +20,7 @@ import numpy as np
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora.sites import TEXT_ENCODERS, LoraSpec
 from hyperlora_jax.lora_files import safetensors_io
-from hyperlora_jax.lora_files.base_check import read_weights
+from hyperlora_jax.lora_files.base_files import read_weights
 from hyperlora_jax.lora_files.lora_config import check_config, config_scale
 
 WEIGHTS_NAME = "adapter_model.safetensors"

@@ -19,7 +19,7 @@ from hyperlora_jax.array_types import Params
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora.sites import LoraSite, LoraSpec, site_factors, tree_from_sites
 from hyperlora_jax.lora_files import keys, safetensors_io
-from hyperlora_jax.lora_files.base_check import (
+from hyperlora_jax.lora_files.base_files import (
     check_base,
     is_pickled,
     layers_per_block_of,

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 from hyperlora_jax import storage
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora.sites import LoraSpec
-from hyperlora_jax.lora_files.base_check import weight_files
+from hyperlora_jax.lora_files.base_files import weight_files
 from hyperlora_jax.lora_files.writing import kohya_names
 from hyperlora_jax.runtime.exporters import exporting
 from hyperlora_jax.stable_diffusion.model import StableDiffusion

@@ -21,7 +21,7 @@ from hyperlora_jax.diffusion.samplers import SAMPLERS
 from hyperlora_jax.diffusion.schedule import NoiseSchedule
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora.sites import LoraSpec, component_tree, spec_from_shapes
-from hyperlora_jax.lora_files.base_check import weight_files
+from hyperlora_jax.lora_files.base_files import weight_files
 from hyperlora_jax.parallel.sharding import DEFAULT_RULES, Rule, split_rows
 from hyperlora_jax.stable_diffusion import inference, text_conditions
 from hyperlora_jax.stable_diffusion.networks.autoencoder import AutoencoderKL

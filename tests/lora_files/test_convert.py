@@ -13,7 +13,7 @@ from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora.factors import is_site
 from hyperlora_jax.lora.sites import LoraSite, LoraSpec
 from hyperlora_jax.lora_files import compatibility, load_lora, read_metadata, save_lora
-from hyperlora_jax.lora_files.base_check import read_base_model
+from hyperlora_jax.lora_files.base_files import read_base_model
 from hyperlora_jax.lora_files.compatibility import inspect_lora as inspect
 from hyperlora_jax.lora_files.convert import convert_file, convert_folder, find_loras, open_base
 from hyperlora_jax.lora_files.safetensors_io import write

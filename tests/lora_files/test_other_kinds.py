@@ -9,7 +9,7 @@ from hyperlora_jax.cli.main import main
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora.sites import site_factors
 from hyperlora_jax.lora_files import load_lora, safetensors_io
-from hyperlora_jax.lora_files.base_check import read_base_model
+from hyperlora_jax.lora_files.base_files import read_base_model
 
 TARGETS = [
     "down_blocks.0.attentions.0.proj_in",

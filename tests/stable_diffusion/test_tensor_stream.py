@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from hyperlora_jax.errors import UserError
-from hyperlora_jax.lora_files.base_check import weight_files
+from hyperlora_jax.lora_files.base_files import weight_files
 from hyperlora_jax.parallel.mesh import make_mesh
 from hyperlora_jax.parallel.sharding import REPLICATED_RULES
 from hyperlora_jax.stable_diffusion.model import StableDiffusion

@@ -1,7 +1,5 @@
 """Target LoRAs of one dataset or of several, by subject."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -113,8 +111,7 @@ def test_wrong_mixtures_are_named(tmp_path, targets, settings, match):
 def test_a_run_says_which_subjects_have_other_pictures(tmp_path):
     def go_on(**subjects):
         marks = [f"{name} {count}" for name, count in subjects.items()]
-        counts = SimpleNamespace(counts=list(subjects.values()))
-        same_as_before(tmp_path, SimpleNamespace(ids=list(subjects), marks=marks, images=counts))
+        same_as_before(tmp_path, list(subjects), marks, list(subjects.values()))
 
     go_on(anna=1)
     go_on(anna=2, bert=2)  # nothing is trained yet

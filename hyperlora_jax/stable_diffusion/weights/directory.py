@@ -13,7 +13,7 @@ import numpy as np
 from hyperlora_jax.array_types import Params
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora_files import safetensors_io
-from hyperlora_jax.lora_files.base_check import WEIGHT_STEMS, Loader
+from hyperlora_jax.lora_files.base_files import WEIGHT_STEMS, Loader
 from hyperlora_jax.stable_diffusion.weights.flax_trees import flax_to_torch
 from hyperlora_jax.stable_diffusion.weights.tensor_stream import read_tensors
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from hyperlora_jax import storage
 from hyperlora_jax.errors import UserError
-from hyperlora_jax.lora_files.base_check import PICKLED_STEMS, WEIGHT_STEMS
+from hyperlora_jax.lora_files.base_files import PICKLED_STEMS, WEIGHT_STEMS
 
 COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 INDEX = "model_index.json"

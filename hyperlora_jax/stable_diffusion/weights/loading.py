@@ -15,7 +15,7 @@ from hyperlora_jax.array_types import DType, Json, Params
 from hyperlora_jax.diffusion.schedule import NoiseSchedule
 from hyperlora_jax.diffusion.scheduler_config import read_scheduler_config
 from hyperlora_jax.errors import UserError
-from hyperlora_jax.lora_files.base_check import weight_files, what_is_there
+from hyperlora_jax.lora_files.base_files import weight_files, what_is_there
 from hyperlora_jax.parallel.sharding import DEFAULT_RULES, Rule
 from hyperlora_jax.shipped import base_path
 from hyperlora_jax.stable_diffusion.networks.autoencoder import vae_from_config

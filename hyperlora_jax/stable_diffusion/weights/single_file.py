@@ -21,7 +21,7 @@ from hyperlora_jax.diffusion.schedule import NoiseSchedule
 from hyperlora_jax.diffusion.scheduler_config import read_scheduler_config
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora_files import safetensors_io
-from hyperlora_jax.lora_files.base_check import WEIGHT_STEMS, Loader, weight_files
+from hyperlora_jax.lora_files.base_files import WEIGHT_STEMS, Loader, weight_files
 from hyperlora_jax.stable_diffusion.weights import directory, loading
 from hyperlora_jax.stable_diffusion.weights.clip_tokenizer import load_tokenizer
 from hyperlora_jax.stable_diffusion.weights.families import SCHEDULER, configs_of

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from hyperlora_jax.array_types import AnyArray, DType, Params
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora_files import safetensors_io
-from hyperlora_jax.lora_files.base_check import Loader, is_pickled, read_pickle
+from hyperlora_jax.lora_files.base_files import Loader, is_pickled, read_pickle
 from hyperlora_jax.parallel.sharding import DEFAULT_RULES, Rule, param_shardings
 
 Place = Callable[[tuple[str, ...], np.ndarray], AnyArray]

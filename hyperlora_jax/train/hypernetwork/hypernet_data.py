@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from hyperlora_jax.stable_diffusion.model import StableDiffusion
 from hyperlora_jax.subjects.concept_sources import split_paths
 from hyperlora_jax.subjects.encoded_subjects import EncodedSubjects
 from hyperlora_jax.subjects.encoding_cache import encode_once
-from hyperlora_jax.subjects.subject_pictures import SubjectPictures, load_pictures
+from hyperlora_jax.subjects.subject_pictures import load_pictures
 from hyperlora_jax.targets.gauged_targets import GaugedVectors, read_in_gauge
 from hyperlora_jax.targets.lora_targets import LoraTargets, open_lora_targets
 from hyperlora_jax.targets.mapped_vectors import MappedVectors
@@ -120,7 +120,8 @@ def read_encoded(
     pictures = multihost.first_then_others(
         "pictures", lambda: load_pictures(config.data, count, size, scratch / "renders")
     )
-    same_as_before(workdir, pictures)
+    if pictures.marks:
+        same_as_before(workdir, pictures.ids, pictures.marks, pictures.images.counts)
     encoded = encode_once(
         workdir,
         sd,
@@ -134,17 +135,15 @@ def read_encoded(
     return encoded, dict(pictures.facts)
 
 
-def same_as_before(workdir: epath.PathLike, pictures: SubjectPictures) -> None:
-    """Keeps what every subject's pictures are, by content, in WORKDIR/pictures.json; where there are
-    checkpoints, says which subjects have others now.
+def same_as_before(
+    workdir: epath.PathLike, ids: Sequence[str], marks: Sequence[str], counts: Sequence[int]
+) -> None:
+    """Keeps the marks and numbers of all subjects' pictures in WORKDIR/pictures.json.
 
     Raises:
-        UserError: some have.
+        UserError: WORKDIR has checkpoints, and some subjects have other pictures now.
     """
-    if not pictures.marks:
-        return
-    marked = zip(pictures.ids, pictures.marks, pictures.images.counts, strict=True)
-    now = {name: [mark, count] for name, mark, count in marked}
+    now = {name: [mark, count] for name, mark, count in zip(ids, marks, counts, strict=True)}
     file, trained = (epath.Path(workdir) / name for name in ("pictures.json", "checkpoints"))
     if not (trained.exists() and any(step.name.isdigit() for step in trained.iterdir())):
         if multihost.is_first():
