@@ -184,7 +184,7 @@ def refine_files(
 
 
 def _is_lora(path: Path) -> bool:
-    lora = is_one_lora(path) if path.is_dir() else path.suffix == ".safetensors"
+    lora = is_one_lora(path) if path.is_dir() else path.suffix.lower() == ".safetensors"
     return lora and not path.name.startswith(".")
 
 

@@ -35,6 +35,14 @@ CHECKED = {
 }
 
 
+# findings/hotswap_of_mixed_ranks.sh, of attention: one scale, that of the commonest rank, for all.
+SWAPPED = (
+    "kohya", "diffusers, swapped in place (`hotswap=True`)", "1.x", "attention: full",
+    "attention: wrong strengths",
+    "each layer is scaled by alpha / the commonest rank (`findings/hotswap_of_mixed_ranks.sh`)",
+)  # fmt: skip
+
+
 def page() -> str:
     """The whole text."""
     return "\n".join(
@@ -79,7 +87,7 @@ def _written() -> list[str]:
         "",
         f"Of {len(SITES)} layers: attention, a 3×3 convolution, a time embedding, a text encoder. "
         "`peft` and `weights2weights` are adapter folders, for PEFT only, which loads all.",
-        *_table(head, table),
+        *_table(head, [*table, SWAPPED]),
     ]
 
 

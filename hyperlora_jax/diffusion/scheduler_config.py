@@ -45,6 +45,7 @@ CLASSES: dict[str, dict[str, Any]] = {
 # Key -> the only values that mean the schedule we know; other values describe other schedules.
 REFUSED: dict[str, tuple[Any, ...]] = {
     "timestep_type": ("discrete",),
+    "predict_epsilon": (True,),  # of diffusers before 0.9; False was prediction_type "sample"
     "use_flow_sigmas": (False,),
     "use_dynamic_shifting": (False,),
     "shift": (1.0,),

@@ -90,7 +90,12 @@ def what_is_there(root: Path) -> str:
     kind = root / "model_index.json"
     if kind.is_file() and (name := _json(kind).get("_class_name")):
         return f"a Stable Diffusion 1.x, 2.x or XL model, found a {name}"
-    return "the UNet of a diffusers model directory"
+    inner = next((kind for way in _INNER for kind in sorted(root.glob(way))), None)
+    there = f"; there is a model in {inner.parent}" if inner else ""
+    return f"the UNet of a diffusers model directory{there}"
+
+
+_INNER = ("*/model_index.json", "snapshots/*/model_index.json")  # unpacked archives, hub caches
 
 
 def weight_files(folder: Path, component: str, variant: str | None = None) -> list[Path]:
@@ -165,7 +170,7 @@ def read_weights(file: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 
 def is_pickled(file: Path) -> bool:
     """Whether PyTorch wrote it; some programs give safetensors files the ending .pt or .ckpt."""
-    if file.suffix not in PICKLED or not file.is_file():
+    if file.suffix.lower() not in PICKLED or not file.is_file():
         return False
     with file.open("rb") as stream:
         return stream.read(9)[8:] != b"{"

@@ -122,9 +122,9 @@ def find_loras(folder: Path) -> list[Path]:
 
 
 def _is_file_of_lora(path: Path) -> bool:
-    if path.suffix in PICKLED:
+    if path.suffix.lower() in PICKLED:
         return not (_STATE.match(path.name) or path.with_suffix(".safetensors").exists())
-    return path.suffix == ".safetensors"
+    return path.suffix.lower() == ".safetensors"
 
 
 def _passed_over(root: Path, found: Collection[Path]) -> str:

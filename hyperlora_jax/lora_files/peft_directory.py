@@ -45,6 +45,12 @@ def adapter_folders(path: Path) -> dict[str, Path]:
     return {name: path / name for name in COMPONENTS if weights_of(path / name)}
 
 
+def further_adapters(path: Path) -> list[str]:
+    """Folders inside an adapter's, where PEFT keeps a model's adapters of other names."""
+    inside = sorted(path.iterdir()) if (path / CONFIG_NAME).exists() else []
+    return [folder.name for folder in inside if (folder / CONFIG_NAME).exists()]
+
+
 def weights_of(folder: Path, name: str = WEIGHTS_NAME) -> Path | None:
     """The file of this name in a folder, or else the one that older versions wrote by PyTorch."""
     files = (folder / name, (folder / name).with_suffix(".bin"))

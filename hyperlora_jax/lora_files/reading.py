@@ -29,6 +29,7 @@ from hyperlora_jax.lora_files.lora_config import header_scales
 from hyperlora_jax.lora_files.peft_directory import (
     WEIGHTS_NAME,
     adapter_folders,
+    further_adapters,
     read_folder,
     read_vector,
     weights_of,
@@ -109,6 +110,8 @@ def read_tensors(
         return read_vector(path, spec), {}
     folders = adapter_folders(path) if path.is_dir() else {}
     if folders:
+        if others := further_adapters(path):
+            _say(path, f"holds further adapters, which are not read: {', '.join(others)}")
         tensors: dict[str, np.ndarray] = {}
         metadata: dict[str, str] = {}
         for component, folder in folders.items():

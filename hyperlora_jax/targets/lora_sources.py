@@ -19,6 +19,7 @@ import numpy as np
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora.sites import LoraSpec
 from hyperlora_jax.lora_files import load_lora, read_metadata, safetensors_io
+from hyperlora_jax.lora_files.peft_directory import adapter_folders
 from hyperlora_jax.pictures import pictures
 from hyperlora_jax.targets import lora_fitting
 from hyperlora_jax.targets.lora_fitting import Fitted
@@ -61,19 +62,18 @@ def find_lora_files(paths: Sequence[str | Path]) -> list[tuple[str, Path]]:
     for given in map(Path, paths):
         if not given.exists():
             raise UserError(f"{given}: no such file or folder, expected LoRAs")
-        if given.is_file() or _is_adapter(given):
+        if given.is_file() or adapter_folders(given):
             files.append((_stem(given), given))
             continue
         for folder, subfolders, names in os.walk(given):
             here = Path(folder)
             subfolders.sort()
-            if _is_adapter(here):
+            if adapter_folders(here):
                 subfolders.clear()
-                named = here.parent if here.name == "unet" and here.parent != given else here
-                files.append((str(named.relative_to(given)), here))
+                files.append((str(here.relative_to(given)), here))
                 continue
             for name in sorted(names):
-                if name.endswith(LORA_SUFFIXES) and not name.startswith("."):
+                if name.lower().endswith(LORA_SUFFIXES) and not name.startswith("."):
                     path = here / name
                     files.append((str((path.relative_to(given)).with_name(_stem(path))), path))
     if not files:
@@ -82,12 +82,8 @@ def find_lora_files(paths: Sequence[str | Path]) -> list[tuple[str, Path]]:
     return unique_names(files)
 
 
-def _is_adapter(folder: Path) -> bool:
-    return (folder / "adapter_config.json").is_file()
-
-
 def _stem(path: Path) -> str:
-    return path.stem if path.suffix in LORA_SUFFIXES else path.name
+    return path.stem if path.suffix.lower() in LORA_SUFFIXES else path.name
 
 
 def unique_names(files: list[tuple[str, Path]]) -> list[tuple[str, Path]]:
@@ -116,6 +112,9 @@ class FileReader:
     def __call__(self, entry: tuple[str, Path]) -> Accepted | Rejected:
         """The LoRA of an (id, path), or the reason why there is none."""
         name, path = entry
+        twin = path.with_suffix(".safetensors")
+        if path.suffix in LORA_SUFFIXES[1:] and twin.is_file():
+            return Rejected(name, str(path), f"the same LoRA as {twin.name} beside it")
         try:
             return Accepted(name, str(path), self._fitted(path), _picture_beside(path))
         except UserError as error:

@@ -64,6 +64,7 @@ def test_other_kinds_of_schedule_are_refused_by_name(name):
         ("timestep_type", "continuous"), ("use_flow_sigmas", True), ("sigma_data", 0.5),
         ("sigma_max", 120.0), ("rho", 7.0), ("use_dynamic_shifting", True), ("shift", 3.0),
         ("prediction_type", "flow_prediction"), ("never_heard_of", 1), ("sigma_schedule", "karras"),
+        ("predict_epsilon", False),
     ],
 )  # fmt: skip
 def test_values_that_mean_another_schedule_are_refused(key, value):

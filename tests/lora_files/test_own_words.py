@@ -222,6 +222,9 @@ def test_pytorch_files_of_a_folder(tmp_path, capsys):
     first, *others = [path.read_bytes() for path in written]
     assert others == [first] * 2 and (tmp_path / "out" / "bob.v1.safetensors").read_bytes() == first
     assert load_lora(file.parent)[1] == load_lora(written[0])[1]
+    (folder / "dora.ckpt").rename(folder / "E.CKPT")
+    assert main([*convert, str(tmp_path / "upper")]) == 0
+    assert (tmp_path / "upper" / "E.safetensors").read_bytes() == first
     # Safetensors under another name, code, and what is no LoRA.
     (folder / "carl.pt").write_bytes(first)
     assert load_lora(folder / "carl.pt")[1] == load_lora(written[0])[1]
@@ -231,6 +234,16 @@ def test_pytorch_files_of_a_folder(tmp_path, capsys):
     torch.save([torch.ones(2)], folder / "carl.pt")
     with pytest.raises(UserError, match=r"carl.pt: found list, expected tensors by their names"):
         load_lora(folder / "carl.pt")
+
+
+def test_adapters_beside_the_one_of_a_folder_are_said(tmp_path, capsys):
+    """PEFT keeps a model's further adapters in folders of their names inside the first one's."""
+    source = lora_file(tmp_path / "in.safetensors", {FIRST: ((4, 320), (320, 4))})
+    for name in ("a", "a/b"):
+        command = ["convert", str(source), "--out", str(tmp_path / name), "--format", "peft"]
+        assert main(command) == 0
+    load_lora(tmp_path / "a")
+    assert "a: holds further adapters, which are not read: b" in capsys.readouterr().err
 
 
 def test_a_core_between_the_factors_of_a_convolution(tmp_path):

@@ -2,6 +2,7 @@ import json
 import re
 
 import damaged_files
+import jax
 import numpy as np
 import pytest
 from damaged_files import BASE, SPEC, good
@@ -9,8 +10,8 @@ from PIL import Image
 
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora import factors, gauge, vectorize
-from hyperlora_jax.lora.sites import LoraSpec, site_factors
-from hyperlora_jax.lora_files import load_lora
+from hyperlora_jax.lora.sites import LoraSite, LoraSpec, site_factors
+from hyperlora_jax.lora_files import load_lora, save_lora
 from hyperlora_jax.targets import lora_fitting, lora_import, lora_sources
 from hyperlora_jax.targets.lora_import import import_loras, read_identities
 from hyperlora_jax.targets.lora_targets import open_lora_targets
@@ -162,12 +163,29 @@ def test_pictures_beside_the_files_become_references(tmp_path):
     assert given == {"a": 1, "b": 1, "c": 0}
 
 
+def test_an_adapter_folder_of_several_models_is_one_lora(tmp_path):
+    """Not the part of the UNet alone under its name."""
+    path = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+    both = LoraSpec((*SPEC.sites, LoraSite(path, 8, 8, 2)))
+    lora = factors.init(jax.random.key(0), both)
+    save_lora(tmp_path / "in" / "anna", lora, both, "peft")
+    save_lora(tmp_path / "in" / "BERT.safetensors", lora, both)
+    (tmp_path / "in" / "BERT.safetensors").rename(tmp_path / "in" / "BERT.SAFETENSORS")
+    found = lora_sources.find_lora_files([tmp_path / "in"])
+    assert [name for name, _ in found] == ["BERT", "anna"]
+    assert lora_sources.find_lora_files([tmp_path / "in" / "anna"])[0][0] == "anna"
+    assert len(load_lora(found[1][1])[1]) == len(both)
+
+
 def test_equal_names_stay_apart(tmp_path):
     for root in ("one", "two"):
         good(tmp_path / root / "a.safetensors", 1)
     (tmp_path / "one/a.pt").write_bytes(b"x")
     names = [name for name, _ in lora_sources.find_lora_files([tmp_path / "one", tmp_path / "two"])]
     assert names == ["a.pt", "a.safetensors", "a.safetensors 2"]
+    report = run([tmp_path / "one"], tmp_path / "out")
+    reasons = [row.reason for row in report.rejected]
+    assert reasons == ["the same LoRA as a.safetensors beside it"]
 
 
 @pytest.fixture(scope="module")

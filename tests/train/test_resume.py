@@ -108,6 +108,6 @@ def test_the_command_goes_on_when_everything_moved_and_says_what_changed(
     assert "first 'anna' (2 pictures, now 3)" in train(4, "base2", "people2")[2]
     (tmp_path / "people2" / "anna").rename(tmp_path / "people2" / "zoe")
     code, _, error = train(4, "base2", "people2")
-    assert code == 2 and "has 1 new (first 'emil') and 1 gone (first 'anna'); use" in error
+    assert code == 2 and "on: 1 new (first 'emil') and 1 gone (first 'anna'); use" in error
     (tmp_path / "run" / "pictures.json").unlink()  # of an older version
     assert "checkpoints/3 was made with data.pictures = '" in train(4, "base2", "people2")[2]

@@ -163,7 +163,7 @@ def same_as_before(
         names = [f"{len(own)} {what} (first {own[0]!r})"
                  for own, what in ((new, "new"), (gone, "gone")) if own]  # fmt: skip
         raise UserError(
-            f"{workdir}: was trained on {len(before)} subjects, of which this run has "
+            f"{workdir}: has other subjects now than the {len(before)} that it was trained on: "
             f"{' and '.join(names)}; use another workdir"
         )
 
