@@ -22,6 +22,7 @@ _HOMES = {
     "LoraSite": "hyperlora_jax.lora.sites",
     "LoraSpec": "hyperlora_jax.lora.sites",
     "NoiseSchedule": "hyperlora_jax.diffusion.schedule",
+    "Region": "hyperlora_jax.stable_diffusion.picture_regions",
     "StableDiffusion": "hyperlora_jax.stable_diffusion.model",
     "UserError": "hyperlora_jax.errors",
     "load_base": "hyperlora_jax.stable_diffusion.embedded",
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from hyperlora_jax.refine import refine_loras as refine_loras
     from hyperlora_jax.stable_diffusion.embedded import load_base as load_base
     from hyperlora_jax.stable_diffusion.model import StableDiffusion as StableDiffusion
+    from hyperlora_jax.stable_diffusion.picture_regions import Region as Region
 
 
 def __getattr__(name: str) -> Any:

@@ -5,7 +5,7 @@ are never baked into a program.
 """
 
 import functools
-from typing import cast
+from typing import Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -69,6 +69,9 @@ def decode_latents(
     return jnp.clip(images.astype(jnp.float32) / 2.0 + 0.5, 0.0, 1.0)
 
 
+Guided = Literal["", "beside", "apart"]
+
+
 @functools.partial(
     jax.jit, static_argnames=("unet", "vae", "schedule", "sampler", "num_steps", "guided")
 )
@@ -78,7 +81,7 @@ def sample_images(
     schedule: NoiseSchedule,
     sampler: str,
     num_steps: int,
-    guided: bool,
+    guided: Guided,
     params: dict[str, Params],
     noise: Float[Array, "b hh ww z"],
     text: Text,
@@ -88,8 +91,10 @@ def sample_images(
 ) -> Float[Array, "b h w 3"]:
     """The whole sampling loop and the decoding.
 
-    `text` has b rows, or 2 b rows (negative, positive, negative, ...) when `guided`. `keys` are of
-    the fresh noise that some samplers add, one per picture.
+    `text` has b rows; when `guided` "beside" 2 b rows, negative, positive, negative, ..., so that a
+    LoRA serves both branches of its pictures; when "apart" all negative rows and then all positive
+    ones, and `lora` has those of the negative branch before the others. `keys` are of the fresh
+    noise that some samplers add, one per picture.
     """
     variables = {"params": params["unet"]}
     if lora is not None:
@@ -98,7 +103,7 @@ def sample_images(
     height, width = (size * vae.downsampling for size in noise.shape[1:3])
     text = with_sizes(text, (height, width))
     if width := unet.settings.guidance_width:  # a distilled guidance: told, and not applied
-        scale = jnp.broadcast_to(1000.0 * (guidance - 1.0), noise.shape[:1])
+        scale = jnp.broadcast_to(1000.0 * (guidance - 1.0), text["states"].shape[:1])
         embedded = sinusoidal_embedding(scale, width, flip_sin_to_cos=False, freq_shift=1.0)
         text = {**text, "timestep_cond": embedded}
 
@@ -108,11 +113,20 @@ def sample_images(
     def denoise(x: Array, timesteps: Array) -> Array:
         if not guided:
             return apply_unet(unet, variables, x, timesteps, text)
-        doubled = jnp.repeat(x, 2, axis=0), jnp.repeat(timesteps, 2, axis=0)
+        axis = 1 if guided == "beside" else 0
+        doubled = (stacked(x, x, axis), stacked(timesteps, timesteps, axis))
         both = apply_unet(unet, variables, *doubled, text).astype(jnp.float32)
-        both = both.reshape(-1, 2, *x.shape[1:])
-        negative, positive = both[:, 0], both[:, 1]
+        split = (-1, 2) if guided == "beside" else (2, -1)
+        both = both.reshape(*split, *x.shape[1:])
+        negative, positive = jnp.moveaxis(both, axis, 0)
         return negative + guidance * (positive - negative)
 
     latents = SAMPLERS[sampler](denoise, schedule, noise, num_steps, draw)
     return decode_latents(vae, params["vae"], latents)
+
+
+def stacked(
+    negative: Shaped[Array, "b *rest"], positive: Shaped[Array, "b *rest"], axis: int
+) -> Shaped[Array, "2b *rest"]:
+    """Rows of both branches, beside each other (axis 1) or one branch after the other (0)."""
+    return jnp.stack([negative, positive], axis).reshape(-1, *positive.shape[1:])

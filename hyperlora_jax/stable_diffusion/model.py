@@ -29,10 +29,12 @@ from hyperlora_jax.stable_diffusion.networks.clip_text import ClipTextModel
 from hyperlora_jax.stable_diffusion.networks.lora_argument import (
     check_lora,
     count_loras,
+    for_branches,
     lora_tree,
     scaled,
 )
 from hyperlora_jax.stable_diffusion.networks.unet import UNet
+from hyperlora_jax.stable_diffusion.picture_regions import Region, lay_out
 from hyperlora_jax.stable_diffusion.weights import directory, loading, single_file
 from hyperlora_jax.stable_diffusion.weights.clip_tokenizer import (
     load_tokenizer,
@@ -44,6 +46,7 @@ from hyperlora_jax.stable_diffusion.weights.parts import check_token_ids
 
 log = logging.getLogger(__name__)
 
+BRANCHES = ("both", "conditional")
 NO_LENGTH = 10**9  # transformers gives 1e30 for a tokenizer that names no model_max_length
 
 
@@ -246,25 +249,25 @@ class StableDiffusion:
         self,
         prompts: Sequence[str],
         negative: Sequence[str] | None,
-        lora: Params | None,
+        loras: tuple[Params | None, Params | None],
         clip_skip: int,
+        axis: int,
     ) -> dict[str, Array]:
-        """Rows negative, positive, negative, ...: both branches of image k use its LoRA.
+        """Rows of both branches as `inference.stacked` puts them; `loras` are of the negative and
+        of the positive one.
 
         As in diffusers' pipelines, only positive prompts skip layers, and SDXL without negative
         prompts takes zeros for them.
         """
-        positive = self.encode_conditions(prompts, lora, clip_skip)
+        positive = self.encode_conditions(prompts, loras[1], clip_skip)
         if negative is None and self.is_xl and self.zeros_for_no_prompt():
             other = jax.tree.map(jnp.zeros_like, positive)
         else:
             negative = [""] * len(prompts) if negative is None else list(negative)
             if len(negative) != len(prompts):
                 raise UserError(f"{len(negative)} negative prompts for {len(prompts)} prompts")
-            other = self.encode_conditions(negative, lora)
-        return jax.tree.map(
-            lambda n, p: jnp.stack([n, p], 1).reshape(-1, *p.shape[1:]), other, positive
-        )
+            other = self.encode_conditions(negative, loras[0])
+        return jax.tree.map(lambda n, p: inference.stacked(n, p, axis), other, positive)
 
     def zeros_for_no_prompt(self) -> bool:
         """Whether SDXL without a prompt takes zeros instead of the empty prompt's states."""
@@ -301,6 +304,8 @@ class StableDiffusion:
         height: int | None = None,
         width: int | None = None,
         clip_skip: int = 0,
+        regions: Sequence[Region] = (),
+        lora_branches: str = "both",
     ) -> Float[Array, "b h w 3"]:
         """Images in [0, 1], one per prompt; a single prompt is drawn once with every LoRA.
 
@@ -319,14 +324,22 @@ class StableDiffusion:
             height, width: in pixels; None means what the model was trained at.
             clip_skip: layers of the text encoders that are left out at their end, as diffusers
                 counts them (1 is what other programs call "clip skip 2").
+            regions: parts of every picture with LoRAs and prompts of their own, in one pass of the
+                UNet, instead of `lora`; what none covers has the picture's prompt and no LoRA.
+            lora_branches: of guidance, that LoRAs act on: "both", or "conditional" (the negative
+                branch is the base's).
 
         Raises:
-            UserError: a LoRA, a sampler or a size that does not fit the model, negative prompts
-                without guidance or of another number.
+            UserError: a LoRA, a region, a sampler or a size that does not fit the model, negative
+                prompts without guidance or of another number.
         """
         sampler = self.schedule.sampler if sampler is None else sampler
         if sampler not in SAMPLERS:
             raise UserError(f"sampler is {sampler!r}, expected one of {sorted(SAMPLERS)}")
+        if lora_branches not in BRANCHES:
+            raise UserError(f"lora_branches is {lora_branches!r}, expected one of {list(BRANCHES)}")
+        if regions and lora is not None:
+            raise UserError('found lora and regions, expected a region "all" for that LoRA')
         lora = lora_tree(lora, self)
         lora = None if lora is None else scaled(lora, strength)
         prompts = [prompts] * count_loras(lora) if isinstance(prompts, str) else list(prompts)
@@ -341,26 +354,40 @@ class StableDiffusion:
         guided = guidance != 1.0 and not self.unet.settings.guidance_width
         if negative_prompts is not None and not guided:
             raise UserError("negative prompts do nothing at guidance 1; give another guidance")
-        if lora is not None:
-            check_lora(component_tree(lora, "unet"), self.params["unet"], batch)
         key = jax.random.key(key) if isinstance(key, int) else key
         noise = self.noise(key, batch, height, width) if latents is None else latents
         one_key = not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.ndim == 0
         keys = jax.random.split(jax.random.fold_in(key, 1), batch) if one_key else key
+        parts = None
+        if regions:
+            parts = lay_out(regions, self, prompts, noise.shape[1:3])
+            prompts, lora, each = parts.prompts, parts.lora, len(parts.prompts) // batch
+            if negative_prompts is not None and len(negative_prompts) == batch:
+                negative_prompts = [text for text in negative_prompts for _ in range(each)]
+        if lora is not None:
+            check_lora(component_tree(lora, "unet"), self.params["unet"], len(prompts))
+        beside = parts is None and lora_branches == "both"
         if guided:
-            text = self._guided_conditions(prompts, negative_prompts, lora, clip_skip)
+            pair = lora if lora_branches == "both" else None, lora
+            text = self._guided_conditions(
+                prompts, negative_prompts, pair, clip_skip, 1 if beside else 0
+            )
+            if lora is not None and not beside:
+                lora = for_branches(lora, lora_branches == "both")
         else:
             text = self.encode_conditions(prompts, lora, clip_skip)
-        factor, rows = self.component("vae").downsampling, len(text["states"])
+        factor, rows = self.component("vae").downsampling, 2 * batch if guided else batch
         size = noise.shape[1] * factor, noise.shape[2] * factor
         text |= text_conditions.nothing_given(self, rows, size)
+        if parts is not None:
+            text["masks"] = jnp.tile(parts.masks, (rows // batch, 1, 1, 1))
         return inference.sample_images(
             self.unet,
             self.component("vae"),
             self.schedule,
             sampler,
             num_steps,
-            guided,
+            ("beside" if beside else "apart") if guided else "",
             {"unet": self.params["unet"], "vae": self.params["vae"]},
             split_rows(jnp.asarray(noise, jnp.float32), self.unet.mesh),
             text,

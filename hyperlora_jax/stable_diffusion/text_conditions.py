@@ -6,6 +6,7 @@ time_ids   [b, 6]      SDXL: the picture's height and width before its crop, the
                        left, its height and width; float32, as bfloat16 takes 1023 for 1024
 timestep_cond  [b, w]  of bases with a distilled guidance: its embedding
 given      [b, hh, ww, c]  of inpainting and pix2pix bases: what follows the latents' channels
+masks      [b, k, hh, ww]  of k regions: the arrays above but `given` then have k rows a picture
 """
 
 from collections.abc import Mapping, Sequence
@@ -93,4 +94,5 @@ def apply_unet(
         added = {**(added or {}), "timestep_cond": text["timestep_cond"]}
     if "given" in text:
         latents = jnp.concatenate([latents, text["given"].astype(latents.dtype)], -1)
-    return cast(Array, unet.apply(variables, latents, timesteps, text["states"], added))
+    masks = text.get("masks")
+    return cast(Array, unet.apply(variables, latents, timesteps, text["states"], added, masks))

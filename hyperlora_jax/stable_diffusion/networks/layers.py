@@ -2,7 +2,10 @@
 
 A layer looks for the variables "down" and "up" of its own path in the `lora` collection. When they
 are there it adds x · down · up without ever forming down · up, so that every example of a batch can
-carry another LoRA. L LoRAs serve b examples: example k uses LoRA k // (b / L).
+carry another LoRA. L LoRAs serve b examples: example k uses LoRA k // (b / L). With regions
+(`lora/region_shares.py`) a layer over positions has K LoRAs for each picture: their factors are
+joined along the rank, and the rank activations of region k are multiplied by its share of each
+position.
 
 The gradients of a convolution are fast on every platform. XLA writes the gradient for the input as
 a convolution whose kernel has its two feature axes swapped by dimension numbers. TPUs and GPUs take
@@ -22,6 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from hyperlora_jax.array_types import Array, DType, Float
+from hyperlora_jax.lora.region_shares import Shares, joined_ranks, shares_of
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
 _FEW_ROWS, _FEW_PIXELS = 512, 64  # measured on two cores
@@ -192,15 +196,23 @@ def _param(module: nn.Module, name: str, shape: tuple[int, ...], fill: float = 0
 
 
 def lora_linear(
-    x: Float[Array, "b ... i"], down: Float[Array, "*l i r"], up: Float[Array, "*l r o"]
+    x: Float[Array, "b ... i"],
+    down: Float[Array, "*l i r"],
+    up: Float[Array, "*l r o"],
+    shares: Float[Array, "b ... k"] | None = None,
 ) -> Float[Array, "b ... o"]:
-    """x · down · up with one LoRA for all examples, or LoRA k // (b/l) for example k."""
+    """x · down · up with one LoRA for all examples, or LoRA k // (b/l) for example k.
+
+    With `shares`, a picture has k LoRAs in a row, each counting by its share of a position.
+    """
     if down.ndim == 2:
         return (x @ down) @ up
+    if shares is not None:
+        down, up = joined_ranks(down, up, shares.shape[-1])
     group_shape(x.shape[0], down.shape[0])
     grouped = x.reshape(down.shape[0], -1, x.shape[-1])
     inner = jnp.einsum("lni,lir->lnr", grouped, down)
-    return lora_up(inner, up).reshape(*x.shape[:-1], up.shape[-1])
+    return lora_up(inner.reshape(*x.shape[:-1], -1), up, shares)
 
 
 def lora_conv(
@@ -209,8 +221,10 @@ def lora_conv(
     up: Float[Array, "*l r o"],
     stride: int,
     padding: tuple[tuple[int, int], tuple[int, int]],
+    shares: Float[Array, "b hh ww k"] | None = None,
 ) -> Float[Array, "b hh ww o"]:
-    """A kh×kw convolution with `down`, then 1×1 with `up`, per example.
+    """A kh×kw convolution with `down`, then 1×1 with `up`, per example; `shares` as in
+    `lora_linear`.
 
     With a leading axis l, the products with all kh·kw taps are one thin einsum, and the taps are
     shifted and summed afterwards, when only r channels are left: a vmapped convolution would become
@@ -218,6 +232,8 @@ def lora_conv(
     """
     if down.ndim == 4:
         return conv2d(x, down, stride, padding) @ up
+    if shares is not None:
+        down, up = joined_ranks(down, up, shares.shape[-1])
     (batch, height, width, channels), (num_loras, kh, kw, _, rank) = x.shape, down.shape
     group_shape(batch, num_loras)
     taps = down.transpose(0, 3, 1, 2, 4).reshape(num_loras, channels, kh * kw * rank)
@@ -232,11 +248,18 @@ def lora_conv(
         down_to, right_to = i + (rows - 1) * stride + 1, j + (columns - 1) * stride + 1
         part = products[..., tap * rank : (tap + 1) * rank]
         inner = inner + part[:, i:down_to:stride, j:right_to:stride]
-    return lora_up(inner, up)
+    return lora_up(inner, up, shares)
 
 
-def lora_up(inner: Float[Array, "b ... r"], up: Float[Array, "l r o"]) -> Float[Array, "b ... o"]:
+def lora_up(
+    inner: Float[Array, "b ... r"],
+    up: Float[Array, "l r o"],
+    shares: Float[Array, "b ... k"] | None = None,
+) -> Float[Array, "b ... o"]:
     """inner · up, LoRA k // (b/l) for example k."""
+    if shares is not None:
+        rank = inner.shape[-1] // shares.shape[-1]
+        inner = inner * jnp.repeat(shares, rank, -1).astype(inner.dtype)
     grouped = inner.reshape(up.shape[0], -1, inner.shape[-1])
     return jnp.einsum("lnr,lro->lno", grouped, up).reshape(*inner.shape[:-1], up.shape[-1])
 
@@ -262,14 +285,17 @@ class Dense(nn.Module):
     dtype: DType = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b ... i"]) -> Float[Array, "b ... o"]:
+    def __call__(
+        self, x: Float[Array, "b ... i"], regions: Shares | None = None
+    ) -> Float[Array, "b ... o"]:
         """x · kernel + x · down · up + bias."""
         x = x.astype(self.dtype)
         kernel = _param(self, "kernel", (x.shape[-1], self.features))
         y = product(x, kernel.astype(self.dtype))
         if self.has_variable("lora", "down"):
             down, up = self.get_variable("lora", "down"), self.get_variable("lora", "up")
-            y = y + lora_linear(x, down.astype(self.dtype), up.astype(self.dtype))
+            shares = shares_of(regions, y.shape[1:-1])
+            y = y + lora_linear(x, down.astype(self.dtype), up.astype(self.dtype), shares)
         if self.use_bias:
             y = y + _param(self, "bias", (self.features,)).astype(self.dtype)
         return y
@@ -289,7 +315,9 @@ class Conv(nn.Module):
     dtype: DType = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b hh ww o"]:
+    def __call__(
+        self, x: Float[Array, "b h w i"], regions: Shares | None = None
+    ) -> Float[Array, "b hh ww o"]:
         """Convolution plus its LoRA and bias."""
         p = self.padding
         padding = ((p, p), (p, p)) if isinstance(p, int) else p
@@ -300,7 +328,8 @@ class Conv(nn.Module):
         if self.has_variable("lora", "down"):
             down, up = self.get_variable("lora", "down"), self.get_variable("lora", "up")
             down, up = down.astype(self.dtype), up.astype(self.dtype)
-            y = y + lora_conv(x, down, up, self.stride, padding)
+            shares = shares_of(regions, y.shape[1:-1])
+            y = y + lora_conv(x, down, up, self.stride, padding, shares)
         if self.use_bias:
             y = y + _param(self, "bias", (self.features,)).astype(self.dtype)
         return y

@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from hyperlora_jax.array_types import AnyArray, Params
@@ -63,6 +64,16 @@ def scaled(lora: Params, strength: float | Sequence[float] | AnyArray) -> Params
         )
     single = factors.num_loras(lora) is None
     return factors.scale(lora, numbers.reshape(()) if single else numbers)
+
+
+def for_branches(lora: Params, negative: bool) -> Params:
+    """L LoRAs for the rows of the negative branch of guidance, and then the same for those of the
+    positive one; zeros in the place of the first unless they act on the `negative` branch."""
+    if factors.num_loras(lora) is None:
+        lora = factors.repeat(lora, 1)
+    return jax.tree.map(
+        lambda leaf: jnp.concatenate([leaf if negative else jnp.zeros_like(leaf), leaf]), lora
+    )
 
 
 def check_lora(lora: Params, params: Params, batch: int, prefix: str = "") -> None:

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from hyperlora_jax.array_types import Array, DType, Float
+from hyperlora_jax.lora.region_shares import Shares, blended, shares_of
 from hyperlora_jax.stable_diffusion.networks.layers import Conv, Dense, GroupNorm
 
 
@@ -18,18 +19,23 @@ class ResnetBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b h w c"], time: Float[Array, "b t"] | None = None
+        self,
+        x: Float[Array, "b h w c"],
+        time: Float[Array, "bk t"] | None = None,
+        regions: Shares | None = None,
     ) -> Float[Array, "b h w f"]:
         """`time` is the embedded timestep; the autoencoder has none."""
         hidden = GroupNorm(self.num_groups, self.epsilon, self.dtype, name="norm1")(x)
-        hidden = Conv(self.features, dtype=self.dtype, name="conv1")(jax.nn.silu(hidden))
+        hidden = Conv(self.features, dtype=self.dtype, name="conv1")(jax.nn.silu(hidden), regions)
         if time is not None:
             shift = Dense(self.features, dtype=self.dtype, name="time_emb_proj")(jax.nn.silu(time))
-            hidden = hidden + shift[:, None, None, :]
+            shift, shares = shift[:, None, None, :], shares_of(regions, x.shape[1:-1])
+            hidden = hidden + (shift if shares is None else blended(shift, shares))
         hidden = GroupNorm(self.num_groups, self.epsilon, self.dtype, name="norm2")(hidden)
-        hidden = Conv(self.features, dtype=self.dtype, name="conv2")(jax.nn.silu(hidden))
+        hidden = Conv(self.features, dtype=self.dtype, name="conv2")(jax.nn.silu(hidden), regions)
         if x.shape[-1] != self.features:
-            x = Conv(self.features, 1, padding=0, dtype=self.dtype, name="conv_shortcut")(x)
+            shortcut = Conv(self.features, 1, padding=0, dtype=self.dtype, name="conv_shortcut")
+            x = shortcut(x, regions)
         return x + hidden
 
 
@@ -40,9 +46,11 @@ class Downsample(nn.Module):
     dtype: DType = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b hh ww c"]:
+    def __call__(
+        self, x: Float[Array, "b h w c"], regions: Shares | None = None
+    ) -> Float[Array, "b hh ww c"]:
         """Halves height and width."""
-        return Conv(x.shape[-1], 3, 2, self.padding, dtype=self.dtype, name="conv")(x)
+        return Conv(x.shape[-1], 3, 2, self.padding, dtype=self.dtype, name="conv")(x, regions)
 
 
 class Upsample(nn.Module):
@@ -52,11 +60,14 @@ class Upsample(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b h w c"], size: tuple[int, int] | None = None
+        self,
+        x: Float[Array, "b h w c"],
+        size: tuple[int, int] | None = None,
+        regions: Shares | None = None,
     ) -> Float[Array, "b hh ww c"]:
         """`size` is (height, width) of the output."""
         x = nearest_resize(x, size or (2 * x.shape[1], 2 * x.shape[2]))
-        return Conv(x.shape[-1], dtype=self.dtype, name="conv")(x)
+        return Conv(x.shape[-1], dtype=self.dtype, name="conv")(x, regions)
 
 
 def nearest_resize(x: Float[Array, "b h w c"], size: tuple[int, int]) -> Float[Array, "b hh ww c"]:

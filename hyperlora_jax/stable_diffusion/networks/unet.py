@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from hyperlora_jax.array_types import AnyArray, Array, DType, Float, Int, Json
+from hyperlora_jax.lora.region_shares import Shares, pyramid
 from hyperlora_jax.stable_diffusion.networks.attention import Transformer2D
 from hyperlora_jax.stable_diffusion.networks.blocks import check_remat, rematerialised
 from hyperlora_jax.stable_diffusion.networks.layers import Conv, Dense, GroupNorm
@@ -70,10 +71,11 @@ class UNetBlock(nn.Module):
     def __call__(
         self,
         x: Float[Array, "b h w c"],
-        time: Float[Array, "b t"],
-        context: Float[Array, "b n e"],
+        time: Float[Array, "bk t"],
+        context: Float[Array, "bk n e"],
         skips: tuple[Array, ...],
         size: tuple[int, int] | None,
+        regions: Shares | None,
     ) -> tuple[Array, tuple[Array, ...]]:
         """Returns the block's output and, for a down block, all its skip connections.
 
@@ -83,15 +85,15 @@ class UNetBlock(nn.Module):
         for i in range(self.num_resnets):
             if skips:
                 x = jnp.concatenate([x, skips[-1 - i]], axis=-1)
-            x = self._resnet(i)(x, time)
+            x = self._resnet(i)(x, time, regions)
             if i < len(self.depths):
-                x = self._transformer(i)(x, context)
+                x = self._transformer(i)(x, context, regions)
             outputs.append(x)
         if self.resample == "down":
-            x = Downsample(dtype=self.dtype, name="downsamplers_0")(x)
+            x = Downsample(dtype=self.dtype, name="downsamplers_0")(x, regions)
             outputs.append(x)
         elif self.resample == "up":
-            x = Upsample(dtype=self.dtype, name="upsamplers_0")(x, size)
+            x = Upsample(dtype=self.dtype, name="upsamplers_0")(x, size, regions)
         return x, tuple(outputs)
 
     def _resnet(self, i: int) -> ResnetBlock:
@@ -141,29 +143,39 @@ class UNet(nn.Module):
         self,
         latents: Float[AnyArray, "b h w z"],
         timesteps: Int[AnyArray, " b"] | Float[AnyArray, " b"],
-        text_states: Float[AnyArray, "b n e"],
+        text_states: Float[AnyArray, "bk n e"],
         added_cond_kwargs: Mapping[str, AnyArray] | None = None,
+        masks: Float[AnyArray, "b k h w"] | None = None,
     ) -> Float[Array, "b h w o"]:
         """Prediction for noisy latents; `added_cond_kwargs` = {text_embeds, time_ids} for SDXL, and
-        {timestep_cond: [b, guidance_width]} for one distilled with its guidance (default zeros)."""
-        c = self.settings
+        {timestep_cond: [b, guidance_width]} for one distilled with its guidance (default zeros).
+
+        With the `masks` of k regions, which add up to 1 at every position, text, added conditions
+        and LoRAs have k rows for each picture, region by region."""
+        c, regions = self.settings, None
         check_remat(self.remat)
+        if masks is not None:
+            regions = pyramid(jnp.asarray(masks, self.dtype), c.num_levels)
+            timesteps = jnp.repeat(jnp.asarray(timesteps), masks.shape[1])
         if "lora" in self.variables:
-            check_lora(self.variables["lora"], self.variables["params"], latents.shape[0])
+            check_lora(self.variables["lora"], self.variables["params"], timesteps.shape[0])
         time = self._time(jnp.asarray(timesteps), added_cond_kwargs)
         context = jnp.asarray(text_states, self.dtype)
-        x = Conv(c.channels[0], dtype=self.dtype, name="conv_in")(jnp.asarray(latents))
+        x = Conv(c.channels[0], dtype=self.dtype, name="conv_in")(jnp.asarray(latents), regions)
         skips = [x]
         for i in range(c.num_levels):
             last = i == c.num_levels - 1
             block = self._block(f"down_blocks_{i}", i, c.layers[i], None if last else "down")
-            x, outputs = block(x, time, context, (), None)
+            x, outputs = block(x, time, context, (), None, regions)
             skips.extend(outputs)
-        x = self._mid(x, time, context)
+        x = self._mid(x, time, context, regions)
         for i in range(c.num_levels):
-            x, skips = self._up(i, x, time, context, skips)
+            taken = skips[-c.layers[c.num_levels - 1 - i] - 1 :]
+            del skips[-len(taken) :]
+            size = skips[-1].shape[1:3] if skips else None
+            x = self._up(i)(x, time, context, tuple(taken), size, regions)[0]
         x = jax.nn.silu(GroupNorm(c.num_groups, c.epsilon, self.dtype, name="conv_norm_out")(x))
-        return Conv(c.out_channels, dtype=self.dtype, name="conv_out")(x)
+        return Conv(c.out_channels, dtype=self.dtype, name="conv_out")(x, regions)
 
     def _time(self, timesteps: Array, added: Mapping[str, Array] | None) -> Array:
         c = self.settings
@@ -218,26 +230,19 @@ class UNet(nn.Module):
             name=name,
         )
 
-    def _mid(self, x: Array, time: Array, context: Array) -> Array:
+    def _mid(self, x: Array, time: Array, context: Array, regions: Shares | None) -> Array:
         c = self.settings
         if c.mid_block is None:
             return x
         attends = c.mid_block == "UNetMidBlock2DCrossAttn"
         num_resnets, depths = (2, c.depths[-1][:1]) if attends else (1, ())
         block = self._make("mid_block", c.num_levels - 1, num_resnets, depths, None)
-        return block(x, time, context, (), None)[0]
+        return block(x, time, context, (), None, regions)[0]
 
-    def _up(
-        self, i: int, x: Array, time: Array, context: Array, skips: list[Array]
-    ) -> tuple[Array, list[Array]]:
-        c = self.settings
-        level = c.num_levels - 1 - i
-        num_resnets = c.layers[level] + 1
-        taken, rest = tuple(skips[-num_resnets:]), skips[:-num_resnets]
-        resample = None if level == 0 else "up"
-        size = rest[-1].shape[1:3] if rest else None
-        block = self._block(f"up_blocks_{i}", level, num_resnets, resample)
-        return block(x, time, context, taken, size)[0], rest
+    def _up(self, i: int) -> UNetBlock:
+        level = self.settings.num_levels - 1 - i
+        num_resnets = self.settings.layers[level] + 1
+        return self._block(f"up_blocks_{i}", level, num_resnets, "up" if level else None)
 
     def dummy_inputs(self) -> tuple:
         """Zero inputs of batch 1, enough to initialise or trace."""

@@ -1,0 +1,59 @@
+"""Several LoRAs and prompts in one picture, each in its own region, in one pass of the UNet.
+
+A picture has K regions with masks that add up to 1 at every position. What has no picture axes
+(timestep, prompt) has K rows for each picture, one per region; everything else has one row, and is
+mixed by the masks at its own resolution:
+
+  1. layers over positions     y = x W + Σₖ mₖ (x · downₖ · upₖ)               `layers.lora_linear`
+  2. time in a residual block  Σₖ mₖ shiftₖ, with shiftₖ by LoRA k                        `blended`
+  3. cross attention           Σₖ mₖ attention(q, K and V of prompt k by LoRA k)          `blended`
+
+Self-attention and group norms still see the whole picture, and convolutions one position beyond a
+border: regions know of each other.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import jax.numpy as jnp
+
+from hyperlora_jax.array_types import Array, Float
+
+Shares = Mapping[int, Float[Array, "b n k"]]  # by the number n of positions of a resolution
+
+
+def pyramid(masks: Float[Array, "b k h w"], num_levels: int) -> Shares:
+    """Masks at the resolutions of a UNet's levels: means of 2 × 2 positions."""
+    found = {}
+    for _ in range(num_levels):
+        batch, regions, height, width = masks.shape
+        found[height * width] = masks.reshape(batch, regions, -1).swapaxes(1, 2)
+        odd = [(0, 0), (0, 0), (0, height % 2), (0, width % 2)]
+        even = jnp.pad(masks, odd, mode="edge")
+        masks = even.reshape(batch, regions, -(-height // 2), 2, -(-width // 2), 2).mean((3, 5))
+    return found
+
+
+def shares_of(regions: Shares | None, positions: Sequence[int]) -> Float[Array, "b ... k"] | None:
+    """The masks of a layer over these positions, [b, *positions, k]."""
+    if regions is None:
+        return None
+    shares = regions[math.prod(positions)]
+    return shares.reshape(shares.shape[0], *positions, shares.shape[-1])
+
+
+def joined_ranks(
+    down: Float[Array, "bk ... i r"], up: Float[Array, "bk r o"], num_regions: int
+) -> tuple[Float[Array, "b ... i kr"], Float[Array, "b kr o"]]:
+    """K LoRAs in a row become one whose rank is K times as large, region by region."""
+    down = down.reshape(-1, num_regions, *down.shape[1:])
+    down = jnp.moveaxis(down, 1, -2)
+    return down.reshape(*down.shape[:-2], -1), up.reshape(down.shape[0], -1, up.shape[-1])
+
+
+def blended(
+    rows: Float[Array, "bk ... c"], shares: Float[Array, "b ... k"]
+) -> Float[Array, "b ... c"]:
+    """Σₖ shareₖ rowₖ of K rows for each picture."""
+    rows = rows.reshape(shares.shape[0], -1, *rows.shape[1:])
+    return jnp.einsum("bk...c,b...k->b...c", rows, shares.astype(rows.dtype))
