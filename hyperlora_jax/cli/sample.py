@@ -24,6 +24,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--strength", type=float, nargs="+", default=[1.0], help="one for all LoRAs, or one each"
     )
+    parser.add_argument(
+        "--region",
+        metavar="PLACE[:FILE]",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="a LoRA in a part of the picture, several in one: left, right, top, bottom, all, a box"
+        " x0,y0,x1,y1 in fractions, or the picture of a mask; without FILE the base",
+    )
+    parser.add_argument(
+        "--region_prompt", metavar="TEXT", nargs="+", help="one for each region; default: --prompt"
+    )
+    parser.add_argument(
+        "--apart",
+        action="store_true",
+        help="keep self-attention within regions: people mix less, borders show more",
+    )
+    parser.add_argument(
+        "--lora_branches",
+        default="both",
+        help="of guidance that LoRAs act on: both, or conditional (not on the negative prompt)",
+    )
     parser.add_argument("--num_steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, help="default: the base's own, mostly 7.5")
     parser.add_argument(
@@ -45,8 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Writes one PNG per LoRA (or one without) and prompt, and a sheet of all, magnified."""
-    strengths = _strengths(args)
+    """Writes one PNG per LoRA (or one without, or one of all regions) and prompt, and a sheet of
+    all, magnified."""
+    strengths = _strengths(args, _region_files(args) or args.lora)
     out = Path(args.out)
     if args.batch_size < 1:
         raise UserError(f"--batch_size is {args.batch_size}, expected at least 1")
@@ -62,7 +85,8 @@ def run(args: argparse.Namespace) -> int:
 
     single_files.keep_options(args.base, args)
     sd = load_base(args.base)
-    names = _names(args.lora)
+    regions = _regions(args, sd, strengths) if args.region else []
+    names = ["regions"] if regions else _names(args.lora)
     prompts = [prompt for _ in names for prompt in args.prompt]
     images = sample_in_batches(
         sd,
@@ -70,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
         prompts,
         args.batch_size,
         lora=lora_tree(args.lora, sd),
-        strengths=np.broadcast_to(np.float32(strengths), len(names)),
+        strengths=np.broadcast_to(np.float32(1.0 if regions else strengths), len(names)),
         height=args.height,
         width=args.width,
         num_steps=args.num_steps,
@@ -78,6 +102,9 @@ def run(args: argparse.Namespace) -> int:
         negative_prompts=args.negative_prompt,
         sampler=args.sampler,
         clip_skip=args.clip_skip,
+        regions=regions,
+        apart=args.apart,
+        lora_branches=args.lora_branches,
     )
     files = [
         out / f"{names[k // len(args.prompt)]}_{k % len(args.prompt):02d}.png"
@@ -136,16 +163,46 @@ def sample_in_batches(
     return np.concatenate(parts)[: len(prompts)]
 
 
-def _strengths(args: argparse.Namespace) -> list[float] | float:
+def _strengths(args: argparse.Namespace, files: Sequence[str]) -> list[float] | float:
     """One number for all LoRAs, or one for each."""
     if len(args.strength) == 1:
         return args.strength[0]
-    if len(args.strength) != len(args.lora):
+    if len(args.strength) != len(files):
         raise UserError(
-            f"--strength: {len(args.strength)} numbers for {len(args.lora)} LoRAs, expected one, or"
+            f"--strength: {len(args.strength)} numbers for {len(files)} LoRAs, expected one, or"
             " one for each"
         )
     return args.strength
+
+
+def _region_files(args: argparse.Namespace) -> list[str]:
+    """The LoRA of each region, "" for none."""
+    for name in ("region_prompt", "apart"):
+        if getattr(args, name) and not args.region:
+            raise UserError(f"--{name}: found no --region, expected one or more")
+    if args.lora and args.region:
+        raise UserError("--lora and --region: found both, expected all:FILE as a region instead")
+    given = args.region_prompt
+    if given is not None and len(given) != len(args.region):
+        raise UserError(
+            f"--region_prompt: {len(given)} for {len(args.region)} regions, expected one for each"
+        )
+    return [region.partition(":")[2] for region in args.region]
+
+
+def _regions(
+    args: argparse.Namespace, sd: "StableDiffusion", strengths: list[float] | float
+) -> list[Any]:
+    """The regions of all pictures, LoRA files read."""
+    from hyperlora_jax.stable_diffusion.networks.lora_argument import lora_tree
+    from hyperlora_jax.stable_diffusion.picture_regions import Region
+
+    count = len(args.region)
+    places = [region.partition(":")[0] for region in args.region]
+    trees = [lora_tree(file or None, sd) for file in (_region_files(args))]
+    prompts = args.region_prompt or [None] * count
+    each = strengths if isinstance(strengths, list) else [strengths] * count
+    return [Region(*given) for given in zip(places, trees, prompts, each, strict=True)]
 
 
 def _names(paths: Sequence[str]) -> list[str]:

@@ -8,21 +8,33 @@ mixed by the masks at its own resolution:
   2. time in a residual block  Σₖ mₖ shiftₖ, with shiftₖ by LoRA k                        `blended`
   3. cross attention           Σₖ mₖ attention(q, K and V of prompt k by LoRA k)          `blended`
 
-Self-attention and group norms still see the whole picture, and convolutions one position beyond a
-border: regions know of each other.
+Group norms still see the whole picture, and convolutions one position beyond a border; so does
+self-attention, unless regions are `apart`: regions know of each other.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import jax.numpy as jnp
+from flax import struct
 
 from hyperlora_jax.array_types import Array, Float
 
-Shares = Mapping[int, Float[Array, "b n k"]]  # by the number n of positions of a resolution
+
+@struct.dataclass
+class Shares:
+    """Masks at every resolution of a UNet.
+
+    Attributes:
+        by_positions: [b, n, k] by the number n of a resolution's positions.
+        apart: whether self-attention stays within regions.
+    """
+
+    by_positions: dict[int, Float[Array, "b n k"]]
+    apart: bool = struct.field(pytree_node=False, default=False)
 
 
-def pyramid(masks: Float[Array, "b k h w"], num_levels: int) -> Shares:
+def pyramid(masks: Float[Array, "b k h w"], num_levels: int, apart: bool = False) -> Shares:
     """Masks at the resolutions of a UNet's levels: means of 2 × 2 positions."""
     found = {}
     for _ in range(num_levels):
@@ -31,14 +43,14 @@ def pyramid(masks: Float[Array, "b k h w"], num_levels: int) -> Shares:
         odd = [(0, 0), (0, 0), (0, height % 2), (0, width % 2)]
         even = jnp.pad(masks, odd, mode="edge")
         masks = even.reshape(batch, regions, -(-height // 2), 2, -(-width // 2), 2).mean((3, 5))
-    return found
+    return Shares(found, apart)
 
 
 def shares_of(regions: Shares | None, positions: Sequence[int]) -> Float[Array, "b ... k"] | None:
     """The masks of a layer over these positions, [b, *positions, k]."""
     if regions is None:
         return None
-    shares = regions[math.prod(positions)]
+    shares = regions.by_positions[math.prod(positions)]
     return shares.reshape(shares.shape[0], *positions, shares.shape[-1])
 
 

@@ -127,6 +127,6 @@ def sample_images(
 
 def stacked(
     negative: Shaped[Array, "b *rest"], positive: Shaped[Array, "b *rest"], axis: int
-) -> Shaped[Array, "2b *rest"]:
+) -> Shaped[Array, "bb *rest"]:
     """Rows of both branches, beside each other (axis 1) or one branch after the other (0)."""
     return jnp.stack([negative, positive], axis).reshape(-1, *positive.shape[1:])

@@ -305,6 +305,7 @@ class StableDiffusion:
         width: int | None = None,
         clip_skip: int = 0,
         regions: Sequence[Region] = (),
+        apart: bool = False,
         lora_branches: str = "both",
     ) -> Float[Array, "b h w 3"]:
         """Images in [0, 1], one per prompt; a single prompt is drawn once with every LoRA.
@@ -326,6 +327,7 @@ class StableDiffusion:
                 counts them (1 is what other programs call "clip skip 2").
             regions: parts of every picture with LoRAs and prompts of their own, in one pass of the
                 UNet, instead of `lora`; what none covers has the picture's prompt and no LoRA.
+            apart: keeps self-attention within regions: people mix less, and borders show more.
             lora_branches: of guidance, that LoRAs act on: "both", or "conditional" (the negative
                 branch is the base's).
 
@@ -340,6 +342,8 @@ class StableDiffusion:
             raise UserError(f"lora_branches is {lora_branches!r}, expected one of {list(BRANCHES)}")
         if regions and lora is not None:
             raise UserError('found lora and regions, expected a region "all" for that LoRA')
+        if apart and not regions:
+            raise UserError("apart: found no regions, expected some to keep apart")
         lora = lora_tree(lora, self)
         lora = None if lora is None else scaled(lora, strength)
         prompts = [prompts] * count_loras(lora) if isinstance(prompts, str) else list(prompts)
@@ -382,7 +386,7 @@ class StableDiffusion:
         if parts is not None:
             text["masks"] = jnp.tile(parts.masks, (rows // batch, 1, 1, 1))
         return inference.sample_images(
-            self.unet,
+            self.unet.clone(apart=apart) if apart else self.unet,
             self.component("vae"),
             self.schedule,
             sampler,

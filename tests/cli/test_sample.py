@@ -86,12 +86,31 @@ def test_one_more_prompt_or_lora_changes_no_other_picture(files, tmp_path):
         (("--height", "17"), "height is 17, expected a multiple of"),
         (("--sampler", "magic"), "sampler is 'magic', expected one of"),
         (("--lora", "nowhere.safetensors"), "nowhere.safetensors"),
+        (("--region", "left:nowhere.safetensors"), "nowhere.safetensors"),
+        (("--region", "0,0,2,1"), "region 0,0,2,1: expected a box"),
+        (("--region", "left", "--lora", "x"), "--lora and --region: found both"),
+        (("--region", "left", "--region_prompt", "a", "b"), "--region_prompt: 2 for 1 regions"),
+        (("--apart",), "--apart: found no --region"),
+        (("--lora_branches", "none"), "lora_branches is 'none'"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, message, tmp_path, capsys):
     assert main([*QUICK, "--out", str(tmp_path), *arguments]) == 2
     error = capsys.readouterr().err.strip()
     assert message in error and "\n" not in error
+
+
+def test_regions_of_one_picture(files, tmp_path):
+    """Each half under its own LoRA and prompt; what no region covers is the base's."""
+    command = ["sample", "tiny-sd", "--num_steps", "1", "--prompt", "a", "--width", "32"]
+    regions = ["--region", f"left:{files[0]}", f"0.5,0,1,1:{files[1]}"]
+    regions += ["--region_prompt", "a", "b", "--strength", "0.1", "0.2"]
+    assert main([*command, *regions, "--out", str(tmp_path / "both")]) == 0
+    assert main([*command, "--region", "left", "--out", str(tmp_path / "none")]) == 0
+    assert main([*command, "--out", str(tmp_path / "base")]) == 0
+    both, none, base = (pixels(tmp_path / name) for name in ("both", "none", "base"))
+    assert np.abs(none["regions_00.png"] - base["base_00.png"]).max() <= 1
+    assert np.abs(both["regions_00.png"] - base["base_00.png"]).max() > 5
 
 
 def test_out_must_be_a_folder(tmp_path, capsys):

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from hyperlora_jax.array_types import Array, DType, Float
 from hyperlora_jax.lora.region_shares import Shares, blended, shares_of
-from hyperlora_jax.stable_diffusion.networks.attention_kernels import attend
+from hyperlora_jax.stable_diffusion.networks.attention_kernels import attend, attend_within
 from hyperlora_jax.stable_diffusion.networks.blocks import rematerialised, scan_blocks
 from hyperlora_jax.stable_diffusion.networks.layers import (
     Conv,
@@ -48,10 +48,13 @@ class Attention(nn.Module):
         else:
             query = jnp.repeat(query, context.shape[0] // x.shape[0], axis=0)
             pair = heads("to_k", context, None), heads("to_v", context, None)
-        mixed = attend(query, *pair, self.implementation, self.mesh)
+        shares = shares_of(regions, x.shape[1:-1])
+        if context is None and shares is not None and regions is not None and regions.apart:
+            mixed = attend_within(query, *pair, shares)
+        else:
+            mixed = attend(query, *pair, self.implementation, self.mesh)
         mixed = mixed.reshape(-1, *x.shape[1:])
-        shares = None if context is None else shares_of(regions, x.shape[1:-1])
-        if shares is not None:
+        if context is not None and shares is not None:
             mixed = blended(mixed, shares)
         return Dense(width, dtype=self.dtype, name="to_out_0")(mixed, regions)
 

@@ -52,6 +52,20 @@ def attend(
     return checkpoint_name(out, ATTENTION_OUTPUT)
 
 
+def attend_within(
+    query: Heads,
+    key: Float[Array, "b n h d"],
+    value: Float[Array, "b n h d"],
+    shares: Float[Array, "b n k"],
+) -> Heads:
+    """Self-attention in which a position counts another by Σₖ of the product of their shares of
+    region k: not at all where they have no region in common. Keeps n × n numbers."""
+    shares = shares.astype(jnp.float32)
+    common = jnp.einsum("bnk,bmk->bnm", shares, shares)
+    bias = jnp.log(common + 1e-30)[:, None]
+    return jax.nn.dot_product_attention(query, key, value, bias, implementation="xla")
+
+
 def choose(query: Any, key: Any, platform: str) -> str:
     """The implementation that "auto" stands for; arrays or ShapeDtypeStructs [b, n, h, d]."""
     head_dim = query.shape[-1]

@@ -123,6 +123,7 @@ class UNet(nn.Module):
     `attention` is one of attention_kernels.IMPLEMENTATIONS, `remat` one of
     rematerialisation.REMAT_POLICIES; `mesh` is needed by splash attention on several devices only.
     `scan` runs equal transformer blocks in a loop (see `equal_blocks`), which SDXL compiles faster.
+    `apart` keeps the self-attention of regions within them.
     `unet.clone(remat="block")` gives the same UNet with another policy.
     """
 
@@ -132,6 +133,7 @@ class UNet(nn.Module):
     remat: str = "none"
     mesh: Mesh | None = None
     scan: bool = False
+    apart: bool = False
 
     @property
     def config(self) -> dict[str, object]:
@@ -155,7 +157,7 @@ class UNet(nn.Module):
         c, regions = self.settings, None
         check_remat(self.remat)
         if masks is not None:
-            regions = pyramid(jnp.asarray(masks, self.dtype), c.num_levels)
+            regions = pyramid(jnp.asarray(masks, self.dtype), c.num_levels, self.apart)
             timesteps = jnp.repeat(jnp.asarray(timesteps), masks.shape[1])
         if "lora" in self.variables:
             check_lora(self.variables["lora"], self.variables["params"], timesteps.shape[0])
