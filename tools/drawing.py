@@ -22,7 +22,8 @@ import numpy as np
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 STRENGTHS = (0.75, 1.0, 1.5, 2.0, 2.5)
-GUIDANCES = (1.0, 1.5, 2.0, 3.0, 5.0, 7.5)
+GUIDED_STRENGTHS = (0.5, 0.75, 1.0, 1.5, 2.0)
+GUIDANCES = (1.0, 2.0, 3.0, 5.0, 7.5)
 BATCH = 8  # people at a time
 ROWS = 4  # of the picture
 ALONE, EVERYWHERE = "each alone", "both LoRAs everywhere"
@@ -126,12 +127,13 @@ class People:
 
     def recognised(self, way: str, strength: float) -> dict[str, np.ndarray]:
         """Of every person, the share of pictures where the nearest of N exact drawings is
-        theirs ("own") and their neighbour's ("other")."""
+        theirs ("left" and "right" of another; alone once) and their neighbour's ("other")."""
         from hyperlora_jax.evaluate.protocol import unit_pixels
 
-        found = {"own": np.zeros(self.count), "other": np.zeros(self.count)}
         halves = self.halves(way, strength)
-        for who, beside, images in halves:
+        places = ("left", "right")[: len(halves)]
+        found = {name: np.zeros(self.count) for name in (*places, "other")}
+        for place, (who, beside, images) in zip(places, halves, strict=True):
             for i, j, drawn in zip(who, beside, images, strict=True):
                 asked = self.asked.candidates[i]
                 rest = asked[(asked != i) & (asked != j)]
@@ -139,7 +141,7 @@ class People:
                 exact = unit_pixels(self.asked.pool[rows][:, self.asked.caption_index[i]])
                 error = np.square(np.clip(drawn, 0, 1)[None] - exact).mean((2, 3, 4))
                 nearest = error.argmin(0)
-                found["own"][i] += (nearest == 0).mean() / len(halves)
+                found[place][i] = (nearest == 0).mean()
                 found["other"][i] += (nearest == 1).mean() / len(halves)
         return found
 
@@ -171,24 +173,34 @@ def measure_regions(given: argparse.Namespace) -> dict[str, Any]:
     test = People(given, "test", given.identities)
     chosen, scores = {}, {}
     for way in WAYS:
-        curve = {s: validation.recognised(way, s)["own"].mean() for s in STRENGTHS}
+        curve = {}
+        for strength in STRENGTHS:
+            seen = validation.recognised(way, strength)
+            curve[strength] = np.mean([seen[name] for name in ("left", "right") if name in seen])
         chosen[way] = best(curve)
         scores[way] = test.recognised(way, chosen[way])
         print(way, chosen[way], {k: round(v.mean(), 3) for k, v in scores[way].items()}, flush=True)
-    rows = [
-        [
-            way,
-            _pm(clustered_mean(own["own"])),
-            _pm(paired_ratio(own["own"], scores[ALONE]["own"])),
-            _pm(clustered_mean(own["other"])),
-            f"{chosen[way]:g}",
-        ]
-        for way, own in scores.items()
-    ]
+    rows = []
+    for way, own in scores.items():
+        alone = scores[ALONE]["left"]
+        halves = [own["left"], own.get("right", own["left"])]
+        cells = [clustered_mean(half) for half in halves]
+        cells += [paired_ratio(half, alone) for half in halves]
+        cells.append(clustered_mean(own["other"]))
+        rows.append([way, *map(_pm, cells), f"{chosen[way]:g}"])
     _picture(given.picture, test, chosen)
     return {
         "title": "Two people in one picture",
-        "columns": ["", "identity top-1", "of alone", "recognised as the other", "strength"],
+        "pictures": ["pictures/regions.png"],
+        "columns": [
+            "",
+            "identity top-1, left",
+            "right",
+            "left, of alone",
+            "right, of alone",
+            "taken for the other",
+            "strength",
+        ],
         "rows": rows,
         "per_person": {way: {k: v.tolist() for k, v in own.items()} for way, own in scores.items()},
         "note": (
@@ -226,7 +238,8 @@ def measure_branches(given: argparse.Namespace) -> dict[str, Any]:
     for branches in BRANCHES:
         for guidance in GUIDANCES:
             curve = {
-                s: float(scores(validation, branches, guidance, s)[0].mean()) for s in STRENGTHS
+                s: float(scores(validation, branches, guidance, s)[0].mean())
+                for s in GUIDED_STRENGTHS
             }
             strength = best(curve)
             own, captions = scores(test, branches, guidance, strength)
@@ -297,9 +310,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     compilation_cache.enable()
     cpu_devices.prepare()
+    command = f"python tools/drawing.py {given.name} --workdir WORKDIR"
     file = given.json or ROOT / f"docs/measurements/drawing_{given.name}.json"
     try:
-        record = {"name": given.name, **MEASURES[given.name](given)}
+        record = {"name": given.name, "command": command, **MEASURES[given.name](given)}
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

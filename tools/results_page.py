@@ -1,6 +1,7 @@
 """Writes docs/results.md and the README's results from measured records, so they cannot drift.
 
-Experiments (`experiments_page.py`) follow after the records; `pods_page.py` fills the table of
+Experiments (`experiments_page.py`) follow after the records, and then the tables of
+docs/measurements/drawing_NAME.json (`tools/drawing.py`); `pods_page.py` fills the table of
 docs/scaling.md.
 
 A record is docs/measurements/result_NAME.json: {"name", "title", "command", "machine", "picture",
@@ -90,7 +91,10 @@ def expected_pages(root: epath.PathLike) -> dict[epath.Path, str]:
     records = read_records(root)
     readme = epath.Path(root) / "README.md"
     experiments = experiments_page.read_experiments(root)
-    page = results_page(list(records.values()), experiments)
+    folder = epath.Path(root) / "docs" / "measurements"
+    files = sorted(folder.glob("drawing_*.json"), key=str) if folder.exists() else []
+    drawings = [_read_json(file) for file in files]
+    page = results_page(list(records.values()), experiments, drawings)
     pages = {epath.Path(root) / "docs" / "results.md": page}
     if readme.exists():
         pages[readme] = fill_readme(readme.read_text(), records)
@@ -155,13 +159,15 @@ def readme_block(record: Mapping[str, Any]) -> str:
 
 
 def results_page(
-    records: Sequence[Mapping[str, Any]], experiments: Sequence[Mapping[str, Any]] = ()
+    records: Sequence[Mapping[str, Any]],
+    experiments: Sequence[Mapping[str, Any]] = (),
+    drawings: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """The whole docs/results.md."""
     parts = [
         "# Results",
-        "Written by `tools/make_results.py` from `measurements/result_*.json` and "
-        "`measurements/experiment_*.json`; edit those, not this.",
+        "Written by `tools/make_results.py` from `measurements/result_*.json`, "
+        "`measurements/experiment_*.json` and `measurements/drawing_*.json`; edit those, not this.",
     ]
     for record in records:
         parts += _section(record)
@@ -171,6 +177,10 @@ def results_page(
         )
         heading, command, note = experiments_page.section(experiment)
         parts += [heading, command, rows, note]
+    for drawing in drawings:
+        parts += [f"## {drawing['title']}", f"`{drawing['command']}`"]
+        parts += [f"![{drawing['title']}]({picture})" for picture in drawing.get("pictures", ())]
+        parts += [_markdown_table(drawing["columns"], drawing["rows"]), drawing["note"]]
     if not records:
         parts.append("Nothing has been recorded yet.")
     return "\n\n".join(parts) + "\n"

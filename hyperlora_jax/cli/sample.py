@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--apart",
         action="store_true",
-        help="keep self-attention within regions: people mix less, borders show more",
+        help="keep self-attention and norms within regions: people mix less, borders show more",
     )
     parser.add_argument(
         "--lora_branches",

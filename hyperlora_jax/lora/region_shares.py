@@ -8,8 +8,8 @@ mixed by the masks at its own resolution:
   2. time in a residual block  Σₖ mₖ shiftₖ, with shiftₖ by LoRA k                        `blended`
   3. cross attention           Σₖ mₖ attention(q, K and V of prompt k by LoRA k)          `blended`
 
-Group norms still see the whole picture, and convolutions one position beyond a border; so does
-self-attention, unless regions are `apart`: regions know of each other.
+Self-attention and group norms still see the whole picture, unless regions are `apart`, and
+convolutions one position beyond a border: regions know of each other.
 """
 
 import math
@@ -27,7 +27,7 @@ class Shares:
 
     Attributes:
         by_positions: [b, n, k] by the number n of a resolution's positions.
-        apart: whether self-attention stays within regions.
+        apart: whether self-attention and group norms stay within regions.
     """
 
     by_positions: dict[int, Float[Array, "b n k"]]

@@ -1,3 +1,6 @@
+import re
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
@@ -5,6 +8,7 @@ import torch
 
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora import factors
+from hyperlora_jax.lora_files import save_lora
 from hyperlora_jax.stable_diffusion.model import StableDiffusion
 
 from .conftest import nchw
@@ -66,6 +70,35 @@ def test_guided_sampling_equals_the_pipeline(models, assert_parity):
         latents=noise,
     )
     assert_parity(ours, theirs, 1e-3)
+
+
+def test_loras_on_the_conditional_branch_are_those_of_the_documented_recipe(
+    models, tiny_pipeline, tmp_path, assert_parity
+):
+    from diffusers import StableDiffusionPipeline
+
+    sd, document = models[0], Path(__file__).parents[2] / "docs" / "gpu_inference.md"
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_pipeline[0])
+    pipe.set_progress_bar_config(disable=True)
+    spec = sd.lora_spec("attn-qkvo", 2)
+    lora = random_lora(spec, None)
+    save_lora(tmp_path / "lora.safetensors", lora, spec, dtype="float32", family="sd1")
+    pipe.load_lora_weights(str(tmp_path), weight_name="lora.safetensors", adapter_name="subject")
+    noise = np.random.default_rng(1).standard_normal((2, 8, 8, 4)).astype(np.float32)
+
+    def render(prompt):
+        options = {"num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "pt"}
+        return pipe([prompt, "dog"], latents=nchw(noise), **options).images
+
+    block = re.search(r"```python\n(def on_prompt_only.*?)```", document.read_text(), re.DOTALL)
+    assert block
+    names = {"pipe": pipe, "render": render, "torch": torch}
+    exec(compile(block[1], str(document), "exec"), names)
+    options = {"num_steps": 2, "guidance": 3.0, "latents": noise}
+    prompts = ["a portrait", "dog"]
+    ours = sd.sample(0, prompts, lora, lora_branches="conditional", **options)
+    assert_parity(ours, names["image"], 1e-3)
+    assert np.abs(ours - sd.sample(0, prompts, lora, **options)).max() > 0.01
 
 
 def test_sampling_gives_every_image_its_own_lora(models):

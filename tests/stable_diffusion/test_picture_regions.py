@@ -116,6 +116,20 @@ def test_positions_attend_to_the_text_of_their_region_and_apart_to_no_other(base
         np.testing.assert_allclose(within[:, part], alone, rtol=1e-5, atol=1e-5)
 
 
+def test_norms_of_regions_apart_are_those_of_each_alone():
+    random = np.random.default_rng(0)
+    norm, x = layers.GroupNorm(2), jnp.asarray(random.standard_normal((1, 2, 4, 4)), jnp.float32)
+    masks = np.zeros((1, 2, 2, 4), np.float32)
+    masks[:, 0, :, :1], masks[:, 1, :, 1:] = 1.0, 1.0
+    variables = {"params": {"scale": jnp.full(4, 2.0), "bias": jnp.ones(4)}}
+    together = norm.apply(variables, x, pyramid(jnp.asarray(masks), 1, apart=True))
+    for part in (slice(0, 1), slice(1, 4)):
+        alone = norm.apply(variables, x[:, :, part])
+        np.testing.assert_allclose(together[:, :, part], alone, rtol=1e-5, atol=1e-5)
+    shared = norm.apply(variables, x, pyramid(jnp.asarray(masks), 1))
+    np.testing.assert_array_equal(shared, norm.apply(variables, x))
+
+
 def test_places_become_masks_that_add_up_to_one(sd, tmp_path):
     def masks(*places, batch=1):
         regions = [Region(place) for place in places]

@@ -76,6 +76,20 @@ def test_pages_follow_the_records(repository):
     assert (repository / "docs" / "pictures" / "demo.png").read_bytes() == b"picture"
 
 
+def test_tables_of_drawings_follow(repository):
+    record = {
+        "title": "Two people", "command": "python tools/drawing.py regions", "columns": ["", "left"],
+        "rows": [["apart", "0.7 ± 0.1"]], "note": "Told apart.", "pictures": ["pictures/two.png"],
+    }  # fmt: skip
+    file = repository / "docs" / "measurements" / "drawing_regions.json"
+    file.write_text(json.dumps(record))
+    results_page.write_pages(repository)
+    page = (repository / "docs" / "results.md").read_text()
+    told = page.partition("## Two people")[2]
+    assert "![Two people](pictures/two.png)" in told and "| apart | 0.7 ± 0.1 |" in told
+    assert "`python tools/drawing.py regions`" in told and told.strip().endswith("Told apart.")
+
+
 def test_a_changed_number_is_noticed(repository):
     results_page.write_pages(repository)
     file = repository / "docs" / "measurements" / "result_demo.json"

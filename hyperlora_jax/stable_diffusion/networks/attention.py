@@ -145,7 +145,7 @@ class Transformer2D(nn.Module):
                 return Dense(channels, dtype=self.dtype, name=name)(states, regions)
             return Conv(channels, 1, padding=0, dtype=self.dtype, name=name)(states, regions)
 
-        hidden = GroupNorm(self.num_groups, 1e-6, self.dtype, name="norm")(x)
+        hidden = GroupNorm(self.num_groups, 1e-6, self.dtype, name="norm")(x, regions)
         hidden = projection("proj_in", hidden).reshape(x.shape[0], -1, channels)
         if self.scan and self.depth > 1 and not self.is_initializing():
             block = self._block(parent=None)

@@ -343,19 +343,32 @@ class GroupNorm(nn.Module):
     dtype: DType = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b ... c"]) -> Float[Array, "b ... c"]:
-        """Normalises over positions and the channels of a group."""
+    def __call__(
+        self, x: Float[Array, "b ... c"], regions: Shares | None = None
+    ) -> Float[Array, "b ... c"]:
+        """Normalises over positions and the channels of a group; over those of each region, where
+        they are apart."""
         channels = x.shape[-1]
         scale = _param(self, "scale", (channels,), 1.0).astype(jnp.float32)
         bias = _param(self, "bias", (channels,)).astype(jnp.float32)
         groups = x.astype(jnp.float32).reshape(
             x.shape[0], -1, self.num_groups, channels // self.num_groups
         )
-        mean = groups.mean((1, 3), keepdims=True)
-        centred = groups - mean
-        variance = jnp.square(centred).mean((1, 3), keepdims=True)
-        normed = (centred * lax.rsqrt(variance + self.epsilon)).reshape(x.shape)
-        return (normed * scale + bias).astype(self.dtype)
+        shares = shares_of(regions, x.shape[1:-1])
+        if shares is None or regions is None or not regions.apart:
+            mean = groups.mean((1, 3), keepdims=True)
+            centred = groups - mean
+            variance = jnp.square(centred).mean((1, 3), keepdims=True)
+            normed = centred * lax.rsqrt(variance + self.epsilon)
+        else:
+            each = shares.astype(jnp.float32).reshape(*groups.shape[:2], 1, 1, -1)  # [b n 1 1 k]
+            weights = each / (each.sum(1, keepdims=True) + 1e-12)
+            groups = groups[..., None]
+            mean = (groups * weights).sum(1, keepdims=True).mean(3, keepdims=True)
+            centred = groups - mean
+            variance = (jnp.square(centred) * weights).sum(1, keepdims=True).mean(3, keepdims=True)
+            normed = (centred * lax.rsqrt(variance + self.epsilon) * each).sum(-1)
+        return (normed.reshape(x.shape) * scale + bias).astype(self.dtype)
 
 
 class LayerNorm(nn.Module):

@@ -25,13 +25,13 @@ class ResnetBlock(nn.Module):
         regions: Shares | None = None,
     ) -> Float[Array, "b h w f"]:
         """`time` is the embedded timestep; the autoencoder has none."""
-        hidden = GroupNorm(self.num_groups, self.epsilon, self.dtype, name="norm1")(x)
+        hidden = GroupNorm(self.num_groups, self.epsilon, self.dtype, name="norm1")(x, regions)
         hidden = Conv(self.features, dtype=self.dtype, name="conv1")(jax.nn.silu(hidden), regions)
         if time is not None:
             shift = Dense(self.features, dtype=self.dtype, name="time_emb_proj")(jax.nn.silu(time))
             shift, shares = shift[:, None, None, :], shares_of(regions, x.shape[1:-1])
             hidden = hidden + (shift if shares is None else blended(shift, shares))
-        hidden = GroupNorm(self.num_groups, self.epsilon, self.dtype, name="norm2")(hidden)
+        hidden = GroupNorm(self.num_groups, self.epsilon, self.dtype, name="norm2")(hidden, regions)
         hidden = Conv(self.features, dtype=self.dtype, name="conv2")(jax.nn.silu(hidden), regions)
         if x.shape[-1] != self.features:
             shortcut = Conv(self.features, 1, padding=0, dtype=self.dtype, name="conv_shortcut")

@@ -123,7 +123,7 @@ class UNet(nn.Module):
     `attention` is one of attention_kernels.IMPLEMENTATIONS, `remat` one of
     rematerialisation.REMAT_POLICIES; `mesh` is needed by splash attention on several devices only.
     `scan` runs equal transformer blocks in a loop (see `equal_blocks`), which SDXL compiles faster.
-    `apart` keeps the self-attention of regions within them.
+    `apart` keeps the self-attention and group norms of regions within them.
     `unet.clone(remat="block")` gives the same UNet with another policy.
     """
 
@@ -176,7 +176,8 @@ class UNet(nn.Module):
             del skips[-len(taken) :]
             size = skips[-1].shape[1:3] if skips else None
             x = self._up(i)(x, time, context, tuple(taken), size, regions)[0]
-        x = jax.nn.silu(GroupNorm(c.num_groups, c.epsilon, self.dtype, name="conv_norm_out")(x))
+        norm = GroupNorm(c.num_groups, c.epsilon, self.dtype, name="conv_norm_out")
+        x = jax.nn.silu(norm(x, regions))
         return Conv(c.out_channels, dtype=self.dtype, name="conv_out")(x, regions)
 
     def _time(self, timesteps: Array, added: Mapping[str, Array] | None) -> Array:
