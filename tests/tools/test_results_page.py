@@ -78,8 +78,9 @@ def test_pages_follow_the_records(repository):
 
 def test_tables_of_drawings_follow(repository):
     record = {
-        "title": "Two people", "command": "python tools/drawing.py regions", "columns": ["", "left"],
-        "rows": [["apart", "0.7 ± 0.1"]], "note": "Told apart.", "pictures": ["pictures/two.png"],
+        "title": "Two people", "command": "python tools/drawing.py regions",
+        "columns": ["", "left"], "rows": [["apart", "0.7 ± 0.1"]], "note": "Told apart.",
+        "pictures": ["pictures/two.png"],
     }  # fmt: skip
     file = repository / "docs" / "measurements" / "drawing_regions.json"
     file.write_text(json.dumps(record))
