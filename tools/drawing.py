@@ -22,8 +22,8 @@ import numpy as np
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 STRENGTHS = (0.75, 1.0, 1.5, 2.0, 2.5)
-GUIDED_STRENGTHS = (0.5, 0.75, 1.0, 1.5, 2.0)
-GUIDANCES = (1.0, 2.0, 3.0, 5.0, 7.5)
+GUIDED_STRENGTHS = (0.5, 1.0, 1.5)
+GUIDANCES = (1.0, 2.0, 4.0, 7.5)
 BATCH = 8  # people at a time
 ROWS = 4  # of the picture
 ALONE, EVERYWHERE = "each alone", "both LoRAs everywhere"
@@ -147,6 +147,7 @@ class People:
 
     def draw_guided(self, branches: str, guidance: float, strength: float) -> np.ndarray:
         """Everybody alone, with guidance."""
+        branches = branches if guidance != 1.0 else BRANCHES[0]  # without guidance there is one
         return self.kept(
             f"{branches}, {guidance:g}, {strength:g}",
             lambda who: self.sd.sample(
