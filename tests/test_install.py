@@ -16,7 +16,7 @@ from tests.serve.serving import served
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "configs", "hyperlora_jax")
-MADE = shutil.ignore_patterns("__pycache__", "base_hash.json")
+MADE = shutil.ignore_patterns("__pycache__")
 
 
 @pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.gpu"])

@@ -1,7 +1,7 @@
 """The `hyperlora` program: one sub-command per module of this package.
 
 Exit codes: 0 done, 2 wrong use or bad input (one line on stderr), 75 preempted after saving,
-130 interrupted, 1 anything else (with a traceback: that is a bug).
+130 interrupted, 141 who reads stopped, 1 anything else (with a traceback: that is a bug).
 """
 
 import contextlib
@@ -9,6 +9,7 @@ import difflib
 import importlib
 import io
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
@@ -41,7 +42,17 @@ INTERRUPTED = 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = _run(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # `hyperlora … | head`: who reads has enough
+        for stream in (sys.stdout, sys.stderr):  # Python writes what is left of them at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return 128 + signal.SIGPIPE
+
+
+def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_overview())
         return 0 if arguments else 2
@@ -106,9 +117,6 @@ def _outcome(name: str, arguments: Sequence[str], start: Callable[[bool], bool])
         return INTERRUPTED, f"hyperlora {name}: {error}"
     except KeyboardInterrupt:
         return INTERRUPTED, f"hyperlora {name}: interrupted"
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1, ""
 
 
 def _overview() -> str:

@@ -418,12 +418,11 @@ class StableDiffusion:
 
     @functools.cached_property
     def base_hash(self) -> str:
-        """sha256 (hex) of the UNet's tensors in name order, cached beside the model's files."""
+        """sha256 (hex) of the UNet's tensors in name order, kept in the cache folder."""
         if self.path is None:
             return directory.hash_of_params(self.params["unet"])
         folder = self.path / "unet"
-        files = weight_files(folder, "unet")
-        return directory.cached_hash(folder, files, lambda: directory.hash_of_files(files))
+        return directory.cached_hash(folder, weight_files(folder, "unet"))
 
     def lora_spec(self, preset: str | Sequence[str] = "attn-qkvo", rank: int = 4) -> LoraSpec:
         """Spec of the UNet's layers that the preset names."""

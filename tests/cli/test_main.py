@@ -1,5 +1,10 @@
 """The program: exit codes, one-line errors, overrides."""
 
+import os
+import signal
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -92,3 +97,15 @@ def test_wrong_use_is_one_line_and_code_2(capsys, tmp_path):
         assert code == 2, (arguments, error)
         assert reason in error
         assert "\n" not in error
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["fly"]])
+def test_a_reader_who_has_enough_is_no_error(arguments):
+    reading, writing = os.pipe()
+    os.close(reading)
+    stream = "stderr" if arguments == ["fly"] else "stdout"
+    command = [sys.executable, "-m", "hyperlora_jax", *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, stream: writing}
+    done = subprocess.run(command, **pipes, text=True)
+    os.close(writing)
+    assert (done.returncode, done.stdout or "", done.stderr or "") == (128 + signal.SIGPIPE, "", "")

@@ -178,10 +178,12 @@ def test_folders_of_one_variant_alone(copied, capsys, variant):
         StableDiffusion.from_pretrained(copied, variant="fp32")
 
 
-def test_damaged_helper_files(copied):
+def test_damaged_helper_files(copied, tmp_path, monkeypatch):
+    monkeypatch.setenv("HYPERLORA_CACHE", str(tmp_path / "cache"))
     expected = StableDiffusion.from_pretrained(copied).base_hash
     for text in ("", "[]", '{"files": []}'):
-        (copied / "unet" / "base_hash.json").write_text(text)
+        (cached,) = (tmp_path / "cache" / "base_hashes").iterdir()
+        cached.write_text(text)
         assert StableDiffusion.from_pretrained(copied).base_hash == expected
     weights = copied / "unet" / "diffusion_pytorch_model.safetensors"
     weights.rename(copied / "unet" / "kept")

@@ -1,8 +1,9 @@
 """The diffusers directory layout: component folders with config.json and safetensors."""
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hyperlora_jax import storage
 from hyperlora_jax.array_types import Params
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora_files import safetensors_io
 from hyperlora_jax.lora_files.base_files import WEIGHT_STEMS, Loader
 from hyperlora_jax.stable_diffusion.weights.flax_trees import flax_to_torch
 from hyperlora_jax.stable_diffusion.weights.tensor_stream import read_tensors
-
-_HASH_FILE = "base_hash.json"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -76,19 +76,21 @@ def hash_tensors(tensors: Iterable[tuple[str, Loader]]) -> str:
     return digest.hexdigest()
 
 
-def cached_hash(folder: Path, files: list[Path], compute: Callable[[], str]) -> str:
-    """`compute()`, kept in `folder`/base_hash.json while sizes and times of `files` stay."""
+def cached_hash(folder: Path, files: list[Path]) -> str:
+    """`hash_of_files`, kept in the cache folder while sizes and times of `files` stay.
+
+    Nothing is written beside the model: it may lie in the installed package.
+    """
     stamp = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
-    cache = folder / _HASH_FILE
+    cache = storage.cache_folder() / "base_hashes" / f"{storage.digest(folder.absolute())}.json"
     try:
-        found = json.loads(cache.read_text())
-        if found["files"] == stamp:
-            return found["sha256"]
+        cached = json.loads(cache.read_text())
+        if cached["files"] == stamp:
+            return cached["sha256"]
     except (OSError, ValueError, KeyError, TypeError):
         pass  # not there, or cut off by a full disk: computed again
-    value = compute()
-    try:
-        cache.write_text(json.dumps({"files": stamp, "sha256": value}) + "\n")
-    except OSError:
-        return value  # a read-only model folder: computed again next time
+    value = hash_of_files(files)
+    with contextlib.suppress(OSError):  # no cache on this machine: computed again next time
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        storage.replaced(cache, json.dumps({"files": stamp, "sha256": value}).encode())
     return value
