@@ -5,7 +5,7 @@ channels, e embedding, h w c image height, width, channels.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from typing import TYPE_CHECKING, Any, Protocol, SupportsIndex, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Key, Shaped, UInt8, UInt32
@@ -21,6 +21,17 @@ Index = SupportsIndex | slice | np.ndarray | Sequence[int]  # of rows
 Params = Mapping[str, Any]  # nested dict of arrays
 ArrayTree = Any  # any pytree of arrays, of their shapes or of their shardings
 Json = Mapping[str, Any]  # a JSON object: names, and what `json` makes of the values
+JsonDict = dict[str, Any]  # one that may still change
+
+
+@runtime_checkable
+class Rows(Protocol):
+    """Rows [n, …] that may lie in files: read when they are asked for."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: Any, /) -> "AnyArray": ...
+
 
 __all__ = [
     "AnyArray",
@@ -32,9 +43,11 @@ __all__ = [
     "Index",
     "Int",
     "Json",
+    "JsonDict",
     "Key",
     "PRNGKey",
     "Params",
+    "Rows",
     "Shaped",
     "UInt8",
     "UInt32",

@@ -20,11 +20,14 @@ import secrets
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from etils import epath
 
 from hyperlora_jax.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 # Schemes of buckets: what reads and writes them, and the extra of this package that installs it.
 SCHEMES = {
@@ -323,7 +326,7 @@ def _copy_below(source: epath.Path, target: epath.Path, missing_only: bool = Fal
             _copy(file, there)
 
 
-def replaced(path: epath.PathLike, *parts: Any) -> None:
+def replaced(path: epath.PathLike, *parts: "bytes | memoryview | np.ndarray") -> None:
     """Puts the joined parts (bytes, arrays) at a path in one step. A file appears whole or not at
     all, even when the power fails: temporary file, fsync, rename. Objects in buckets do so by
     themselves.
@@ -348,7 +351,7 @@ def replaced(path: epath.PathLike, *parts: Any) -> None:
             raise
 
 
-def write_all(descriptor: int, part: Any) -> None:
+def write_all(descriptor: int, part: "bytes | memoryview | np.ndarray") -> None:
     """One call may write less than it is given, 2 GiB at most."""
     rest = memoryview(part).cast("B")
     while rest:

@@ -1,6 +1,7 @@
 """Does a training step fit a TPU slice, and what would it cost? Answered without a TPU.
 
 The real step is compiled by libtpu for the real topology; memory, FLOPs and collectives are read
+from typing import Any
 from the compiled program. Time is a roofline estimate from them, never a measurement:
 
     compute  FLOPs / peak          memory  bytes accessed / memory bandwidth
@@ -22,6 +23,7 @@ import jax
 import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
+from jax.stages import Lowered, Traced
 
 from hyperlora_jax.aot.hlo_report import collective_bytes
 from hyperlora_jax.array_types import Array, ArrayTree, Json, Params
@@ -99,7 +101,7 @@ def topology_mesh(topology: Topology, data: int = -1, fsdp: int = 1, tensor: int
     return make_mesh(data, fsdp, tensor, devices=described.devices)
 
 
-def trace(workload: Workload, mesh: Mesh, batch_per_device: int) -> Any:
+def trace(workload: Workload, mesh: Mesh, batch_per_device: int) -> Traced:
     """The traced training step for `mesh`, from shapes alone."""
     transform, rate = make_optimizer(num_steps=1000, **workload.optimizer)
     build = state_builder(workload.init, transform, with_ema=workload.ema_decay is not None)
@@ -196,14 +198,14 @@ def compile_for(
     return record
 
 
-def _identity(lowered: Any, record: Json) -> str:
+def _identity(lowered: Lowered, record: Json) -> str:
     """sha256 (hex) of the program, of what it is compiled for and of the compiler."""
     compiler = [jax.__version__, importlib.metadata.version("libtpu")]
     facts = json.dumps([compiler, record, READER], sort_keys=True)
     return hashlib.sha256((facts + lowered.as_text()).encode()).hexdigest()
 
 
-def _compile(lowered: Any, topology: Topology, mesh: Mesh, flops: float, options: Json) -> Json:
+def _compile(lowered: Lowered, topology: Topology, mesh: Mesh, flops: float, options: Json) -> Json:
     """What the compiler says of the program: its figures, or why it does not fit."""
     began = time.perf_counter()
     try:

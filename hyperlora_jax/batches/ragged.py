@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from hyperlora_jax.array_types import Float, Int, Params
+from hyperlora_jax.array_types import Float, Index, Int, Params, Rows
 
 SUBJECTS_AT_ONCE = 1024
 
@@ -77,12 +77,12 @@ class Shared:
     """Rows of which many are the same (the text states of captions): row k is `table[index[k]]`."""
 
     index: Int[np.ndarray, " rows"]
-    table: Any
+    table: Rows
 
     def __len__(self) -> int:
         return len(self.index)
 
-    def __getitem__(self, rows: Any) -> np.ndarray:
+    def __getitem__(self, rows: Index) -> np.ndarray:
         return np.asarray(self.table[self.index[rows]])
 
 

@@ -104,7 +104,7 @@ def _translate(known: argparse.Namespace, given: Sequence[str], rest: list[str])
     return notes
 
 
-def _expanded(value: Any) -> Any:
+def _expanded(value: object) -> object:
     """`~` at the start of an argument, as a shell does it where it stands alone."""
     if isinstance(value, list):
         return [_expanded(item) for item in value]
@@ -112,7 +112,7 @@ def _expanded(value: Any) -> Any:
     return str(Path(value).expanduser()) if home else value
 
 
-def _named(value: Any) -> Any:
+def _named(value: object) -> object:
     """The shipped checkpoint's folder for its name, the workdir inside of one of `hyperlora demo`;
     other values as they are."""
     if value == HYPERNETWORK:

@@ -8,8 +8,8 @@ import argparse
 import contextlib
 import re
 import sys
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import TextIO
 
 from etils import epath
 
@@ -112,7 +112,7 @@ def _fetched(text: str) -> str:
     return str(storage.fetched(text))
 
 
-def _each(value: Any, change: Any) -> Any:
+def _each(value: object, change: Callable[[str], str]) -> object:
     """A text, or every text of a list, changed."""
     if isinstance(value, list):
         return [_each(item, change) for item in value]
@@ -122,10 +122,10 @@ def _each(value: Any, change: Any) -> Any:
 class _Renaming:
     """A stream that writes other names for some paths."""
 
-    def __init__(self, stream: Any, names: Mapping[str, str]):
+    def __init__(self, stream: TextIO, names: Mapping[str, str]):
         self._stream, self._names = stream, names
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:

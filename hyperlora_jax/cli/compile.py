@@ -5,7 +5,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ml_collections import ConfigDict
 
@@ -13,6 +13,9 @@ from hyperlora_jax.array_types import Json
 from hyperlora_jax.cli import config_checks
 from hyperlora_jax.cli.config import load_config
 from hyperlora_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from hyperlora_jax.parallel.topology import Topology
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     return 0 if fits else 1
 
 
-def _compiled(config: ConfigDict, topology: Any, args: argparse.Namespace) -> Json:
+def _compiled(config: ConfigDict, topology: "Topology", args: argparse.Namespace) -> Json:
     from hyperlora_jax.aot import ahead_of_time, workloads
 
     batch, remat = args.batch_per_device or _config_batch(config, topology), None
@@ -122,7 +125,7 @@ def records_folder() -> Path:
     return Path(default_directory()).parent / "compiled"
 
 
-def _search(config: ConfigDict, topology: Any) -> Json | None:
+def _search(config: ConfigDict, topology: "Topology") -> Json | None:
     """The record of the largest batch that fits, at low effort: on four chips, unless parameters
     are spread over more."""
     from hyperlora_jax.aot import compile_search, workloads
@@ -137,7 +140,7 @@ def _search(config: ConfigDict, topology: Any) -> Json | None:
     )
 
 
-def _config_batch(config: ConfigDict, topology: Any) -> int:
+def _config_batch(config: ConfigDict, topology: "Topology") -> int:
     """Examples per device that the config asks for.
 
     Raises:

@@ -10,7 +10,6 @@ import difflib
 import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -80,7 +79,7 @@ def overridden(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     Raises:
         UserError: an unknown key, a value of another type.
     """
-    before: Any = config.get(GIVEN, ())
+    before: tuple[str, ...] = config.get(GIVEN, ())
     config.lock()
     now = [_apply(config, override) for override in overrides]
     with config.unlocked():
@@ -113,7 +112,7 @@ def _apply(config: ConfigDict, override: str) -> str:
     name, equals, text = override.removeprefix("--config.").partition("=")
     if not equals:
         raise UserError(f"{override}: expected --config.section.key=value")
-    node: Any = config
+    node = config
     parts = name.split(".")
     for depth, part in enumerate(parts):
         known = sorted(set(node) - {GIVEN}) if isinstance(node, ConfigDict) else []
@@ -130,7 +129,7 @@ def _apply(config: ConfigDict, override: str) -> str:
     return name
 
 
-def _converted(name: str, old: Any, text: str) -> Any:
+def _converted(name: str, old: object, text: str) -> object:
     """A value from the command line, of the type of the one that it replaces."""
     value = _parse(text)
     if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
@@ -177,7 +176,7 @@ def _with_homes(config: ConfigDict) -> ConfigDict:
     return config
 
 
-def _with_home(value: Any) -> Any:
+def _with_home(value: object) -> object:
     """A path, or several with commas between them, without `~`."""
     if isinstance(value, tuple):
         return tuple(map(_with_home, value))
@@ -193,7 +192,7 @@ def _home(part: str) -> str:
     return str(Path(part).expanduser()) if part.startswith("~/") else part
 
 
-def _parse(text: str) -> Any:
+def _parse(text: str) -> object:
     if text.lower() in ("true", "false", "none"):
         return {"true": True, "false": False, "none": None}[text.lower()]
     try:

@@ -4,7 +4,6 @@
 import difflib
 import math
 from pathlib import Path
-from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -115,7 +114,7 @@ def _check_base(base: str) -> None:
         )
 
 
-def _asked(config: ConfigDict, key: str, value: Any) -> Any:
+def _asked(config: ConfigDict, key: str, value: object) -> object:
     """The value as the table knows it: methods may be the user's own too."""
     if key == "evaluate.methods" and isinstance(value, tuple):
         return tuple(name for name in value if name not in config.evaluate.others) or ("base",)

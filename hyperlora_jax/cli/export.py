@@ -8,13 +8,13 @@ a base, with --lora PRESET              onnx, torch-export   its UNet with LoRAs
 """
 
 import argparse
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from etils import epath
+from ml_collections import ConfigDict
 
 from hyperlora_jax import model_card, storage
-from hyperlora_jax.array_types import Params
+from hyperlora_jax.array_types import Json, Params
 from hyperlora_jax.cli import arguments
 from hyperlora_jax.errors import UserError
 
@@ -122,7 +122,7 @@ def _check_format(args: argparse.Namespace, known: tuple[str, ...], what: str) -
 
 
 def _write_base(
-    workdir: epath.Path, config: Any, params: Params, step: int, out: epath.Path, dtype: str
+    workdir: epath.Path, config: ConfigDict, params: Params, step: int, out: epath.Path, dtype: str
 ) -> None:
     with storage.writing(out, storage.scratch(workdir)) as folder:
         if config.get("task") == "unet":
@@ -158,7 +158,7 @@ def _write_hypernetwork(hyper: "Hypernetwork", out: epath.Path, args: argparse.N
 
 
 def _hypernetwork(
-    workdir: epath.Path, config: Any, params: Params, meta: Mapping[str, Any], path: str | None
+    workdir: epath.Path, config: ConfigDict, params: Params, meta: Json, path: str | None
 ) -> "Hypernetwork":
     """The hypernetwork of a training checkpoint. What is known only at the end of the training
     (statistics of a LoRA dataset, defaults of `generate`) is that of the finished one beside it."""

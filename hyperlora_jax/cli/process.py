@@ -6,10 +6,13 @@ import os
 import sys
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING
 
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.parallel import environment
+
+if TYPE_CHECKING:
+    from hyperlora_jax.parallel.joint_end import JointEnd
 
 PREEMPTED = 75
 OBJECTS_UNLOOKED_AT = 200_000  # the collector of cycles waits for that many new ones
@@ -25,7 +28,7 @@ class Process:
 
     def __init__(self, saves: bool) -> None:
         self._saves = saves
-        self._joint: Any = None  # a JointEnd, once this process has joined others
+        self._joint: JointEnd | None = None  # once this process has joined others
 
     def __enter__(self) -> "Process":
         return self

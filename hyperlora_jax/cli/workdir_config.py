@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from etils import epath
 from ml_collections import ConfigDict
@@ -150,14 +149,14 @@ def _remember(found: ConfigDict, own: ConfigDict) -> Json:
     """Sets what earlier command lines said, and what the file leaves open, to the workdir's
     values; returns the former."""
     theirs, values = flatten(found), flatten(own)
-    before: Any = own.get(GIVEN, ())
+    before: tuple[str, ...] = own.get(GIVEN, ())
     given = {key: values[key] for key in before if key in values and key in theirs}
     open_keys = {
         key: values[key] for key, value in theirs.items() if value is None and key in values
     }
     for key, value in {**open_keys, **given}.items():
         *sections, last = key.split(".")
-        node: Any = found
+        node = found
         for section in sections:
             node = node[section]
         with node.ignore_type():
@@ -186,7 +185,7 @@ def _refuse_contradictions(
             )
 
 
-def _with_tuples(value: Any) -> Any:
+def _with_tuples(value: object) -> object:
     """JSON has no tuples, configs no lists."""
     if isinstance(value, dict):
         return {key: _with_tuples(item) for key, item in value.items()}

@@ -43,7 +43,7 @@ CLASSES: dict[str, dict[str, Any]] = {
     "UniPCMultistepScheduler": {},
 }
 # Key -> the only values that mean the schedule we know; other values describe other schedules.
-REFUSED: dict[str, tuple[Any, ...]] = {
+REFUSED: dict[str, tuple[object, ...]] = {
     "timestep_type": ("discrete",),
     "predict_epsilon": (True,),  # of diffusers before 0.9; False was prediction_type "sample"
     "use_flow_sigmas": (False,),
@@ -61,7 +61,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
 # different, which is said. A second entry names the classes that the key concerns.
 _DPM = ("DPMSolverMultistepScheduler",)
 _PC = ("UniPCMultistepScheduler",)
-NOT_HONOURED: dict[str, tuple[tuple[Any, ...], tuple[str, ...]]] = {
+NOT_HONOURED: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
     "clip_sample": ((False,), ()),
     "thresholding": ((False,), ()),
     "use_exponential_sigmas": ((False,), ()),
@@ -133,7 +133,7 @@ def read_scheduler_config(config: Mapping[str, object]) -> NoiseSchedule:
     return NoiseSchedule(**values)
 
 
-def _typed(key: str, value: Any) -> Any:
+def _typed(key: str, value: object) -> object:
     """The value, when it is of the type that the field has."""
     if key == "trained_betas":
         if not isinstance(value, list | tuple) or not all(_is_number(x) for x in value):

@@ -16,7 +16,6 @@ they meet at the end, where the first one makes the dataset.
 import dataclasses
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +61,7 @@ from hyperlora_jax.train.loop import open_workdir
 CURVE_POINTS = 32
 
 
-def make_recipe(section: ConfigDict, **overrides: Any) -> Recipe:
+def make_recipe(section: ConfigDict, **overrides: float | str | None) -> Recipe:
     """The recipe of a config's `distill` section.
 
     Raises:

@@ -11,12 +11,11 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from etils import epath
 
 from hyperlora_jax import storage
-from hyperlora_jax.array_types import Json
+from hyperlora_jax.array_types import Json, JsonDict
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.facts import differences, refusal
 from hyperlora_jax.targets.lora_import import QUARANTINE
@@ -182,7 +181,7 @@ def _adopted(record: Record, spool: Path, fitted: Mapping[str, Path]) -> str:
     )
 
 
-def _read_json(file: epath.Path) -> Any:
+def _read_json(file: epath.Path) -> JsonDict:
     try:
         return json.loads(file.read_text())
     except Exception as error:  # a bucket's file system has errors of its own

@@ -131,7 +131,7 @@ def load_clip_vision(path: epath.PathLike, **options: Any) -> ClipImageEncoder:
     tensors: Tensors = read_tensors(files)
     if whole:
         tensors = ((name, load) for name, load in tensors if name.startswith(VISION_PARTS))
-    dtypes: list[Any] = []
+    dtypes: list[np.dtype] = []
     shapes = param_shapes(module)
     params = torch_to_flax(
         _noting(tensors, dtypes),
@@ -170,7 +170,9 @@ def save_clip_vision(path: epath.PathLike, encoder: ClipImageEncoder) -> None:
         raise UserError(f"{path}: cannot be written ({storage.reason(error)})") from error
 
 
-def _noting(tensors: Tensors, dtypes: list[Any]) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
+def _noting(
+    tensors: Tensors, dtypes: list[np.dtype]
+) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
     """The same tensors; the dtypes of those that are loaded are put into the list."""
 
     def loaded(load: Callable[[], np.ndarray]) -> np.ndarray:

@@ -13,7 +13,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Protocol, cast, runtime_checkable
 
 import flax.traverse_util
 import jax
@@ -22,7 +22,7 @@ import numpy as np
 from etils import epath
 
 from hyperlora_jax import storage
-from hyperlora_jax.array_types import AnyArray, Float, Json, Params
+from hyperlora_jax.array_types import AnyArray, Float, Json, JsonDict, Params
 from hyperlora_jax.encoders.image_encoder import ConvEncoder
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora_files import safetensors_io
@@ -192,7 +192,7 @@ def save_weights(
     return tree_hash(flat)
 
 
-def load_weights(path: epath.PathLike, kind: str) -> tuple[dict[str, Any], Params, str]:
+def load_weights(path: epath.PathLike, kind: str) -> tuple[JsonDict, Params, str]:
     """Reads what `save_weights` wrote: (config, with the weights' dtype under "dtype", float32
     parameters, hash of the stored weights)."""
     folder = epath.Path(path)
@@ -210,7 +210,7 @@ def load_weights(path: epath.PathLike, kind: str) -> tuple[dict[str, Any], Param
     return config, params, tree_hash(flat)
 
 
-def read_config(folder: epath.Path) -> dict[str, Any]:
+def read_config(folder: epath.Path) -> JsonDict:
     """The folder's config.json; UserError when it is missing or no JSON object."""
     file = folder / "config.json"
     if not file.exists():
@@ -224,7 +224,7 @@ def read_config(folder: epath.Path) -> dict[str, Any]:
     return config
 
 
-def check_params(path: epath.PathLike, module: Any, params: Params) -> None:
+def check_params(path: epath.PathLike, module: ConvEncoder, params: Params) -> None:
     """Raises UserError unless `params` has exactly the names and shapes that `module` wants."""
     size = module.image_size
     image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)

@@ -53,7 +53,7 @@ class ForeignImageEncoder:
     options: Json
     channels_first: bool = True
     source: str = ""
-    module: Any = None
+    module: "torch.nn.Module | None" = None
 
     @property
     def image_size(self) -> Size:
@@ -170,7 +170,7 @@ def load_transformers(path: epath.PathLike, **options: Any) -> ForeignImageEncod
             super().__init__()
             self.model, self.projection = model, projection
 
-        def forward(self, pixels: Any) -> Any:
+        def forward(self, pixels: "torch.Tensor") -> "tuple[torch.Tensor, torch.Tensor]":
             output = self.model(pixel_values=pixels)
             tokens = output.last_hidden_state
             if tokens.ndim == 4:  # convolutional models: [b, e, h, w]
@@ -239,7 +239,10 @@ def _probed(encoder: ForeignImageEncoder, path: epath.PathLike) -> ForeignImageE
 
 
 def _image_layout(
-    path: epath.PathLike, shape: Sequence[Any], given: Size | None, default: Size | None
+    path: epath.PathLike,
+    shape: Sequence[Any],
+    given: Size | None,
+    default: Size | None,
 ) -> tuple[Size, bool, bool]:
     """((height, width), whether channels come first, whether the model leaves its size open)."""
     if len(shape) != 4 or (shape[1] != 3 and shape[3] != 3):

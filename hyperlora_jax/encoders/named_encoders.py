@@ -11,6 +11,7 @@ import dataclasses
 from typing import Any
 
 from etils import epath
+from ml_collections import ConfigDict
 
 from hyperlora_jax import storage
 from hyperlora_jax.encoders import clip_encoder, condition_encoders, foreign_encoders, preprocessing
@@ -73,7 +74,7 @@ def kind_of(path: epath.Path) -> str:
     )
 
 
-def configured_encoder(model: Any, path: str | None = None) -> ImageEncoder:
+def configured_encoder(model: ConfigDict, path: str | None = None) -> ImageEncoder:
     """The encoder of a config's section `model`: `encoder` (or `path` in its place) with
     `encoder_options`, which runs begun by an older version do not have."""
     return load_condition_encoder(path or model.encoder, **model.get("encoder_options", {}))

@@ -97,7 +97,7 @@ class Questions:
     def select(self: Asked, numbers: Sequence[int]) -> Asked:
         """The same questions for the identities of these numbers, in their order."""
         chosen = np.asarray(numbers, np.int64)
-        cut: dict[str, Any] = {}
+        cut = {}
         for name in self.PER_IDENTITY:
             values = getattr(self, name)
             cut[name] = None if values is None else _rows(values, chosen)
@@ -110,7 +110,7 @@ class Questions:
         return dataclasses.replace(self, **cut)
 
 
-def _rows(values: np.ndarray | tuple[Any, ...], chosen: Int[np.ndarray, " n"]) -> Any:
+def _rows(values: np.ndarray | tuple, chosen: Int[np.ndarray, " n"]) -> np.ndarray | tuple:
     if isinstance(values, np.ndarray):
         return values[chosen]
     return tuple(values[int(i)] for i in chosen)

@@ -22,13 +22,12 @@ import abc
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hyperlora_jax.array_types import AnyArray, Array, DType, Float, Params
+from hyperlora_jax.array_types import AnyArray, Array, DType, Float, Params, Rows
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.hypernet.condition import Condition
 from hyperlora_jax.hypernet.generators import Draw, Estimate
@@ -37,16 +36,14 @@ from hyperlora_jax.lora.sites import LoraSpec, site_factors, tree_from_sites
 
 CHUNK = 512  # vectors in memory at a time, twice for inner products
 
-Vectors = Any  # array-like [t, d], float32; read by rows, so that it may lie in files
 
-
-def chunks(vectors: Vectors) -> Iterator[slice]:
+def chunks(vectors: Rows) -> Iterator[slice]:
     """Slices of at most `CHUNK` rows, one after another."""
     starts = range(0, len(vectors), CHUNK)
     return (slice(start, min(start + CHUNK, len(vectors))) for start in starts)
 
 
-def mean_vector(vectors: Vectors) -> Float[np.ndarray, " d"]:
+def mean_vector(vectors: Rows) -> Float[np.ndarray, " d"]:
     """Mean of vectors [t, d], to the last bit that of the whole array."""
     total = np.zeros(vectors[:1].shape, np.float32)
     for rows in chunks(vectors):
@@ -55,7 +52,7 @@ def mean_vector(vectors: Vectors) -> Float[np.ndarray, " d"]:
 
 
 def gram_matrix(
-    vectors: Vectors, centre: Float[np.ndarray, " d"], dtype: DType
+    vectors: Rows, centre: Float[np.ndarray, " d"], dtype: DType
 ) -> Float[np.ndarray, "t t"]:
     """Inner products of vectors [t, d] less `centre`, counted in `dtype`, as float64."""
     products = np.empty((len(vectors), len(vectors)))
@@ -71,7 +68,7 @@ def gram_matrix(
 
 
 def combined(
-    weights: Float[np.ndarray, "k t"], vectors: Vectors, centre: Float[np.ndarray, " d"]
+    weights: Float[np.ndarray, "k t"], vectors: Rows, centre: Float[np.ndarray, " d"]
 ) -> Float[np.ndarray, "k d"]:
     """weights @ (vectors - centre)."""
     total = np.zeros((len(weights), len(centre)))
@@ -105,7 +102,7 @@ class Fitted(abc.ABC):
         return {}
 
     @abc.abstractmethod
-    def fit(self, embeddings: Float[np.ndarray, "t e"], vectors: Vectors) -> Params:
+    def fit(self, embeddings: Float[np.ndarray, "t e"], vectors: Rows) -> Params:
         """Constants, from the training subjects' embeddings and LoRA vectors."""
 
     @abc.abstractmethod
@@ -130,7 +127,7 @@ class Fitted(abc.ABC):
 class Mean(Fitted):
     """The same LoRA for everyone."""
 
-    def fit(self, embeddings: Float[np.ndarray, "t e"], vectors: Vectors) -> Params:
+    def fit(self, embeddings: Float[np.ndarray, "t e"], vectors: Rows) -> Params:
         """Constants."""
         del embeddings
         return {"mean": mean_vector(vectors)}
@@ -179,7 +176,7 @@ class Neighbours(Blend):
     num_neighbours: int = 1
     temperature: float = 0.1
 
-    def fit(self, embeddings: Float[np.ndarray, "t e"], vectors: Vectors) -> Params:
+    def fit(self, embeddings: Float[np.ndarray, "t e"], vectors: Rows) -> Params:
         """Constants."""
         if not 1 <= self.num_neighbours <= len(vectors):
             raise UserError(
@@ -208,7 +205,7 @@ class Ridge(Blend):
 
     kernel_width: float = 0.5
 
-    def fit(self, embeddings: Float[np.ndarray, "t e"], vectors: Vectors) -> Params:
+    def fit(self, embeddings: Float[np.ndarray, "t e"], vectors: Rows) -> Params:
         """Constants."""
         directions = unit(embeddings)
         kernel = np.asarray(self._kernel(directions, directions), np.float64)
@@ -257,7 +254,7 @@ class PcaGaussian(Fitted):
 
     stochastic = True
 
-    def fit(self, embeddings: Float[np.ndarray, "t e"], vectors: Vectors) -> Params:
+    def fit(self, embeddings: Float[np.ndarray, "t e"], vectors: Rows) -> Params:
         """Constants."""
         del embeddings
         mean = mean_vector(vectors)
@@ -276,7 +273,7 @@ class PcaGaussian(Fitted):
 
 
 def principal_components(
-    vectors: Vectors, mean: Float[np.ndarray, " d"], count: int
+    vectors: Rows, mean: Float[np.ndarray, " d"], count: int
 ) -> tuple[Float[np.ndarray, "k d"], Float[np.ndarray, " k"]]:
     """Orthonormal directions of largest variance, and the standard deviation along each.
 

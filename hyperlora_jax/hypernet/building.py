@@ -12,6 +12,8 @@ baseline    keyword arguments of `baselines.make_baseline`
 
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from hyperlora_jax.array_types import Json
 from hyperlora_jax.diffusion.processes import make_process
 from hyperlora_jax.errors import UserError
@@ -38,10 +40,10 @@ SECTIONS = (
 )  # fmt: skip
 
 
-def architecture(model: Any) -> Json:
+def architecture(model: Json | ConfigDict) -> Json:
     """The part of a config's `model` section (a mapping) that says what the generator is:
     JSON-able, kept with checkpoints."""
-    plain = model.to_dict() if hasattr(model, "to_dict") else dict(model)
+    plain = model.to_dict() if isinstance(model, ConfigDict) else dict(model)
     return {name: plain[name] for name in SECTIONS if name in plain}
 
 

@@ -7,19 +7,17 @@ A subject like those of training scores anywhere in (0, 1), uniformly on average
 another domain (a landscape for a model of faces) scores near 0: no training subject is as far off.
 """
 
-from typing import Any
-
 import jax.numpy as jnp
 import numpy as np
 
-from hyperlora_jax.array_types import AnyArray, Float, Params
+from hyperlora_jax.array_types import AnyArray, Float, Params, Rows
 from hyperlora_jax.hypernet.baselines import unit
 
 UNFAMILIAR = 0.02  # below, hardly a subject of the training was as unlike all others
 BLOCK = 256  # subjects that are compared with all at once
 
 
-def fit(means: Float[np.ndarray, "n e"], singles: Any) -> Params:
+def fit(means: Float[np.ndarray, "n e"], singles: Rows) -> Params:
     """What is kept with a checkpoint: {"known": [n, e] unit embeddings, "typical": [n] ascending
     similarities of one picture of a subject to the nearest other subject}.
 

@@ -82,7 +82,7 @@ class Hypernetwork:
         settings = dict(self.facts.get("generate", {}))
         return Draw(**{name: settings[name] for name in Draw._fields if name in settings})
 
-    def with_facts(self, **facts: Any) -> "Hypernetwork":
+    def with_facts(self, **facts: object) -> "Hypernetwork":
         """The same with more facts."""
         return dataclasses.replace(self, facts={**self.facts, **facts})
 
@@ -200,7 +200,7 @@ class Hypernetwork:
         lora: Params,
         format: str | None = None,
         dtype: str = "float16",
-        **metadata: Any,
+        **metadata: object,
     ) -> Path | epath.Path:
         """Writes one LoRA of this hypernetwork for other programs; returns the file's path.
 
@@ -230,7 +230,13 @@ class Hypernetwork:
         )
 
     def write(
-        self, key: Array, pooled: Array, tokens: Array, *, num_samples: int = 1, **draw: Any
+        self,
+        key: Array,
+        pooled: Array,
+        tokens: Array,
+        *,
+        num_samples: int = 1,
+        **draw: Any,
     ) -> Params:
         """LoRAs from embeddings: pooled [l, k, e], tokens [l, k, m, e]; see `generate`."""
         return self._write(key, pooled, tokens, num_samples, self._draw(num_samples, draw))

@@ -16,10 +16,15 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from hyperlora_jax.array_types import Params
 from hyperlora_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from jax.tree_util import PyTreeDef
+
+    from hyperlora_jax.array_types import AnyArray
 
 PRESETS: dict[str, tuple[str, ...]] = {
     "w2w": (r"\.attn[12]\.to_[qv]$",),
@@ -237,7 +242,7 @@ def component_tree(lora: Params, name: str) -> Params:
 
 def tree_from_sites(pairs: Params) -> Params:
     """Nested LoRA tree from {diffusers path: {"down", "up"}}."""
-    tree: dict[str, Any] = {}
+    tree = {}
     for path, factors in pairs.items():
         *parents, leaf = module_path(path)
         node = tree
@@ -255,7 +260,7 @@ def validate(lora: Params, spec: LoraSpec) -> None:
     ordered_factors(lora, spec)
 
 
-def ordered_factors(lora: Params, spec: LoraSpec) -> list[tuple[Any, Any]]:
+def ordered_factors(lora: Params, spec: LoraSpec) -> "list[tuple[AnyArray, AnyArray]]":
     """[(down, up)] in the order of the spec's sites. Raises like `validate`."""
     import jax
 
@@ -277,7 +282,7 @@ def ordered_factors(lora: Params, spec: LoraSpec) -> list[tuple[Any, Any]]:
 
 
 @functools.lru_cache(maxsize=64)
-def _leaf_numbers(structure: Any, spec: LoraSpec) -> tuple[tuple[int, int], ...]:
+def _leaf_numbers(structure: "PyTreeDef", spec: LoraSpec) -> tuple[tuple[int, int], ...]:
     """Which leaves of a tree are the (down, up) of each site: names are compared once a kind."""
     import jax
 

@@ -12,7 +12,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -38,6 +38,9 @@ from hyperlora_jax.lora_files.base_files import (
     unused_weights,
 )
 from hyperlora_jax.shipped import base_path
+
+if TYPE_CHECKING:
+    from hyperlora_jax.lora_files.base_files import Base
 
 Lora = tuple[Params, LoraSpec]
 
@@ -129,7 +132,7 @@ def _truncated(change: np.ndarray, site: LoraSite) -> tuple[dict[str, np.ndarray
 
 
 def plain_tensors(
-    path: str | Path, tensors: Mapping[str, np.ndarray], base: Any, rank: int | None = None
+    path: str | Path, tensors: Mapping[str, np.ndarray], base: "Base", rank: int | None = None
 ) -> dict[str, np.ndarray]:
     """The tensors of a file with every layer of LoHa, LoKr or DoRA as factors of the best LoRA of
     this rank (None: `other_kinds.DEFAULT_RANK`); what that loses is said on stderr.
@@ -203,7 +206,7 @@ def _site_of(path: str, change: np.ndarray, rank: int) -> LoraSite:
     return LoraSite(path, in_features, out_features, rank, kind, size)
 
 
-def _base_weights(base: Any, paths: set[str]) -> Iterator[tuple[str, np.ndarray]]:
+def _base_weights(base: "Base", paths: set[str]) -> Iterator[tuple[str, np.ndarray]]:
     """(site path, weight in PyTorch's layout) of the base's layers among the wanted."""
     by_component: dict[str, set[str]] = {}
     for path in paths:

@@ -13,7 +13,7 @@ import re
 import zipfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TYPE_CHECKING, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -48,6 +48,25 @@ class BaseModel:
     family: Family
     layers_per_block: int
     layers: Mapping[str, LoraSite]
+
+
+if TYPE_CHECKING:
+    import torch
+
+    class LoadedBase(Protocol):
+        """A base in memory, as a StableDiffusion is."""
+
+        @property
+        def params(self) -> Mapping[str, Params]:
+            """Parameters by component."""
+            ...
+
+        @property
+        def base_hash(self) -> str:
+            """Hash of the UNet's tensors."""
+            ...
+
+    Base = BaseModel | LoadedBase
 
 
 def read_base_model(path: str | Path) -> BaseModel:
@@ -283,7 +302,7 @@ def check_base(
     lora: Params,
     spec: LoraSpec,
     metadata: Mapping[str, str],
-    base: Any,
+    base: "Base | LoraSpec | None",
 ) -> tuple[Params, LoraSpec]:
     """The LoRA as the base wants it (kinds, ranks, strides), or UserError naming both sides.
 

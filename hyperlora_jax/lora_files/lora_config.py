@@ -10,11 +10,11 @@ import json
 import os
 import re
 from collections.abc import Collection, Mapping
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 import numpy as np
 
-from hyperlora_jax.array_types import Json
+from hyperlora_jax.array_types import Json, JsonDict
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora.sites import TEXT_ENCODERS
 from hyperlora_jax.lora_files import keys
@@ -103,7 +103,7 @@ def _is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e9
 
 
-def _pattern(patterns: Any, module: str, default: Any) -> Any:
+def _pattern(patterns: object, module: str, default: object) -> object:
     for pattern, value in (patterns or {}).items() if isinstance(patterns, dict) else ():
         if module == pattern or module.endswith("." + pattern):
             return value
@@ -149,9 +149,9 @@ def header_scales(
     return scales
 
 
-def _configs(path: str | os.PathLike[str], text: str) -> dict[str, dict[str, Any]]:
+def _configs(path: str | os.PathLike[str], text: str) -> dict[str, JsonDict]:
     """{component, "" for none: LoraConfig} of the header's text."""
-    configs: dict[str, dict[str, Any]] = {}
+    configs: dict[str, JsonDict] = {}
     try:
         for key, value in json.loads(text).items():
             component, _, field = key.rpartition(".")

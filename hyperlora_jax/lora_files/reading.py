@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -37,6 +38,9 @@ from hyperlora_jax.lora_files.peft_directory import (
 from hyperlora_jax.lora_files.safetensors_io import Signature, signature
 from hyperlora_jax.lora_files.writing import DIFFUSERS_NAME
 
+if TYPE_CHECKING:
+    from hyperlora_jax.lora_files.base_files import Base
+
 SWAPPED, NARROWEST = 4, 32
 CORE = ".lora_mid.weight"
 BUNDLED = "bundle_emb."  # textual inversions that OneTrainer puts into the LoRA file
@@ -57,7 +61,7 @@ class _Differences(UserError):
 
 def load_lora(
     path: str | os.PathLike[str],
-    base: object = None,
+    base: "Base | LoraSpec | None" = None,
     drop: Collection[str] = (),
     rank: int | None = None,
 ) -> tuple[Params, LoraSpec]:

@@ -21,7 +21,7 @@ import mmap
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import ml_dtypes
 import numpy as np
@@ -124,7 +124,7 @@ def parse(text: str) -> tuple[Layout, dict[str, str]]:
     return layout, metadata
 
 
-def _split(text: str) -> tuple[Any, str]:
+def _split(text: str) -> tuple[Json | None, str]:
     """Takes out metadata that come first, as all common writers put them: (metadata, rest)."""
     if not text.startswith(_START + "{"):
         return None, text
@@ -133,7 +133,7 @@ def _split(text: str) -> tuple[Any, str]:
 
 
 @functools.lru_cache(maxsize=16)
-def _parse(text: str) -> tuple[Layout, Any]:
+def _parse(text: str) -> tuple[Layout, object]:
     """(layout, metadata inside the text or None)."""
     header = _DECODER.decode(text)
     if not isinstance(header, dict):

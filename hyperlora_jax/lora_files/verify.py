@@ -13,7 +13,8 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -31,9 +32,12 @@ from hyperlora_jax.lora_files.reading import load_lora, read_tensors
 from hyperlora_jax.lora_files.writing import DIFFUSERS_NAME
 from hyperlora_jax.shipped import base_path
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
 ADAPTER = "hyperlora_verify"
 ADAPTERS = (ADAPTER, W2W_ADAPTER)
-Modules = Mapping[str, Any]  # PyTorch modules by component; PyTorch is not imported for their type
+Modules = Mapping[str, Any]  # PyTorch models by component, not imported for their type
 _NO_KEYS = re.compile(r"^No LoRA keys associated to \w+ found")
 
 
@@ -158,7 +162,7 @@ def verify_source(path: str | os.PathLike[str], base: Modules, lora: Params, spe
     return f"{path}: {library} reads the same ({count})"
 
 
-def _torch() -> Any:
+def _torch() -> ModuleType:
     try:
         import peft  # noqa: F401
         import torch
@@ -170,7 +174,7 @@ def _torch() -> Any:
     return torch
 
 
-def _pipeline(modules: Modules) -> Any:
+def _pipeline(modules: Modules) -> "DiffusionPipeline":
     from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 
     shared: dict[str, Any] = {"vae": None, "tokenizer": None, "scheduler": DDIMScheduler()}

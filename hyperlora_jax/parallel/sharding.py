@@ -11,6 +11,7 @@ import functools
 import math
 import re
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -150,7 +151,7 @@ def split_activations(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES, *[free] * (x.ndim - 1)))
 
 
-def knowing(mesh: Mesh) -> Any:
+def knowing(mesh: Mesh) -> AbstractContextManager[object]:
     """A context in which a function is traced that `split_activations` shall tell of the mesh."""
     return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
@@ -206,7 +207,7 @@ def put_batch(host_batch: Params, mesh: Mesh) -> Params:
     if jax.process_count() == 1:
         return jax.device_put(dict(host_batch), placed)
 
-    def global_array(leaf: Any) -> jax.Array:
+    def global_array(leaf: np.ndarray) -> jax.Array:
         def of_device(index: tuple[slice, ...]) -> np.ndarray:
             first, last = np.searchsorted(rows, index[0].indices(global_size)[:2])
             return np.asarray(leaf[first:last])
@@ -221,7 +222,7 @@ def place(tree: ArrayTree, shardings: ArrayTree) -> ArrayTree:
     if jax.process_count() == 1:
         return jax.device_put(tree, shardings)
 
-    def placed(leaf: Any, where: NamedSharding) -> jax.Array:
+    def placed(leaf: jax.Array | np.ndarray, where: NamedSharding) -> jax.Array:
         if isinstance(leaf, jax.Array) and leaf.sharding == where:
             return leaf
         return jax.make_array_from_callback(

@@ -6,18 +6,20 @@ import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from hyperlora_jax.array_types import UInt8
 from hyperlora_jax.pictures.size_buckets import Size
 
+T = TypeVar("T")
 
-class LazySequence(Sequence[object]):
+
+class LazySequence(Sequence[T]):
     """`count` items, each made by `get` whenever it is asked for."""
 
-    def __init__(self, count: int, get: Callable[[int], Any]):
+    def __init__(self, count: int, get: Callable[[int], T]):
         self._numbers, self._get = range(count), get
 
     def __len__(self) -> int:
@@ -69,7 +71,7 @@ class LazyPictures:
 
     def map(
         self,
-        function: Callable[[np.ndarray], Any],
+        function: Callable[[np.ndarray], Sequence[np.ndarray]],
         mark: str,
         times: int = 1,
         size: Size | None = None,
@@ -77,7 +79,7 @@ class LazyPictures:
         """`function` of every subject's pictures, which makes `times` as many, of `size` (None: of
         the same)."""
 
-        def mapped(subject: int) -> Any:
+        def mapped(subject: int) -> Sequence[np.ndarray]:
             return function(self[subject])
 
         return LazyPictures(

@@ -10,7 +10,6 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from etils import epath
 from tqdm import tqdm
@@ -20,7 +19,7 @@ from hyperlora_jax.errors import UserError
 
 LENGTH = 32  # hexadecimal digits of a hash: 128 bits
 SHOWN = 2000  # files to read from which on progress is shown
-Kept = dict[str, list[Any]]  # path below the root: [size, nanoseconds, hash]
+Kept = dict[str, list]  # path below the root: [size, nanoseconds, hash]
 
 
 def content_hashes(root: Path, files: Sequence[str]) -> list[str]:

@@ -10,8 +10,8 @@ Only inside of `jit` and `vmap`, where nothing can be looked at, the encoder res
 """
 
 import os
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TypeVar
 
 import jax
 import jax.core
@@ -23,12 +23,13 @@ from hyperlora_jax.encoders.condition_encoders import ImageEncoder
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.pictures import pictures
 
+T = TypeVar("T")
 SMALL = 2**22  # numbers
 ROUNDING = 1e-3  # how far resampled floats may lie outside of [0, 1]
 EXPECTED = "expected paths, Pillow pictures, uint8 arrays or floats in [0, 1], [..., h, w, 3]"
 
 
-def read_references(references: Any, encoder: ImageEncoder) -> list[Float[AnyArray, "k h w 3"]]:
+def read_references(references: object, encoder: ImageEncoder) -> list[Float[AnyArray, "k h w 3"]]:
     """The pictures of every subject, in [0, 1], at the encoder's size.
 
     Args:
@@ -46,7 +47,7 @@ def read_references(references: Any, encoder: ImageEncoder) -> list[Float[AnyArr
 
 
 def by_number(
-    references: Any, encoder: ImageEncoder
+    references: object, encoder: ImageEncoder
 ) -> list[tuple[list[int], Float[AnyArray, "l k h w 3"]]]:
     """Subjects with equally many pictures together: (their places, pictures), fewest first; errors
     as in `read_references`."""
@@ -74,7 +75,7 @@ def _subjects(array: AnyArray, encoder: ImageEncoder) -> Float[AnyArray, "l k h 
     return found[None, None] if found.ndim == 3 else found[:, None] if found.ndim == 4 else found
 
 
-def _subject(given: Any, encoder: ImageEncoder, where: str) -> Float[AnyArray, "k h w 3"]:
+def _subject(given: object, encoder: ImageEncoder, where: str) -> Float[AnyArray, "k h w 3"]:
     if is_array(given):
         found = _checked(given, encoder, where, (3, 4))
         return found[None] if found.ndim == 3 else found
@@ -84,7 +85,7 @@ def _subject(given: Any, encoder: ImageEncoder, where: str) -> Float[AnyArray, "
     return _picture(given, encoder, where)[None]
 
 
-def _picture(given: Any, encoder: ImageEncoder, where: str) -> Float[AnyArray, "h w 3"]:
+def _picture(given: object, encoder: ImageEncoder, where: str) -> Float[AnyArray, "h w 3"]:
     from PIL import Image
 
     if is_array(given):
@@ -141,7 +142,7 @@ def _resampled(
     return found.astype(np.float32) / np.float32(255)
 
 
-def _some(given: Sequence[Any], where: str = "references") -> Iterable[Any]:
+def _some(given: Sequence[T], where: str = "references") -> Sequence[T]:
     if not given:
         raise UserError(f"{where}: holds no picture, expected at least one")
     return given

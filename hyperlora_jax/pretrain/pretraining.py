@@ -7,7 +7,7 @@ Each stage keeps its result in the workdir, so that a killed run goes on where i
 
 import functools
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, cast
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,9 @@ from hyperlora_jax.subjects.encoded_subjects import encode_in_batches
 from hyperlora_jax.train.checkpoints import restore_params
 from hyperlora_jax.train.loop import export_folder, fit_section, open_workdir
 from hyperlora_jax.worlds.by_style import open_world
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
 
 KEPT = ("tokenizer", "latents.npy")  # what an export needs beside the checkpoints
 
@@ -138,7 +141,7 @@ def _draw_avatars(config: ConfigDict, scratch: Path) -> tuple[np.ndarray, list[s
     return images, [avatars.caption(view) for _, view in pairs]
 
 
-def _tokenizer(config: ConfigDict, scratch: Path, captions: list[str]) -> Any:
+def _tokenizer(config: ConfigDict, scratch: Path, captions: list[str]) -> "CLIPTokenizer":
     """The tokenizer of the captions, kept in the workdir."""
     from transformers import CLIPTokenizer
 
@@ -212,7 +215,7 @@ def _train_unet(
     config: ConfigDict,
     workdir: epath.Path,
     mesh: Mesh,
-    tokenizer: Any,
+    tokenizer: "CLIPTokenizer",
     captions: list[str],
     latents: np.ndarray,
 ) -> tuple[Params, Json]:
@@ -284,7 +287,7 @@ def unet_config(section: ConfigDict, latents_shape: tuple[int, ...]) -> Json:
     }
 
 
-def text_config(section: ConfigDict, tokenizer: Any) -> Json:
+def text_config(section: ConfigDict, tokenizer: "CLIPTokenizer") -> Json:
     """transformers config.json of a CLIPTextModel for a tokenizer."""
     return {
         "architectures": ["CLIPTextModel"],

@@ -8,9 +8,10 @@ not installed.
 import json
 import shutil
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from hyperlora_jax import storage
+from hyperlora_jax.array_types import JsonDict
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora.sites import LoraSpec
 from hyperlora_jax.lora_files.base_files import weight_files
@@ -18,6 +19,10 @@ from hyperlora_jax.lora_files.writing import kohya_names
 from hyperlora_jax.runtime.exporters import exporting
 from hyperlora_jax.stable_diffusion.model import StableDiffusion
 from hyperlora_jax.stable_diffusion.weights import directory
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+    from torch.export import ExportedProgram
 from hyperlora_jax.stable_diffusion.weights.tensor_stream import read_tensors
 
 Format = Literal["onnx", "torch-export"]
@@ -69,7 +74,7 @@ def export_base(
     return spec
 
 
-def _sites(spec: LoraSpec, outline: StableDiffusion) -> list[dict[str, Any]]:
+def _sites(spec: LoraSpec, outline: StableDiffusion) -> list[JsonDict]:
     """Where the factors of each site lie in the vector, and its names in LoRA files."""
     family = "sdxl" if outline.is_xl else "sd1"  # 1.x and 2.x share their names
     names = kohya_names(spec, family, outline.unet.config.get("layers_per_block", 2))
@@ -77,7 +82,7 @@ def _sites(spec: LoraSpec, outline: StableDiffusion) -> list[dict[str, Any]]:
     for site in spec.sites:
         window = list(site.kernel_size) if site.kind == "conv" else []
         ends = [1] * len(window)
-        row: dict[str, Any] = {"path": site.path, "kohya": names[site.path]}
+        row: JsonDict = {"path": site.path, "kohya": names[site.path]}
         for side, shape in (
             ("down", [site.rank, site.in_features, *window]),
             ("up", [site.out_features, site.rank, *ends]),
@@ -88,7 +93,7 @@ def _sites(spec: LoraSpec, outline: StableDiffusion) -> list[dict[str, Any]]:
     return rows
 
 
-def _pytorch(outline: StableDiffusion, dtype: str) -> Any:
+def _pytorch(outline: StableDiffusion, dtype: str) -> "UNet2DConditionModel":
     """diffusers' UNet with the base's weights, read as every command reads them."""
     import torch
     from diffusers import UNet2DConditionModel
@@ -108,7 +113,7 @@ def _pytorch(outline: StableDiffusion, dtype: str) -> Any:
     return unet.eval().requires_grad_(False)
 
 
-def _traced(unet: Any, spec: LoraSpec, dtype: str) -> Any:
+def _traced(unet: "UNet2DConditionModel", spec: LoraSpec, dtype: str) -> "ExportedProgram":
     """The exported program; number of pictures, their size and the prompt's length are free."""
     import torch
     from torch.export import Dim
@@ -152,7 +157,7 @@ def _free_axes(name: str) -> dict[int, str]:
     return {0: "batch", **others.get(name, {})}
 
 
-def _write(program: Any, file: Path) -> None:
+def _write(program: "ExportedProgram", file: Path) -> None:
     import torch
 
     if file.suffix == ".pt2":

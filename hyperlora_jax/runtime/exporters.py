@@ -5,12 +5,16 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from hyperlora_jax import storage
 from hyperlora_jax.errors import UserError
+
+if TYPE_CHECKING:
+    import onnx
+    import torch
 
 TOLERANCE = 1e-5  # of the largest number, against PyTorch
 
@@ -47,8 +51,12 @@ def exporting(what: str, *packages: str) -> Iterator[None]:
 
 
 def onnx_model(
-    module: Any, inputs: Mapping[str, Any], free: Mapping[str, Any], names: Any, **options: Any
-) -> Any:
+    module: "torch.nn.Module",
+    inputs: "Mapping[str, torch.Tensor]",
+    free: Mapping[str, Mapping[int, object]],
+    names: tuple[list[str], list[str]],
+    **options: object,
+) -> "onnx.ModelProto":
     """ONNX model of a PyTorch module.
 
     Args:

@@ -19,6 +19,7 @@ import io
 import json
 import math
 import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ from PIL import Image, ImageOps
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+Factors = Sequence[tuple[Tensor, Tensor]]  # (down, up) of every site
+Picture = str | Path | bytes | Image.Image
 Given = tuple[Tensor, Tensor]  # what is known of l subjects: pooled [l, e], tokens [l, n, e]
 Tree = dict[str, Any]  # weights by name: of parts, of layers, at last {"weight": …, "bias": …}
 
@@ -38,7 +41,7 @@ class WrongInput(Exception):
 
 
 @contextlib.contextmanager
-def naming(what: Any) -> Any:
+def naming(what: object) -> Iterator[None]:
     """Whatever goes wrong inside is one line about a file."""
     try:
         yield
@@ -47,7 +50,7 @@ def naming(what: Any) -> Any:
         raise WrongInput(f"{what}: {reason}") from None
 
 
-def read_picture(source: Any, size: Any) -> np.ndarray:
+def read_picture(source: Picture, size: Sequence[int]) -> np.ndarray:
     """[height, width, 3] in [0, 1] of a path, bytes or Pillow picture: upright, its centre."""
     with naming("picture" if isinstance(source, bytes | Image.Image) else source):
         data = io.BytesIO(source) if isinstance(source, bytes) else source
@@ -90,10 +93,10 @@ def adapted(w: Tree, x: Tensor, condition: Tensor) -> Tensor:
     return x + x @ down @ F.linear(hidden, **w["up"]).unflatten(1, (width, -1)).transpose(1, 2)
 
 
-def block(w: Tree, config: Tree, x: Tensor, told: Any = (), context: Any = None) -> Tensor:
+def block(w: Tree, config: Tree, x: Tensor, told: tuple = (), context: Any = None) -> Tensor:
     """x + gate · part(norm(x) · (1 + scale) + shift) of [l, n, c]; adapters in its MLP."""
     parts = [name for name in ("self_attention", "cross_attention", "mlp") if name in w]
-    numbers: Any = (0.0, 0.0, 1.0) * len(parts)
+    numbers: Sequence[float | Tensor] = (0.0, 0.0, 1.0) * len(parts)
     if "modulation" in w:
         numbers = F.linear(F.silu(told[0]), **w["modulation"])[:, None].chunk(3 * len(parts), -1)
     for k, name in enumerate(parts):
@@ -191,7 +194,9 @@ def token_network(w: Tree, config: Tree, given: Given, noisy: Tensor, time: Tens
     return w["centre"] + torch.cat(outputs, 1)[:, w["order"]]
 
 
-def mlp_network(w: Tree, config: Tree, given: Any, noisy: Tensor, time: Any) -> Tensor:
+def mlp_network(
+    w: Tree, config: Tree, given: Given | None, noisy: Tensor, time: Tensor | None
+) -> Tensor:
     """[l, z] → [l, z]: linears, norms and blocks one after another, skips from "keep" to "up"."""
     x, skips, told = noisy[:, None], [], ()
     if given is not None:  # a denoiser, not a decoder
@@ -213,7 +218,7 @@ def mlp_network(w: Tree, config: Tree, given: Any, noisy: Tensor, time: Any) -> 
 class LoraGenerator(nn.Module):
     """Pictures → LoRAs. `forward` is what is exported to ONNX."""
 
-    def __init__(self, folder: Any = Path(__file__).parent, device: str = "cpu"):
+    def __init__(self, folder: str | Path = Path(__file__).parent, device: str = "cpu"):
         super().__init__()
         file, weights = Path(folder) / "config.json", Path(folder) / "model.safetensors"
         with naming(file):
@@ -254,7 +259,7 @@ class LoraGenerator(nn.Module):
         kind = {"tokens": token_network, "mlp": mlp_network}[config["network"]["kind"]]
         net = functools.partial(kind, w["network"], config["network"])
 
-        def guided(run: Any) -> Tensor:  # away from the LoRA of an unknown subject
+        def guided(run: Callable[[Given], Tensor]) -> Tensor:  # away from an unknown subject's
             unknown = run((0 * given[0], 0 * given[1])) if guidance != 1 else 0.0
             return unknown + guidance * (run(given) - unknown)
 
@@ -276,7 +281,9 @@ class LoraGenerator(nn.Module):
         x = mlp_network(w["vae"], config["vae"], None, x, None) if "vae" in w else x
         return x * w["lora"]["spread"] + w["lora"]["mean"]
 
-    def forward(self, pictures: Any, noise: Any = None) -> tuple[Tensor, Any]:
+    def forward(
+        self, pictures: Tensor, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """LoRAs of strength 1; familiarity from 0, unlike all trained subjects, to 1, or None."""
         given, known, familiarity = self.embed(pictures), self.weights.get("familiarity"), None
         if known is not None:
@@ -285,7 +292,9 @@ class LoraGenerator(nn.Module):
         return self.write(given, noise), familiarity
 
     @torch.no_grad()
-    def generate(self, subjects: Any, seed: int = 0, num_samples: int = 1) -> tuple[Tensor, list]:
+    def generate(
+        self, subjects: Iterable[Sequence[Picture]], seed: int = 0, num_samples: int = 1
+    ) -> tuple[Tensor, list]:
         """Vectors [subjects · samples, d] of lists of pictures, all from one noise; familiarity."""
         config, loras, familiarity = self.config, [], []
         shape = num_samples, 1 + config["draw"]["num_steps"], config["noise_size"]
@@ -298,7 +307,7 @@ class LoraGenerator(nn.Module):
             familiarity.append(None if known is None else float(known[0]))
         return torch.cat(loras), familiarity
 
-    def matrices(self, vector: Tensor, strength: float | None = None) -> list[Any]:
+    def matrices(self, vector: Tensor, strength: float | None = None) -> Factors:
         """(Down, up) of every site, in PyTorch's layout; the strength is in the latter."""
         shapes = [site[side] for site in self.config["sites"] for side in ("down", "up")]
         parts = vector.split([math.prod(shape) for shape in shapes])
@@ -306,7 +315,14 @@ class LoraGenerator(nn.Module):
         strength = self.config["strength"] if strength is None else strength
         return [(down, strength * up) for down, up in zip(parts[::2], parts[1::2], strict=True)]
 
-    def save(self, path: Any, lora: Any, form: str = "kohya", dtype: str = "float16", **texts: Any):
+    def save(
+        self,
+        path: str | Path,
+        lora: Factors,
+        form: str = "kohya",
+        dtype: str = "float16",
+        **texts: object,
+    ) -> Path:
         """Writes `matrices` for "kohya" tools, "diffusers" or "peft", the header with `texts`."""
         if form not in (files := self.config["files"]):
             raise WrongInput(f"format {form!r}: this LoRA has none, expected one of {[*files]}")
@@ -341,7 +357,7 @@ class LoraGenerator(nn.Module):
 class Applied:
     """A LoRA on a UNet of diffusers: every adapted layer adds its part."""
 
-    def __init__(self, unet: Any, hyper: LoraGenerator, lora: Any):
+    def __init__(self, unet: nn.Module, hyper: LoraGenerator, lora: Factors):
         with naming(f"UNet of another family than {hyper.config['family']}"):
             self.modules = [unet.get_submodule(site["path"]) for site in hyper.config["sites"]]
             for module, site in zip(self.modules, hyper.config["sites"], strict=True):
@@ -350,7 +366,7 @@ class Applied:
         self.set(lora)
         self.hooks = [module.register_forward_hook(self._add) for module in self.modules]
 
-    def set(self, lora: Any) -> None:
+    def set(self, lora: Factors) -> None:
         """Puts another LoRA in its place: `matrices` of it."""
         pairs = ([x.to(m.weight) for x in pair] for m, pair in zip(self.modules, lora, strict=True))
         self.factors = dict(zip(self.modules, pairs, strict=True))
@@ -360,7 +376,7 @@ class Applied:
         for hook in self.hooks:
             hook.remove()
 
-    def _add(self, module: Any, given: Any, output: Tensor) -> Tensor:
+    def _add(self, module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor:
         down, up = self.factors[module]
         if down.ndim == 2:
             return output + F.linear(F.linear(given[0], down), up)

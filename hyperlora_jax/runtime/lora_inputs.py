@@ -8,6 +8,7 @@ without ever forming up · down. The factors of a row come in one flat vector, l
 """
 
 import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -88,7 +89,9 @@ class LoraInputs(torch.nn.Module):
         return found
 
 
-def _upsampled(layer: Any, x: torch.Tensor, output_size: Any = None) -> torch.Tensor:
+def _upsampled(
+    layer: Any, x: torch.Tensor, output_size: Sequence[int] | None = None
+) -> torch.Tensor:
     """Twice as large, then the convolution. diffusers asks for the batch's size before it copies
     large ones, a question that would hold every batch of the graph to one answer."""
     if output_size is not None:
@@ -96,7 +99,13 @@ def _upsampled(layer: Any, x: torch.Tensor, output_size: Any = None) -> torch.Te
     return layer.conv(torch.nn.functional.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-def _changed(factors: Any, path: str, layer: Any, inputs: Any, output: torch.Tensor) -> Any:
+def _changed(
+    factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+    path: str,
+    layer: torch.nn.Module,
+    inputs: tuple[torch.Tensor, ...],
+    output: torch.Tensor,
+) -> torch.Tensor:
     """The layer's output with the LoRA of each row added."""
     down, up = factors[path]
     if isinstance(layer, torch.nn.Linear):
@@ -111,7 +120,11 @@ def _linear(x: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> torch.Tens
 
 
 def _conv(
-    x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, layer: Any, output: torch.Tensor
+    x: torch.Tensor,
+    down: torch.Tensor,
+    up: torch.Tensor,
+    layer: Any,
+    output: torch.Tensor,
 ) -> torch.Tensor:
     """The products with all taps of the window are one matrix product; a convolution of ones and
     zeros shifts and sums them, when only r channels are left. A grouped convolution would need the

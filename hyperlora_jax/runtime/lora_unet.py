@@ -17,11 +17,14 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 ENDS = {".lora_A.weight": "down", ".lora_B.weight": "up", ".lora_down.weight": "down",
         ".lora_up.weight": "up", ".alpha": "alpha"}  # fmt: skip
@@ -133,7 +136,10 @@ class LoraUNet:
         return result
 
     def attach(
-        self, pipe: Any, loras: Sequence[torch.Tensor], strengths: Sequence[float] | None = None
+        self,
+        pipe: "DiffusionPipeline",
+        loras: Sequence[torch.Tensor],
+        strengths: Sequence[float] | None = None,
     ) -> None:
         """From now on the pipeline's pictures have these LoRAs [d], one for each picture of a call.
 
@@ -151,7 +157,7 @@ class LoraUNet:
             encoder_hidden_states: torch.Tensor,
             timestep_cond: torch.Tensor | None = None,
             added_cond_kwargs: dict[str, torch.Tensor] | None = None,
-            **others: Any,
+            **others: object,
         ) -> tuple[torch.Tensor]:
             rows = len(sample)
             unknown = [n for n, x in others.items() if n != "return_dict" and x is not None]
@@ -177,7 +183,7 @@ class LoraUNet:
         pipe.unet.forward = forward
 
 
-def _layers(file: Path, sites: dict[str, Any]) -> Layers:
+def _layers(file: Path, sites: dict[str, dict]) -> Layers:
     """The factors of a file by the path of their layer."""
     try:
         tensors = load_file(file)

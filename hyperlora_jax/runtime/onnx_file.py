@@ -12,16 +12,24 @@ between the two graphs that are made here, whatever wrote it.
 
 import json
 import tempfile
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from etils import epath
 
 from hyperlora_jax import storage
+from hyperlora_jax.array_types import Json
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.hypernet.hypernetwork import Hypernetwork
 from hyperlora_jax.lora_files import safetensors_io
 from hyperlora_jax.runtime import exporters
+
+if TYPE_CHECKING:
+    import onnx
+    import torch
+
+    from hyperlora_jax.runtime.generate_lora import LoraGenerator
 from hyperlora_jax.runtime.pytorch_folder import write_pytorch
 
 GIVEN = ["pooled", "tokens"]  # what an encoder gives
@@ -65,7 +73,7 @@ def write_onnx(hyper: Hypernetwork, out: epath.PathLike) -> None:
             safetensors_io.atomic_write(folder / BESIDE, text.encode())
 
 
-def _example(config: dict[str, Any], subjects: int, pictures: int) -> dict[str, Any]:
+def _example(config: Json, subjects: int, pictures: int) -> "dict[str, torch.Tensor]":
     import torch
 
     random = np.random.default_rng(0)
@@ -79,13 +87,13 @@ def _example(config: dict[str, Any], subjects: int, pictures: int) -> dict[str, 
     return found
 
 
-def _model(network: Any) -> Any:
+def _model(network: "LoraGenerator") -> "onnx.ModelProto":
     """The graph of a `LoraGenerator`; where its encoder is an ONNX file, with that before it."""
     import torch
 
     inputs = _example(network.config, 2, 3)
     subjects, pictures = torch.export.Dim("subjects"), torch.export.Dim("pictures")
-    free: dict[str, Any] = {"pictures": {0: subjects, 1: pictures}, "noise": {0: subjects}}
+    free = {"pictures": {0: subjects, 1: pictures}, "noise": {0: subjects}}
     outputs = ["lora", "familiarity"] if "familiarity" in network.weights else ["lora"]
     if network.config["encoder"]["kind"] != "onnx":
         return exporters.onnx_model(
@@ -107,7 +115,7 @@ def _model(network: Any) -> Any:
     return _joined(encoder, rest, config, [network.weights[k] for k in ("mean", "std")], shape)
 
 
-def _read(file: str, name: str) -> Any:
+def _read(file: str, name: str) -> "onnx.ModelProto":
     """The encoder's model, of a version that PyTorch exports to."""
     import onnx
 
@@ -123,7 +131,13 @@ def _read(file: str, name: str) -> Any:
     return model
 
 
-def _joined(encoder: Any, rest: Any, config: Any, statistics: Any, tokens: Any) -> Any:
+def _joined(
+    encoder: "onnx.ModelProto",
+    rest: "onnx.ModelProto",
+    config: Json,
+    statistics: "Sequence[torch.Tensor]",
+    tokens: tuple[int, int],
+) -> "onnx.ModelProto":
     """pictures → pixels → encoder → its outputs by subject and picture → rest."""
     import onnx
 

@@ -7,12 +7,11 @@ of the weights, and which number of the LoRA a token writes is a table of places
 
 import re
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from hyperlora_jax.array_types import Float, Int, Params
+from hyperlora_jax.array_types import Float, Int, JsonDict, Params
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.hypernet.baselines import Fitted, Mean, Neighbours, PcaGaussian, Ridge
 from hyperlora_jax.hypernet.mlp_denoiser import MlpDenoiser
@@ -26,7 +25,7 @@ from hyperlora_jax.hypernet.token_network import TokenHypernetwork
 from hyperlora_jax.hypernet.weight_diffusion import WeightVae
 
 Tensors = dict[str, np.ndarray]
-Described = tuple[dict[str, Any], Tensors]  # a part of config.json, and its tensors
+Described = tuple[JsonDict, Tensors]  # a part of config.json, and its tensors
 Replacement = str | Callable[[re.Match[str]], str]
 
 
@@ -222,7 +221,7 @@ def closed_form(fitted: Fitted, constants: Params, embedding_dim: int) -> Descri
     mean = own["vectors"].mean(axis=0)
     directions = own["vectors"] - mean
     if isinstance(fitted, Ridge):
-        config: dict[str, Any] = {"temperature": fitted.kernel_width}
+        config: JsonDict = {"temperature": fitted.kernel_width}
         directions = own["inverse"] @ directions
     else:
         config = {"temperature": fitted.temperature, "num_neighbours": fitted.num_neighbours}

@@ -4,14 +4,14 @@ one file that runs them, `generate_lora.py`. Nothing of this package or of JAX i
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from etils import epath
 
 from hyperlora_jax import storage
+from hyperlora_jax.array_types import JsonDict
 from hyperlora_jax.encoders.clip_encoder import ClipImageEncoder
-from hyperlora_jax.encoders.condition_encoders import FlaxImageEncoder
+from hyperlora_jax.encoders.condition_encoders import FlaxImageEncoder, ImageEncoder
 from hyperlora_jax.encoders.foreign_encoders import ForeignImageEncoder
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.hypernet.baselines import Fitted
@@ -82,14 +82,14 @@ def described(hyper: Hypernetwork) -> Described:
 
 
 def _generator(hyper: Hypernetwork) -> Described:
-    generator: Any = hyper.generator
+    generator = hyper.generator
     if isinstance(generator, Fitted):
         form, tensors = plain_weights.closed_form(
             generator, hyper.constants, hyper.encoder.embedding_dim
         )
         size = len(tensors["lora/directions"]) if generator.stochastic else 0
         return {"generator": "closed", "noise_size": size, **form}, tensors
-    config: dict[str, Any] = {"guided": generator.condition_dropout > 0}
+    config: JsonDict = {"guided": generator.condition_dropout > 0}
     if isinstance(generator, Regression | Iterative):
         network, own = plain_weights.token_network(generator.net, hyper.params)
         count = generator.num_iterations if isinstance(generator, Iterative) else 1
@@ -123,9 +123,9 @@ def _generator(hyper: Hypernetwork) -> Described:
     return config, tensors
 
 
-def _encoder(encoder: Any) -> Described:
+def _encoder(encoder: ImageEncoder) -> Described:
     """Of ours and of CLIP the weights, in their own dtype; all others are an ONNX file."""
-    config: dict[str, Any] = {"name": encoder.name, "image_size": list(encoder.image_size)}
+    config: JsonDict = {"name": encoder.name, "image_size": list(encoder.image_size)}
     if isinstance(encoder, FlaxImageEncoder):
         module, own = encoder.module, plain_weights.plain(encoder.params)
         config |= {"kind": "hyperlora", "groups": module.groups, "blocks": module.blocks}
@@ -173,7 +173,7 @@ def _onnx_file(encoder: ForeignImageEncoder) -> bytes:
     return model
 
 
-def _of_onnx(encoder: ForeignImageEncoder) -> dict[str, Any]:
+def _of_onnx(encoder: ForeignImageEncoder) -> JsonDict:
     """Names of the input, and of the outputs that are the embedding and the tokens, if any."""
     import onnxruntime
 
@@ -187,7 +187,7 @@ def _of_onnx(encoder: ForeignImageEncoder) -> dict[str, Any]:
     return {"input": first, "outputs": [outputs[n].name for n in (pooled, *tokens)]}
 
 
-def _lora(hyper: Hypernetwork) -> dict[str, Any]:
+def _lora(hyper: Hypernetwork) -> JsonDict:
     """Sites, and what files of them are called and say."""
     spec, family = hyper.spec, header.check(hyper.facts.get("family"), hyper.spec)
     kohya = writing.kohya_names(spec, family, 2)
@@ -196,7 +196,7 @@ def _lora(hyper: Hypernetwork) -> dict[str, Any]:
         window = site.kernel_size if site.kind == "conv" else ()
         down, up = (site.rank, site.in_features, *window), (site.out_features, site.rank)
         sites.append({"path": site.path, "down": down, "up": (*up, *(1 for _ in window))})
-    files: dict[str, dict[str, Any]] = {
+    files: dict[str, JsonDict] = {
         "kohya": {
             "names": [kohya[site.path] for site in spec.sites],
             "down": "lora_down",

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from hyperlora_jax.errors import UserError
 
@@ -23,8 +23,8 @@ class Busy(UserError):
 
 
 class _Asked(NamedTuple):
-    question: Any
-    future: "Future[Any]"
+    question: object
+    future: Future
     asker: object  # one for all questions of a call
 
 
@@ -41,7 +41,7 @@ class Batcher:
 
     def __init__(
         self,
-        answer: Callable[[Sequence[Any]], Sequence[Any]],
+        answer: Callable[[list], Sequence],
         portion: Callable[[int], int],
         wait_s: float = 0.004,
         most_waiting: int = 256,
@@ -51,15 +51,15 @@ class Batcher:
         self._answer, self._portion, self._wait_s = answer, portion, wait_s
         self._most_waiting, self._remembered = most_waiting, remembered
         self._waiting: collections.deque[_Asked] = collections.deque()
-        self._kept: collections.OrderedDict[Hashable, Future[Any]] = collections.OrderedDict()
+        self._kept: collections.OrderedDict[Hashable, Future] = collections.OrderedDict()
         self._changed, self._closed = threading.Condition(), False
         self._expected, self._took_s = 0, 0.0  # questions that may come back, and after how long
         self._thread = threading.Thread(target=self._work, daemon=True, name="batches")
         self._thread.start()
 
     def submit(
-        self, questions: Sequence[Any], keys: Sequence[Hashable] | None = None
-    ) -> "list[Future[Any]]":
+        self, questions: Sequence[object], keys: Sequence[Hashable] | None = None
+    ) -> list[Future]:
         """The answers to come, in order. They may be shared: cancel none.
 
         Args:
@@ -100,7 +100,7 @@ class Batcher:
             future.set_exception(UserError("this program is ending"))
         self._thread.join()
 
-    def _known(self, key: Hashable) -> "Future[Any] | None":
+    def _known(self, key: Hashable) -> Future | None:
         future = None if key is None else self._kept.get(key)
         if future is None or (future.done() and future.exception()):
             return None

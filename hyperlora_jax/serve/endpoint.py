@@ -13,14 +13,15 @@ import asyncio
 import base64
 import hashlib
 import tempfile
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 import numpy as np
 
-from hyperlora_jax.array_types import UInt8
+from hyperlora_jax.array_types import Json, JsonDict, UInt8
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.pictures.pictures import encode_png
 from hyperlora_jax.serve import requests
@@ -30,6 +31,7 @@ from hyperlora_jax.serve.studio import Studio, Subject
 if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import Response
+    from starlette.routing import Route
 
 MOST_BYTES = 20 * 1024 * 1024  # of all pictures of a request
 FORMATS = ("png", "json", *requests.FORMATS)
@@ -37,12 +39,12 @@ FIELDS = ("picture", "prompt", "strength", "seed", "base", "format")
 EDITED = "edit:"  # how a direction's field begins
 
 
-async def results(futures: Any) -> list[Any]:
+async def results(futures: Iterable[Future]) -> list:
     """What a batcher's futures become. Somebody who leaves cancels nothing: they may be shared."""
     return await asyncio.gather(*(asyncio.shield(asyncio.wrap_future(one)) for one in futures))
 
 
-def routes(studio: Studio, written: Path) -> list[Any]:
+def routes(studio: Studio, written: Path) -> "list[Route]":
     """POST /v1/draw, and GET /v1/lora/KEY/FORM of a LoRA that the page showed (`keep`).
 
     Args:
@@ -155,7 +157,7 @@ async def _file(
     subject: Subject,
     form: str,
     name: str,
-    numbers: Mapping[str, Any],
+    numbers: Json,
 ) -> "Response":
     from starlette.responses import Response
 
@@ -173,7 +175,7 @@ def _png(image: UInt8[np.ndarray, "h w 3"]) -> bytes:
     return encode_png(image, requests.PNG_LEVEL)
 
 
-def _numbers(studio: Studio, given: Mapping[str, str]) -> dict[str, Any]:
+def _numbers(studio: Studio, given: Mapping[str, str]) -> JsonDict:
     """Strength, seed and edits of texts by name."""
 
     def number(name: str, default: float, low: float, high: float) -> float:
@@ -200,7 +202,7 @@ async def _form(
     """Texts by field, and pictures (name, content), all of it in memory."""
     from starlette.formparsers import MultiPartException, MultiPartParser
 
-    async def bounded() -> Any:
+    async def bounded() -> AsyncIterator[bytes]:
         count = 0
         async for chunk in request.stream():
             count += len(chunk)

@@ -7,12 +7,19 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
+import numpy as np
+
+from hyperlora_jax.array_types import UInt8
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.serve import endpoint, requests
 from hyperlora_jax.serve.studio import Studio
 from hyperlora_jax.shipped import BASES, shipped_path
+
+if TYPE_CHECKING:
+    import gradio
 
 KEPT_SECONDS = 1800  # how long uploads and LoRAs stay
 EXAMPLES = "example-people"  # drawn, none of them trained on
@@ -42,7 +49,7 @@ Drop a picture of somebody. A small file, the **LoRA**, is written in one pass; 
 model ("{base}", which has never seen this person) draws them under every prompt below."""
 
 
-def build(studio: Studio, base: str, temporary: Path) -> Any:
+def build(studio: Studio, base: str, temporary: Path) -> "gradio.Blocks":
     """The page; `temporary` is the folder that everything is written to.
 
     Its events go past Gradio's queue (which costs several messages each): the batches' queue is the
@@ -53,7 +60,7 @@ def build(studio: Studio, base: str, temporary: Path) -> Any:
     """
     gr = _gradio(temporary)
 
-    async def answer(*given: Any) -> tuple[str, str]:
+    async def answer(*given: object) -> tuple[str, str]:
         return await respond(studio, temporary, *given)
 
     with gr.Blocks(
@@ -156,7 +163,7 @@ async def respond(
     return requests.about(subject), await asyncio.to_thread(shown)
 
 
-def _read(paths: list[str], studio: Studio) -> list[Any]:
+def _read(paths: list[str], studio: Studio) -> list[UInt8[np.ndarray, "h w 3"]]:
     files = [Path(path) for path in paths[: requests.MOST_PICTURES + 1]]
     try:
         return requests.read_pictures([(file.name, file.read_bytes()) for file in files], studio)
@@ -235,7 +242,7 @@ class Served:
                     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def _gradio(temporary: Path) -> Any:
+def _gradio(temporary: Path) -> ModuleType:
     """The library, told to keep to itself and to the folder."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["GRADIO_RUN_HISTORY"] = "False"  # visitors' faces, in their browsers

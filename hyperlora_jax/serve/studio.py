@@ -15,9 +15,9 @@ import functools
 import hashlib
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -33,6 +33,7 @@ from hyperlora_jax.pictures.pictures import to_uint8
 from hyperlora_jax.serve.batcher import Batcher
 from hyperlora_jax.stable_diffusion.model import StableDiffusion
 
+T = TypeVar("T")
 SUBJECTS = 8  # whose LoRAs are written at once
 SIZES = (2, 4, 8, 16, 32)  # pictures that are drawn at once
 FULL = 0.75  # of a batch that is drawn; with fewer waiting, a smaller batch is taken
@@ -181,7 +182,7 @@ class Studio:
             _Drawing(subject.vector, prompt, strength, amounts, seed, place)
             for place, prompt in enumerate(prompts)
         ]
-        keys: list[Any] = [None] * len(asked)
+        keys: list[Hashable] = [None] * len(asked)
         if base:
             asked += [self._blank(prompt, seed, place) for place, prompt in enumerate(prompts)]
             keys += [(prompt, seed, place) for place, prompt in enumerate(prompts)]
@@ -248,7 +249,7 @@ class Studio:
         return [image.copy() for image in to_uint8(images)[: len(asked)]]  # a view keeps them all
 
     @functools.cached_property
-    def _noise(self) -> Any:
+    def _noise(self) -> Callable[[AnyArray, AnyArray], tuple[Array, Array]]:
         def one(seed: Array, place: Array) -> tuple[Array, Array]:
             key = jax.random.fold_in(jax.random.key(seed), place)
             return self.sd.noise(key, 1)[0], jax.random.fold_in(key, 1)
@@ -256,15 +257,15 @@ class Studio:
         return jax.jit(jax.vmap(one))
 
     @functools.cached_property
-    def _flat(self) -> Any:
+    def _flat(self) -> Callable[[Params], Array]:
         return jax.jit(lambda loras: vectorize.flatten(loras, self.hyper.spec))
 
     @functools.cached_property
-    def _unflat(self) -> Any:
+    def _unflat(self) -> Callable[[AnyArray], Params]:
         return jax.jit(lambda vector: vectorize.unflatten(vector, self.hyper.spec))
 
     @functools.cached_property
-    def _loras(self) -> Any:
+    def _loras(self) -> Callable[[AnyArray, AnyArray, AnyArray], Params]:
         def all_edited(vectors: AnyArray, strengths: AnyArray, amounts: AnyArray) -> Params:
             loras = vectorize.unflatten(vectors, self.hyper.spec)
             if self.directions is not None:  # all of them always: one program for all edits
@@ -275,6 +276,6 @@ class Studio:
         return jax.jit(all_edited)
 
 
-def _filled(items: Sequence[Any], size: int) -> list[Any]:
+def _filled(items: Sequence[T], size: int) -> list[T]:
     """Items and copies of the last one, `size` together."""
     return [*items, *[items[-1]] * (size - len(items))]

@@ -1,7 +1,6 @@
 """Base models by name: "tiny-sd" is the one inside the package, anything else a path or hub id."""
 
 from collections.abc import Collection, Sequence
-from typing import Any
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -27,8 +26,9 @@ def load_base(
     Raises:
         UserError: see `StableDiffusion.from_pretrained`; or the embedded model is not built yet.
     """
-    where: dict[str, Any] = {"mesh": mesh, "rules": rules, "on_host": on_host}
-    return StableDiffusion.from_pretrained(base_path(source), dtype, **where)
+    return StableDiffusion.from_pretrained(
+        base_path(source), dtype, mesh=mesh, rules=rules, on_host=on_host
+    )
 
 
 def load_frozen(source: str, dtype: DType, mesh: Mesh) -> StableDiffusion:

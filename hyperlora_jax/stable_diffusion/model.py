@@ -37,6 +37,7 @@ from hyperlora_jax.stable_diffusion.networks.unet import UNet
 from hyperlora_jax.stable_diffusion.picture_regions import Region, lay_out
 from hyperlora_jax.stable_diffusion.weights import directory, loading, single_file
 from hyperlora_jax.stable_diffusion.weights.clip_tokenizer import (
+    Tokenizer,
     load_tokenizer,
     most_tokens,
     token_ids,
@@ -60,7 +61,7 @@ class StableDiffusion:
     vae: AutoencoderKL | None = None
     text_encoder: ClipTextModel | None = None
     text_encoder_2: ClipTextModel | None = None
-    tokenizers: tuple[Any, ...] = ()  # given ones; else read from `path` at first use
+    tokenizers: tuple[Tokenizer, ...] = ()  # given ones; else read from `path` at first use
     path: Path | None = None
     default_guidance: float = loading.GUIDANCE  # of `sample`
 
@@ -154,17 +155,17 @@ class StableDiffusion:
         return self.unet.settings.addition_time_width is not None
 
     @functools.cached_property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> Tokenizer:
         """The tokenizer of the first text encoder, read when first used; transformers'
         CLIPTokenizer once it is asked for more than token ids."""
         return self._tokenizer(0)
 
     @functools.cached_property
-    def tokenizer_2(self) -> Any:
+    def tokenizer_2(self) -> Tokenizer:
         """The same of SDXL's second text encoder."""
         return self._tokenizer(1)
 
-    def _tokenizer(self, i: int) -> Any:
+    def _tokenizer(self, i: int) -> Tokenizer:
         if len(self.tokenizers) > i:
             return self.tokenizers[i]
         name = ("tokenizer", "tokenizer_2")[i]
@@ -175,7 +176,7 @@ class StableDiffusion:
         return load_tokenizer(self.path / name)
 
     def tokenize(
-        self, prompts: Sequence[str], tokenizer: Any = None, name: str = "text_encoder"
+        self, prompts: Sequence[str], tokenizer: Tokenizer | None = None, name: str = "text_encoder"
     ) -> Int[np.ndarray, "b n"]:
         """Token ids for the text encoder `name`, padded or cut to its window: the tokenizer's
         model_max_length, or the encoder's positions where the tokenizer names no length.

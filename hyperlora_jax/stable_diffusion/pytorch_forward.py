@@ -10,9 +10,12 @@ import logging
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import torch
 
 Arrays = dict[str, np.ndarray]
 
@@ -65,7 +68,7 @@ def _text(root: Path, inputs: Arrays, variant: str | None) -> Mapping[str, objec
     from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-    parts: dict[str, Any] = {"unet": None, "vae": None, "scheduler": DDIMScheduler()}
+    parts: dict[str, object] = {"unet": None, "vae": None, "scheduler": DDIMScheduler()}
     for name, kind in (
         ("text_encoder", CLIPTextModel),
         ("text_encoder_2", CLIPTextModelWithProjection),
@@ -90,13 +93,13 @@ def _text(root: Path, inputs: Arrays, variant: str | None) -> Mapping[str, objec
     return {"states": pipeline.encode_prompt(prompts, "cpu", 1, False)[0]}
 
 
-def _nchw(array: np.ndarray) -> Any:
+def _nchw(array: np.ndarray) -> "torch.Tensor":
     import torch
 
     return torch.from_numpy(np.ascontiguousarray(array.transpose(0, 3, 1, 2)))
 
 
-def _numpy(tensor: Any) -> np.ndarray:
+def _numpy(tensor: "torch.Tensor") -> np.ndarray:
     array = tensor.float().numpy()
     return array.transpose(0, 2, 3, 1) if array.ndim == 4 else array
 

@@ -126,10 +126,10 @@ def _pytorch(root: Path, part: str, inputs: Arrays, variant: str | None) -> Arra
 
 
 def _run_unet(root: Path, unet: UNet, inputs: Arrays, variant: str | None) -> Arrays:
-    unet, params = loading.load_component(root / "unet", "unet", jnp.float32, variant)
+    module, params = loading.load_component(root / "unet", "unet", jnp.float32, variant)
     names = ("text_embeds", "time_ids", "timestep_cond")
     added = {name: inputs[name] for name in names if name in inputs}
-    prediction = jax.jit(unet.apply)(
+    prediction = jax.jit(module.apply)(
         {"params": params},
         inputs["latents"],
         inputs["timesteps"],

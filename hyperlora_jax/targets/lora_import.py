@@ -6,12 +6,12 @@ import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora.sites import LoraSpec
 from hyperlora_jax.lora_files import load_lora
 from hyperlora_jax.pictures.subjects import Subject
+from hyperlora_jax.stable_diffusion.model import StableDiffusion
 from hyperlora_jax.targets import lora_fitting, lora_sources
 from hyperlora_jax.targets.lora_sources import Accepted, Rejected
 from hyperlora_jax.targets.lora_targets_writer import write_lora_targets
@@ -115,7 +115,10 @@ def import_loras(
 
 
 def choose_spec(
-    paths: Sequence[str | Path], base: Any, preset: str | None = None, rank: int | None = None
+    paths: Sequence[str | Path],
+    base: StableDiffusion,
+    preset: str | None = None,
+    rank: int | None = None,
 ) -> LoraSpec:
     """Layers and rank of the dataset: the preset's, or those of the first LoRA that is sound.
 

@@ -7,7 +7,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import grain.python as grain
 import numpy as np
@@ -26,6 +26,7 @@ from hyperlora_jax.targets.lora_targets_writer import FORMAT
 from hyperlora_jax.targets.vector_statistics import RunningWhitening, VectorWhitening
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 def open_lora_targets(
@@ -240,7 +241,7 @@ class LoraTargets:
         split = self.splits[k]
         return split, self._records[split][i - int(self._ends[k]) + len(self._records[split])]
 
-    def read(self, i: int, parse: Callable[[bytes, str], Any]) -> Any:
+    def read(self, i: int, parse: Callable[[bytes, str], T]) -> T:
         """parse(record, split) of the i-th subject; UserError where its record is damaged."""
         from google.protobuf.message import DecodeError
 

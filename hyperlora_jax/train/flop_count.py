@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.extend.core import Jaxpr
 
 
 def flops(function: Callable[..., object], *arguments: object) -> float:
@@ -22,7 +23,7 @@ def of_training(loss: Callable[..., object]) -> Callable[..., float]:
     return lambda *arguments: 3.0 * flops(loss, *arguments)
 
 
-def of_jaxpr(jaxpr: Any) -> float:
+def of_jaxpr(jaxpr: Jaxpr) -> float:
     """FLOPs of a jaxpr, with everything that it calls; a `cond` counts its dearest branch."""
     total = 0.0
     for equation in jaxpr.eqns:

@@ -17,7 +17,6 @@ import threading
 import time
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
@@ -34,7 +33,7 @@ class PreemptionGuard:
     def __init__(self) -> None:
         self._flag = threading.Event()
         self._interrupted = False
-        self._previous: dict[int, Any] = {}
+        self._previous: dict[int, signal.Handlers | int | Callable[..., object] | None] = {}
 
     def __enter__(self) -> "PreemptionGuard":
         # With several processes the coordination service owns the signal: replacing its handler

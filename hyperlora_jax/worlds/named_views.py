@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from hyperlora_jax.array_types import UInt8
+from hyperlora_jax.array_types import JsonDict, UInt8
 from hyperlora_jax.worlds import avatar_render
 
 SPLITS = ("train", "validation", "test")
@@ -92,7 +92,7 @@ class NamedViews(abc.ABC):
         """The view's parts in words; the identity is not in it."""
 
     @abc.abstractmethod
-    def options(self, identity: Any, view: NamedView) -> dict[str, Any]:
+    def options(self, identity: Any, view: NamedView) -> JsonDict:
         """What the world's `draw` is given, JSON-able."""
 
     def render(self, identity: Any, view: NamedView) -> UInt8[np.ndarray, "h w 3"]:

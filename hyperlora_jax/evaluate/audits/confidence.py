@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from hyperlora_jax.array_types import Float
+from hyperlora_jax.array_types import Float, JsonDict
 from hyperlora_jax.evaluate.report import charts
 from hyperlora_jax.evaluate.report.html_page import Figure
 from hyperlora_jax.evaluate.report.sections import Section
@@ -66,7 +66,7 @@ def confidence_section(
     familiarities = {kind: familiarity_of(pictures) for kind, pictures in others.items()}
     differ = len({*held_out}) > 1 and len({*losses}) > 1
     rank: Any = stats.spearmanr(held_out, losses) if differ and len(held_out) > 2 else None
-    numbers: dict[str, Any] = {
+    numbers: JsonDict = {
         "held_out": {"familiarity": float(held_out.mean()), "n": len(held_out)},
         "strangers": {
             kind: {"familiarity": float(scores.mean()), "auc": auc(held_out, scores)}

@@ -159,7 +159,7 @@ def load_detector(name: str) -> Detects | None:
         return None
     module, _, function = name.partition(":")
     try:
-        detector: Any = getattr(importlib.import_module(module), function)
+        detector = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(
             f"evaluate.detector: found {name!r} ({error}), expected module:function that can be "

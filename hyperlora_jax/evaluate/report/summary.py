@@ -4,11 +4,10 @@ import importlib.metadata
 import os
 import platform
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
-from hyperlora_jax.array_types import Json
+from hyperlora_jax.array_types import Json, JsonDict
 from hyperlora_jax.evaluate import metrics
 from hyperlora_jax.evaluate.compare import AnyScores, MethodResult, Scores
 from hyperlora_jax.evaluate.picture_sets import AnySet
@@ -46,7 +45,7 @@ def summarise(
     names = list(results)
     scores = {name: results[name].scores for name in names}
     columns = {**_columns(scores), **(further or {})}
-    summary: dict[str, Any] = {
+    summary: JsonDict = {
         **{column: {n: _mean(columns[column][n]) for n in names} for column in columns},
         "paired": paired(scores),
         "torch_parity": dict(torch_parity or {}),

@@ -9,7 +9,7 @@ auto    splash on TPU from 1024 tokens, cudnn on GPU for 16-bit heads up to 128,
 
 import functools
 import math
-from typing import Any, cast
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +66,10 @@ def attend_within(
     return jax.nn.dot_product_attention(query, key, value, bias, implementation="xla")
 
 
-def choose(query: Any, key: Any, platform: str) -> str:
+Sized = jax.Array | jax.ShapeDtypeStruct
+
+
+def choose(query: Sized, key: Sized, platform: str) -> str:
     """The implementation that "auto" stands for; arrays or ShapeDtypeStructs [b, n, h, d]."""
     head_dim = query.shape[-1]
     if platform == "tpu" and splash_takes(query, key):
@@ -75,7 +78,7 @@ def choose(query: Any, key: Any, platform: str) -> str:
     return "cudnn" if platform in ("gpu", "cuda") and fits else "xla"
 
 
-def splash_takes(query: Any, key: Any) -> bool:
+def splash_takes(query: Sized, key: Sized) -> bool:
     """Long self-attention only: short or ragged keys are faster as plain products."""
     tokens = query.shape[1]
     return tokens == key.shape[1] and tokens >= _SPLASH_TOKENS and tokens % 128 == 0

@@ -17,7 +17,7 @@ full            each down, mid and up block keeps its inputs only
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
@@ -110,7 +110,10 @@ def check_remat(name: str) -> None:
         raise UserError(f"remat = {name!r}, expected one of {list(REMAT_POLICIES)}")
 
 
-def rematerialised(block: type[nn.Module], remat: str) -> Any:
+Block = TypeVar("Block", bound=nn.Module)
+
+
+def rematerialised(block: type[Block], remat: str) -> type[Block]:
     """A resnet or transformer block class under a policy."""
     if remat == "block":
         return nn.remat(block)

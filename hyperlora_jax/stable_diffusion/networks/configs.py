@@ -10,7 +10,6 @@ A text encoder's config.json of transformers is read here too.
 import json
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import jax
 
@@ -63,11 +62,11 @@ def read_config(
     return values
 
 
-def _tuples(value: Any) -> Any:
+def _tuples(value: object) -> object:
     return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
 
 
-def _checked(value: Any, default: Any, key: str, what: str) -> Any:
+def _checked(value: object, default: object, key: str, what: str) -> object:
     """The value, when it is of the default's type; or a tuple of such, where there may be one for
     every level. Numbers without a default are sizes."""
     if value is None:
@@ -86,7 +85,7 @@ def _checked(value: Any, default: Any, key: str, what: str) -> Any:
     return value
 
 
-def _fits(leaf: Any, like: Any, key: str) -> bool:
+def _fits(leaf: object, like: object, key: str) -> bool:
     if isinstance(like, bool | str) or (like is None and isinstance(leaf, str)):
         return like is None or type(leaf) is type(like)
     if isinstance(leaf, bool) or not isinstance(leaf, int | float):
@@ -101,7 +100,7 @@ def _depth(value: object) -> int:
     return 1 + max(map(_depth, value), default=0) if isinstance(value, tuple) else 0
 
 
-def _leaves(value: Any) -> Iterator[Any]:
+def _leaves(value: object) -> Iterator[object]:
     for item in value if isinstance(value, tuple) else (value,):
         yield from _leaves(item) if isinstance(item, tuple) else (item,)
 
@@ -112,7 +111,7 @@ def check_divides(number: int, size: int, key: str, sizes: str, what: str) -> No
         raise UserError(f"{what} config: {key} {number} does not divide {size} of {sizes}")
 
 
-def per_level(value: Any, num_levels: int, key: str, what: str) -> tuple:
+def per_level(value: object, num_levels: int, key: str, what: str) -> tuple:
     """A scalar repeated for every level, or the list itself. UserError when its length differs."""
     if not isinstance(value, tuple):
         return (value,) * num_levels

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from typing import Any
 
 from hyperlora_jax.array_types import Json
 from hyperlora_jax.errors import UserError
@@ -191,7 +190,7 @@ def _check_only_cross_attention(value: object) -> None:
         raise UserError(f"{_WHAT} config: only_cross_attention = {value!r} is not supported")
 
 
-def _context_width(value: Any) -> int:
+def _context_width(value: int | tuple) -> int:
     widths = set(value) if isinstance(value, tuple) else {value}
     if len(widths) != 1:
         raise UserError(

@@ -8,12 +8,16 @@ import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from hyperlora_jax.array_types import Int
+from hyperlora_jax.array_types import Int, Json, JsonDict
 from hyperlora_jax.errors import UserError
+
+if TYPE_CHECKING:
+    import tokenizers
+    from transformers import CLIPTokenizer
 
 FILES = ("tokenizer.json", "vocab.json")
 LFS = b"version https://git-lfs"
@@ -21,6 +25,23 @@ _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 _WORDS = (
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 )
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """What a base needs of a tokenizer: ours, or one of transformers."""
+
+    model_max_length: int
+
+    def __call__(self, texts: list[str], /, **options: Any) -> Any:
+        """{"input_ids": token ids of every text}."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def save_pretrained(self, save_directory: str) -> object:
+        """Writes its folder."""
+        ...
 
 
 class ClipTokenizer:
@@ -46,7 +67,7 @@ class ClipTokenizer:
         )
 
     @functools.cached_property
-    def _transformers(self) -> Any:
+    def _transformers(self) -> "CLIPTokenizer":
         from transformers import CLIPTokenizer
 
         return CLIPTokenizer.from_pretrained(str(self._folder))
@@ -56,15 +77,19 @@ class ClipTokenizer:
             raise AttributeError(name)
         return getattr(self._transformers, name)
 
-    def __call__(self, *texts: Any, **options: Any) -> Any:
+    def __call__(self, texts: list[str], /, **options: Any) -> Any:
         """As transformers' tokenizer is called."""
-        return self._transformers(*texts, **options)
+        return self._transformers(texts, **options)
 
     def __len__(self) -> int:
         return len(self._transformers)
 
+    def save_pretrained(self, save_directory: str) -> object:
+        """Writes its folder, as transformers does."""
+        return self._transformers.save_pretrained(save_directory)
 
-def token_ids(tokenizer: Any, texts: Sequence[str], window: int) -> Int[np.ndarray, "b n"]:
+
+def token_ids(tokenizer: Tokenizer, texts: Sequence[str], window: int) -> Int[np.ndarray, "b n"]:
     """Token ids, cut or padded to `window`, of a ClipTokenizer or one of transformers."""
     if isinstance(tokenizer, ClipTokenizer):
         return tokenizer.ids(texts, window)
@@ -74,7 +99,7 @@ def token_ids(tokenizer: Any, texts: Sequence[str], window: int) -> Int[np.ndarr
     return found["input_ids"].astype(np.int32)
 
 
-def most_tokens(tokenizer: Any, texts: Sequence[str]) -> int:
+def most_tokens(tokenizer: Tokenizer, texts: Sequence[str]) -> int:
     """Tokens of the longest text, uncut, start and end included."""
     backend = tokenizer._backend if isinstance(tokenizer, ClipTokenizer) else None
     if backend is None:
@@ -138,15 +163,15 @@ def _common_form(folder: Path) -> tuple[dict, list, dict[str, str], dict[str, bo
     return vocab, pairs, special, normalized, window
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _json(path: Path) -> JsonDict:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def _content(token: Any) -> str:
+def _content(token: str | Json) -> str:
     return token if isinstance(token, str) else token["content"]
 
 
-def _normalized(token: dict[str, Any]) -> bool:
+def _normalized(token: Json) -> bool:
     """Whether the token is found in normalized text: `<|ENDOFTEXT|>` ends a text, too."""
     if token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
         raise ValueError("a special token that takes its surroundings")
@@ -155,7 +180,7 @@ def _normalized(token: dict[str, Any]) -> bool:
 
 def _backend(
     vocab: dict, merges: list, special: dict[str, str], normalized: dict[str, bool]
-) -> tuple[Any, tuple[int, str]]:
+) -> "tuple[tokenizers.Tokenizer, tuple[int, str]]":
     """The tokenizer, and (id, text) of what it pads with."""
     from tokenizers import (
         AddedToken,

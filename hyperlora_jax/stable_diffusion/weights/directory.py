@@ -5,14 +5,13 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from hyperlora_jax import storage
-from hyperlora_jax.array_types import Params
+from hyperlora_jax.array_types import JsonDict, Params
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora_files import safetensors_io
 from hyperlora_jax.lora_files.base_files import WEIGHT_STEMS, Loader
@@ -20,7 +19,7 @@ from hyperlora_jax.stable_diffusion.weights.flax_trees import flax_to_torch
 from hyperlora_jax.stable_diffusion.weights.tensor_stream import read_tensors
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> JsonDict:
     """A JSON object. Raises UserError naming the file when it is missing or no JSON object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -8,9 +8,8 @@ import itertools
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from hyperlora_jax.array_types import Json
+from hyperlora_jax.array_types import Json, JsonDict
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora_files import safetensors_io
 
@@ -43,7 +42,7 @@ def is_base(path: str | Path) -> bool:
     return any(name.startswith(UNET) for name in safetensors_io.read_entries(path))
 
 
-def configs_of(shapes: Shapes) -> dict[str, dict[str, Any]]:
+def configs_of(shapes: Shapes) -> dict[str, JsonDict]:
     """{component: config.json} of the parts that are there; the UNet always is.
 
     Args:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from hyperlora_jax.array_types import Params, PRNGKey
+from hyperlora_jax.array_types import AnyArray, Params, PRNGKey
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora.sites import module_path, torch_path
 from hyperlora_jax.stable_diffusion.weights.initialization import draw_params
@@ -56,7 +56,7 @@ def today_name(name: str, component: str) -> str | None:
     return name
 
 
-def flax_path(name: str, leaves: Mapping[tuple[str, ...], Any]) -> tuple[str, ...] | None:
+def flax_path(name: str, leaves: Mapping[tuple[str, ...], object]) -> tuple[str, ...] | None:
     """Leaf that a tensor of this (current) name fills, or None."""
     module, _, kind = name.rpartition(".")
     path = module_path(module) if module else ()
@@ -69,7 +69,7 @@ def torch_to_flax(
     shapes: Params,
     component: str,
     source: str,
-    place: Callable[[tuple[str, ...], np.ndarray], Any] | None = None,
+    place: Callable[[tuple[str, ...], np.ndarray], AnyArray] | None = None,
 ) -> Params:
     """Flax tree from (tensor name, loader) pairs; tensors are loaded one by one.
 
@@ -80,7 +80,7 @@ def torch_to_flax(
         UserError: for an unknown, doubled or missing tensor or one of the wrong shape.
     """
     leaves: dict[tuple[str, ...], Any] = flatten_dict(shapes)
-    found: dict[tuple[str, ...], Any] = {}
+    found: dict[tuple[str, ...], AnyArray] = {}
     for name, load in tensors:
         today = today_name(name, component)
         if today is None:

@@ -19,7 +19,7 @@ from hyperlora_jax.array_types import Array, Params, PRNGKey
 
 _ONES, _ZEROS = ("constant", 1.0), ("constant", 0.0)
 
-Leaves = Mapping[tuple[str, ...], Any]  # shapes of parameters by path
+Leaves = Mapping[tuple[str, ...], jax.ShapeDtypeStruct]  # parameters by path
 
 
 def initial_distribution(path: tuple[str, ...], leaves: Leaves) -> tuple[str, float]:

@@ -4,7 +4,6 @@ import dataclasses
 import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,8 +21,9 @@ from hyperlora_jax.stable_diffusion.networks.autoencoder import vae_from_config
 from hyperlora_jax.stable_diffusion.networks.clip_text import text_model_from_config
 from hyperlora_jax.stable_diffusion.networks.unet import unet_from_config
 from hyperlora_jax.stable_diffusion.weights import directory, hub
+from hyperlora_jax.stable_diffusion.weights.clip_tokenizer import Tokenizer
 from hyperlora_jax.stable_diffusion.weights.flax_trees import param_shapes, torch_to_flax
-from hyperlora_jax.stable_diffusion.weights.parts import check_parts
+from hyperlora_jax.stable_diffusion.weights.parts import Component, check_parts
 from hyperlora_jax.stable_diffusion.weights.tensor_stream import (
     Placing,
     placing,
@@ -63,7 +63,7 @@ def load_directory(
     mesh: Mesh | None = None,
     rules: Sequence[Rule] = DEFAULT_RULES,
     on_host: Collection[str] = (),
-) -> tuple[dict[str, Any], dict[str, Params], NoiseSchedule]:
+) -> tuple[dict[str, Component], dict[str, Params], NoiseSchedule]:
     """Modules, parameters and schedule of a diffusers directory. Raises UserError naming files."""
     modules = load_modules(root, dtype, CONSTRUCTORS)
     params = {}
@@ -87,7 +87,9 @@ def load_guidance(root: Path) -> float:
     return float(found)
 
 
-def load_modules(root: Path, dtype: DType, names: Iterable[str]) -> dict[str, tuple[Any, DType]]:
+def load_modules(
+    root: Path, dtype: DType, names: Iterable[str]
+) -> dict[str, tuple[Component, DType]]:
     """(module, dtype) of every component of `names` that is there, from the configs alone.
 
     Raises:
@@ -128,14 +130,19 @@ def load_component(
     name: str,
     dtype: DType,
     variant: str | None = None,
-) -> tuple[Any, Params]:
+) -> tuple[Component, Params]:
     """Module and parameters of one component folder, one tensor in host memory at a time."""
     module, dtype = load_module(folder, name, dtype)
     return module, _params(module, folder, name, dtype, variant, to_devices)
 
 
 def _params(
-    module: Any, folder: Path, name: str, dtype: DType, variant: str | None, where: Placing
+    module: Component,
+    folder: Path,
+    name: str,
+    dtype: DType,
+    variant: str | None,
+    where: Placing,
 ) -> Params:
     files = weight_files(folder, name, variant)
     shapes = param_shapes(module)
@@ -143,7 +150,7 @@ def _params(
     return torch_to_flax(read_tensors(files), shapes, name, str(files[0]), place)
 
 
-def load_module(folder: Path, name: str, dtype: DType) -> tuple[Any, DType]:
+def load_module(folder: Path, name: str, dtype: DType) -> tuple[Component, DType]:
     """Module of one component folder, from its config.json alone, and the dtype it works in."""
     config = directory.read_json(folder / "config.json")
     dtype = component_dtype(name, config, dtype)
@@ -161,10 +168,10 @@ def component_dtype(name: str, config: Json, dtype: DType) -> DType:
 
 def save_directory(
     root: Path,
-    modules: Mapping[str, Any],
+    modules: Mapping[str, Component],
     params: Mapping[str, Params],
     schedule: NoiseSchedule,
-    tokenizers: Mapping[str, Any],
+    tokenizers: Mapping[str, Tokenizer],
     dtype: str,
     is_xl: bool,
     guidance: float = GUIDANCE,
@@ -185,7 +192,10 @@ def save_directory(
 
 
 def model_index(
-    modules: Mapping[str, Any], tokenizers: Iterable[str], schedule: NoiseSchedule, is_xl: bool
+    modules: Mapping[str, Component],
+    tokenizers: Iterable[str],
+    schedule: NoiseSchedule,
+    is_xl: bool,
 ) -> Json:
     """model_index.json of a directory: which class reads each of its parts."""
     unet = modules["unet"].settings

@@ -6,15 +6,19 @@ configs each; only side by side do they show it.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from hyperlora_jax.errors import UserError
-from hyperlora_jax.stable_diffusion.networks.unet_config import NUM_SIZES
+from hyperlora_jax.stable_diffusion.networks.autoencoder import AutoencoderKL
+from hyperlora_jax.stable_diffusion.networks.clip_text import ClipTextModel
+from hyperlora_jax.stable_diffusion.networks.unet import UNet
+from hyperlora_jax.stable_diffusion.networks.unet_config import NUM_SIZES, UNetConfig
+
+Component = UNet | AutoencoderKL | ClipTextModel
 
 
-def check_parts(modules: Mapping[str, Any], where: Path | str) -> None:
+def check_parts(modules: Mapping[str, Component], where: Path | str) -> None:
     """Compares the configs of the components that are there ("unet", "vae", "text_encoder", …).
 
     Raises:
@@ -49,10 +53,10 @@ def check_parts(modules: Mapping[str, Any], where: Path | str) -> None:
         )
 
 
-def _check_pooled(unet: Any, text: Any, where: Path | str) -> None:
+def _check_pooled(unet: UNetConfig, text: ClipTextModel, where: Path | str) -> None:
     values = text.values
     pooled = values["projection_dim"] if text.has_projection else values["hidden_size"]
-    time = unet.addition_time_width
+    time = unet.addition_time_width or 0
     if unet.addition_input_width == pooled + 5 * time:
         raise UserError(
             f"{where}: the UNet takes 5 sizes and scores instead of 6 sizes (an SDXL refiner), "

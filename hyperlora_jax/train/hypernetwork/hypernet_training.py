@@ -10,7 +10,6 @@ ridge, pca_gaussian) are fitted in closed form instead of trained.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -157,7 +156,7 @@ class Needs:
 
     def frozen(self, unet: Params, prior: Params | None, constants: Params) -> Params:
         """The frozen tree of the task, of arrays or of shapes."""
-        frozen: dict[str, Any] = {"constants": constants} if constants else {}
+        frozen: dict[str, Params] = {"constants": constants} if constants else {}
         if self.base:
             frozen["unet"] = unet
         return frozen if prior is None else {**frozen, "prior_text": prior}
