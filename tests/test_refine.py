@@ -14,7 +14,7 @@ from hyperlora_jax.lora.sites import LoraSite, LoraSpec, spec_from_shapes, valid
 from hyperlora_jax.lora_files import load_lora, read_metadata, save_lora
 from hyperlora_jax.pictures.pictures import encode_png
 from hyperlora_jax.refine import refine_loras
-from hyperlora_jax.stable_diffusion.denoising_loss import denoising_error
+from hyperlora_jax.stable_diffusion.denoising_loss import Denoiser, denoising_error
 from hyperlora_jax.stable_diffusion.embedded import load_base
 from hyperlora_jax.stable_diffusion.model import StableDiffusion
 from hyperlora_jax.stable_diffusion.networks.unet import unet_from_config
@@ -77,8 +77,8 @@ def denoising(world, lora):
 
     @jax.jit
     def error(lora):
-        given = (sd.params["unet"], sd.schedule, latents, text, times, noise)
-        return denoising_error(sd.unet, *given, lora=lora)
+        given = (sd.params["unet"], latents, text, times, noise)
+        return denoising_error(Denoiser(sd.unet, sd.schedule), *given, lora=lora)
 
     errors = error(jax.tree.map(jnp.asarray, lora))
     return np.asarray(errors).reshape(3, 2).mean(axis=1)

@@ -37,8 +37,9 @@ from hyperlora_jax.lora import factors
 from hyperlora_jax.lora.sites import LoraSpec
 from hyperlora_jax.lora_files import save_lora
 from hyperlora_jax.lora_files.writing import FORMATS
+from hyperlora_jax.stable_diffusion.denoising_loss import Denoiser
 from hyperlora_jax.stable_diffusion.embedded import load_base
-from hyperlora_jax.train.hypernetwork.hypernet_task import Base, hypernet_task
+from hyperlora_jax.train.hypernetwork.hypernet_task import hypernet_task
 from hyperlora_jax.train.hypernetwork.hypernet_training import make_phases
 from hyperlora_jax.train.optimizer import make_optimizer
 from hyperlora_jax.train.state import state_builder
@@ -122,15 +123,16 @@ def _seconds_per_fit(config: Any, sd: Any, spec: LoraSpec, runs: int) -> float:
     text = {"states": np.asarray(sd.encode_prompt(["a person"] * 8), np.float32)}
     slots = slot_state.empty_slots(trained, recipe, 1, (latents, text), 8)
     slots = slot_state.load_slot(
-        slots, np.int32(0), slot_state.concept_key(0, 0), latents, text, np.int32(8),
+        slots, np.int32(0), slot_state.concept_key(0, 0), (latents, text), np.int32(8),
         parametrisation=trained, recipe=recipe,
     )  # fmt: skip
     state = SimpleNamespace(slots=slots)
 
     def once() -> None:
         state.slots, losses = slot_state.advance(
-            state.slots, sd.params["unet"], unet=sd.unet, schedule=sd.schedule, recipe=recipe,
-            parametrisation=trained, num_steps=FITTED_STEPS,
+            state.slots, sd.params["unet"], recipe=recipe, parametrisation=trained,
+            denoiser=Denoiser(sd.unet, sd.schedule, recipe.min_snr_gamma),
+            num_steps=FITTED_STEPS,
         )  # fmt: skip
         jax.block_until_ready(losses)
 
@@ -156,7 +158,7 @@ def _training_rate(
     shapes = tuple(pooled.shape[1:]), tuple(tokens.shape[1:])
     task = hypernet_task(
         hyper.generator, frozen, None, phases=make_phases(section), condition_shapes=shapes,
-        base=Base(sd.unet, sd.schedule, None),
+        base=Denoiser(sd.unet, sd.schedule),
     )  # fmt: skip
     latent = (*sd.unet.settings.sample_size, sd.unet.settings.in_channels)
     batch = {

@@ -30,6 +30,7 @@ from hyperlora_jax.distill.slots import ConceptArrays, Recipe, Slots
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora_files import safetensors_io
 from hyperlora_jax.parallel import sharding
+from hyperlora_jax.stable_diffusion.denoising_loss import Denoiser
 from hyperlora_jax.stable_diffusion.networks.unet import UNet
 from hyperlora_jax.stable_diffusion.text_conditions import Text
 
@@ -169,7 +170,7 @@ class SlotRun:
             slots,
             jnp.asarray(slot),
             slot_state.concept_key(self.plan.seed, concept),
-            *jax.tree.map(jnp.asarray, slot_state.in_room(arrays, room)),
+            jax.tree.map(jnp.asarray, slot_state.in_room(arrays, room)),
             jnp.asarray(count, jnp.int32),
             self._start(concept),
             parametrisation=self.trained,
@@ -380,8 +381,7 @@ def fit_loras(
             unet_params,
             shared,
             prior,
-            unet=base.unet,
-            schedule=base.schedule,
+            denoiser=Denoiser(base.unet, base.schedule, recipe.min_snr_gamma),
             recipe=recipe,
             parametrisation=trained,
             num_steps=steps_per_call,

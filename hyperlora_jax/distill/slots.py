@@ -17,11 +17,9 @@ import numpy as np
 import optax
 
 from hyperlora_jax.array_types import AnyArray, Array, ArrayTree, Float, Params
-from hyperlora_jax.diffusion.schedule import NoiseSchedule
 from hyperlora_jax.distill.parametrisations import Factors, Parametrisation
 from hyperlora_jax.lora.sites import LoraSpec
-from hyperlora_jax.stable_diffusion.denoising_loss import denoising_error
-from hyperlora_jax.stable_diffusion.networks.unet import UNet
+from hyperlora_jax.stable_diffusion.denoising_loss import Denoiser, denoising_error
 from hyperlora_jax.stable_diffusion.text_conditions import Text
 
 ConceptArrays = tuple[AnyArray, Text]  # latents [m, h, w, c], conditions of m captions
@@ -157,8 +155,7 @@ def load_slot(
     slots: Slots,
     index: Array,
     key: Array,
-    latents: Float[Array, "m h w c"],
-    text: Text,
+    concept: ConceptArrays,
     count: Array,
     start: Params | None = None,
     *,
@@ -166,6 +163,7 @@ def load_slot(
     recipe: Recipe,
 ) -> Slots:
     """Hands slot `index` to a new concept; nothing of the former one stays."""
+    latents, text = concept
     params = parametrisation.init(jax.random.wrap_key_data(key))
     fresh = Slots(
         params=params,
@@ -182,7 +180,7 @@ def load_slot(
 
 @functools.partial(
     jax.jit,
-    static_argnames=("unet", "schedule", "recipe", "parametrisation", "num_steps"),
+    static_argnames=("denoiser", "recipe", "parametrisation", "num_steps"),
     donate_argnums=0,
 )
 def advance(
@@ -191,8 +189,7 @@ def advance(
     shared: Params | None = None,
     prior: ConceptArrays | None = None,
     *,
-    unet: UNet,
-    schedule: NoiseSchedule,
+    denoiser: Denoiser,
     recipe: Recipe,
     parametrisation: Parametrisation,
     num_steps: int,
@@ -206,21 +203,19 @@ def advance(
     Returns:
         The slots, and the loss of every step and slot [t, s] (0 where a slot rested).
     """
-    optimizer = recipe.optimizer()
+    optimizer, schedule = recipe.optimizer(), denoiser.schedule
     num_slots = slots.step.shape[0]
 
     def losses(params, *batch):
         latents, text, noise, timesteps = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
         values = denoising_error(
-            unet,
+            denoiser,
             unet_params,
-            schedule,
             latents,
             text,
             timesteps,
             noise,
             lora=parametrisation.lora(params, slots.start, shared),
-            min_snr_gamma=recipe.min_snr_gamma,
         ).reshape(num_slots, -1)
         per_slot = values[:, : recipe.images_per_step].mean(axis=1)
         total = per_slot

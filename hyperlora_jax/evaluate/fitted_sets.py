@@ -28,6 +28,7 @@ from hyperlora_jax.evaluate.protocol import Questions
 from hyperlora_jax.lora import factors, vectorize
 from hyperlora_jax.lora.sites import LoraSpec
 from hyperlora_jax.parallel import multihost, shared_work
+from hyperlora_jax.stable_diffusion.denoising_loss import Denoiser
 from hyperlora_jax.stable_diffusion.model import StableDiffusion
 from hyperlora_jax.subjects.encoded_subjects import EncodedSubjects, encode_subjects
 
@@ -54,7 +55,7 @@ def seconds_per_fit(
         slots,
         np.int32(0),
         slot_state.concept_key(0, 0),
-        *concept,
+        concept,
         np.int32(count),
         start,
         parametrisation=trained,
@@ -66,8 +67,7 @@ def seconds_per_fit(
         slots, losses = slot_state.advance(
             slots,
             sd.params["unet"],
-            unet=sd.unet,
-            schedule=sd.schedule,
+            denoiser=Denoiser(sd.unet, sd.schedule, recipe.min_snr_gamma),
             recipe=recipe,
             parametrisation=trained,
             num_steps=timed,

@@ -13,16 +13,12 @@ from typing import cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from hyperlora_jax.array_types import Array, ArrayTree, Int, Json, Params
-from hyperlora_jax.batches.pipelines import array_batches
-from hyperlora_jax.diffusion.schedule import NoiseSchedule
-from hyperlora_jax.stable_diffusion.denoising_loss import denoising_loss
+from hyperlora_jax.array_types import Array, ArrayTree, Json, Params
+from hyperlora_jax.stable_diffusion.denoising_loss import Denoiser, denoising_loss
 from hyperlora_jax.stable_diffusion.networks.autoencoder import AutoencoderKL
-from hyperlora_jax.stable_diffusion.networks.unet import UNet
 from hyperlora_jax.stable_diffusion.text_conditions import Text
-from hyperlora_jax.train.loop import Task
+from hyperlora_jax.train.loop import Batches, Task
 
 
 def autoencoder_loss(
@@ -55,24 +51,20 @@ def autoencoder_loss(
 def autoencoder_task(
     vae: AutoencoderKL,
     init: Callable[[Array], Params],
-    images: np.ndarray,
+    batches: Batches,
     *,
-    batch_size: int,
-    seed: int,
     kl_weight: float = 1e-4,
     l1_weight: float = 0.05,
     facts: Json | None = None,
-    rows: Int[np.ndarray, " b"] | None = None,
 ) -> Task:
-    """Trains an autoencoder on pictures uint8 [n, h, w, 3]; `init`: key → parameters;
-    `rows`: this host's positions in every batch."""
+    """Trains an autoencoder on {"images": uint8 [b, h, w, 3]}; `init`: key → parameters."""
     loss = functools.partial(autoencoder_loss, vae=vae, kl_weight=kl_weight, l1_weight=l1_weight)
     return Task(
         name="autoencoder",
         init=init,
         loss=loss,
         frozen={},
-        batches=array_batches({"images": images}, batch_size, seed, rows),
+        batches=batches,
         facts=facts or {},
         units={"images": 1},
     )
@@ -84,11 +76,9 @@ def unet_loss(
     batch: dict[str, Array],
     key: Array,
     *,
-    unet: UNet,
+    denoiser: Denoiser,
     encode_text: Callable[[Params, Params, ArrayTree], Text],
-    schedule: NoiseSchedule,
     caption_dropout: float,
-    min_snr_gamma: float | None,
 ) -> tuple[Array, dict[str, Array]]:
     """Per-image denoising loss [b].
 
@@ -103,56 +93,46 @@ def unet_loss(
 
     text = jax.tree.map(drop, batch["text"], frozen["empty_text"])
     losses = denoising_loss(
-        unet,
+        denoiser,
         params["unet"],
-        schedule,
         batch["latents"].astype(jnp.float32),
         encode_text(params, frozen, text),
         noise_key,
-        min_snr_gamma=min_snr_gamma,
     )
     return losses, {}
 
 
 def unet_task(
-    unet: UNet,
+    denoiser: Denoiser,
     encode_text: Callable[[Params, Params, ArrayTree], Text],
-    schedule: NoiseSchedule,
     init: Callable[[Array], Params],
     frozen: Params,
-    arrays: Params,
+    batches: Batches,
     *,
-    batch_size: int,
-    seed: int,
     caption_dropout: float = 0.1,
-    min_snr_gamma: float | None = None,
     facts: Json | None = None,
     start: Params | None = None,
-    rows: Int[np.ndarray, " b"] | None = None,
 ) -> Task:
-    """Trains a UNet on `arrays` = {"latents": [n, h, w, c], "text": a tree of [n, ...]}.
+    """Trains a UNet on batches {"latents": [b, h, w, c], "text": a tree of [b, ...]}.
 
     Args:
         encode_text: (trained parameters, `frozen`, text) → text conditions of b rows.
         init: key → {"unet": …} or {"unet": …, "text_encoder": …}: what is in it is trained.
         frozen: {"empty_text": one row of text} and what `encode_text` reads.
         start: parameters to go on from, instead of `init`'s.
-        rows: this host's positions in every batch; None is all of them.
     """
     loss = functools.partial(
         unet_loss,
-        unet=unet,
+        denoiser=denoiser,
         encode_text=encode_text,
-        schedule=schedule,
         caption_dropout=caption_dropout,
-        min_snr_gamma=min_snr_gamma,
     )
     return Task(
         name="unet",
         init=init,
         loss=loss,
         frozen=frozen,
-        batches=array_batches(arrays, batch_size, seed, rows),
+        batches=batches,
         facts=facts or {},
         units={"images": 1},
         start=start,

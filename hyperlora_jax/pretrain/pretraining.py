@@ -18,12 +18,14 @@ from ml_collections import ConfigDict
 
 from hyperlora_jax import storage
 from hyperlora_jax.array_types import Json, Params
+from hyperlora_jax.batches.pipelines import array_batches
 from hyperlora_jax.diffusion.scheduler_config import read_scheduler_config
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.parallel import multihost, sharding
 from hyperlora_jax.parallel.mesh import make_mesh
 from hyperlora_jax.pretrain import base_task
 from hyperlora_jax.pretrain.level_widths import level_widths
+from hyperlora_jax.stable_diffusion.denoising_loss import Denoiser
 from hyperlora_jax.stable_diffusion.model import StableDiffusion
 from hyperlora_jax.stable_diffusion.networks.autoencoder import AutoencoderKL, vae_from_config
 from hyperlora_jax.stable_diffusion.networks.clip_text import ClipTextOutput, text_model_from_config
@@ -166,13 +168,15 @@ def _train_autoencoder(
     task = base_task.autoencoder_task(
         vae,
         functools.partial(init_params, vae),
-        images,
-        batch_size=section.batch_size,
-        seed=config.train.seed,
+        array_batches(
+            {"images": images},
+            section.batch_size,
+            config.train.seed,
+            sharding.host_rows(mesh, section.batch_size),
+        ),
         kl_weight=section.kl_weight,
         l1_weight=section.l1_weight,
         facts={"autoencoder": dict(vae.config)},
-        rows=sharding.host_rows(mesh, section.batch_size),
     )
     params = fit_section(
         task,
@@ -236,18 +240,18 @@ def _train_unet(
 
     section = config.train
     task = base_task.unet_task(
-        unet,
+        Denoiser(unet, read_scheduler_config(SCHEDULER_CONFIG), section.min_snr_gamma),
         encode_text,
-        read_scheduler_config(SCHEDULER_CONFIG),
         init,
         {"empty_text": ids[-1]},
-        {"latents": latents, "text": ids[:-1]},
-        batch_size=section.batch_size,
-        seed=section.seed,
+        array_batches(
+            {"latents": latents, "text": ids[:-1]},
+            section.batch_size,
+            section.seed,
+            sharding.host_rows(mesh, section.batch_size),
+        ),
         caption_dropout=section.caption_dropout,
-        min_snr_gamma=section.min_snr_gamma,
         facts={"unet": dict(unet.config), "text_encoder": dict(text.config)},
-        rows=sharding.host_rows(mesh, section.batch_size),
     )
     params = fit_section(
         task, section, workdir=workdir, mesh=mesh, seed=section.seed, config=config

@@ -21,6 +21,7 @@ from hyperlora_jax.parallel import multihost, sharding
 from hyperlora_jax.parallel.mesh import make_mesh
 from hyperlora_jax.pretrain import base_task
 from hyperlora_jax.stable_diffusion import text_conditions
+from hyperlora_jax.stable_diffusion.denoising_loss import Denoiser
 from hyperlora_jax.stable_diffusion.embedded import ENCODERS, image_size, load_base
 from hyperlora_jax.stable_diffusion.model import StableDiffusion
 from hyperlora_jax.stable_diffusion.networks.unet import UNet
@@ -101,20 +102,16 @@ def finetuning_task(
     batch_size = section.batch_size
     if section.batch_per_device and mesh is not None:
         batch_size *= mesh.shape["data"] * mesh.shape["fsdp"]
+    rows = None if mesh is None else sharding.host_rows(mesh, batch_size)
     return base_task.unet_task(
-        unet,
+        Denoiser(unet, schedule, section.min_snr_gamma),
         _as_it_is,
-        schedule,
         lambda key: {"unet": init_params(unet, key)},
         frozen,
-        arrays,
-        batch_size=batch_size,
-        seed=section.seed,
+        array_batches(arrays, batch_size, section.seed, rows),
         caption_dropout=section.caption_dropout,
-        min_snr_gamma=section.min_snr_gamma,
         facts=facts,
         start=start,
-        rows=None if mesh is None else sharding.host_rows(mesh, batch_size),
     )
 
 

@@ -5,6 +5,8 @@
 w_t = 1, or the min-SNR weight of Hang et al. 2023 (equation 4 and its v-prediction form).
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -14,15 +16,22 @@ from hyperlora_jax.stable_diffusion.networks.unet import UNet
 from hyperlora_jax.stable_diffusion.text_conditions import Text, apply_unet
 
 
+@dataclasses.dataclass(frozen=True)
+class Denoiser:
+    """A UNet without its parameters, its noise, and what weighs a timestep; hashable."""
+
+    unet: UNet
+    schedule: NoiseSchedule
+    min_snr_gamma: float | None = None
+
+
 def denoising_loss(
-    unet: UNet,
+    denoiser: Denoiser,
     params: Params,
-    schedule: NoiseSchedule,
     latents: Float[AnyArray, "b h w z"],
     text: Text,
     key: PRNGKey,
     lora: Params | None = None,
-    min_snr_gamma: float | None = None,
 ) -> Float[Array, " b"]:
     """Loss of every example at a timestep and noise drawn from `key`.
 
@@ -30,42 +39,30 @@ def denoising_loss(
     example k uses LoRA k // (b / L).
     """
     time_key, noise_key = jax.random.split(key)
-    timesteps = jax.random.randint(time_key, latents.shape[:1], 0, schedule.num_train_timesteps)
+    last = denoiser.schedule.num_train_timesteps
+    timesteps = jax.random.randint(time_key, latents.shape[:1], 0, last)
     noise = jax.random.normal(noise_key, latents.shape)
-    return denoising_error(
-        unet,
-        params,
-        schedule,
-        latents,
-        text,
-        timesteps,
-        noise,
-        lora,
-        min_snr_gamma,
-    )
+    return denoising_error(denoiser, params, latents, text, timesteps, noise, lora)
 
 
 def denoising_error(
-    unet: UNet,
+    denoiser: Denoiser,
     params: Params,
-    schedule: NoiseSchedule,
     latents: Float[AnyArray, "b h w z"],
     text: Text,
     timesteps: Int[AnyArray, " b"],
     noise: Float[AnyArray, "b h w z"],
     lora: Params | None = None,
-    min_snr_gamma: float | None = None,
 ) -> Float[Array, " b"]:
     """`denoising_loss` at given timesteps and noise."""
+    schedule, gamma = denoiser.schedule, denoiser.min_snr_gamma
     variables = {"params": params} if lora is None else {"params": params, "lora": lora}
     latents = jnp.asarray(latents, jnp.float32)
     noisy = add_noise(schedule, latents, noise, timesteps)
-    prediction = apply_unet(unet, variables, noisy, timesteps, text)
+    prediction = apply_unet(denoiser.unet, variables, noisy, timesteps, text)
     error = prediction.astype(jnp.float32) - target(schedule, latents, noise, timesteps)
     losses = jnp.square(error).mean((1, 2, 3))
-    if min_snr_gamma is None:
-        return losses
-    return losses * min_snr_weight(schedule, timesteps, min_snr_gamma)
+    return losses if gamma is None else losses * min_snr_weight(schedule, timesteps, gamma)
 
 
 def min_snr_weight(

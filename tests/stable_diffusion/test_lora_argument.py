@@ -7,7 +7,7 @@ from hyperlora_jax.diffusion.schedule import NoiseSchedule
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora import factors
 from hyperlora_jax.lora.sites import spec_from_shapes
-from hyperlora_jax.stable_diffusion.denoising_loss import denoising_loss
+from hyperlora_jax.stable_diffusion.denoising_loss import Denoiser, denoising_loss
 from hyperlora_jax.stable_diffusion.networks.unet import unet_from_config
 from hyperlora_jax.stable_diffusion.weights.flax_trees import init_params, param_shapes
 
@@ -75,7 +75,7 @@ def test_denoising_loss_is_per_example_and_differentiable(base):
 
     def loss(lora):
         text = {"states": context}
-        return denoising_loss(unet, params, schedule, x, text, jax.random.key(3), lora)
+        return denoising_loss(Denoiser(unet, schedule), params, x, text, jax.random.key(3), lora)
 
     @jax.jit
     def of_first(lora):  # only LoRA 0 takes part

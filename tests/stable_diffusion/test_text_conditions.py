@@ -10,7 +10,7 @@ from hyperlora_jax.cli.main import main
 from hyperlora_jax.lora_files.reading import load_lora
 from hyperlora_jax.pictures import pictures
 from hyperlora_jax.stable_diffusion import text_conditions
-from hyperlora_jax.stable_diffusion.denoising_loss import denoising_error
+from hyperlora_jax.stable_diffusion.denoising_loss import Denoiser, denoising_error
 from hyperlora_jax.stable_diffusion.embedded import load_base
 from hyperlora_jax.stable_diffusion.model import StableDiffusion
 from hyperlora_jax.train.json_lines import read_rows
@@ -35,8 +35,8 @@ def test_the_loss_equals_pytorchs(tiny_xl, assert_parity):
 
     @jax.jit
     def error(text):
-        given = (sd.params["unet"], sd.schedule, latents, text, timesteps, noise)
-        return denoising_error(sd.unet, *given)
+        given = (sd.params["unet"], latents, text, timesteps, noise)
+        return denoising_error(Denoiser(sd.unet, sd.schedule), *given)
 
     ours = error(text)
     with torch.no_grad():

@@ -13,10 +13,11 @@ from hyperlora_jax.hypernet.building import build_generator
 from hyperlora_jax.hypernet.condition import Condition
 from hyperlora_jax.lora import factors
 from hyperlora_jax.lora.sites import LoraSite, LoraSpec, spec_from_shapes
+from hyperlora_jax.stable_diffusion.denoising_loss import Denoiser
 from hyperlora_jax.stable_diffusion.networks.unet import unet_from_config
 from hyperlora_jax.stable_diffusion.weights.flax_trees import param_shapes
 from hyperlora_jax.train.flop_count import flops
-from hyperlora_jax.train.hypernetwork.hypernet_task import Base, Phase, hypernet_loss, hypernet_task
+from hyperlora_jax.train.hypernetwork.hypernet_task import Phase, hypernet_loss, hypernet_task
 from hyperlora_jax.train.hypernetwork.objectives import ObjectiveWeights
 from hyperlora_jax.train.loop import Batches
 
@@ -59,7 +60,7 @@ def test_no_matrix_of_a_whole_layer_is_built(kind):
     def total(params):
         losses, parts = hypernet_loss(
             params, FROZEN, batch(), jax.random.key(1),
-            generator=generator, phases=phases, base=Base(),
+            generator=generator, phases=phases, base=None,
         )  # fmt: skip
         return losses.mean(), parts
 
@@ -83,7 +84,7 @@ def test_phases_follow_the_step():
     def parts_at(step):
         return hypernet_loss(
             params, FROZEN, {**batch(), "step": jnp.full(COUNT, step)}, jax.random.key(1),
-            generator=generator, phases=(first, second), base=Base(),
+            generator=generator, phases=(first, second), base=None,
         )  # fmt: skip
 
     total, parts = parts_at(9)
@@ -115,7 +116,7 @@ def test_model_flops_count_the_frozen_base_twice_and_the_generator_three_times()
     frozen = {"unet": weights}
     task = hypernet_task(
         generator, frozen, NO_BATCHES, phases=(Phase(ObjectiveWeights()),), num_images=images,
-        condition_shapes=((5,), (4, 5)), base=Base(unet, NoiseSchedule()),
+        condition_shapes=((5,), (4, 5)), base=Denoiser(unet, NoiseSchedule()),
     )  # fmt: skip
     assert task.units == {"loras": 1, "images": images}
     params, key = jax.eval_shape(task.init, jax.random.key(0)), jax.random.key(1)

@@ -34,6 +34,7 @@ from hyperlora_jax.evaluate.protocol import Questions
 from hyperlora_jax.lora import factors
 from hyperlora_jax.lora.sites import LoraSpec
 from hyperlora_jax.parallel import sharding, shared_work
+from hyperlora_jax.stable_diffusion.denoising_loss import Denoiser
 from hyperlora_jax.stable_diffusion.model import StableDiffusion
 
 CHECKPOINTS = (0, 5, 10, 25, 50, 100, 200, 400, 800)
@@ -216,8 +217,7 @@ def quality_curves(
         slots, losses = slot_state.advance(
             slots,
             unet_params,
-            unet=sd.unet,
-            schedule=sd.schedule,
+            denoiser=Denoiser(sd.unet, sd.schedule, recipe.min_snr_gamma),
             recipe=recipe,
             parametrisation=parametrisation,
             num_steps=unit,
@@ -298,7 +298,7 @@ def _loaded(
             slots,
             jnp.asarray(slot),
             slot_state.concept_key(0, number),
-            *jax.tree.map(jnp.asarray, slot_state.in_room(concept, room)),
+            jax.tree.map(jnp.asarray, slot_state.in_room(concept, room)),
             jnp.asarray(len(concept[0]), jnp.int32),
             parametrisation=parametrisation,
             recipe=recipe,

@@ -21,11 +21,10 @@ import jax
 import jax.numpy as jnp
 
 from hyperlora_jax.array_types import Array, ArrayTree, Float, Json, Params
-from hyperlora_jax.diffusion.schedule import NoiseSchedule
 from hyperlora_jax.hypernet.condition import Condition, merge_references
 from hyperlora_jax.hypernet.generators import Estimate, Generator
 from hyperlora_jax.lora import vectorize
-from hyperlora_jax.stable_diffusion.networks.unet import UNet
+from hyperlora_jax.stable_diffusion.denoising_loss import Denoiser
 from hyperlora_jax.train.flop_count import flops
 from hyperlora_jax.train.hypernetwork import objectives
 from hyperlora_jax.train.hypernetwork.objectives import ObjectiveWeights
@@ -42,15 +41,6 @@ class Phase:
     until: int | None = None
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Base:
-    """The frozen base model's modules; its parameters are in `frozen`."""
-
-    unet: UNet | None = None
-    schedule: NoiseSchedule | None = None
-    min_snr_gamma: float | None = None
-
-
 def hypernet_loss(
     params: Params,
     frozen: Params,
@@ -59,7 +49,7 @@ def hypernet_loss(
     *,
     generator: Generator,
     phases: Sequence[Phase],
-    base: Base,
+    base: Denoiser | None,
 ) -> tuple[Float[Array, " l"], Parts]:
     """Weighted sum of the objectives [l], and each of them by name."""
     draw_key, base_key, prior_key = jax.random.split(key, 3)
@@ -109,7 +99,7 @@ def model_flops(
     *,
     generator: Generator,
     phases: Sequence[Phase],
-    base: Base,
+    base: Denoiser | None,
 ) -> float:
     """Model FLOPs of training on a batch: the generator's forward pass three times, everything
     else twice, as the frozen base needs no gradients of its weights. Rematerialisation does not
@@ -130,7 +120,7 @@ def _parts(
     target: Array | None,
     frozen: Params,
     batch: Params,
-    base: Base,
+    base: Denoiser | None,
     keys: tuple[Array, Array],
     generator: Generator,
 ) -> Parts:
@@ -144,27 +134,14 @@ def _parts(
     parts = objectives.weight_losses(weights, estimate.lora, wanted, stats)
     parts |= {name: loss for name, loss in estimate.losses.items() if getattr(weights, name)}
     if weights.end_to_end:
-        assert base.unet is not None and base.schedule is not None
+        assert base is not None
         parts["end_to_end"] = objectives.end_to_end_loss(
-            base.unet,
-            frozen["unet"],
-            base.schedule,
-            estimate.lora,
-            batch["latents"],
-            batch["text"],
-            keys[0],
-            base.min_snr_gamma,
+            base, frozen["unet"], estimate.lora, batch["latents"], batch["text"], keys[0]
         )
     if weights.prior:
-        assert base.unet is not None and base.schedule is not None
+        assert base is not None
         parts["prior"] = objectives.prior_loss(
-            base.unet,
-            frozen["unet"],
-            base.schedule,
-            estimate.lora,
-            batch["latents"],
-            frozen["prior_text"],
-            keys[1],
+            base, frozen["unet"], estimate.lora, batch["latents"], frozen["prior_text"], keys[1]
         )
     return parts
 
@@ -176,7 +153,7 @@ def hypernet_task(
     *,
     phases: Sequence[Phase],
     condition_shapes: tuple[tuple[int, ...], tuple[int, ...]],
-    base: Base = Base(),
+    base: Denoiser | None = None,
     facts: Json | None = None,
     num_images: int = 0,
 ) -> Task:
@@ -187,6 +164,7 @@ def hypernet_task(
             each only if a loss needs it.
         batches: as described in this file's head.
         phases: one after the other; all but the last have an end.
+        base: whose parameters are in `frozen`.
         condition_shapes: shapes of one subject's (pooled, tokens), ([e], [m, e]).
         num_images: of a subject that the base sees in a step, for images/s.
     """

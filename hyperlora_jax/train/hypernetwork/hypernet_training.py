@@ -33,6 +33,7 @@ from hyperlora_jax.hypernet.weight_diffusion import Diffusion, Latents
 from hyperlora_jax.parallel import multihost, sharding
 from hyperlora_jax.parallel.mesh import make_mesh
 from hyperlora_jax.stable_diffusion import text_conditions
+from hyperlora_jax.stable_diffusion.denoising_loss import Denoiser
 from hyperlora_jax.stable_diffusion.embedded import image_size, load_frozen, outline_base
 from hyperlora_jax.stable_diffusion.model import StableDiffusion
 from hyperlora_jax.subjects.encoded_subjects import EncodedSubjects
@@ -41,7 +42,7 @@ from hyperlora_jax.train.hypernetwork.hypernet_data import (
     read_encoded,
     read_targets,
 )
-from hyperlora_jax.train.hypernetwork.hypernet_task import Base, Phase, hypernet_task
+from hyperlora_jax.train.hypernetwork.hypernet_task import Phase, hypernet_task
 from hyperlora_jax.train.hypernetwork.objectives import ObjectiveWeights
 from hyperlora_jax.train.hypernetwork.vae_training import train_vae
 from hyperlora_jax.train.loop import Task, arithmetic_dtype, fit_section, open_workdir
@@ -196,7 +197,7 @@ def training_task(
             conditions.arrays["pooled"].shape[1:],
             conditions.arrays["tokens"].shape[1:],
         ),
-        base=Base(sd.unet.clone(remat=section.remat), sd.schedule, section.min_snr_gamma),
+        base=Denoiser(sd.unet.clone(remat=section.remat), sd.schedule, section.min_snr_gamma),
         facts=facts,
         num_images=section.images_per_subject if "unet" in frozen else 0,
     )

@@ -16,11 +16,10 @@ import jax
 import jax.numpy as jnp
 
 from hyperlora_jax.array_types import Array, Float, Params
-from hyperlora_jax.diffusion.schedule import NoiseSchedule, add_noise
+from hyperlora_jax.diffusion.schedule import add_noise
 from hyperlora_jax.lora import factors, losses
 from hyperlora_jax.lora.vectorize import Whitening
-from hyperlora_jax.stable_diffusion.denoising_loss import denoising_loss
-from hyperlora_jax.stable_diffusion.networks.unet import UNet
+from hyperlora_jax.stable_diffusion.denoising_loss import Denoiser, denoising_loss
 from hyperlora_jax.stable_diffusion.text_conditions import Text, apply_unet
 
 
@@ -52,35 +51,30 @@ class ObjectiveWeights:
 
 
 def end_to_end_loss(
-    unet: UNet,
+    denoiser: Denoiser,
     unet_params: Params,
-    schedule: NoiseSchedule,
     lora: Params,
     latents: Float[Array, "l g h w c"],
     text: Text,
     key: Array,
-    min_snr_gamma: float | None = None,
 ) -> Float[Array, " l"]:
     """Mean denoising loss of the g pictures of every subject, each with its subject's LoRA; `text`
     has rows [l, g]."""
     num_loras, num_images = latents.shape[:2]
     values = denoising_loss(
-        unet,
+        denoiser,
         unet_params,
-        schedule,
         latents.reshape(-1, *latents.shape[2:]).astype(jnp.float32),
         jax.tree.map(lambda rows: rows.reshape(-1, *rows.shape[2:]), text),
         key,
-        lora=lora,
-        min_snr_gamma=min_snr_gamma,
+        lora,
     )
     return values.reshape(num_loras, num_images).mean(axis=1)
 
 
 def prior_loss(
-    unet: UNet,
+    denoiser: Denoiser,
     unet_params: Params,
-    schedule: NoiseSchedule,
     lora: Params,
     latents: Float[Array, "l g h w c"],
     text: Text,
@@ -88,6 +82,7 @@ def prior_loss(
 ) -> Float[Array, " l"]:
     """Mean squared difference between the predictions with and without LoRA, on noisy pictures of
     the batch's next subject under the prior caption, whose conditions are one row of `text`."""
+    unet, schedule = denoiser.unet, denoiser.schedule
     num_loras, num_images = latents.shape[:2]
     others = jnp.roll(latents.astype(jnp.float32), 1, axis=0).reshape(-1, *latents.shape[2:])
     time_key, noise_key = jax.random.split(key)
