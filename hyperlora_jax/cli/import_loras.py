@@ -35,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
     """Imports, prints what was taken, lost and left out."""
     from hyperlora_jax.stable_diffusion.model import StableDiffusion
     from hyperlora_jax.targets import lora_import
+    from hyperlora_jax.targets.lora_sources import FileReader
 
     if args.workers < 1:
         raise UserError(f"--workers is {args.workers}, expected at least 1")
@@ -46,15 +47,11 @@ def run(args: argparse.Namespace) -> int:
     report = lora_import.import_loras(
         args.paths,
         args.out,
-        spec,
-        base.base_hash,
-        args.missing,
-        args.extra,
-        lora_import.read_identities(args.identities) if args.identities else None,
-        args.alpha,
-        args.dtype,
-        args.workers,
-        args.overwrite,
+        FileReader(spec, base.base_hash, args.missing, args.extra, args.alpha),
+        identities=lora_import.read_identities(args.identities) if args.identities else None,
+        lora_dtype=args.dtype,
+        num_workers=args.workers,
+        overwrite=args.overwrite,
     )
     print("\n".join(report.lines()))
     return 0

@@ -91,7 +91,7 @@ def write_dataset(
         number = {} if before is None else {name: k for k, name in enumerate(before.ids)}
         for name in have:
             if name in files:
-                yield read_finished(files[name])
+                yield dataclasses.replace(read_finished(files[name]), split="train")
             elif before is not None:
                 yield before[number[name]]
 
@@ -105,7 +105,6 @@ def write_dataset(
             spec,
             base_hash,
             facts=asked.facts,
-            split_of=lambda identity: "train",
             overwrite=True,
             extra_files=texts,
         )

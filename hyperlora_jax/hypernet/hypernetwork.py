@@ -142,8 +142,9 @@ class Hypernetwork:
         if not isinstance(self.encoder, condition_encoders.FlaxImageEncoder):
             embedded = _embedded(self.encoder.encode, jnp.asarray(pixels))
             return self._write(key, *embedded, num_samples, settings)
+        weights = self.params, self._constants, self.encoder.params
         return _generate(
-            self.generator, self.params, self._constants, self.encoder.module, self.encoder.params,
+            self.generator, self.encoder.module, weights,
             jnp.asarray(pixels), key, num_samples, settings,
         )  # fmt: skip
 
@@ -379,16 +380,16 @@ def _write(
 @functools.partial(jax.jit, static_argnames=("generator", "encoder_module", "num_samples", "draw"))
 def _generate(
     generator: Generator,
-    params: Params,
-    constants: Params,
     encoder_module: ConvEncoder,
-    encoder_params: Params,
+    weights: tuple[Params, Params, Params],
     references: Array,
     key: Array,
     num_samples: int,
     draw: Draw,
 ) -> Params:
-    """Pictures to LoRAs as one program: on a small model every dispatch between two counts."""
+    """Pictures to LoRAs as one program: on a small model every dispatch between two counts.
+    `weights`: the generator's parameters and constants, the encoder's parameters."""
+    params, constants, encoder_params = weights
     encode = functools.partial(encoder_module.apply, {"params": encoder_params})
     pooled, tokens = _embedded(encode, references)
     return _write(generator, params, constants, pooled, tokens, key, num_samples, draw)

@@ -62,12 +62,9 @@ class ImportReport:
 def import_loras(
     paths: Sequence[str | Path],
     out: str | Path,
-    spec: LoraSpec,
-    base_hash: str = "",
-    on_missing: lora_fitting.OnMissing = "error",
-    on_extra: lora_fitting.OnExtra = "error",
+    reader: lora_sources.FileReader,
+    *,
     identities: Mapping[str, str] | None = None,
-    alpha: float = lora_sources.W2W_ALPHA,
     lora_dtype: str = "float32",
     num_workers: int = 1,
     overwrite: bool = False,
@@ -79,33 +76,32 @@ def import_loras(
         paths: LoRA files, folders of them, and weights2weights matrices; rows of a matrix are
             called by their six-digit numbers, behind its name where it is not alone.
         out: the dataset's folder; `quarantine.jsonl` in it lists what was left out and why.
-        spec: layers and rank of the dataset. base_hash: of the base, "" when unknown.
-        on_missing, on_extra: see `lora_fitting`.
+        reader: how they are read: the dataset's layers and rank, the hash of the base.
         identities: identity by id; others are their own identity.
-        alpha: of a matrix' factors. lora_dtype: as stored.
+        lora_dtype: as stored.
         num_workers: processes that parse files (above 1 the caller needs a `__main__` guard).
 
     Raises UserError when no path has a LoRA or none of them can be used.
     """
+    spec = reader.spec
     files, matrices = _sort_paths(paths)
     report = ImportReport(Path(out))
     streams: list[Iterable[Accepted | Rejected]] = []
     if files:
-        reader = lora_sources.FileReader(spec, base_hash, on_missing, on_extra)
         streams.append(lora_sources.read_files(files, reader, num_workers))
     total = len(files)
     alone = len(matrices) == 1 and not files
     for name, path in lora_sources.unique_names([(path.stem, path) for path in matrices]):
         total += lora_sources.open_matrix(path, spec.num_parameters).shape[0]
         prefix = "" if alone else f"{name}/"
-        streams.append(lora_sources.read_matrix(path, spec, alpha, prefix))
+        streams.append(lora_sources.read_matrix(path, spec, reader.alpha, prefix))
     facts: dict = {}
     subjects = _subjects(streams, report, facts, identities or {}, total, progress)
     write_lora_targets(
         out,
         subjects,
         spec,
-        base_hash,
+        reader.base_hash,
         facts,
         lora_dtype,
         overwrite=overwrite,

@@ -108,6 +108,7 @@ class FileReader:
     base_hash: str = ""
     on_missing: lora_fitting.OnMissing = "error"
     on_extra: lora_fitting.OnExtra = "error"
+    alpha: float = W2W_ALPHA  # of a matrix' factors
 
     def __call__(self, entry: tuple[str, Path]) -> Accepted | Rejected:
         """The LoRA of an (id, path), or the reason why there is none."""

@@ -106,7 +106,6 @@ def write_lora_targets(
     base_hash: str,
     facts: Mapping | None = None,
     lora_dtype: str = "float32",
-    split_of: Callable[[str], str] = split_by_hash,
     overwrite: bool = False,
     extra_files: Mapping[str, Callable[[], str]] | None = None,
 ) -> Path:
@@ -114,13 +113,13 @@ def write_lora_targets(
 
     Args:
         path: the folder that `tfds.builder_from_directory` will open.
-        subjects: with a LoRA each, or (an empty spec) without.
+        subjects: with a LoRA each, or (an empty spec) without; where they name no split, it is
+            that of `split_by_hash`.
         spec: what the vectors mean; its fingerprint and `base_hash` guard every reader.
         base_hash: of the base model that the LoRAs were fitted on.
         facts: JSON-able: recipe, initialisation seed, avatar style, command, licence, ...; read
             at the end, so a generator of subjects may fill it.
         lora_dtype: "float32" or "bfloat16".
-        split_of: split of an identity, for subjects that do not name theirs.
         overwrite: replace a dataset that is there.
         extra_files: further text files by name, their content asked for at the end.
 
@@ -137,7 +136,7 @@ def write_lora_targets(
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        writer = _Writer(partial, spec, lora_dtype, split_of)
+        writer = _Writer(partial, spec, lora_dtype)
         for subject in subjects:
             writer.add(subject)
         writer.finish(base_hash, dict(facts or {}))
@@ -157,8 +156,8 @@ def write_lora_targets(
 
 
 class _Writer:
-    def __init__(self, folder: Path, spec: LoraSpec, lora_dtype: str, split_of):
-        self.folder, self.spec, self.lora_dtype, self.split_of = folder, spec, lora_dtype, split_of
+    def __init__(self, folder: Path, spec: LoraSpec, lora_dtype: str):
+        self.folder, self.spec, self.lora_dtype = folder, spec, lora_dtype
         self.shards: dict[str, _Shards] = {}
         self.index: dict[str, list[list[str]]] = {}
         self.statistics = RunningWhitening(spec) if len(spec) else None
@@ -169,7 +168,7 @@ class _Writer:
 
     def add(self, subject: Subject) -> None:
         self._check(subject)
-        split = subject.split or self.split_of(subject.identity)
+        split = subject.split or split_by_hash(subject.identity)
         if self.owner.setdefault(subject.identity, split) != split:
             raise UserError(
                 f"identity {subject.identity!r} is in split {split} and in "

@@ -24,7 +24,7 @@ from hyperlora_jax.array_types import Array, ArrayTree, Json, Params
 from hyperlora_jax.errors import TrainingDiverged, UserError
 from hyperlora_jax.parallel import multihost, sharding
 from hyperlora_jax.parallel.mesh import make_mesh
-from hyperlora_jax.train import flop_count
+from hyperlora_jax.train import flop_count, trackers
 from hyperlora_jax.train.checkpoints import Checkpoints, changed_settings, check_facts, read_meta
 from hyperlora_jax.train.events import EventLog, as_text, goodput
 from hyperlora_jax.train.interruption import PreemptionGuard, Watchdog
@@ -39,7 +39,7 @@ from hyperlora_jax.train.state import (
 )
 from hyperlora_jax.train.step import Loss, Step, jit_step
 
-__all__ = ["Batches", "Task", "TrainingDiverged", "fit", "open_workdir"]
+__all__ = ["Batches", "Plan", "Task", "TrainingDiverged", "fit", "open_workdir"]
 log = logging.getLogger(__name__)
 LAST_SAVE_SECONDS = 20.0  # for a save under way when one of several processes fails
 VERSIONS = {"versions": {"hyperlora_jax": hyperlora_jax.__version__, "jax": jax.__version__}}
@@ -94,6 +94,30 @@ class Task:
     start: ArrayTree | None = None
 
 
+@dataclass(frozen=True)
+class Plan:
+    """How a task is trained.
+
+    Attributes:
+      optimizer: keyword arguments of `make_optimizer`.
+      ema_decay: of the average of the parameters; None averages none.
+      keep, keep_best: so many of the newest checkpoints stay, and of the lowest mean loss.
+      trackers: names of `trackers.PACKAGES`.
+      profile_steps: (first, last) step of a profile in WORKDIR/profile.
+    """
+
+    num_steps: int
+    optimizer: Json
+    ema_decay: float | None = None
+    log_every_steps: int = 10
+    checkpoint_every_steps: int = 1000
+    keep: int = 2
+    keep_best: int = 1
+    trackers: Sequence[str] = ()
+    profile_steps: tuple[int, int] | None = None
+    stall_timeout_seconds: float | int = 1800
+
+
 def open_workdir(workdir: epath.PathLike) -> epath.Path:
     """Creates the folder and proves that it can be written; UserError if it cannot."""
     try:
@@ -112,30 +136,16 @@ def open_workdir(workdir: epath.PathLike) -> epath.Path:
 
 def fit(
     task: Task,
+    plan: Plan,
     *,
     workdir: epath.PathLike,
-    num_steps: int,
-    optimizer: Json,
     mesh: Mesh | None = None,
     seed: int = 0,
-    log_every_steps: int = 10,
-    checkpoint_every_steps: int = 1000,
-    ema_decay: float | None = None,
-    keep: int = 2,
-    keep_best: int = 1,
     config: Json | None = None,
     progress: bool = True,
-    trackers: Sequence[str] = (),
-    profile_steps: tuple[int, int] | None = None,
-    stall_timeout_seconds: float | int = 1800,
 ) -> TrainState:
-    """Trains `task` up to `num_steps`, from the newest checkpoint in `workdir` if there is one.
-
-    `optimizer` are the keyword arguments of `make_optimizer`, `config` the resolved config, kept
-    beside the checkpoints, `profile_steps` the (first, last) step of a profile in WORKDIR/profile,
-    `trackers` names of `trackers.PACKAGES`.
-    The `keep` newest checkpoints stay, and the `keep_best` of the lowest mean loss.
-    A finished workdir gives its state at once.
+    """Trains `task` as planned, from the newest checkpoint in `workdir` if there is one; a finished
+    workdir gives its state at once. `config`, the resolved one, is kept beside the checkpoints.
 
     Raises:
       UserError: unusable workdir, checkpoint of other facts, of more steps, or of a state that has
@@ -146,25 +156,29 @@ def fit(
     # ---- Workdir, mesh, optimiser
     workdir = open_workdir(workdir)
     mesh = make_mesh() if mesh is None else mesh
-    transform, rate = make_optimizer(num_steps=num_steps, **optimizer)
+    transform, rate = make_optimizer(plan.num_steps, **plan.optimizer)
     replicated = sharding.replicated(mesh)
     key = jax.jit(lambda: jax.random.key(seed), out_shardings=replicated)()
 
     # ---- Shapes and shardings, before any array exists
-    build = state_builder(task.init, transform, with_ema=ema_decay is not None)
+    build = state_builder(task.init, transform, with_ema=plan.ema_decay is not None)
     shapes = jax.eval_shape(build, key)
     shardings = state_shardings(shapes, mesh, transform, task.rules)
-    settings = {"ema_decay": ema_decay, "optimizer": dict(optimizer), "seed": seed}
     meta = {
-        "facts": dict(task.facts), "settings": settings, "config": dict(config or {}),
-        "seed": seed, **VERSIONS,
+        "facts": dict(task.facts),
+        "settings": {
+            "ema_decay": plan.ema_decay, "optimizer": dict(plan.optimizer), "seed": seed,
+        },
+        "config": dict(config or {}),
+        "seed": seed,
+        **VERSIONS,
     }  # fmt: skip
 
     # ---- State: the newest whole checkpoint, or a new one
     primary = multihost.is_first()
-    checkpoints = Checkpoints(workdir, keep, keep_best)
+    checkpoints = Checkpoints(workdir, plan.keep, plan.keep_best)
     start_step = checkpoints.latest_step
-    finished = start_step is not None and start_step >= num_steps
+    finished = start_step is not None and start_step >= plan.num_steps
     events = EventLog(workdir / "events.jsonl" if primary and not finished else None)
     if start_step is None:
         events.switch("compile")
@@ -173,23 +187,13 @@ def fit(
             print(sharding.describe(shapes.params, shardings.params), file=sys.stderr)
     else:
         events.switch("restore")
-        where = str(checkpoints.directory / str(start_step))
-        saved = read_meta(checkpoints.directory, start_step)
-        check_facts(saved["facts"], meta["facts"], where)
-        if start_step > num_steps:
-            raise UserError(
-                f"{where}: the run is at step {start_step}, num_steps is {num_steps}; expected "
-                "more, or another workdir"
-            )
-        changed = changed_settings(saved.get("settings", settings), settings, where)
+        changed = _changed_since(checkpoints, start_step, plan.num_steps, meta)
         state, position = checkpoints.restore(start_step, abstract_state(shapes, shardings))
         log.info("%s: restored step %d", task.name, start_step)
         if primary and progress:
-            for name, (before, now) in changed.items():
-                print(f"{task.name}: {name} is {now} from step {start_step} on, was {before}")
+            for line in [*changed, f"already at step {start_step}"][: None if finished else -1]:
+                print(f"{task.name}: {line}")
         if finished:
-            if primary and progress:
-                print(f"{task.name}: already at step {start_step}")
             checkpoints.close()
             return state
         task.batches.set_state(position)
@@ -201,26 +205,27 @@ def fit(
     frozen = sharding.place(task.frozen, frozen_places)
     step_fn = jit_step(
         mesh, shardings, frozen_places,
-        loss=task.loss, optimizer=transform, rate=rate, ema_decay=ema_decay,
+        loss=task.loss, optimizer=transform, rate=rate, ema_decay=plan.ema_decay,
     )  # fmt: skip
 
     # ---- The steps
     if primary:
         (workdir / "config.json").write_text(json.dumps(meta, indent=1))
+    steps = range(start_step, plan.num_steps)
     report = Report(
-        task.name, workdir, events, start_step, num_steps,
-        log_every_steps=log_every_steps, units=task.units,
-        progress=progress, tracked_by=trackers, config=meta["config"],
+        task.name, workdir, events, steps, log_every_steps=plan.log_every_steps,
+        units=task.units, shown=primary and progress,
+        open_trackers=lambda logged: trackers.open_trackers(
+            plan.trackers, trackers.Run(workdir, task.name, meta["config"], steps.start, logged)
+        ),
     )  # fmt: skip
-    profile = Profile(workdir / "profile", profile_steps) if profile_steps else None
+    profile = Profile(workdir / "profile", plan.profile_steps) if plan.profile_steps else None
     run = _Run(task, mesh, step_fn, frozen, key, checkpoints, meta, events, report, profile)
     patience = None
     try:
-        with PreemptionGuard() as guard, Watchdog(stall_timeout_seconds) as watchdog:
-            state = run.steps(
-                state, range(start_step, num_steps), checkpoint_every_steps, guard, watchdog
-            )
-        events.event("end", step=num_steps)
+        with PreemptionGuard() as guard, Watchdog(plan.stall_timeout_seconds) as watchdog:
+            state = run.steps(state, steps, plan.checkpoint_every_steps, guard, watchdog)
+        events.event("end", step=steps.stop)
     except BaseException:
         patience = LAST_SAVE_SECONDS if jax.process_count() > 1 else None
         raise
@@ -231,6 +236,27 @@ def fit(
     if primary:
         log.info("%s: %s", task.name, as_text(goodput(workdir / "events.jsonl")))
     return state
+
+
+def _changed_since(checkpoints: Checkpoints, step: int, num_steps: int, meta: Json) -> list[str]:
+    """What is told of a run that goes on from a step: its settings that are others now.
+
+    Raises:
+      UserError: the checkpoint is of other facts, or of more steps.
+    """
+    where = str(checkpoints.directory / str(step))
+    saved, settings = read_meta(checkpoints.directory, step), meta["settings"]
+    check_facts(saved["facts"], meta["facts"], where)
+    if step > num_steps:
+        raise UserError(
+            f"{where}: the run is at step {step}, num_steps is {num_steps}; expected more, or "
+            "another workdir"
+        )
+    changed = changed_settings(saved.get("settings", settings), settings, where)
+    return [
+        f"{name} is {now} from step {step} on, was {before}"
+        for name, (before, now) in changed.items()
+    ]
 
 
 @dataclass(frozen=True)
@@ -364,7 +390,7 @@ def fit_section(
 
     Args:
         section: ConfigDict with num_steps, optimizer, log_every_steps, checkpoint_every_steps and
-            ema_decay (None: no average); and what else of `OPTIONS` differs from `loop.fit`'s.
+            ema_decay (None: no average); and what else of `OPTIONS` differs from `Plan`'s.
         config: the whole ConfigDict, kept beside the checkpoints.
 
     Raises:
@@ -373,18 +399,14 @@ def fit_section(
     window = tuple(section.get("profile_steps", ()))
     if window and not (len(window) == 2 and 1 <= window[0] <= window[1]):
         raise UserError(f"train.profile_steps: got {window}, expected () or (first, last)")
-    state = fit(
-        task,
-        workdir=workdir,
-        mesh=mesh,
-        seed=seed,
-        num_steps=section.num_steps,
-        optimizer=dict(section.optimizer),
-        log_every_steps=section.log_every_steps,
-        checkpoint_every_steps=section.checkpoint_every_steps,
-        ema_decay=section.ema_decay,
-        config=config.to_dict(),
+    plan = Plan(
+        section.num_steps,
+        dict(section.optimizer),
+        section.ema_decay,
+        section.log_every_steps,
+        section.checkpoint_every_steps,
         profile_steps=window or None,
         **{name: section[name] for name in OPTIONS if name in section},
     )
+    state = fit(task, plan, workdir=workdir, mesh=mesh, seed=seed, config=config.to_dict())
     return state.params if state.ema is None else state.ema

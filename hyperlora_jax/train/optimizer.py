@@ -1,6 +1,6 @@
 """AdamW with global-norm clipping and a warm-up schedule, from keyword arguments of a config."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -45,25 +45,22 @@ def _is_matrix(params: ArrayTree) -> ArrayTree:
 
 
 def make_optimizer(
-    learning_rate: float,
     num_steps: int,
-    schedule: Literal["cosine", "linear", "constant"] = "cosine",
-    warmup_steps: int = 0,
-    final_fraction: float = 0.0,
     weight_decay: float = 0.0,
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
     clip_norm: float | None = 1.0,
+    **rate: Any,
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """(AdamW, its learning rate); `weight_decay` touches arrays of two or more dimensions only,
-    clip_norm=None does not clip.
+    """(AdamW, its learning rate); `rate` goes to `make_schedule`, `weight_decay` touches arrays of
+    two or more dimensions only, clip_norm=None does not clip.
 
     Raises:
       UserError: see `make_schedule`.
     """
-    rate = make_schedule(learning_rate, num_steps, schedule, warmup_steps, final_fraction)
-    adam = optax.adamw(rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=_is_matrix)
+    schedule = make_schedule(num_steps=num_steps, **rate)
+    adam = optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=_is_matrix)
     if clip_norm is None:
-        return adam, rate
-    return optax.chain(optax.clip_by_global_norm(clip_norm), adam), rate
+        return adam, schedule
+    return optax.chain(optax.clip_by_global_norm(clip_norm), adam), schedule

@@ -19,9 +19,9 @@ from hyperlora_jax.array_types import Array, ArrayTree, Json
 from hyperlora_jax.errors import TrainingDiverged
 from hyperlora_jax.parallel import multihost
 from hyperlora_jax.parallel.topology import peak_flops
-from hyperlora_jax.train import trackers
 from hyperlora_jax.train.events import EventLog
 from hyperlora_jax.train.json_lines import JsonLines, read_rows
+from hyperlora_jax.train.trackers import Tracker
 
 
 def open_metrics(path: epath.PathLike, start_step: int) -> tuple[JsonLines, int]:
@@ -87,11 +87,11 @@ class Throughput:
 class Progress:
     """A tqdm bar that also says what happens between steps ("compiling train step…")."""
 
-    def __init__(self, name: str, start_step: int, num_steps: int, shown: bool):
+    def __init__(self, name: str, steps: range, shown: bool):
         self._name = name
         self._bar = tqdm(
-            total=num_steps,
-            initial=start_step,
+            total=steps.stop,
+            initial=steps.start,
             desc=name,
             unit="step",
             file=sys.stderr,
@@ -162,27 +162,23 @@ class Report:
         name: str,
         workdir: epath.Path,
         events: EventLog,
-        start_step: int,
-        num_steps: int,
+        steps: range,
         *,
         log_every_steps: int,
         units: Mapping[str, float | int],
-        progress: bool,
-        tracked_by: Sequence[str],
-        config: Json,
+        shown: bool,
+        open_trackers: Callable[[int], Sequence[Tracker]],  # told the last step that was logged
     ):
-        primary = multihost.is_first()
         self.name, self.events = name, events
-        self._every, self._last = log_every_steps, num_steps
-        self._finished = start_step
+        self._every, self._last = log_every_steps, steps.stop
+        self._finished = steps.start
         self._losses: list[float] = []
         self._rows, self._trackers = None, []
-        if primary:
-            self._rows, logged = open_metrics(workdir / "metrics.jsonl", start_step)
-            run = trackers.Run(workdir, name, config, start_step, logged)
-            self._trackers = trackers.open_trackers(tracked_by, run)
+        if multihost.is_first():
+            self._rows, logged = open_metrics(workdir / "metrics.jsonl", steps.start)
+            self._trackers = open_trackers(logged)
         self.throughput = Throughput(units)
-        self.progress = Progress(name, start_step, num_steps, shown=primary and progress)
+        self.progress = Progress(name, steps, shown)
 
     def count_flops(
         self,

@@ -17,7 +17,7 @@ from hyperlora_jax.pretrain.render_bundle import (
     render_bundle,
     view_batches,
 )
-from hyperlora_jax.train.loop import fit
+from hyperlora_jax.train.loop import Plan, fit
 from hyperlora_jax.worlds.avatars import Avatars
 
 ENCODER = {
@@ -115,10 +115,8 @@ def test_training_lowers_every_loss_and_exports(bundle, tmp_path):
     )
     state = fit(
         task,
+        Plan(20, {"learning_rate": 3e-3}, log_every_steps=1),
         workdir=tmp_path / "run",
-        num_steps=20,
-        optimizer={"learning_rate": 3e-3},
-        log_every_steps=1,
         mesh=make_mesh(devices=jax.devices()[:1]),
         progress=False,
     )

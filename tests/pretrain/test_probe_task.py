@@ -9,7 +9,7 @@ from hyperlora_jax.parallel.mesh import make_mesh
 from hyperlora_jax.pretrain import probe_task
 from hyperlora_jax.pretrain.probe_task import Augmentation, augment
 from hyperlora_jax.pretrain.render_bundle import render_bundle, view_batches
-from hyperlora_jax.train.loop import fit
+from hyperlora_jax.train.loop import Plan, fit
 from hyperlora_jax.worlds.avatars import Avatars
 
 ENCODER = {
@@ -51,10 +51,8 @@ def test_learns(bundle, tmp_path):
     task = probe_task.make_task(bundle, batch_size=16, encoder=ENCODER)
     state = fit(
         task,
+        Plan(20, {"learning_rate": 3e-3}, log_every_steps=1),
         workdir=tmp_path / "run",
-        num_steps=20,
-        optimizer={"learning_rate": 3e-3},
-        log_every_steps=1,
         mesh=make_mesh(devices=jax.devices()[:1]),
         progress=False,
     )

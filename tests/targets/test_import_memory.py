@@ -21,7 +21,8 @@ from bench_data import w2w_spec
 matrix, out, num_rows = sys.argv[1], sys.argv[2], int(sys.argv[3])
 read_matrix = lora_sources.read_matrix
 lora_sources.read_matrix = lambda *args: itertools.islice(read_matrix(*args), num_rows)
-report = lora_import.import_loras([matrix], out, w2w_spec(), progress=False)
+reader = lora_sources.FileReader(w2w_spec())
+report = lora_import.import_loras([matrix], out, reader, progress=False)
 print(report.imported, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 

@@ -18,7 +18,11 @@ from hyperlora_jax.targets.lora_targets import open_lora_targets
 
 
 def run(paths, out, spec=SPEC, **options):
-    return import_loras(paths, out, spec, BASE, progress=False, **options)
+    reading = {
+        name: options.pop(name) for name in ("on_missing", "on_extra", "alpha") if name in options
+    }
+    reader = lora_sources.FileReader(spec, BASE, **reading)
+    return import_loras(paths, out, reader, progress=False, **options)
 
 
 def assert_same_deltas(vector, expected, spec=SPEC, rtol=1e-4):

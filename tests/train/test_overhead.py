@@ -11,7 +11,7 @@ import pytest
 from toy_task import ToyBatches
 
 from hyperlora_jax.train.json_lines import read_rows
-from hyperlora_jax.train.loop import Task, fit
+from hyperlora_jax.train.loop import Plan, Task, fit
 
 X = np.ones((16, 32), np.float32)
 
@@ -40,10 +40,12 @@ def run(workdir, num_steps, num_trained, num_frozen, checkpoint_every_steps=10**
     began = time.thread_time()
     fit(
         task(num_trained, num_frozen),
+        Plan(
+            num_steps,
+            {"learning_rate": 1e-4, "schedule": "constant"},
+            checkpoint_every_steps=checkpoint_every_steps,
+        ),
         workdir=workdir,
-        num_steps=num_steps,
-        optimizer={"learning_rate": 1e-4, "schedule": "constant"},
-        checkpoint_every_steps=checkpoint_every_steps,
         progress=False,
     )
     return time.thread_time() - began

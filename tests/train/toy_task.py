@@ -1,6 +1,7 @@
 """The tiny MLP task of these tests, and a program that trains it (for kills and for meshes)."""
 
 import argparse
+import dataclasses
 import json
 import os
 import pathlib
@@ -18,7 +19,7 @@ from hyperlora_jax.parallel import multihost
 from hyperlora_jax.parallel.mesh import make_mesh
 from hyperlora_jax.parallel.sharding import gather, host_rows
 from hyperlora_jax.train.interruption import EXIT_CODE, Preempted
-from hyperlora_jax.train.loop import Task, fit
+from hyperlora_jax.train.loop import Plan, Task, fit
 
 
 class ToyBatches:
@@ -74,15 +75,17 @@ def toy_task(hook=None, size=16, facts=None, **overrides):
 
 
 def fit_toy(workdir, task=None, num_steps=12, **overrides):
-    arguments = {
+    planned = {
         "num_steps": num_steps,
         "optimizer": {"learning_rate": 1e-2, "warmup_steps": 2},
         "log_every_steps": 1,
         "checkpoint_every_steps": 5,
         "ema_decay": 0.9,
-        "progress": False,
     }
-    return fit(task or toy_task(), workdir=workdir, **{**arguments, **overrides})
+    own = {f.name for f in dataclasses.fields(Plan)}
+    plan = Plan(**{**planned, **{k: v for k, v in overrides.items() if k in own}})
+    others = {k: v for k, v in overrides.items() if k not in own}
+    return fit(task or toy_task(), plan, workdir=workdir, **{"progress": False, **others})
 
 
 class HostBatches(ToyBatches):

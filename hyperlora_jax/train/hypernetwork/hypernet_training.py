@@ -100,16 +100,12 @@ def train_hypernetwork(config: ConfigDict, workdir: epath.PathLike) -> Hypernetw
         assert targets is not None
         constants = train_vae(
             generator.codec,
-            constants,
-            targets.rows,
-            targets.subjects,
-            section.vae,
+            targets,
+            config,
             workdir=section.vae.workdir or workdir / "vae",
             mesh=mesh,
-            seed=section.seed,
             batch_size=_global_batch(section.vae.batch_size, section, mesh),
             facts={**facts, "model": {"vae": model["vae"]}},  # all that a VAE depends on
-            config=config,
         )
     prior = None
     if needs.prior:

@@ -11,10 +11,11 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from hyperlora_jax.array_types import Array, Float, Params
+from hyperlora_jax.array_types import Array, Float, Json, Params
 from hyperlora_jax.batches.pipelines import subject_batches
 from hyperlora_jax.hypernet.weight_diffusion import Latents, Whitened, vae_losses
 from hyperlora_jax.parallel import sharding
+from hyperlora_jax.train.hypernetwork.hypernet_data import TrainingTargets
 from hyperlora_jax.train.loop import Task, fit_section
 
 CHUNK = 256
@@ -37,34 +38,29 @@ def vae_loss(
 
 def train_vae(
     codec: Latents,
-    constants: Params,
-    targets: object,
-    subjects: np.ndarray,
-    section: ConfigDict,
+    targets: TrainingTargets,
+    config: ConfigDict,
     *,
     workdir: epath.PathLike,
     mesh: Mesh,
-    seed: int,
     batch_size: int,
-    facts: dict[str, object],
-    config: ConfigDict,
+    facts: Json,
 ) -> Params:
     """Trains the VAE in `workdir` and returns the constants that its latents need.
 
     Args:
-        constants: "mean" and "std" of the vectors.
-        targets: array-like [n, d] of LoRA vectors; subjects: rows to train on.
-        section: the config's `train.vae`.
         batch_size: LoRAs a step, on all devices together.
         workdir: a finished one gives its VAE at once, so that several generators can share it.
     """
+    section, seed = config.train.vae, config.train.seed
+    statistics = {"mean": targets.mean, "std": targets.std}
     batches = subject_batches(
         None,
         None,
         batch_size=batch_size,
         seed=seed,
-        per_subject={"target": targets},
-        subjects=subjects,
+        per_subject={"target": targets.rows},
+        subjects=targets.subjects,
         rows=sharding.host_rows(mesh, batch_size),
     )
 
@@ -75,18 +71,18 @@ def train_vae(
         name="vae",
         init=init,
         loss=functools.partial(vae_loss, codec=codec, kl=section.kl_weight),
-        frozen={name: constants[name] for name in ("mean", "std")},
+        frozen=statistics,
         batches=batches,
         facts=facts,
     )
     trained = fit_section(task, section, workdir=workdir, mesh=mesh, seed=seed, config=config)
-    trained_constants = {**constants, "vae": sharding.gather(trained, mesh)}
-    return {**trained_constants, **latent_statistics(codec, trained_constants, targets, subjects)}
+    constants = {**statistics, "vae": sharding.gather(trained, mesh)}
+    return constants | latent_statistics(codec, constants, targets.rows, targets.subjects)
 
 
 def latent_statistics(
     codec: Latents, constants: Params, targets: Any, subjects: np.ndarray
-) -> Params:
+) -> dict[str, Array]:
     """Mean and standard deviation of every latent number over the training LoRAs."""
     encode = jax.jit(codec.raw_latents)
     parts = []
