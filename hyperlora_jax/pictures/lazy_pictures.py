@@ -71,7 +71,7 @@ class LazyPictures:
 
     def map(
         self,
-        function: Callable[[np.ndarray], Sequence[np.ndarray]],
+        function: Callable[[np.ndarray], Any],
         mark: str,
         times: int = 1,
         size: Size | None = None,
@@ -79,7 +79,7 @@ class LazyPictures:
         """`function` of every subject's pictures, which makes `times` as many, of `size` (None: of
         the same)."""
 
-        def mapped(subject: int) -> Sequence[np.ndarray]:
+        def mapped(subject: int) -> Any:
             return function(self[subject])
 
         return LazyPictures(

@@ -1,6 +1,6 @@
 """Concepts from a TFDS dataset on disk: pictures grouped by a field, e.g. by identity or label."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,7 @@ def _rows(path: Path, builder: Any, split: str) -> Iterator[dict]:
         ) from None
 
 
-def _image_field(path: Path, fields: Mapping[str, Any]) -> str:
+def _image_field(path: Path, fields: Any) -> str:
     import tensorflow_datasets as tfds
 
     for name, feature in sorted(fields.items()):
@@ -112,7 +112,7 @@ def _image_field(path: Path, fields: Mapping[str, Any]) -> str:
 
 def _field(
     path: Path,
-    fields: Mapping[str, Any],
+    fields: Any,
     given: str | None,
     usual: Sequence[str],
     needed: str | None,
