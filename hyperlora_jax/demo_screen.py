@@ -110,17 +110,17 @@ def opened(log: Path, console: Console | None = None) -> Iterator[Screen]:
     """A screen on this terminal, or on `console`; what is printed inside goes to the log."""
     sys.stdout.flush()
     sys.stderr.flush()
-    kept = {number: os.dup(number) for number in (1, 2)}
+    copies = {number: os.dup(number) for number in (1, 2)}
     with log.open("ab") as file, os.fdopen(os.dup(1), "w", encoding="utf-8") as terminal:
         console = console or Console(file=terminal, width=Console().width)
-        for number in kept:
+        for number in copies:
             os.dup2(file.fileno(), number)
         try:
             yield Screen(console, log)
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
-            for number, own in kept.items():
+            for number, own in copies.items():
                 os.dup2(own, number)
                 os.close(own)
 

@@ -21,7 +21,7 @@ def differences(saved: Mapping[str, object], expected: Mapping[str, object]) -> 
 def _differences(
     saved: Mapping[str, object], expected: Mapping[str, object], prefix: str
 ) -> Differences:
-    found: Differences = {}
+    differing: Differences = {}
     ignored = set()
     for place, content in PLACES.items():
         if content in saved and content in expected:
@@ -33,18 +33,18 @@ def _differences(
         if ours == theirs or name in ignored:
             continue
         if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
-            found |= _differences(ours, theirs, f"{prefix}{name}.")
+            differing |= _differences(ours, theirs, f"{prefix}{name}.")
         else:
-            found[f"{prefix}{name}"] = (ours, theirs)
-    return found
+            differing[f"{prefix}{name}"] = (ours, theirs)
+    return differing
 
 
-def refusal(where: str, found: Differences) -> str:
+def refusal(where: str, differing: Differences) -> str:
     """One line that names both sides of what differs."""
-    names = list(found)[:SHOWN]
-    more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
-    ours = ", ".join(f"{name} = {_short(found[name][0])}" for name in names)
-    theirs = ", ".join(f"{name} = {_short(found[name][1])}" for name in names)
+    names = list(differing)[:SHOWN]
+    more = f" and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
+    ours = ", ".join(f"{name} = {_short(differing[name][0])}" for name in names)
+    theirs = ", ".join(f"{name} = {_short(differing[name][1])}" for name in names)
     return f"{where} was made with {ours}{more}, this run has {theirs}; use another workdir"
 
 

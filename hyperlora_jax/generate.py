@@ -114,8 +114,8 @@ def generate_files(
         pooled, tokens = hyper.embed(np.asarray(pixels))
         keys = jnp.broadcast_to(jax.random.key(seed), len(members))
         loras = write_each(hyper, keys, pooled, tokens, num_samples, draw)
-        known = hyper.familiarity_of(pooled)
-        familiar = [None] * len(members) if known is None else [float(x) for x in known]
+        scores = hyper.familiarity_of(pooled)
+        familiar = [None] * len(members) if scores is None else [float(x) for x in scores]
         paths = [_names(outs[n], num_samples) for n in members]
         texts = [
             {

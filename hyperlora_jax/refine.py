@@ -127,8 +127,8 @@ def refine_files(
     """
     source, folder = Path(lora), Path(images)
     many = source.is_dir() and not is_one_lora(source)
-    found = sorted(source.iterdir()) if many else [source]
-    files = [file for file in found if not many or _is_lora(file)]
+    candidates = sorted(source.iterdir()) if many else [source]
+    files = [file for file in candidates if not many or _is_lora(file)]
     if not files:
         raise UserError(f"{source}: holds no LoRA file or adapter folder, expected LoRAs to refine")
     if encoder is not None:
@@ -163,7 +163,7 @@ def refine_files(
     )
     written = []
     for k, file in enumerate(files):
-        kept = carried(read_metadata(file))
+        header = carried(read_metadata(file))
         facts = {"base": base, "base_hash": sd.base_hash, "refined_steps": recipe.num_steps}
         path = Path(out) / file.name if many else Path(out)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -174,7 +174,7 @@ def refine_files(
                     factors.index(refined, k),
                     joint,
                     family=family(sd),
-                    metadata={**kept, **facts},
+                    metadata={**header, **facts},
                     **writing,
                 )
             )
@@ -197,8 +197,8 @@ def _check_encoder(files: Sequence[Path], encoder: str | Path) -> None:
                 "compared; leave it out"
             )
         record = json.loads(metadata.get("hyperlora.encoder", "{}"))
-        known = {"name": "of its header", **record, "hash": metadata["hyperlora.encoder_hash"]}
-        stored_encoder.read(str(file), known, encoder)
+        identity = {"name": "of its header", **record, "hash": metadata["hyperlora.encoder_hash"]}
+        stored_encoder.read(str(file), identity, encoder)
 
 
 def _subject(folder: Path, file: Path) -> SubjectFolder:

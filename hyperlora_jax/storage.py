@@ -68,8 +68,8 @@ def check_bucket(path: epath.PathLike) -> None:
     """
     scheme = str(path).partition("://")[0]
     if scheme not in SCHEMES:
-        known = ", ".join(f"{name}://" for name in SCHEMES)
-        raise UserError(f"{path}: no address that can be read or written, expected {known}")
+        schemes = ", ".join(f"{name}://" for name in SCHEMES)
+        raise UserError(f"{path}: no address that can be read or written, expected {schemes}")
     import fsspec
 
     package, extra = SCHEMES[scheme]
@@ -85,8 +85,8 @@ def check_bucket(path: epath.PathLike) -> None:
 
 def absolute(path: epath.PathLike) -> epath.Path:
     """As Orbax wants it. A path in a bucket is absolute; `resolve` would take it for a folder."""
-    found = epath.Path(path)
-    return found if is_remote(path) else found.resolve()
+    absolute_path = epath.Path(path)
+    return absolute_path if is_remote(path) else absolute_path.resolve()
 
 
 def outside_package(path: epath.PathLike, argument: str) -> None:
@@ -184,19 +184,19 @@ def _versions(source: epath.Path) -> dict[str, str]:
     file_system.invalidate_cache()
     if not source.is_dir():
         return {"": _version(file_system.info(root))}
-    found = file_system.find(root, detail=True)
-    names = {name: name.removeprefix(root.rstrip("/")).strip("/") for name in found}
+    listing = file_system.find(root, detail=True)
+    names = {name: name.removeprefix(root.rstrip("/")).strip("/") for name in listing}
     # Some tools make empty objects that stand for folders.
     return {
         names[name]: _version(info)
-        for name, info in found.items()
+        for name, info in listing.items()
         if names[name] and info.get("type") != "directory" and not name.endswith("/")
     }
 
 
 def _version(info: Mapping[str, object]) -> str:
-    known = {name: str(info[name]) for name in _VERSIONS if info.get(name)}
-    return json.dumps({**known, "size": info.get("size")}) if known else ""
+    versions = {name: str(info[name]) for name in _VERSIONS if info.get(name)}
+    return json.dumps({**versions, "size": info.get("size")}) if versions else ""
 
 
 def _copied(manifest: Path) -> dict[str, str]:
@@ -359,10 +359,10 @@ def write_all(descriptor: int, part: "bytes | memoryview | np.ndarray") -> None:
 
 
 def _files_below(folder: epath.Path) -> list[epath.Path]:
-    found = []
+    files = []
     for item in sorted(folder.iterdir(), key=str):
-        found += _files_below(item) if item.is_dir() else [item]
-    return found
+        files += _files_below(item) if item.is_dir() else [item]
+    return files
 
 
 def _copy(source: epath.Path, target: epath.Path) -> None:

@@ -185,16 +185,16 @@ def compile_for(
     }
     traced = trace(workload, mesh, batch_per_device)
     lowered = traced.lower(lowering_platforms=("tpu",))
-    kept = records / f"{_identity(lowered, record)}.json" if records else None
-    if kept is not None and kept.is_file():
-        return json.loads(kept.read_text())
+    file = records / f"{_identity(lowered, record)}.json" if records else None
+    if file is not None and file.is_file():
+        return json.loads(file.read_text())
     flops = of_jaxpr(traced.jaxpr.jaxpr) / mesh.size
     if workload.extra_flops is not None:
         flops += workload.extra_flops(batch_per_device)
     record |= _compile(lowered, topology, mesh, flops, LOW_EFFORT if low_effort else {})
-    if kept is not None:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps(record, indent=1) + "\n")
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(record, indent=1) + "\n")
     return record
 
 

@@ -55,10 +55,10 @@ def _groups(rest: str) -> list[list[int]]:
         if iota[3]:
             numbers = numbers.transpose([int(n) for n in iota[3].split(",")])
         return numbers.reshape(shape).tolist()
-    found = _GROUPS.search(rest) or _PAIRS.search(rest)
-    if not found:
+    match = _GROUPS.search(rest) or _PAIRS.search(rest)
+    if not match:
         return []
-    return [[int(n) for n in g.split(",") if n] for g in re.findall(r"\{([0-9,]*)\}", found[1])]
+    return [[int(n) for n in g.split(",") if n] for g in re.findall(r"\{([0-9,]*)\}", match[1])]
 
 
 def axes_of(groups: list[list[int]], mesh: Mesh, num_slices: int) -> str:
@@ -84,9 +84,9 @@ def _computations(program: str) -> dict[str, list[str]]:
     blocks: dict[str, list[str]] = {}
     lines: list[str] = []
     for line in program.splitlines():
-        found = _HEADER.match(line)
-        if found:
-            lines = blocks.setdefault("ENTRY" if found["entry"] else found["name"], [])
+        match = _HEADER.match(line)
+        if match:
+            lines = blocks.setdefault("ENTRY" if match["entry"] else match["name"], [])
         elif line.startswith(" "):
             lines.append(line)
     return blocks
@@ -125,13 +125,13 @@ def _transfer(line: str, mesh: Mesh, num_slices: int) -> tuple[str, str, int] | 
     if crossing:
         operation = crossing[1].lower().replace("_", "-")
         return operation, "slices", _array_sizes(line.split(" send(")[0])[0]
-    found = _INSTRUCTION.search(line)
-    if not found:
+    match = _INSTRUCTION.search(line)
+    if not match:
         return None
-    sizes = _array_sizes(_CONTEXT.sub("", found["result"]))
-    if found["async"] and len(sizes) > 1:
+    sizes = _array_sizes(_CONTEXT.sub("", match["result"]))
+    if match["async"] and len(sizes) > 1:
         sizes = sizes[len(sizes) // 2 :]  # (operands, results): count the results
-    return found["op"], axes_of(_groups(found["rest"]), mesh, num_slices), sum(sizes)
+    return match["op"], axes_of(_groups(match["rest"]), mesh, num_slices), sum(sizes)
 
 
 def collective_bytes(program: str, mesh: Mesh, num_slices: int = 1) -> dict[str, dict[str, int]]:

@@ -194,10 +194,10 @@ def _constants(generator: Generator) -> dict[str, object]:
     spec = generator.spec
     sizes = {"mean": spec.num_parameters, "std": 2 * len(spec)}
     codec = getattr(generator, "codec", None)
-    found: dict[str, object] = {}
+    shapes: dict[str, object] = {}
     if isinstance(codec, Latents):
         sizes |= {"latent_mean": codec.size, "latent_std": codec.size}
         x = jax.ShapeDtypeStruct((1, spec.num_parameters), jnp.float32)
         key = jax.eval_shape(lambda: jax.random.key(0))
-        found["vae"] = jax.eval_shape(codec.vae.init, key, x, key)["params"]
-    return found | {k: jax.ShapeDtypeStruct((n,), jnp.float32) for k, n in sizes.items()}
+        shapes["vae"] = jax.eval_shape(codec.vae.init, key, x, key)["params"]
+    return shapes | {k: jax.ShapeDtypeStruct((n,), jnp.float32) for k, n in sizes.items()}

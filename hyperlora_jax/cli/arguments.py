@@ -59,48 +59,48 @@ def parse(name: str, summary: str, module: ModuleType, given: Sequence[str]) -> 
             "--print_config", action="store_true", help="print the whole config and end"
         )
         single_files.add_arguments(parser)
-    known, rest = parser.parse_known_args(list(given))
-    notes = _translate(known, given, rest)
-    values = vars(known)
+    args, rest = parser.parse_known_args(list(given))
+    notes = _translate(args, given, rest)
+    values = vars(args)
     for key, value in values.items():
         values[key] = _expanded(value)
         if key in ("checkpoint", "workdir", "path") and name != "demo":
             values[key] = _named(values[key])
     if takes_config:
-        known.overrides = [item for item in rest if item.startswith("--config.")]
+        args.overrides = [item for item in rest if item.startswith("--config.")]
         rest = [item for item in rest if not item.startswith("--config.")]
     if rest:
-        raise UserError(_unknown(rest[0], known, name, parser))
-    buckets.check(known)
-    if takes_config and known.config:  # a typo in a key is named before JAX is there
-        base = config.load_config(known.config, known.overrides).get("base")
+        raise UserError(_unknown(rest[0], args, name, parser))
+    buckets.check(args)
+    if takes_config and args.config:  # a typo in a key is named before JAX is there
+        base = config.load_config(args.config, args.overrides).get("base")
         if isinstance(base, str):
-            single_files.keep_options(base, known)
+            single_files.keep_options(base, args)
     for output in ("out", "workdir", "json", "sheet"):
         if values.get(output) and not (name == "export" and output == "workdir"):
             storage.outside_package(values[output], f"--{output}")
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
-    return known
+    return args
 
 
-def _translate(known: argparse.Namespace, given: Sequence[str], rest: list[str]) -> list[str]:
+def _translate(args: argparse.Namespace, given: Sequence[str], rest: list[str]) -> list[str]:
     """Words of older versions mean what they did; the new ones are named, a line each."""
     notes = []
     if any(word.partition("=")[0] == "--to" for word in given):
         notes.append("--to is called --format now")
-    if not hasattr(known, "old_out"):
+    if not hasattr(args, "old_out"):
         return notes
-    if known.old_out is None and len(rest) == 1 and not rest[0].startswith("-"):
-        known.old_out = rest.pop()  # it stood behind an option
-    if known.old_out is not None:
-        if known.out is not None:
-            raise UserError(f"two outputs: {known.old_out} and --out {known.out}, expected one")
-        known.out = known.old_out
-        notes.append(f"the output is named by --out {known.out} now")
-    if known.out is None:
+    if args.old_out is None and len(rest) == 1 and not rest[0].startswith("-"):
+        args.old_out = rest.pop()  # it stood behind an option
+    if args.old_out is not None:
+        if args.out is not None:
+            raise UserError(f"two outputs: {args.old_out} and --out {args.out}, expected one")
+        args.out = args.old_out
+        notes.append(f"the output is named by --out {args.out} now")
+    if args.out is None:
         raise UserError("the following arguments are required: --out")
-    delattr(known, "old_out")
+    delattr(args, "old_out")
     return notes
 
 
@@ -123,10 +123,10 @@ def _named(value: object) -> object:
 
 
 def _unknown(
-    argument: str, known: argparse.Namespace, command: str, parser: argparse.ArgumentParser
+    argument: str, args: argparse.Namespace, command: str, parser: argparse.ArgumentParser
 ) -> str:
     """What to say of an argument that nobody takes."""
-    overrides = getattr(known, "overrides", None)
+    overrides = getattr(args, "overrides", None)
     if overrides is None or not argument.startswith("--"):
         bare = [item for item in overrides or () if "=" not in item]
         if bare and not argument.startswith("-"):
@@ -136,8 +136,8 @@ def _unknown(
     if key == "workdir":  # a key of that name means something else
         return f"unknown argument {argument!r}; {command} reads its --config alone"
     keys: list[str] = []
-    if known.config:
-        keys = list(config.flatten(config.read_file(known.config)))
+    if args.config:
+        keys = list(config.flatten(config.read_file(args.config)))
     ends = [other for other in keys if other == key or other.endswith(f".{key}")]
     ends.sort(key=lambda other: (other.split(".")[0] != command, other.count(".")))
     if ends:

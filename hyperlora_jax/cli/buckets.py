@@ -6,10 +6,10 @@ Workdirs, bases, datasets and checkpoints are read and written by the commands t
 
 import argparse
 import contextlib
+import io
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from typing import TextIO
 
 from etils import epath
 
@@ -43,23 +43,23 @@ TEXTS = {"prompt", "negative_prompt", "caption", "edit"}  # no paths, whatever t
 _ADDRESS = re.compile(r"^([^=]*=)?([a-z][a-z0-9+]*://.*)$")
 
 
-def check(known: argparse.Namespace) -> None:
+def check(args: argparse.Namespace) -> None:
     """Makes sure that every address among a command's arguments can be reached; `abfs://` becomes
     its other name `az://`.
 
     Raises:
         UserError: it cannot, with what to install.
     """
-    values = vars(known)
+    values = vars(args)
     for name in values.keys() - TEXTS:
         values[name] = _each(values[name], _checked)
 
 
 def _checked(text: str) -> str:
-    found = _ADDRESS.match(text)
-    if not found:
+    parts = _ADDRESS.match(text)
+    if not parts:
         return text
-    for part in found[2].split(","):  # several sources, or LORA=WEIGHT
+    for part in parts[2].split(","):  # several sources, or LORA=WEIGHT
         address, weight, number = part.strip().rpartition("=")
         address = address if weight and not storage.is_remote(number) else part.strip()
         if storage.is_remote(address):
@@ -68,14 +68,14 @@ def _checked(text: str) -> str:
 
 
 @contextlib.contextmanager
-def local_arguments(command: str, known: argparse.Namespace) -> Iterator[None]:
+def local_arguments(command: str, args: argparse.Namespace) -> Iterator[None]:
     """Around a command: its inputs in buckets are copies on this disk, its output is one that goes
     into the bucket at the end; what is printed names the bucket.
 
     Raises:
         UserError: an address that does not exist or cannot be read or written.
     """
-    values = vars(known)
+    values = vars(args)
     for name in INPUTS.get(command, ()):
         values[name] = _each(values.get(name), _fetched)
     asked, local_only = values.get(ASKED.get(command, "")), LOCAL_ONLY.get(command, "")
@@ -89,7 +89,7 @@ def local_arguments(command: str, known: argparse.Namespace) -> Iterator[None]:
     if not out or not storage.is_remote(out):
         yield
         return
-    if command == "import" and not known.overwrite:
+    if command == "import" and not args.overwrite:
         with storage.asking(out):
             if epath.Path(out).exists():
                 raise UserError(f"{out}: exists, expected a new dataset folder or --overwrite")
@@ -101,11 +101,11 @@ def local_arguments(command: str, known: argparse.Namespace) -> Iterator[None]:
 
 
 def _fetched(text: str) -> str:
-    found = _ADDRESS.match(text)
-    if not found:
+    parts = _ADDRESS.match(text)
+    if not parts:
         return text
-    if found[1]:  # NAME=address
-        return f"{found[1]}{storage.fetched(found[2])}"
+    if parts[1]:  # NAME=address
+        return f"{parts[1]}{storage.fetched(parts[2])}"
     address, weight, number = text.rpartition("=")  # address=WEIGHT
     if weight and not storage.is_remote(number):
         return f"{storage.fetched(address)}={number}"
@@ -122,7 +122,7 @@ def _each(value: object, change: Callable[[str], str]) -> object:
 class _Renaming:
     """A stream that writes other names for some paths."""
 
-    def __init__(self, stream: TextIO, names: Mapping[str, str]):
+    def __init__(self, stream: io.TextIOBase, names: Mapping[str, str]):
         self._stream, self._names = stream, names
 
     def __getattr__(self, name: str) -> object:

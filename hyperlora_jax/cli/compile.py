@@ -75,11 +75,11 @@ def _compiled(config: ConfigDict, topology: "Topology", args: argparse.Namespace
 
     batch, remat = args.batch_per_device or _config_batch(config, topology), None
     if args.search:
-        found = _search(config, topology)
-        if found is None:
-            known = {"topology": topology.name, "effort": "low"}
-            return {**known, "fits": False, "reason": "not even batch 1"}
-        batch, remat = found["batch_per_chip"] // topology.chip.devices, found["remat"]
+        best = _search(config, topology)
+        if best is None:
+            asked = {"topology": topology.name, "effort": "low"}
+            return {**asked, "fits": False, "reason": "not even batch 1"}
+        batch, remat = best["batch_per_chip"] // topology.chip.devices, best["remat"]
     return ahead_of_time.compile_for(
         workloads.config_workload(config, remat),
         topology,
@@ -110,9 +110,9 @@ def read_records(file: Path) -> list[Json]:
 def write_records(file: Path, records: Sequence[Mapping[str, object]]) -> None:
     """Adds records to a file; one of the same topology at the same effort is replaced."""
     new = {(record["topology"], record["effort"]) for record in records}
-    kept = [old for old in read_records(file) if (old["topology"], old["effort"]) not in new]
+    others = [old for old in read_records(file) if (old["topology"], old["effort"]) not in new]
     try:
-        file.write_text(json.dumps([*kept, *records], indent=1) + "\n")
+        file.write_text(json.dumps([*others, *records], indent=1) + "\n")
     except OSError as error:
         raise UserError(f"--json {file}: {error.strerror}") from error
 

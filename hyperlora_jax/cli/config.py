@@ -89,14 +89,14 @@ def overridden(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
 
 def flatten(config: ConfigDict | Mapping[str, object], prefix: str = "") -> Json:
     """Values of a ConfigDict or dict by dotted name, without `given`; empty sections are values."""
-    found: dict[str, object] = {}
+    values: dict[str, object] = {}
     for key, value in config.items():
         name = f"{prefix}{key}"
         if isinstance(value, (dict, ConfigDict)) and len(value):
-            found |= flatten(value, f"{name}.")
+            values |= flatten(value, f"{name}.")
         elif name != GIVEN:
-            found[name] = value
-    return found
+            values[name] = value
+    return values
 
 
 def _get_config(file: Path) -> ConfigDict:
@@ -115,9 +115,9 @@ def _apply(config: ConfigDict, override: str) -> str:
     node = config
     parts = name.split(".")
     for depth, part in enumerate(parts):
-        known = sorted(set(node) - {GIVEN}) if isinstance(node, ConfigDict) else []
-        if part not in known:
-            raise UserError(_unknown_key(config, name, depth, known))
+        there = sorted(set(node) - {GIVEN}) if isinstance(node, ConfigDict) else []
+        if part not in there:
+            raise UserError(_unknown_key(config, name, depth, there))
         if depth < len(parts) - 1:
             node = node[part]
     last = parts[-1]
@@ -149,11 +149,11 @@ def _converted(name: str, old: object, text: str) -> object:
     return value
 
 
-def _unknown_key(config: ConfigDict, name: str, depth: int, known: Sequence[str]) -> str:
+def _unknown_key(config: ConfigDict, name: str, depth: int, keys: Sequence[str]) -> str:
     """What to say of the part `depth` of a key's name."""
     parts = name.split(".")
     where = ".".join(parts[:depth]) or "the config"
-    close = difflib.get_close_matches(parts[depth], known, 1)
+    close = difflib.get_close_matches(parts[depth], keys, 1)
     close = [".".join([*parts[:depth], key, *parts[depth + 1 :]]) for key in close]
     if not close:  # the right key in another section
         elsewhere = [key for key in flatten(config) if key.split(".")[-1] == parts[-1]]
@@ -162,7 +162,7 @@ def _unknown_key(config: ConfigDict, name: str, depth: int, known: Sequence[str]
     hint = f"; did you mean {' or '.join(f'--config.{key}' for key in close)}?" if close else ""
     return (
         f"--config.{name}: unknown key {parts[depth]!r}, "
-        f"{where} has {', '.join(known) or 'no keys'}{hint}"
+        f"{where} has {', '.join(keys) or 'no keys'}{hint}"
     )
 
 

@@ -45,7 +45,7 @@ def as_text(config: ConfigDict, file: Path | None = None) -> str:
 def comments_of(source: str) -> dict[str, str]:
     """Comments behind the keys of all dictionaries of a program, by the dotted path of the key
     within the outermost one, the name of the function around it in front."""
-    lines, found = source.splitlines(), {}
+    lines, comments = source.splitlines(), {}
     told: set[int] = set()
 
     def visit(node: ast.AST, path: str) -> None:
@@ -62,7 +62,7 @@ def comments_of(source: str) -> dict[str, str]:
             name = f"{path}.{key.value}".removeprefix(".")
             comment = lines[key.lineno - 1][key.end_col_offset or 0 :].partition("  # ")[2]
             if comment and key.lineno not in told:  # of the first key of its line
-                found[name] = comment.strip()
+                comments[name] = comment.strip()
                 told.add(key.lineno)
             if isinstance(value, ast.Dict):
                 read(value, name)
@@ -70,7 +70,7 @@ def comments_of(source: str) -> dict[str, str]:
                 visit(value, name)
 
     visit(ast.parse(source), "")
-    return found
+    return comments
 
 
 def _find(comments: Mapping[str, str], key: str) -> str | None:

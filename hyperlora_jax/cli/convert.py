@@ -111,16 +111,16 @@ def _verify(base: str, done: list, drop: list[str]) -> None:
         elif result.source.suffix != ".npy":
             meant = load_lora(result.source, None, drop)
             tqdm.write(f"source {verify_source(result.source, modules, *meant)}")
-        found = verify(result.target, modules, *load_lora(result.target))
-        problems = [*found.missing_keys, *found.unexpected_keys, *found.warnings]
+        verified = verify(result.target, modules, *load_lora(result.target))
+        problems = [*verified.missing_keys, *verified.unexpected_keys, *verified.warnings]
         if problems:
             raise UserError(f"{result.target}: PyTorch says: {problems[0]}")
-        worst_output = max(worst_output, found.max_abs_diff)
-        worst_delta = max(worst_delta, found.max_delta_error)
-        if found.max_delta_error > 1e-5 or found.max_abs_diff > 1e-3:
+        worst_output = max(worst_output, verified.max_abs_diff)
+        worst_delta = max(worst_delta, verified.max_delta_error)
+        if verified.max_delta_error > 1e-5 or verified.max_abs_diff > 1e-3:
             raise UserError(
-                f"{result.target}: PyTorch differs: delta {found.max_delta_error:.1e}, output "
-                f"{found.max_abs_diff:.1e}"
+                f"{result.target}: PyTorch differs: delta {verified.max_delta_error:.1e}, output "
+                f"{verified.max_abs_diff:.1e}"
             )
     print(
         f"PyTorch: {len(done)} loaded, no missing and no unexpected key, largest difference of "

@@ -34,9 +34,9 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(
             f"--labels {args.labels}: cannot be read ({error}), expected a JSON object of lists"
         ) from error
-    known = set(targets.ids)
+    present = set(targets.ids)
     for name, ids in shown.items():
-        if unknown := sorted(ids - known):
+        if unknown := sorted(ids - present):
             raise UserError(
                 f"--labels {args.labels}: {name} lists {unknown[0]}, which {args.dataset} "
                 f"does not hold ({len(unknown)} of {len(ids)})"

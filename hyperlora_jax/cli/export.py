@@ -114,10 +114,10 @@ def _write_lora_inputs(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check_format(args: argparse.Namespace, known: tuple[str, ...], what: str) -> None:
-    if args.format not in (None, *known):
+def _check_format(args: argparse.Namespace, formats: tuple[str, ...], what: str) -> None:
+    if args.format not in (None, *formats):
         raise UserError(
-            f"--format {args.format}: {args.workdir} holds {what}, expected {' or '.join(known)}"
+            f"--format {args.format}: {args.workdir} holds {what}, expected {' or '.join(formats)}"
         )
 
 
@@ -187,6 +187,6 @@ def _hypernetwork(
             )
         encoder = configured_encoder(config.model, path)
         record = {**stored_encoder.describe(encoder), "hash": meta["facts"]["encoder"]}
-        found = getattr(encoder, "source", "")  # one of one's own has none
-        stored_encoder.checked(f"checkpoint of {workdir}", record, encoder, found)
+        source = getattr(encoder, "source", "")  # one of one's own has none
+        stored_encoder.checked(f"checkpoint of {workdir}", record, encoder, source)
     return Hypernetwork(generator, params, encoder, facts, model, constants)

@@ -71,14 +71,16 @@ def _say(written: "Sequence[Written]", out: str) -> None:
     """What was written, at which strength, and which subjects the checkpoint does not know."""
     from hyperlora_jax.hypernet.familiarity import UNFAMILIAR
 
-    known = {file.subject: file.familiarity for file in written if file.familiarity is not None}
-    scores = sorted({f"{score:.2f}" for score in known.values()})
+    familiarities = {
+        file.subject: file.familiarity for file in written if file.familiarity is not None
+    }
+    scores = sorted({f"{score:.2f}" for score in familiarities.values()})
     familiar = (
         f", familiarity {' to '.join(dict.fromkeys((scores[0], scores[-1])))}" if scores else ""
     )
     what = written[0].path if len(written) == 1 else f"{len(written)} files to {out}"
     print(f"wrote {what} (strength {written[0].strength:g}{familiar})")
-    if strangers := [name for name, score in known.items() if score < UNFAMILIAR]:
+    if strangers := [name for name, score in familiarities.items() if score < UNFAMILIAR]:
         print(
             f"warning: {', '.join(strangers[:5])}{', …' if len(strangers) > 5 else ''}: unlike "
             f"anything this checkpoint was trained on (familiarity below {UNFAMILIAR}), "

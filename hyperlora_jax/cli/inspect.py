@@ -67,10 +67,10 @@ def run(args: argparse.Namespace) -> int:
     parser = OneLineParser(prog=f"hyperlora inspect {path}")
     module.add_arguments(parser)
     try:
-        known = parser.parse_args([str(path), *args.options])
+        args = parser.parse_args([str(path), *args.options])
     except SystemExit as stop:
         return int(stop.code or 0)
-    return module.run(known)
+    return module.run(args)
 
 
 def _base(path: Path, options: list[str]) -> int:
@@ -81,18 +81,18 @@ def _base(path: Path, options: list[str]) -> int:
     parser.add_argument("--variant", help="fp16 reads *.fp16.safetensors")
     single_files.add_arguments(parser)
     try:
-        known = parser.parse_args(options)
+        args = parser.parse_args(options)
     except SystemExit as stop:
         return int(stop.code or 0)
-    single_files.keep_options(str(path), known)
+    single_files.keep_options(str(path), args)
     path = Path(str(single_files.folder_of(str(path))))
-    if known.verify:
-        return _verify_base(path, known.variant)
+    if args.verify:
+        return _verify_base(path, args.variant)
     import jax
 
     from hyperlora_jax.stable_diffusion.model import StableDiffusion
 
-    sd = StableDiffusion.from_pretrained(path, variant=known.variant)
+    sd = StableDiffusion.from_pretrained(path, variant=args.variant)
     print(f"{'kind':<16}Stable Diffusion base")
     for name, params in sd.params.items():
         print(f"{name:<16}{sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters")
@@ -106,12 +106,12 @@ def _verify_base(path: Path, variant: str | None) -> int:
     from hyperlora_jax.stable_diffusion.pytorch_parity import TOLERANCE, compare
 
     same = True
-    for found in compare(path, variant):
-        verdict = "equals PyTorch" if found.ok else f"DIFFERS (tolerance {TOLERANCE:g})"
+    for part in compare(path, variant):
+        verdict = "equals PyTorch" if part.ok else f"DIFFERS (tolerance {TOLERANCE:g})"
         print(
-            f"{found.output:<18}max error {found.relative_error:.1e} of max {found.max_abs:.3g}: "
+            f"{part.output:<18}max error {part.relative_error:.1e} of max {part.max_abs:.3g}: "
             f"{verdict}",
             flush=True,
         )
-        same &= found.ok
+        same &= part.ok
     return 0 if same else 1

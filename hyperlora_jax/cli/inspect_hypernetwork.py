@@ -53,7 +53,7 @@ def _encoder(stored: "Stored", given: str | None) -> Iterator[tuple[str, str]]:
     if given is None and "path" in record:
         yield "", f"kept by path: {record['path']}"
     try:
-        found = stored_encoder.find(stored.folder, record, given)
+        encoder = stored_encoder.find(stored.folder, record, given)
     except UserError as error:
         if given is not None:
             raise
@@ -64,4 +64,4 @@ def _encoder(stored: "Stored", given: str | None) -> Iterator[tuple[str, str]]:
         size = sum(file.stat().length for file in copy.iterdir()) / 1e6
         yield "", f"kept with the checkpoint: {copy}, {size:,.1f} MB"
     else:
-        yield "", f"found at {getattr(found, 'source', given)}, with that hash"
+        yield "", f"found at {getattr(encoder, 'source', given)}, with that hash"

@@ -22,30 +22,30 @@ def run(args: argparse.Namespace) -> int:
     from hyperlora_jax.lora_files.compatibility import inspect_lora
     from hyperlora_jax.lora_files.header import FAMILIES
 
-    found = inspect_lora(args.path, single_files.folder_of(args.base))
-    ranks = sorted({site["rank"] for site in found["sites"] if site["rank"] is not None})
-    told = f"{found['form']} keys, {found['family']} ({found['evidence']})"
-    print(f"{'kind':<12}{found['kind']}, {told}")
-    print(f"{'sites':<12}{len(found['sites'])}, {found['num_parameters']:,} numbers")
+    facts = inspect_lora(args.path, single_files.folder_of(args.base))
+    ranks = sorted({site["rank"] for site in facts["sites"] if site["rank"] is not None})
+    told = f"{facts['form']} keys, {facts['family']} ({facts['evidence']})"
+    print(f"{'kind':<12}{facts['kind']}, {told}")
+    print(f"{'sites':<12}{len(facts['sites'])}, {facts['num_parameters']:,} numbers")
     print(f"{'ranks':<12}{', '.join(map(str, ranks)) or 'none (whole matrices)'}")
-    print(f"{'dtypes':<12}{', '.join(found['dtypes'])}")
-    if "norm" in found:
-        print(f"{'delta norm':<12}{found['norm']:.4g}")
-        print(f"{'spectrum':<12}{found['effective_rank']:.2f} effective rank on average")
-        print(f"{'spec':<12}{found['fingerprint'][:12]}")
-    for key, text in sorted(found["metadata"].items()):
+    print(f"{'dtypes':<12}{', '.join(facts['dtypes'])}")
+    if "norm" in facts:
+        print(f"{'delta norm':<12}{facts['norm']:.4g}")
+        print(f"{'spectrum':<12}{facts['effective_rank']:.2f} effective rank on average")
+        print(f"{'spec':<12}{facts['fingerprint'][:12]}")
+    for key, text in sorted(facts["metadata"].items()):
         print(f"  {key} = {text[:100]}")
-    for note in found["notes"]:
+    for note in facts["notes"]:
         print(f"note: {note}")
     if args.sites:
-        for site in found["sites"]:
+        for site in facts["sites"]:
             sigmas = [f"{value:.3g}" for value in site.get("singular_values", ())[:6]]
             size = f"  {site['size']}" if "size" in site else f"  {site['kind']}"
             print(f"  {site['path']}{size}  rank {site['rank']}  {' '.join(['σ', *sigmas])}")
-    if found["tools"]:
+    if facts["tools"]:
         print("loads in")
-        rows = [compatibility.ToolReport(**row) for row in found["tools"]]
-        print("\n".join(compatibility.lines(rows, len(found["sites"]))))
+        rows = [compatibility.ToolReport(**row) for row in facts["tools"]]
+        print("\n".join(compatibility.lines(rows, len(facts["sites"]))))
     if args.verify:
         from hyperlora_jax.lora_files.reading import load_lora
         from hyperlora_jax.lora_files.verify import load_modules, verify_source
@@ -54,6 +54,6 @@ def run(args: argparse.Namespace) -> int:
             raise UserError("--verify needs --base DIR, a diffusers directory to load it into")
         print(verify_source(args.path, load_modules(args.base), *load_lora(args.path)))
     if args.json:
-        text = json.dumps(found, indent=1, sort_keys=True) + "\n"
+        text = json.dumps(facts, indent=1, sort_keys=True) + "\n"
         safetensors_io.atomic_write(args.json, text.encode())
     return 0

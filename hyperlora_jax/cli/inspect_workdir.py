@@ -57,28 +57,28 @@ def summary(path: epath.PathLike) -> Json:
     }  # fmt: skip
 
 
-def as_text(found: Json) -> str:
+def as_text(facts: Json) -> str:
     """A summary as a few lines."""
     from hyperlora_jax.train.events import as_text as buckets_text
 
     lines = [
-        f"{found['workdir']}: {found['starts']} start(s), last event {found['last_event']}",
-        f"  checkpoints at steps {found['checkpoints'] or 'none'}",
+        f"{facts['workdir']}: {facts['starts']} start(s), last event {facts['last_event']}",
+        f"  checkpoints at steps {facts['checkpoints'] or 'none'}",
     ]
-    if found["best_checkpoint"] is not None:
-        lines[-1] += f", lowest mean loss at {found['best_checkpoint']}"
-    if found["last_row"]:
+    if facts["best_checkpoint"] is not None:
+        lines[-1] += f", lowest mean loss at {facts['best_checkpoint']}"
+    if facts["last_row"]:
         shown = {
             name: round(value, 6) if isinstance(value, float) else value
-            for name, value in found["last_row"].items()
+            for name, value in facts["last_row"].items()
         }
         lines.append("  last row: " + ", ".join(f"{name} {v}" for name, v in shown.items()))
-    if found["lowest_loss"]:
-        lowest = found["lowest_loss"]
+    if facts["lowest_loss"]:
+        lowest = facts["lowest_loss"]
         lines.append(f"  lowest logged loss {lowest['loss']:.6g} at step {lowest['step']}")
-    if found["goodput"]:
-        lines.append("  " + buckets_text(found["goodput"]))
-    for name, value in found["facts"].items():
+    if facts["goodput"]:
+        lines.append("  " + buckets_text(facts["goodput"]))
+    for name, value in facts["facts"].items():
         text = json.dumps(value)
         lines.append(f"  {name}: {text if len(text) <= 80 else text[:77] + '...'}")
     return "\n".join(lines)
@@ -86,11 +86,11 @@ def as_text(found: Json) -> str:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the summary."""
-    found = summary(args.workdir)
-    print(as_text(found))
+    facts = summary(args.workdir)
+    print(as_text(facts))
     if args.json:
         try:
-            text = json.dumps(found, indent=1) + "\n"
+            text = json.dumps(facts, indent=1) + "\n"
             storage.replaced(storage.place(args.json), text.encode())
         except OSError as error:
             raise UserError(f"--json {args.json}: {error.strerror}") from error

@@ -94,17 +94,17 @@ def _outcome(name: str, arguments: Sequence[str], start: Callable[[bool], bool])
     module_name, summary = COMMANDS[name]
     module = importlib.import_module(f"hyperlora_jax.cli.{module_name}")
     try:
-        known = parse(name, summary, module, arguments)
-        if getattr(known, "print_config", False):
-            print(config_text.of_command(known))
+        args = parse(name, summary, module, arguments)
+        if getattr(args, "print_config", False):
+            print(config_text.of_command(args))
             return 0, ""
-        quiet = start(not hasattr(module, "needs_jax") or module.needs_jax(known))
+        quiet = start(not hasattr(module, "needs_jax") or module.needs_jax(args))
         # What a run wrote is said by one process; errors, on stderr, are everybody's.
         with (
             contextlib.redirect_stdout(io.StringIO() if quiet else sys.stdout),
-            buckets.local_arguments(name, known),
+            buckets.local_arguments(name, args),
         ):
-            return module.run(known), ""
+            return module.run(args), ""
     except SystemExit as stop:  # --help
         return int(stop.code or 0), ""
     except UserError as error:

@@ -81,8 +81,8 @@ def _into_single_file(source: Path, folder: str, merged, out: Path) -> Path:
 
 
 def _weighted(text: str) -> tuple[str, float]:
-    path, found, weight = text.rpartition("=")
-    if not found:
+    path, sign, weight = text.rpartition("=")
+    if not sign:
         return text, 1.0
     try:
         return path, float(weight)
@@ -114,8 +114,8 @@ def _family(paths: Sequence[str], headers: Sequence[Mapping[str, str]], spec) ->
     said = {}
     for path, header in zip(paths, headers, strict=True):
         try:
-            if found := family.declared(header):
-                said.setdefault(found[0], path)
+            if named := family.declared(header):
+                said.setdefault(named[0], path)
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
     if len(said) > 1:

@@ -39,8 +39,8 @@ def run(args: argparse.Namespace) -> int:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", args.repo):
         raise UserError(f"REPO {args.repo}: expected OWNER/NAME")
     if not folder.is_dir():
-        found = "is a file" if folder.exists() else "does not exist"
-        raise UserError(f"{folder}: {found}, expected a folder")
+        reason = "is a file" if folder.exists() else "does not exist"
+        raise UserError(f"{folder}: {reason}, expected a folder")
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     goes = [path for path in files if _goes(path.relative_to(folder))]
     if not any(path.suffix in (".safetensors", ".onnx", ".pt2") for path in goes):

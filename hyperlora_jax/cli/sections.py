@@ -244,11 +244,11 @@ def merged(section: Mapping[str, object], changes: Mapping[str, object]) -> dict
     Raises:
         TypeError: a key that it does not have.
     """
-    found = dict(section)
+    joined = dict(section)
     for key, value in changes.items():
-        if key not in found and key not in EXTRA:
-            raise TypeError(f"no key {key!r} among {', '.join(found)}")
-        old = found.get(key)
+        if key not in joined and key not in EXTRA:
+            raise TypeError(f"no key {key!r} among {', '.join(joined)}")
+        old = joined.get(key)
         within = isinstance(old, dict) and isinstance(value, Mapping) and key not in WHOLE
-        found[key] = merged(old, value) if within else value  # type: ignore[arg-type]
-    return found
+        joined[key] = merged(old, value) if within else value  # type: ignore[arg-type]
+    return joined

@@ -17,13 +17,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def keep_options(base: str, known: argparse.Namespace) -> None:
+def keep_options(base: str, args: argparse.Namespace) -> None:
     """Unpacks the single file `base` with the options, where any is given.
 
     Raises:
         UserError: the base is no single file.
     """
-    given = {"prediction_type": known.prediction_type, "tokenizer": known.tokenizer}
+    given = {"prediction_type": args.prediction_type, "tokenizer": args.tokenizer}
     if not any(given.values()):
         return
     from hyperlora_jax.stable_diffusion.weights import families, single_file

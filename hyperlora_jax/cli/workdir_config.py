@@ -82,18 +82,18 @@ def run_config(
                 f"--config: expected a config file, as {workdir} has no {FILE} of an earlier run"
             )
         return overridden(own, overrides)
-    found = read_file(str(config))
+    read = read_file(str(config))
     if own is None:
-        return overridden(found, overrides)
+        return overridden(read, overrides)
     now = {override.removeprefix("--config.").partition("=")[0] for override in overrides}
-    remembered = _remember(found, own)
-    found = overridden(found, overrides)
-    _refuse_contradictions(found, own, now, config, workdir)
+    remembered = _remember(read, own)
+    read = overridden(read, overrides)
+    _refuse_contradictions(read, own, now, config, workdir)
     said = [f"{key}={remembered[key]}" for key in sorted(set(remembered) - now)]
     if said:
         more = f" and {len(said) - SAID} more" if len(said) > SAID else ""
         print(f"remembered by {workdir}/{FILE}: {' '.join(said[:SAID])}{more}")
-    return found
+    return read
 
 
 def command_config(args: argparse.Namespace, command: str) -> ConfigDict:
@@ -145,10 +145,10 @@ def remembered(workdir: epath.PathLike, config: ConfigDict) -> Iterator[None]:
         _write(path, config)
 
 
-def _remember(found: ConfigDict, own: ConfigDict) -> Json:
+def _remember(theirs_config: ConfigDict, own: ConfigDict) -> Json:
     """Sets what earlier command lines said, and what the file leaves open, to the workdir's
     values; returns the former."""
-    theirs, values = flatten(found), flatten(own)
+    theirs, values = flatten(theirs_config), flatten(own)
     before: tuple[str, ...] = own.get(GIVEN, ())
     given = {key: values[key] for key in before if key in values and key in theirs}
     open_keys = {
@@ -156,17 +156,17 @@ def _remember(found: ConfigDict, own: ConfigDict) -> Json:
     }
     for key, value in {**open_keys, **given}.items():
         *sections, last = key.split(".")
-        node = found
+        node = theirs_config
         for section in sections:
             node = node[section]
         with node.ignore_type():
             node[last] = value
-    found[GIVEN] = tuple(sorted(given))
+    theirs_config[GIVEN] = tuple(sorted(given))
     return given
 
 
 def _refuse_contradictions(
-    found: ConfigDict,
+    read: ConfigDict,
     own: ConfigDict,
     now: set[str],
     config: epath.PathLike,
@@ -175,7 +175,7 @@ def _refuse_contradictions(
     root = epath.Path(workdir)
     trained = (root / "checkpoints").exists() or (root / "hypernetwork").exists()
     before = flatten(own)
-    for key, value in flatten(found).items():
+    for key, value in flatten(read).items():
         parts = key.split(".")
         matters = key in PICTURES or (trained and parts[0] in TRAINED)
         if matters and key in before and before[key] != value and key not in now:
@@ -195,8 +195,8 @@ def _with_tuples(value: object) -> object:
 def _write(path: epath.Path, config: ConfigDict) -> None:
     """Keeps what the training loop has written beside the config."""
     file = path / FILE
-    known = json.loads(file.read_text()) if file.exists() else {}
-    content = {**known, "config": config.to_dict()}
+    before = json.loads(file.read_text()) if file.exists() else {}
+    content = {**before, "config": config.to_dict()}
     storage.replaced(file, json.dumps(content, indent=1).encode())
 
 

@@ -175,14 +175,14 @@ def tcd(
 
 def _distilled_timesteps(schedule: NoiseSchedule, num_steps: int) -> Int[np.ndarray, " s"]:
     """Of the timesteps that a consistency model was distilled at, `num_steps` evenly spaced."""
-    known = min(schedule.original_inference_steps, schedule.num_train_timesteps)
-    if not 1 <= num_steps <= known:
+    taught = min(schedule.original_inference_steps, schedule.num_train_timesteps)
+    if not 1 <= num_steps <= taught:
         raise UserError(
-            f"num_steps is {num_steps}, expected 1 to {known} (steps that the model was distilled "
+            f"num_steps is {num_steps}, expected 1 to {taught} (steps that the model was distilled "
             "from: original_inference_steps of the scheduler)"
         )
-    descending = np.arange(known, 0, -1) * (schedule.num_train_timesteps // known) - 1
-    return descending[np.floor(np.linspace(0, known, num_steps, endpoint=False)).astype(np.int64)]
+    descending = np.arange(taught, 0, -1) * (schedule.num_train_timesteps // taught) - 1
+    return descending[np.floor(np.linspace(0, taught, num_steps, endpoint=False)).astype(np.int64)]
 
 
 def _mixed(
@@ -223,10 +223,10 @@ def _karras(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Fractional timesteps [s] and sigmas [s + 1], even in sigma^(1/7) (Karras et al. 2022,
     equation 5), from and to `ends`, or over the whole schedule; and a final 0."""
-    known = sigmas_at(schedule, np.arange(schedule.num_train_timesteps))[:-1]
-    first, last = ends or (known[-1], known[0])
+    trained = sigmas_at(schedule, np.arange(schedule.num_train_timesteps))[:-1]
+    first, last = ends or (trained[-1], trained[0])
     sigmas = np.linspace(first ** (1 / 7), last ** (1 / 7), num_steps) ** 7
-    timesteps = np.interp(np.log(sigmas), np.log(known), np.arange(len(known)))
+    timesteps = np.interp(np.log(sigmas), np.log(trained), np.arange(len(trained)))
     return timesteps, np.append(sigmas, 0.0)
 
 
@@ -374,18 +374,18 @@ def _multistep(
 
 def _corrections(h: np.ndarray) -> Float[np.ndarray, "s1 2"]:
     """p and q of (9) for every step but the last, of the widths h in lambda."""
-    found = np.zeros((len(h) - 1, 2))
+    weights = np.zeros((len(h) - 1, 2))
     for k, width in enumerate(-h[:-1]):
         one = np.expm1(width)
         two = one / width - 1
         if k == 0:
-            found[k] = 0.0, 0.5
+            weights[k] = 0.0, 0.5
         else:
             ratio = -h[k - 1] / h[k]
             right = two / one, (two / width - 0.5) * 2 / one
-            found[k] = np.linalg.solve([[1.0, 1.0], [ratio, 1.0]], right)
-            found[k, 0] /= ratio
-    return found
+            weights[k] = np.linalg.solve([[1.0, 1.0], [ratio, 1.0]], right)
+            weights[k, 0] /= ratio
+    return weights
 
 
 def _dpm_timesteps(schedule: NoiseSchedule, num_steps: int) -> np.ndarray:

@@ -59,15 +59,15 @@ class NoiseSchedule:
     sampler: str = "ddim"
 
     def __post_init__(self):
-        for key, known in (
+        for key, choices in (
             ("beta_schedule", _BETA_SCHEDULES),
             ("prediction_type", _PREDICTIONS),
             ("timestep_spacing", (*_SPACINGS, None)),
         ):
-            if getattr(self, key) not in known:
+            if getattr(self, key) not in choices:
                 raise UserError(
                     f"noise schedule: {key} = {getattr(self, key)!r} is not supported, expected "
-                    f"one of {list(known)}"
+                    f"one of {list(choices)}"
                 )
         least = {"num_train_timesteps": 1, "original_inference_steps": 1, "steps_offset": 0}
         for key, smallest in least.items():

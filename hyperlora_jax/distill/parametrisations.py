@@ -172,8 +172,8 @@ def one_lora(
     index: int,
 ) -> Params:
     """The folded LoRA of one slot, without leading axis, on the host."""
-    own, kept = jax.device_get(jax.tree.map(lambda leaf: _row(leaf, index), (params, start)))
-    return jax.device_get(factors.index(parametrisation.lora(own, kept, shared), 0))
+    own, own_start = jax.device_get(jax.tree.map(lambda leaf: _row(leaf, index), (params, start)))
+    return jax.device_get(factors.index(parametrisation.lora(own, own_start, shared), 0))
 
 
 def _row(rows: AnyArray, index: int) -> AnyArray:

@@ -100,14 +100,14 @@ def title(name: str) -> str:
 
 def method_order(names: Iterable[str]) -> list[str]:
     """Known methods in the order of tables, more pictures or steps first, then all others."""
-    known = [name for name in names if name in ORDER]
-    known += [name for name in names if number_of(name) is not None and name not in ORDER]
+    ours = [name for name in names if name in ORDER]
+    ours += [name for name in names if number_of(name) is not None and name not in ORDER]
 
     def place(name: str) -> tuple[int, int]:
         number = number_of(name) or 0
         return ORDER.index(name if name in ORDER else name.rpartition("_")[0]), -number
 
-    ordered = sorted(dict.fromkeys(known), key=place)
+    ordered = sorted(dict.fromkeys(ours), key=place)
     return ordered + [name for name in names if name not in ordered]
 
 

@@ -350,10 +350,10 @@ def read_stored(path: epath.PathLike) -> Stored:
         raise UserError(f"checkpoint {folder}: cannot be read ({error})") from error
     except Exception as error:  # SafetensorError is no ValueError
         raise UserError(f"checkpoint {folder}/model.safetensors: damaged ({error})") from error
-    found = config.get("format") if isinstance(config, dict) else None
-    if found != FORMAT:
+    format = config.get("format") if isinstance(config, dict) else None
+    if format != FORMAT:
         raise UserError(
-            f"checkpoint {folder}: config.json is of format {found!r}, expected {FORMAT!r}"
+            f"checkpoint {folder}: config.json is of format {format!r}, expected {FORMAT!r}"
         )
     arrays = {k: np.float32(v) if v.dtype == np.float16 else v for k, v in arrays.items()}
     params = traverse_util.unflatten_dict(jax.device_put(arrays), sep="/")

@@ -28,10 +28,10 @@ def resolve_axes(num_devices: int, data: int, fsdp: int, tensor: int) -> tuple[i
     if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
         raise UserError(f"mesh {wanted}: axis sizes must be positive, at most one of them -1")
     if -1 in sizes:
-        known = -math.prod(sizes)
-        if num_devices % known:
-            raise UserError(f"mesh {wanted}: {known} does not divide {num_devices} devices")
-        sizes[sizes.index(-1)] = num_devices // known
+        given = -math.prod(sizes)
+        if num_devices % given:
+            raise UserError(f"mesh {wanted}: {given} does not divide {num_devices} devices")
+        sizes[sizes.index(-1)] = num_devices // given
     if math.prod(sizes) != num_devices:
         raise UserError(
             f"mesh {wanted} needs {math.prod(sizes)} devices, found {num_devices};"

@@ -66,17 +66,17 @@ def gathered(count: int, own: Tree) -> Tree:
 def of_first(find: Callable[[], AnyArray | None]) -> np.ndarray | None:
     """The array (float32) that process 0 finds, on every process; None where it finds none."""
     if jax.process_count() == 1:
-        found = find()
-        return None if found is None else np.asarray(found)
-    found = find() if multihost.is_first() else None
+        result = find()
+        return None if result is None else np.asarray(result)
+    result = find() if multihost.is_first() else None
     header = np.zeros(1 + MAX_DIMENSIONS, np.int32)
-    if found is not None:
-        found = np.asarray(found, np.float32)
-        header[: 1 + found.ndim] = [1 + found.ndim, *found.shape]
+    if result is not None:
+        result = np.asarray(result, np.float32)
+        header[: 1 + result.ndim] = [1 + result.ndim, *result.shape]
     header = multihost_utils.broadcast_one_to_all(header)
     if not header[0]:
         return None
     shape = tuple(int(size) for size in header[1 : header[0]])
-    if found is None:
-        found = np.zeros(shape, np.float32)
-    return np.asarray(multihost_utils.broadcast_one_to_all(found))
+    if result is None:
+        result = np.zeros(shape, np.float32)
+    return np.asarray(multihost_utils.broadcast_one_to_all(result))

@@ -141,11 +141,11 @@ def parse(name: str) -> Topology:
     Raises:
       UserError: no such chip or slice.
     """
-    found = re.fullmatch(r"(?:(\d+)x)?([a-z0-9]+)[-:](\d+(?:x\d+)*)", name.strip().lower())
-    chip = CHIPS.get(ALIASES.get(found[2], found[2])) if found else None
-    if found is None or chip is None:
+    parts = re.fullmatch(r"(?:(\d+)x)?([a-z0-9]+)[-:](\d+(?:x\d+)*)", name.strip().lower())
+    chip = CHIPS.get(ALIASES.get(parts[2], parts[2])) if parts else None
+    if parts is None or chip is None:
         raise UserError(
             f"--topology {name}: expected [SLICESx]CHIP-SIZE with CHIP one of {', '.join(CHIPS)},"
             " such as v5p-128, v5e-16, v6e:4x4 or 2xv5e-256"
         )
-    return Topology(name.strip(), chip, _grid(name, chip, found[3]), int(found[1] or 1))
+    return Topology(name.strip(), chip, _grid(name, chip, parts[3]), int(parts[1] or 1))

@@ -88,8 +88,8 @@ def check(
     import onnxruntime
 
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
-    for found, wanted in zip(session.run(None, dict(inputs)), expected, strict=False):
-        difference = np.abs(np.asarray(found) - wanted).max() / np.abs(wanted).max()
+    for ours, wanted in zip(session.run(None, dict(inputs)), expected, strict=False):
+        difference = np.abs(np.asarray(ours) - wanted).max() / np.abs(wanted).max()
         if not difference <= TOLERANCE:
             raise UserError(
                 f"{what}: onnxruntime differs from PyTorch by {difference:.1e} of the largest "

@@ -80,13 +80,13 @@ class LoraInputs(torch.nn.Module):
             for size in (site.rank * site.fan_in, site.out_features * site.rank)
         ]
         parts = iter(lora.split(sizes, dim=1))
-        found = {}
+        pairs = {}
         for site in self.spec.sites:
             window = site.kernel_size if site.kind == "conv" else ()
             down = next(parts).unflatten(1, (site.rank, site.in_features, *window))
             up = next(parts).unflatten(1, (site.out_features, site.rank))
-            found[site.path] = down, up * strength[:, None, None]
-        return found
+            pairs[site.path] = down, up * strength[:, None, None]
+        return pairs
 
 
 def _upsampled(

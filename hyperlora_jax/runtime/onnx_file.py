@@ -78,13 +78,13 @@ def _example(config: Json, subjects: int, pictures: int) -> "dict[str, torch.Ten
 
     random = np.random.default_rng(0)
     shape = (subjects, pictures, *config["encoder"]["image_size"], 3)
-    found = {"pictures": torch.from_numpy(random.uniform(size=shape).astype(np.float32))}
+    inputs = {"pictures": torch.from_numpy(random.uniform(size=shape).astype(np.float32))}
     if config["noise_size"]:
         draw = config["draw"]
         fresh = draw["num_steps"] if draw["sampler"] == "ancestral" else 0
         noise = random.normal(size=(subjects, 1 + fresh, config["noise_size"]))
-        found["noise"] = torch.from_numpy(noise.astype(np.float32))
-    return found
+        inputs["noise"] = torch.from_numpy(noise.astype(np.float32))
+    return inputs
 
 
 def _model(network: "LoraGenerator") -> "onnx.ModelProto":
@@ -125,7 +125,7 @@ def _read(file: str, name: str) -> "onnx.ModelProto":
             f"encoder {name}: takes {count} pictures at a time, expected any number (its first "
             "axis free); --format pytorch runs it"
         )
-    versions = {known.domain: known.version for known in model.opset_import}
+    versions = {opset.domain: opset.version for opset in model.opset_import}
     if versions.get("", 1) < OPSET:
         model = onnx.version_converter.convert_version(model, OPSET)
     return model

@@ -31,7 +31,7 @@ Replacement = str | Callable[[re.Match[str]], str]
 
 def plain(params: Params) -> Tensors:
     """Kernels of Dense, DenseGeneral and Conv as "weight", outputs first; scales of norms too."""
-    found = {}
+    tensors = {}
     for name, leaf in flatten_dict(dict(params), sep="/").items():
         (parent, _, last), value = name.rpartition("/"), np.asarray(leaf, np.float32)
         if last == "kernel" and value.ndim == 4:
@@ -41,20 +41,20 @@ def plain(params: Params) -> Tensors:
             inputs = -1 if outputs > 0 else value.shape[0]
             value = value.reshape(inputs, outputs).T
         last = "weight" if last in ("kernel", "scale") else last
-        found[f"{parent}/{last}" if parent else last] = (
+        tensors[f"{parent}/{last}" if parent else last] = (
             value.reshape(-1) if last == "bias" else value
         )
-    return found
+    return tensors
 
 
 def renamed(tensors: Tensors, rules: tuple[tuple[str, Replacement], ...]) -> Tensors:
     """Every rule (regular expression, replacement) is applied to every name, in order."""
-    found = {}
+    result = {}
     for name, value in tensors.items():
         for pattern, replacement in rules:
             name = re.sub(pattern, replacement, name)
-        found[name] = value
-    return found
+        result[name] = value
+    return result
 
 
 def token_network(net: TokenHypernetwork, params: Params) -> Described:
@@ -67,7 +67,7 @@ def token_network(net: TokenHypernetwork, params: Params) -> Described:
     order = np.argsort(places)
     centre = [np.asarray(own.pop(f"centre_{name}")).reshape(-1) for name in names]
     embeddings = [np.asarray(own.pop(f"embed_{name}"))[ids] for name, ids in features.items()]
-    found = {
+    tensors = {
         "centre": np.concatenate(centre)[order],
         "order": order.astype(np.int32),
         "embeddings": np.sum(embeddings, axis=0),
@@ -76,19 +76,19 @@ def token_network(net: TokenHypernetwork, params: Params) -> Described:
     for number, (name, group) in enumerate(zip(names, layout.groups, strict=True)):
         size = net.unit_size(group)
         weight, bias = _head(net, group, heads[number])
-        found |= {f"head_{number}/weight": size * weight, f"head_{number}/bias": size * bias}
+        tensors |= {f"head_{number}/weight": size * weight, f"head_{number}/bias": size * bias}
         if net.input_noise:
-            found[f"noise_{number}/weight"] = found.pop(f"noise_{name}/weight") / size
-            found[f"noise_{number}/bias"] = found.pop(f"noise_{name}/bias")
+            tensors[f"noise_{number}/weight"] = tensors.pop(f"noise_{name}/weight") / size
+            tensors[f"noise_{number}/bias"] = tensors.pop(f"noise_{name}/bias")
     if net.input_noise:
         written = np.float32([head is not None for head in heads])
-        found["gates/weight"] = found["gates/weight"] * written[:, None]
-        found["gates/bias"] = found["gates/bias"] * written
-        found |= {"places": places.astype(np.int32), "frequencies": _frequencies(net.width)}
+        tensors["gates/weight"] = tensors["gates/weight"] * written[:, None]
+        tensors["gates/bias"] = tensors["gates/bias"] * written
+        tensors |= {"places": places.astype(np.int32), "frequencies": _frequencies(net.width)}
     for number in range(net.depth):
         own = _layer(blocks["blocks"], number) if net.scan else blocks[f"block_{number}"]
         part = renamed(plain(own), (("^mlp_", "mlp/"), ("^adalora", "early_adapter")))
-        found |= {f"block_{number}/{name}": value for name, value in part.items()}
+        tensors |= {f"block_{number}/{name}": value for name, value in part.items()}
     counts = [len(group.sites) for group in layout.groups]
     config = {
         "kind": "tokens",
@@ -100,7 +100,7 @@ def token_network(net: TokenHypernetwork, params: Params) -> Described:
             n * layout.components * g.width for n, g in zip(counts, layout.groups, strict=True)
         ],
     }
-    return config, found
+    return config, tensors
 
 
 def _layer(stacked: Params, number: int) -> Params:
@@ -154,15 +154,15 @@ def token_places(layout: TokenLayout) -> Int[np.ndarray, " d"]:
 
 def mlp_network(net: MlpDenoiser, params: Params) -> Described:
     """The paper's denoiser."""
-    found = renamed(
+    tensors = renamed(
         plain(params),
         ((r"^((?:en|de)code_\d+_\d+)/(in|out)/", r"\1/mlp/\2/"), ("/adalora/", "/late_adapter/")),
     )
-    for name in [name for name in found if "/modulation/" in name]:
-        half = len(found[name]) // 2  # shift, scale; a gate of 1
+    for name in [name for name in tensors if "/modulation/" in name]:
+        half = len(tensors[name]) // 2  # shift, scale; a gate of 1
         gate = np.ones if name.endswith("bias") else np.zeros
-        found[name] = np.concatenate(
-            [found[name], gate((half, *found[name].shape[1:]), np.float32)]
+        tensors[name] = np.concatenate(
+            [tensors[name], gate((half, *tensors[name].shape[1:]), np.float32)]
         )
     layers = ["norm_in", "in"]
     for stage in range(net.num_stages):
@@ -176,23 +176,23 @@ def mlp_network(net: MlpDenoiser, params: Params) -> Described:
         "adapters": net.conditioning == "adalora",
         "activation": ("silu", {}, 1.0),
     }
-    return config, {**found, "frequencies": _frequencies(net.width)}
+    return config, {**tensors, "frequencies": _frequencies(net.width)}
 
 
 def vae_decoder(vae: WeightVae, constants: Params) -> Described:
     """The decoder of the paper's VAE; latents of unit variance enter it."""
-    found = renamed(
+    tensors = renamed(
         plain({name: constants["vae"][name] for name in ("open", "decoder", "leave")}),
         (
             (r"^decoder/norm_(\d+)", r"block_\1/norm_mlp"),
             (r"^decoder/(in|out)_(\d+)", r"block_\2/mlp/\1"),
         ),
     )
-    weight = found["open/weight"]
-    found["open/bias"] = found["open/bias"] + weight @ np.asarray(constants["latent_mean"])
-    found["open/weight"] = weight * np.asarray(constants["latent_std"])
+    weight = tensors["open/weight"]
+    tensors["open/bias"] = tensors["open/bias"] + weight @ np.asarray(constants["latent_mean"])
+    tensors["open/weight"] = weight * np.asarray(constants["latent_std"])
     layers = ["open", *(f"block_{k}" for k in range(vae.depth)), "leave"]
-    return {"layers": layers, "activation": ("silu", {}, 1.0)}, found
+    return {"layers": layers, "activation": ("silu", {}, 1.0)}, tensors
 
 
 def closed_form(fitted: Fitted, constants: Params, embedding_dim: int) -> Described:

@@ -75,8 +75,8 @@ def described(hyper: Hypernetwork) -> Described:
     config, tensors = _generator(hyper)
     config["encoder"], own = _encoder(hyper.encoder)
     tensors |= own
-    if (known := hyper.constants.get("familiarity")) is not None:
-        tensors |= {f"familiarity/{k}": np.asarray(v, np.float32) for k, v in known.items()}
+    if (familiarity := hyper.constants.get("familiarity")) is not None:
+        tensors |= {f"familiarity/{k}": np.asarray(v, np.float32) for k, v in familiarity.items()}
     draw = hyper.default_draw
     return {"format": FORMAT, **config, "draw": draw._asdict(), **_lora(hyper)}, tensors
 
@@ -180,10 +180,10 @@ def _of_onnx(encoder: ForeignImageEncoder) -> JsonDict:
     session = onnxruntime.InferenceSession(encoder.source, providers=["CPUExecutionProvider"])
     first, outputs = session.get_inputs()[0].name, session.get_outputs()
     shape = (1, 3, *encoder.image_size) if encoder.channels_first else (1, *encoder.image_size, 3)
-    found = session.run(None, {first: np.zeros(shape, np.float32)})
-    pooled = next(n for n, value in enumerate(found) if value.ndim == 2)
-    width = found[pooled].shape[1]
-    tokens = [n for n, v in enumerate(found) if v.ndim == 3 and v.shape[2] == width][:1]
+    arrays = session.run(None, {first: np.zeros(shape, np.float32)})
+    pooled = next(n for n, value in enumerate(arrays) if value.ndim == 2)
+    width = arrays[pooled].shape[1]
+    tokens = [n for n, v in enumerate(arrays) if v.ndim == 3 and v.shape[2] == width][:1]
     return {"input": first, "outputs": [outputs[n].name for n in (pooled, *tokens)]}
 
 

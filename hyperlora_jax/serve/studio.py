@@ -218,7 +218,7 @@ class Studio:
 
     def _write(self, asked: Sequence[tuple[np.ndarray, int]]) -> list[Subject]:
         """Those with equally many pictures at once, always `SUBJECTS` of them."""
-        found: dict[int, Subject] = {}
+        subjects_of: dict[int, Subject] = {}
         for count in sorted({len(pictures) for pictures, _ in asked}):
             members = [n for n, (pictures, _) in enumerate(asked) if len(pictures) == count]
             rows = _filled(members, SUBJECTS)
@@ -230,9 +230,9 @@ class Studio:
             seconds = time.perf_counter() - start
             scores = self.hyper.familiarity_of(pooled)
             for k, n in enumerate(members):
-                known = None if scores is None else float(scores[k])
-                found[n] = Subject(vectors[k].copy(), known, seconds)
-        return [found[n] for n in range(len(asked))]
+                familiarity = None if scores is None else float(scores[k])
+                subjects_of[n] = Subject(vectors[k].copy(), familiarity, seconds)
+        return [subjects_of[n] for n in range(len(asked))]
 
     def _draw(self, asked: Sequence[_Drawing]) -> list[np.ndarray]:
         rows = _filled(asked, next(size for size in self._sizes if size >= len(asked)))

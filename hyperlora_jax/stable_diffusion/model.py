@@ -115,8 +115,8 @@ class StableDiffusion:
         Raises UserError as `from_pretrained` does.
         """
         root = single_file.base_folder(path)
-        found = loading.load_modules(root, jnp.float32, names)
-        modules = {name: module for name, (module, _) in found.items()}
+        loaded = loading.load_modules(root, jnp.float32, names)
+        modules = {name: module for name, (module, _) in loaded.items()}
         shaped = {name: module for name, module in modules.items() if name != "vae"}
         params = {name: param_shapes(module) for name, module in shaped.items()}
         return StableDiffusion(**modules, params=params, schedule=NoiseSchedule(), path=root)

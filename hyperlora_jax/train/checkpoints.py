@@ -46,10 +46,10 @@ def missing_files(folder: epath.Path) -> list[str]:
 def _object(file: epath.Path) -> Json:
     """A file's JSON object; an empty one where it was cut off."""
     try:
-        found = json.loads(file.read_text())
+        content = json.loads(file.read_text())
     except ValueError:
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def complete_steps(directory: epath.PathLike) -> list[int]:

@@ -28,8 +28,8 @@ def open_metrics(path: epath.PathLike, start_step: int) -> tuple[JsonLines, int]
     """The metrics file of a run that goes on from `start_step`, without the rows of lost steps;
     and the last step that had been logged."""
     rows = read_rows(path)
-    kept = [row for row in rows if row["step"] <= start_step]
-    return JsonLines(path, kept), max([start_step, *(row["step"] for row in rows)])
+    earlier = [row for row in rows if row["step"] <= start_step]
+    return JsonLines(path, earlier), max([start_step, *(row["step"] for row in rows)])
 
 
 def device_memory_gib() -> float | None:

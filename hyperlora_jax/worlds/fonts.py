@@ -123,14 +123,14 @@ class Fonts(NamedViews):
 
     @functools.cached_property
     def _fonts(self) -> dict[str, list[Font]]:
-        found: dict[str, list[Font]] = {split: [] for split in SPLITS}
+        by_split: dict[str, list[Font]] = {split: [] for split in SPLITS}
         for font in usable_fonts(self.folder):
-            found[self.split_of(font)].append(font)
-        for split, fonts in found.items():  # not by name: neighbours are of one family
+            by_split[self.split_of(font)].append(font)
+        for split, fonts in by_split.items():  # not by name: neighbours are of one family
             fonts.sort(key=lambda font: self.uniform("order", split, font.file))
             if not fonts:
                 raise UserError(f"{self.folder}: too few font families to hold some out")
-        return found
+        return by_split
 
 
 def fonts_folder() -> Path:
@@ -158,7 +158,7 @@ def usable_fonts(folder: Path) -> tuple[Font, ...]:
     """
     from fontTools.ttLib import TTFont
 
-    found, seen = [], set()
+    fonts, seen = [], set()
     files = sorted(file for kind in ("*.ttf", "*.otf") for file in folder.rglob(kind))
     for file in files:
         if _sha256(str(file)) in seen:
@@ -166,17 +166,17 @@ def usable_fonts(folder: Path) -> tuple[Font, ...]:
         seen.add(_sha256(str(file)))
         try:
             with TTFont(file, lazy=True) as font:
-                known = font.getBestCmap() or {}
+                characters = font.getBestCmap() or {}
                 family = font["name"].getDebugName(1) or file.stem
         except Exception:  # whatever a damaged file makes fontTools say: it is no usable font
             continue
-        if all(ord(c) in known for c in GLYPHS.values()) and _draws_letters(file):
-            found.append(Font(str(file.relative_to(folder)), family))
-    if not found:
+        if all(ord(c) in characters for c in GLYPHS.values()) and _draws_letters(file):
+            fonts.append(Font(str(file.relative_to(folder)), family))
+    if not fonts:
         raise UserError(
             f"{folder}: found {len(files)} font files, none with all of {len(GLYPHS)} glyphs"
         )
-    return tuple(found)
+    return tuple(fonts)
 
 
 def _draws_letters(file: Path) -> bool:

@@ -63,11 +63,11 @@ class HeadMesh:
     @functools.cached_property
     def of_part(self) -> dict[str, Bool[np.ndarray, " v"]]:
         """{group: which vertices belong to it}."""
-        found = {part: np.zeros(len(self.vertices), bool) for part in SHOWN}
+        masks = {part: np.zeros(len(self.vertices), bool) for part in SHOWN}
         parts = np.array(self.part_of)
-        for part, mask in found.items():
+        for part, mask in masks.items():
             mask[self.faces[parts == part]] = True
-        return found
+        return masks
 
 
 def data_folder() -> Path:
@@ -186,13 +186,13 @@ def _read_mask(
 
 def _controls(names: tuple[str, ...]) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
     """Opposite targets, those of the left and the right side together."""
-    found: dict[str, tuple[list[int], list[int]]] = {}
+    by_name: dict[str, tuple[list[int], list[int]]] = {}
     for row, name in enumerate(names):
         for minus, plus in OPPOSITES:
             other = re.sub(f"-{minus}$", f"-{plus}", name)
             if other != name and other in names:
                 key = re.sub(r"/[lr]-", "/", name.removesuffix(f"-{minus}"))
-                sides = found.setdefault(f"{key} {plus}", ([], []))
+                sides = by_name.setdefault(f"{key} {plus}", ([], []))
                 sides[0].append(row)
                 sides[1].append(names.index(other))
-    return {name: (tuple(minus), tuple(plus)) for name, (minus, plus) in found.items()}
+    return {name: (tuple(minus), tuple(plus)) for name, (minus, plus) in by_name.items()}
