@@ -32,7 +32,7 @@ from hyperlora_jax.evaluate.methods import fingerprint, lora_method
 from hyperlora_jax.evaluate.own_source import ChosenDefaults, check_source, report_folder
 from hyperlora_jax.evaluate.protocol import check_disjoint
 from hyperlora_jax.evaluate.report import comparison_file
-from hyperlora_jax.evaluate.report.html_page import ReportFiles, write_report
+from hyperlora_jax.evaluate.report.html_page import ReportFiles, standard_figures, write_report
 from hyperlora_jax.evaluate.report.story import lead, story
 from hyperlora_jax.evaluate.report.summary import summarise
 from hyperlora_jax.evaluate.sample_cache import SampleCache
@@ -269,13 +269,12 @@ class Evaluation:
     ) -> Json:
         """The content of metrics.json."""
         defaults = [self.defaults.line("the checkpoint")] if self.defaults else []
-        return summarise(
+        numbers = summarise(
             results,
             self.test,
             self.validation,
             torch_parity=torch_parity,
             seconds={**self.seconds, **(seconds or {})},
-            sections=sections,
             further=further_scores(self.further, {n: r.images for n, r in results.items()}),
             judges=self.exam.judged(results),
             facts={
@@ -296,6 +295,7 @@ class Evaluation:
                 "config": self.config.to_dict(),
             },
         )
+        return {**numbers, **(sections or {})}
 
     def report(
         self,
@@ -318,13 +318,14 @@ class Evaluation:
         files = write_report(
             folder,
             summary,
-            results,
-            self.test,
+            [
+                *standard_figures(self.test, results),
+                *(figure for section in shown for figure in section.figures),
+            ],
             title=title,
             lead=lead(self.test),
             done=story(summary),
             page_name=page_name,
-            extra_figures=[figure for section in shown for figure in section.figures],
         )
         return summary, files
 

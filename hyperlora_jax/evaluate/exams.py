@@ -253,16 +253,16 @@ def open_exam(
     )
     validation, test = make_picture_sets(
         people,
-        str(source),
         sizes,
         prompts=tuple(section.prompts),
-        split_seed=config.data.split_seed,
         identity_seed=section.identity_seed,
         training_ids=training_ids,
         strangers=strangers,
         seen=_seen(listed, condition),
     )
     facts = {
+        "source": str(source),
+        "split_seed": config.data.split_seed,
         "judge": chosen.main,
         "judge_hash": chosen.encoders[chosen.main].hash,
         "judge_is_condition_encoder": chosen.main in chosen.leaky,

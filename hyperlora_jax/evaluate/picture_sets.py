@@ -104,11 +104,9 @@ def parted(person: Subject, num_views: int) -> tuple[tuple[bytes, ...], tuple[by
 
 def make_picture_sets(
     people: Sequence[Subject],
-    source: str,
     sizes: Sizes,
     *,
     prompts: Sequence[str] = (),
-    split_seed: int = 0,
     identity_seed: int = 0,
     training_ids: frozenset[str] = frozenset(),
     strangers: Sequence[Subject] = (),
@@ -120,9 +118,8 @@ def make_picture_sets(
       people: held-out subjects with at least two pictures each: the first `sizes.num_validation`
         choose strengths, the next `sizes.num_identities` are tested. `exams.py` makes sizes
         fit.
-      source: what the image set is called in facts.
       prompts: tried in turn; without any, every subject's own captions.
-      split_seed: that `people` were put in order by; identity_seed: draws noise and candidates.
+      identity_seed: draws noise and candidates.
       training_ids: who was trained on.
       strangers: more subjects to tell a true one apart from, where `people` are too few.
       seen: what the condition encoder is shown of a subject; None: its views.
@@ -137,9 +134,7 @@ def make_picture_sets(
     for number, (chosen, rest) in enumerate(((validation, test), (test, validation))):
         split = ("validation", "test")[number]
         facts = {
-            "source": source,
             "split": split,
-            "split_seed": split_seed,
             "identity_seed": identity_seed,
             **dataclasses.asdict(dataclasses.replace(sizes, num_identities=len(chosen))),
             "checked_against": len(training_ids),

@@ -58,20 +58,14 @@ def test_a_copied_training_identity_is_found(avatars, test_set):
 
 def run(test_set, avatars, pictures, generated, training_ids=frozenset()):
     training = np.asarray(vectorize.flatten(random_loras(8), SPEC))
-    found = analysis.standard_sections(
-        sd=Recorder(),
-        spec=SPEC,
-        avatars=avatars,
-        test=test_set,
-        generated=generated,
-        conventional=factors.index(random_loras(6), slice(3)),
-        training=training,
-        training_ids=training_ids,
-        pictures=pictures,
-        strength=1.0,
-        num_steps=2,
-    )
-    return {section.name: section for section in found}
+    conventional = factors.index(random_loras(6), slice(3))
+    made = [
+        *analysis.copies_section(
+            SPEC, avatars, test_set, generated, pictures, training, training_ids
+        ),
+        *analysis.weight_sections(Recorder(), test_set, generated, conventional, 1.0, 2),
+    ]
+    return {section.name: section for section in made}
 
 
 def test_sections_about_generated_loras(test_set, avatars):

@@ -114,20 +114,18 @@ def _files(test_set, validation_set, probe, tmp_path_factory):
         torch_parity={"max_abs_diff": 2e-7, "unexpected_keys": 0, "missing_keys": 0},
         seconds={"sampling": 83.0, "generate_one_lora": 0.002, "fit_one_lora": 3.4},
         facts={"base": "tiny-sd", "base_hash": "0" * 64, "config": {"a": "long " * 200}},
-        sections={section.name: section.numbers for section in shown},
         further={"lpips": {name: result.scores.error for name, result in results.items()}},
         judges=judges,
-    )
+    ) | {section.name: section.numbers for section in shown}
+    more = [figure for section in shown for figure in section.figures]
     return html_page.write_report(
         folder,
         summary,
-        results,
-        test_set,
+        [*html_page.standard_figures(test_set, results), *more],
         title="Zero-shot LoRAs, evaluated",
         lead="LoRAs for 6 identities that were never trained on.",
         done=["A paragraph about what was done, and with what."] * 3,
         page_name="index.html",
-        extra_figures=[figure for section in shown for figure in section.figures],
     )
 
 

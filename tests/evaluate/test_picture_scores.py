@@ -41,7 +41,6 @@ def subject(number):
 def _sets():
     return make_picture_sets(
         in_order(map(subject, range(8)), 0),
-        "colours",
         Sizes(num_identities=5, num_validation=3, num_captions=4, num_views=2, num_candidates=8),
     )
 
@@ -120,9 +119,8 @@ def test_the_report_says_what_was_measured(sets, results, tmp_path):
     assert "clip_text" in summary["differences"]["base"]
     cases = figures.worst_cases(test, results["shuffled"])
     assert [c.mistaken_for for c in cases] == [(c.identity - 1) % 5 for c in cases]
-    files = html_page.write_report(
-        tmp_path, summary, results, test, title="t", lead="l", done=[], num_rows=3
-    )
+    shown = html_page.standard_figures(test, results, num_rows=3)
+    files = html_page.write_report(tmp_path, summary, shown, title="t", lead="l", done=[])
     page = files.page.read_text()
     assert "pictures the judge finds most similar" in page and "error (MSE)" not in page
 
@@ -136,7 +134,7 @@ def test_means_are_over_what_a_subject_has():
         for own, n in zip(map(subject, range(4)), counts, strict=True)
     ]
     sizes = Sizes(num_identities=4, num_validation=0, num_captions=3, num_views=3, num_candidates=4)
-    _, test = make_picture_sets(people, "colours", sizes)
+    _, test = make_picture_sets(people, sizes)
     assert [len(own) for own in test.gallery] == [3, 1, 1, 1]
     scores = PictureScorer(MeanColour())(test, test.others)
     own = np.stack([judges.unit(MeanColour().encode(g / 255.0)[0]).mean(0) for g in test.gallery])

@@ -34,9 +34,7 @@ PEOPLE = [subject(name) for name in ("anna", "bert", "carl", "dora", "emil", "fr
 
 def sets(people=PEOPLE, split_seed=0, training_ids=frozenset(), sizes=SIZES, **asked):
     ordered = in_order(held_out(people, training_ids), split_seed)
-    return make_picture_sets(
-        ordered, "faces", sizes, split_seed=split_seed, training_ids=training_ids, **asked
-    )
+    return make_picture_sets(ordered, sizes, training_ids=training_ids, **asked)
 
 
 def test_methods_never_see_what_judges_compare_with():
@@ -62,7 +60,7 @@ def test_methods_never_see_what_judges_compare_with():
 def test_everybody_keeps_a_number_of_pictures_of_their_own():
     people = [subject(f"p{count}", count) for count in (2, 3, 6, 9)]
     every = dataclasses.replace(SIZES, num_identities=4, num_validation=0)
-    validation, test = make_picture_sets(people, "faces", every)
+    validation, test = make_picture_sets(people, every)
     assert validation is None
     assert [len(own) for own in test.views] == [1, 2, 2, 2]
     assert [len(own) for own in test.gallery] == [1, 1, 4, 7]
@@ -73,7 +71,7 @@ def test_everybody_keeps_a_number_of_pictures_of_their_own():
     assert [len(own) for own in swapped.gallery] == [4, 1, 1, 7]
     assert [len(own) for own in swapped.views] == [2, 1]
     # Shapes differ now, so what was drawn for other pictures must not be found again.
-    other = make_picture_sets(people[::-1], "faces", every)[1]
+    other = make_picture_sets(people[::-1], every)[1]
     assert cache_key("f", other, 1.0) != cache_key("f", test, 1.0)
 
 
@@ -104,7 +102,7 @@ def test_the_encoder_is_shown_pictures_of_its_own_size():
 def test_others_to_tell_apart_may_have_been_trained_on():
     sizes = Sizes(num_identities=1, num_validation=0, num_captions=2, num_views=2, num_candidates=3)
     _, test = make_picture_sets(
-        PEOPLE[:1], "faces", sizes, training_ids=frozenset({"bert", "carl"}), strangers=PEOPLE[1:3]
+        PEOPLE[:1], sizes, training_ids=frozenset({"bert", "carl"}), strangers=PEOPLE[1:3]
     )
     assert len(test.gallery) == 3 and sorted(test.candidates[0]) == [0, 1, 2]
 
@@ -150,4 +148,4 @@ def test_another_name_of_a_trained_identity_is_no_newcomer():
 
 def test_somebody_who_was_trained_on_is_refused():
     with pytest.raises(UserError, match="1 of 7 identities were trained on"):
-        make_picture_sets(PEOPLE, "faces", SIZES, training_ids=frozenset({"emil"}))
+        make_picture_sets(PEOPLE, SIZES, training_ids=frozenset({"emil"}))

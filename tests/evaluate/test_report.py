@@ -48,15 +48,14 @@ def summary(results, test_set, validation_set):
 def files(results, summary, test_set, tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     chart = charts.histogram_chart({"a": [0.0, 1.0], "b": [1.0, 2.0]}, "distance")
+    extra = html_page.Figure("extra", chart, "An extra chart.", "Extra")
     return html_page.write_report(
         folder,
         summary,
-        results,
-        test_set,
+        [*html_page.standard_figures(test_set, results), extra],
         title="A <title>",
         lead="Lead.",
         done=["Paragraph."],
-        extra_figures=[html_page.Figure("extra", chart, "An extra chart.", "Extra")],
     )
 
 

@@ -15,6 +15,7 @@ from hyperlora_jax.evaluate.audits.memorisation import image_memorisation
 from hyperlora_jax.evaluate.audits.quality_curves import quality_curves
 from hyperlora_jax.evaluate.compare import MethodResult
 from hyperlora_jax.evaluate.exams import RENDERS
+from hyperlora_jax.evaluate.methods import sample_images
 from hyperlora_jax.evaluate.picture_sets import AnySet
 from hyperlora_jax.evaluate.protocol import EvaluationSet, Questions
 from hyperlora_jax.evaluate.report import sections
@@ -41,20 +42,19 @@ def all_sections(evaluation: Any, results: Mapping[str, MethodResult]) -> list[S
     all_of_them: list[Section] = []
     fitted = loras("conventional", evaluation.test) if "conventional" in results else None
     if "generated" in results:
-        all_of_them += standard_sections(
-            sd=evaluation.sd,
-            spec=evaluation.spec,
-            avatars=evaluation.exam.avatars,
-            test=evaluation.test,
-            generated=loras("generated", evaluation.test),
-            conventional=fitted,
-            training=evaluation.context.vectors,
-            training_ids=frozenset(evaluation.hyper.facts.get("trained_on", ())),
-            pictures=results["generated"].images,
-            strength=results["generated"].strength,
-            num_steps=evaluation.sampling["num_steps"],
-            renders=evaluation.scratch / RENDERS,
+        generated, test = loras("generated", evaluation.test), evaluation.test
+        strength, num_steps = results["generated"].strength, evaluation.sampling["num_steps"]
+        all_of_them += copies_section(
+            evaluation.spec,
+            evaluation.exam.avatars,
+            test,
+            generated,
+            results["generated"].images,
+            evaluation.context.vectors,
+            frozenset(evaluation.hyper.facts.get("trained_on", ())),
+            evaluation.scratch / RENDERS,
         )
+        all_of_them += weight_sections(evaluation.sd, test, generated, fitted, strength, num_steps)
         all_of_them += _confidence(evaluation, results["generated"])
     metrics_file = evaluation.workdir / "metrics.jsonl"
     if metrics_file.exists():
@@ -65,24 +65,26 @@ def all_sections(evaluation: Any, results: Mapping[str, MethodResult]) -> list[S
     conventional = results["conventional"]
     count = min(wanted.num_identities, factors.num_loras(fitted))
     questions = evaluation.test.first(count)
-    starts = {
-        name: factors.scale(loras(name, questions), results[name].strength / conventional.strength)
-        for name in STARTS
-        if name in results
-    }
-    took = evaluation.seconds_per_lora(evaluation.hyper) * count
+    took = {"generated": evaluation.seconds_per_lora(evaluation.hyper) * count}
+    starts = {}
+    for name in [name for name in STARTS if name in results]:
+        strength = results[name].strength / conventional.strength
+        starts[name] = factors.scale(loras(name, questions), strength), took.get(name, 0.0)
+
+    def score(fitted: Params) -> Mapping[str, np.ndarray]:
+        images = sample_images(
+            evaluation.sampler, questions, fitted, conventional.strength, **evaluation.sampling
+        )
+        return evaluation.exam.score(questions, images).columns()
+
     curves = quality_curves(
         evaluation.sd,
-        evaluation.sampler,
         evaluation.spec,
         evaluation.context.fitted.recipe,
         questions,
         starts,
-        evaluation.exam.score,
-        strength=conventional.strength,
-        sampling=evaluation.sampling,
+        score,
         checkpoints=evaluation.checkpoints,
-        start_seconds={"generated": took},
         mesh=evaluation.mesh if evaluation.mesh.size > 1 else None,
     )
     return [*all_of_them, sections.steps_section(curves, conventional.scores.top1[:count])]
@@ -101,31 +103,24 @@ def _needed(results: Mapping[str, MethodResult]) -> list[str]:
     return [name for name in (*STARTS, "conventional") if name in results]
 
 
-def standard_sections(
-    *,
-    sd: StableDiffusion,
+def copies_section(
     spec: LoraSpec,
     avatars: World | None,
     test: AnySet,
     generated: Params,
-    conventional: Params | None,
+    pictures: Float[np.ndarray, "i c h w 3"],
     training: Float[np.ndarray, "m d"] | None,
     training_ids: frozenset[str],
-    pictures: Float[np.ndarray, "i c h w 3"],
-    strength: float,
-    num_steps: int,
     renders: Path | None = None,
 ) -> Iterator[Section]:
-    """The sections about generated LoRAs, where nothing is fitted.
+    """Whether generated LoRAs copy those of training; nothing where there are too few of them.
 
     Args:
         avatars: the world of the exact pictures, None where there are none.
         generated: one LoRA per test identity.
-        conventional: fitted LoRAs of the first test identities.
+        pictures: what they drew.
         training: LoRA vectors the hypernetwork could have copied, None where there are none.
         training_ids: identities it was trained on; their exact renders are the audit's suspects.
-        pictures: what the generated LoRAs drew, at `strength`.
-        num_steps: sampling steps of the strip between two people.
         renders: folder that keeps exact pictures.
     """
     if training is not None and len(training) >= 4:
@@ -140,6 +135,18 @@ def standard_sections(
             if suspects.shape[2]:
                 images = image_memorisation(pictures, test.exact, suspects)
         yield sections.memorisation_section(generated, training_loras, images)
+
+
+def weight_sections(
+    sd: StableDiffusion,
+    test: AnySet,
+    generated: Params,
+    conventional: Params | None,
+    strength: float,
+    num_steps: int,
+) -> Iterator[Section]:
+    """Generated weights beside fitted ones (of the first test identities), and the way between two
+    people, drawn at a strength in so many steps."""
     if conventional is not None:
         count = factors.num_loras(conventional)
         yield sections.weight_section(factors.index(generated, slice(count)), conventional)

@@ -20,15 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from hyperlora_jax.array_types import AnyArray, ArrayTree, Float, Int, Json, Params
+from hyperlora_jax.array_types import AnyArray, ArrayTree, Float, Int, Params
 from hyperlora_jax.distill import slots as slot_state
 from hyperlora_jax.distill.fit import spread
 from hyperlora_jax.distill.parametrisations import Factors
 from hyperlora_jax.distill.slots import Recipe, Slots
 from hyperlora_jax.errors import UserError
-from hyperlora_jax.evaluate.compare import Scorer
 from hyperlora_jax.evaluate.fitted_sets import encode_views, most_views
-from hyperlora_jax.evaluate.methods import sample_images
 from hyperlora_jax.evaluate.metrics import Estimate, clustered_mean, paired_ratio
 from hyperlora_jax.evaluate.protocol import Questions
 from hyperlora_jax.lora import factors
@@ -179,31 +177,24 @@ NAMES = {"mean_lora": "mean", "generated": "hypernetwork"}
 
 def quality_curves(
     sd: StableDiffusion,
-    sampler: StableDiffusion,
     spec: LoraSpec,
     recipe: Recipe,
     questions: Questions,
-    starts: Mapping[str, Params],
-    judge: Scorer,
+    starts: Mapping[str, tuple[Params, float]],
+    score: Score,
     *,
-    strength: float,
-    sampling: Json,
     checkpoints: Sequence[int],
-    start_seconds: Mapping[str, float] | None = None,
     mesh: Mesh | None = None,
 ) -> dict[str, Curve]:
     """One curve per start.
 
     Args:
-        sd: the base model to fit on; `sampler` the same to draw with (`sharding.on_mesh`).
+        sd: the base model to fit on.
         questions: the identities to fit; every one is fitted to all its views.
-        starts: {name of a method: LoRA tree with leading axis i}; the recipe's own start, zero, is
-            added to them.
-        judge: scores pictures.
-        strength: of every LoRA when it is scored, the best one of the conventional fit.
-        sampling: keyword arguments of `sample_images`.
+        starts: {name of a method: (LoRA tree with leading axis i, seconds that it took to make)};
+            the recipe's own start, zero, is added to them.
+        score: of LoRAs with leading axis i.
         checkpoints: steps at which to score, from 0; see `fitting_checkpoints`.
-        start_seconds: what it took to make a start.
         mesh: devices of this process to share identities out over; processes share them too.
     """
     parametrisation = Factors(spec, recipe.alpha, recipe.init_seed)
@@ -226,12 +217,10 @@ def quality_curves(
         return slots
 
     def scores(slots: Slots) -> dict[str, np.ndarray]:
-        loras = factors.scale(shared_work.gathered(count, slots.params), scale)
-        images = sample_images(sampler, questions, loras, strength, **sampling)
-        return judge(questions, images).columns()
+        return dict(score(factors.scale(shared_work.gathered(count, slots.params), scale)))
 
     curves = {}
-    for method, start in [("zero", None), *starts.items()]:
+    for method, (start, seconds) in [("zero", (None, 0.0)), *starts.items()]:
         name = NAMES.get(method, method)
         params = loaded.params
         if start is not None:
@@ -252,7 +241,6 @@ def quality_curves(
                 slots = step(slots, base)
             return slots, time.perf_counter() - began
 
-        seconds = (start_seconds or {}).get(method, 0.0)
         curves[name] = run_curve(slots, advance, scores, checkpoints, seconds)
     return curves
 

@@ -58,31 +58,25 @@ class ReportFiles:
 def write_report(
     folder: epath.PathLike,
     summary: Json,
-    results: Mapping[str, MethodResult],
-    test: AnySet,
+    shown: Sequence[Figure],
     *,
     title: str,
     lead: str,
     done: Sequence[str],
     page_name: str = "report.html",
-    extra_figures: Sequence[Figure] = (),
-    num_rows: int = 6,
 ) -> ReportFiles:
-    """Writes the page, metrics.json, grid.png, worst.png and the charts into `folder`; of several
-    processes the first one does.
+    """Writes the page, metrics.json and the figures as NAME.png into `folder`; of several processes
+    the first one does.
 
     Args:
       folder: made if missing.
       summary: of `summary.summarise`.
-      results, test: what it was made from.
+      shown: `standard_figures` and more.
       title, lead: heading and the sentence under it.
       done: paragraphs that say what was done.
       page_name: e.g. report.html or index.html.
-      extra_figures: more pictures for the page.
-      num_rows: rows of grid.png.
     """
     target = epath.Path(folder)
-    shown = [*standard_figures(test, results, num_rows), *extra_figures]
     pictures = {figure.name: target / f"{figure.name}.png" for figure in shown}
     files = ReportFiles(target / page_name, target / "metrics.json", pictures)
     if not multihost.is_first():

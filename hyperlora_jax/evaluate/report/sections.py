@@ -1,8 +1,8 @@
 """Further sections of the report: each gives its numbers (JSON-able) and its figures.
 
 section = memorisation_section(generated, training)
-summary = summarise(..., sections={section.name: section.numbers})
-write_report(..., extra_figures=section.figures)
+summary = summarise(...) | {section.name: section.numbers}
+write_report(folder, summary, [*standard_figures(...), *section.figures], ...)
 """
 
 import dataclasses

@@ -26,7 +26,6 @@ def summarise(
     torch_parity: Mapping[str, object] | None = None,
     seconds: Mapping[str, float] | None = None,
     facts: Json | None = None,
-    sections: Mapping[str, object] | None = None,
     further: Columns | None = None,
     judges: Mapping[str, object] | None = None,
 ) -> Json:
@@ -38,7 +37,6 @@ def summarise(
       torch_parity: {"max_abs_diff", "unexpected_keys", "missing_keys"} of the exported files.
       seconds: per stage, and generate_one_lora and fit_one_lora.
       facts: more to record (base hash, checkpoint, seeds).
-      sections: {name: numbers} of `sections.py` (memorisation, weights, steps_to_quality).
       further: scores beside those of `results` (lpips, clip_text).
       judges: of `judges.similarity_numbers`.
     """
@@ -66,9 +64,7 @@ def summarise(
         caption = {n: score.caption for n, score in scores.items() if isinstance(score, Scores)}
         summary["caption_all_parts"] = {n: _mean(caption[n].min(axis=2)) for n in names}
         summary["caption_parts"] = {n: _per_part(caption[n], test) for n in names}
-    if judges:
-        summary["judges"] = dict(judges)
-    return {**summary, **(sections or {})}
+    return {**summary, "judges": dict(judges)} if judges else summary
 
 
 def paired(scores: Mapping[str, AnyScores]) -> Json:
