@@ -13,7 +13,7 @@ import re
 import zipfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -51,7 +51,6 @@ class BaseModel:
 
 
 if TYPE_CHECKING:
-    import torch
 
     class LoadedBase(Protocol):
         """A base in memory, as a StableDiffusion is."""
