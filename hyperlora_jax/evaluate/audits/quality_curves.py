@@ -216,8 +216,8 @@ def quality_curves(
         jax.block_until_ready(losses)
         return slots
 
-    def scores(slots: Slots) -> dict[str, np.ndarray]:
-        return dict(score(factors.scale(shared_work.gathered(count, slots.params), scale)))
+    def scores(slots: Slots) -> Mapping[str, AnyArray]:
+        return score(factors.scale(shared_work.gathered(count, slots.params), scale))
 
     curves = {}
     for method, (start, seconds) in [("zero", (None, 0.0)), *starts.items()]:
