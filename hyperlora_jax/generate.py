@@ -94,7 +94,6 @@ def generate_files(
     num_samples: int = 1,
     draw: Json | None = None,
     edits: Edits | None = None,
-    format: str = "kohya",
     **writing: Any,
 ) -> list[Written]:
     """A file per subject and sample, in the order of the subjects.
@@ -130,7 +129,7 @@ def generate_files(
             for sample in range(num_samples)
         ]
         flat = [path for own in paths for path in own]
-        files = _write(hyper, loras, edits, flat, texts, strength, format=format, **writing)
+        files = _write(hyper, loras, edits, flat, texts, strength, **writing)
         for k, n in enumerate(members):
             own = files[k * num_samples : (k + 1) * num_samples]
             written[n] = [Written(path, outs[n].stem, familiar[k], strength) for path in own]
@@ -185,7 +184,7 @@ def _write(
     if edits is not None:
         loras, spec = edit(loras, *edits)
         texts = [{**text, "edits": json.dumps(dict(edits[1]))} for text in texts]
-        if writing["format"] == "weights2weights":  # which holds no more than rank 1
+        if writing.get("format") == "weights2weights":  # which holds no more than rank 1
             loras, spec = gauge.truncate(loras, spec, 1)
     try:
         return save_loras(

@@ -7,6 +7,7 @@ exactly (rank r₁ + r₂) or cut to a rank by SVD. Many users are refined at on
 (`distill/fit.py`).
 """
 
+import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -38,18 +39,30 @@ RECIPE = Recipe(num_steps=NUM_STEPS, images_per_step=4, learning_rate=1e-2)
 MAX_SLOTS = 16
 
 
+@dataclasses.dataclass(frozen=True)
+class Refinement:
+    """How LoRAs are refined.
+
+    Attributes:
+        rank: r₂, of what is added.
+        keep_rank: cut the sum to this rank; None keeps it exactly.
+    """
+
+    recipe: Recipe = RECIPE
+    rank: int = 4
+    keep_rank: int | None = None
+    seed: int = 0
+
+
 def refine_loras(
     sd: StableDiffusion,
     spec: LoraSpec,
     loras: Sequence[Params] | Params,
     load: Callable[[int], ConceptArrays],
+    how: Refinement = Refinement(),
     *,
-    recipe: Recipe = RECIPE,
-    rank: int = 4,
-    keep_rank: int | None = None,
     num_slots: int = MAX_SLOTS,
     max_images: int | None = None,
-    seed: int = 0,
     progress: str | None = "refine",
 ) -> tuple[Params, LoraSpec]:
     """Refines a batch of LoRAs.
@@ -59,8 +72,6 @@ def refine_loras(
         spec: sites of the LoRAs.
         loras: single LoRAs, or a tree with leading axis l.
         load: number of a LoRA → (latents [m, h, w, c], text conditions) of its m pictures.
-        rank: r₂, of what is added.
-        keep_rank: cut the sum to this rank; None keeps it exactly.
         num_slots: how many are refined at once.
         max_images: most pictures that one of them has; None: as many as the first.
 
@@ -70,6 +81,7 @@ def refine_loras(
     Raises:
         UserError: see `fit_loras`; a rank below 1.
     """
+    recipe, rank, keep_rank = how.recipe, how.rank, how.keep_rank
     if rank < 1 or (keep_rank is not None and keep_rank < 1):
         raise UserError(f"refine: ranks must be at least 1. Got: {rank=} and {keep_rank=}")
     singles = list(loras) if isinstance(loras, Sequence) else _unstacked(loras)
@@ -80,7 +92,7 @@ def refine_loras(
         parametrisation,
         recipe,
         Concepts(range(len(singles)), load, lambda number: singles[number], max_images),
-        Plan(num_slots, steps_per_call=recipe.num_steps, seed=seed, progress=progress),
+        Plan(num_slots, steps_per_call=recipe.num_steps, seed=how.seed, progress=progress),
     )
     done = {result.index: result.lora for result in fitted}
     joined, joint_spec = [done[k] for k in range(len(singles))], parametrisation.spec
@@ -104,12 +116,9 @@ def refine_files(
     lora: str | Path,
     images: str | Path,
     out: str | Path,
+    how: Refinement = Refinement(),
     *,
     caption: str = "",
-    recipe: Recipe = RECIPE,
-    rank: int = 4,
-    keep_rank: int | None = None,
-    seed: int = 0,
     encoder: str | Path | None = None,
     **writing: Any,
 ) -> list[Path]:
@@ -154,17 +163,14 @@ def refine_files(
         spec,
         [single for single, _ in read],
         lambda number: concepts[number],
-        recipe=recipe,
-        rank=rank,
-        keep_rank=keep_rank,
+        how,
         num_slots=min(len(files), MAX_SLOTS),
         max_images=max(len(latents) for latents, _ in concepts),
-        seed=seed,
     )
     written = []
     for k, file in enumerate(files):
         header = carried(read_metadata(file))
-        facts = {"base": base, "base_hash": sd.base_hash, "refined_steps": recipe.num_steps}
+        facts = {"base": base, "base_hash": sd.base_hash, "refined_steps": how.recipe.num_steps}
         path = Path(out) / file.name if many else Path(out)
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -13,7 +13,7 @@ from hyperlora_jax.lora import factors, losses
 from hyperlora_jax.lora.sites import LoraSite, LoraSpec, spec_from_shapes, validate
 from hyperlora_jax.lora_files import load_lora, read_metadata, save_lora
 from hyperlora_jax.pictures.pictures import encode_png
-from hyperlora_jax.refine import refine_loras
+from hyperlora_jax.refine import Refinement, refine_loras
 from hyperlora_jax.stable_diffusion.denoising_loss import Denoiser, denoising_error
 from hyperlora_jax.stable_diffusion.embedded import load_base
 from hyperlora_jax.stable_diffusion.model import StableDiffusion
@@ -60,7 +60,7 @@ def _refined(world):
     sd, spec, concepts, generated = world
     recipe = Recipe(num_steps=25, images_per_step=2, learning_rate=2e-2)
     return refine_loras(
-        sd, spec, generated, lambda k: concepts[k], recipe=recipe, rank=3, num_slots=2,
+        sd, spec, generated, lambda k: concepts[k], Refinement(recipe, 3), num_slots=2,
         progress=None,
     )  # fmt: skip
 
@@ -101,13 +101,13 @@ def test_keep_rank_is_the_best_cut_of_the_sum(world, refined):
     lora = refined[0]
     recipe = Recipe(num_steps=25, images_per_step=2, learning_rate=2e-2)
     cut, kept_spec = refine_loras(
-        sd, spec, generated, lambda k: concepts[k], recipe=recipe, rank=3, keep_rank=4,
+        sd, spec, generated, lambda k: concepts[k], Refinement(recipe, 3, 4),
         num_slots=2, progress=None,
     )  # fmt: skip
     assert kept_spec.max_rank == 4
     assert np.all(losses.relative_delta_error(cut, lora) < 0.2)
     with pytest.raises(UserError, match="ranks must be at least 1"):
-        refine_loras(sd, spec, generated, lambda k: concepts[k], rank=0)
+        refine_loras(sd, spec, generated, lambda k: concepts[k], Refinement(rank=0))
 
 
 def test_every_lora_is_refined_on_its_own_number_of_pictures(world):
@@ -122,8 +122,8 @@ def test_every_lora_is_refined_on_its_own_number_of_pictures(world):
     def refined(numbers):
         most = max(len(own[k][0]) for k in numbers)
         lora, _ = refine_loras(
-            sd, spec, [singles[k] for k in numbers], lambda k: own[numbers[k]], recipe=recipe,
-            rank=2, num_slots=1, max_images=most, progress=None,
+            sd, spec, [singles[k] for k in numbers], lambda k: own[numbers[k]],
+            Refinement(recipe, 2), num_slots=1, max_images=most, progress=None,
         )  # fmt: skip
         return lora
 

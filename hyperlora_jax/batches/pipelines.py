@@ -108,7 +108,7 @@ def check_numbers(num_references: int | Sequence[int], num_targets: int) -> tupl
     return pair[0], pair[1]
 
 
-def subject_batches(
+def subject_batches(  # noqa: PLR0913
     references: Ragged | None,
     targets: Ragged | None,
     batch_size: int,

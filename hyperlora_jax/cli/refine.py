@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Writes one file per LoRA."""
     from hyperlora_jax.distill.slots import Recipe
-    from hyperlora_jax.refine import refine_files
+    from hyperlora_jax.refine import Refinement, refine_files
     from hyperlora_jax.stable_diffusion.embedded import load_base
 
     base = args.base or _base_of(args.lora)
@@ -54,11 +54,8 @@ def run(args: argparse.Namespace) -> int:
         args.lora,
         args.images,
         args.out,
+        Refinement(recipe, args.rank, args.keep_rank, args.seed),
         caption=args.caption,
-        recipe=recipe,
-        rank=args.rank,
-        keep_rank=args.keep_rank,
-        seed=args.seed,
         encoder=args.encoder,
         format=args.format,
         dtype=args.dtype,

@@ -175,7 +175,7 @@ class EvaluationSet(Questions):
         return unit_pixels(self.pool[self.candidates[index][None, :], captions])
 
 
-def make_evaluation_set(
+def make_evaluation_set(  # noqa: PLR0913
     avatars: World,
     *,
     split: str = "test",

@@ -7,7 +7,6 @@ width fan_in (down) or out (up), bucketed by width so that shapes stay static.
 """
 
 import functools
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -60,30 +59,6 @@ def tokens(lora: Params, spec: LoraSpec) -> dict[int, Float[Array, "*l n width"]
         rows.setdefault(site.fan_in, []).append(jnp.swapaxes(down, -1, -2))
         rows.setdefault(site.out_features, []).append(jnp.asarray(pair["up"]))
     return {width: jnp.concatenate(rows[width], axis=-2) for width in sorted(rows)}
-
-
-@functools.partial(jax.jit, static_argnames="spec", inline=True)
-def untokens(values: Mapping[int, Float[AnyArray, "*l n width"]], spec: LoraSpec) -> Params:
-    """Exact inverse of `tokens`."""
-    used = dict.fromkeys(values, 0)
-    pairs = {}
-
-    def take(width: int, count: int) -> AnyArray:
-        start = used[width]
-        used[width] += count
-        return values[width][..., start : start + count, :]
-
-    for site in spec.sites:
-        down = jnp.swapaxes(take(site.fan_in, site.rank), -1, -2)
-        up = take(site.out_features, site.rank)
-        pairs[site.path] = {
-            "down": down.reshape(*down.shape[:-2], *site.down_shape),
-            "up": jnp.asarray(up),
-        }
-    left = {width: rows.shape[-2] - used[width] for width, rows in values.items()}
-    if any(left.values()):
-        raise ValueError(f"untokens: tokens left over by width {left}; the spec is another one")
-    return tree_from_sites(pairs)
 
 
 class Whitening(NamedTuple):

@@ -232,7 +232,7 @@ def _suffixed(path: Path) -> Path:
     return path if path.suffix == ".safetensors" else path.with_name(f"{path.name}.safetensors")
 
 
-def save_loras(
+def save_loras(  # noqa: PLR0913
     paths: Sequence[str | os.PathLike[str]],
     loras: Params,
     spec: LoraSpec,

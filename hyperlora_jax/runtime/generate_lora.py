@@ -19,7 +19,7 @@ import io
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,6 @@ from PIL import Image, ImageOps
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-Factors = Sequence[tuple[Tensor, Tensor]]  # (down, up) of every site
-Picture = str | Path | bytes | Image.Image
 Given = tuple[Tensor, Tensor]  # what is known of l subjects: pooled [l, e], tokens [l, n, e]
 Tree = dict[str, Any]  # weights by name: of parts, of layers, at last {"weight": …, "bias": …}
 
@@ -50,7 +48,7 @@ def naming(what: object) -> Iterator[None]:
         raise WrongInput(f"{what}: {reason}") from None
 
 
-def read_picture(source: Picture, size: Sequence[int]) -> np.ndarray:
+def read_picture(source: Any, size: Sequence[int]) -> np.ndarray:
     """[height, width, 3] in [0, 1] of a path, bytes or Pillow picture: upright, its centre."""
     with naming("picture" if isinstance(source, bytes | Image.Image) else source):
         data = io.BytesIO(source) if isinstance(source, bytes) else source
@@ -194,9 +192,7 @@ def token_network(w: Tree, config: Tree, given: Given, noisy: Tensor, time: Tens
     return w["centre"] + torch.cat(outputs, 1)[:, w["order"]]
 
 
-def mlp_network(
-    w: Tree, config: Tree, given: Given | None, noisy: Tensor, time: Tensor | None
-) -> Tensor:
+def mlp_network(w: Tree, config: Tree, given: Any, noisy: Tensor, time: Any) -> Tensor:
     """[l, z] → [l, z]: linears, norms and blocks one after another, skips from "keep" to "up"."""
     x, skips, told = noisy[:, None], [], ()
     if given is not None:  # a denoiser, not a decoder
@@ -281,9 +277,7 @@ class LoraGenerator(nn.Module):
         x = mlp_network(w["vae"], config["vae"], None, x, None) if "vae" in w else x
         return x * w["lora"]["spread"] + w["lora"]["mean"]
 
-    def forward(
-        self, pictures: Tensor, noise: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, pictures: Tensor, noise: Any = None) -> tuple[Tensor, Tensor | None]:
         """LoRAs of strength 1; familiarity from 0, unlike all trained subjects, to 1, or None."""
         given, known, familiarity = self.embed(pictures), self.weights.get("familiarity"), None
         if known is not None:
@@ -292,9 +286,7 @@ class LoraGenerator(nn.Module):
         return self.write(given, noise), familiarity
 
     @torch.no_grad()
-    def generate(
-        self, subjects: Iterable[Sequence[Picture]], seed: int = 0, num_samples: int = 1
-    ) -> tuple[Tensor, list]:
+    def generate(self, subjects: Any, seed: int = 0, num_samples: int = 1) -> tuple[Tensor, list]:
         """Vectors [subjects · samples, d] of lists of pictures, all from one noise; familiarity."""
         config, loras, familiarity = self.config, [], []
         shape = num_samples, 1 + config["draw"]["num_steps"], config["noise_size"]
@@ -307,7 +299,9 @@ class LoraGenerator(nn.Module):
             familiarity.append(None if known is None else float(known[0]))
         return torch.cat(loras), familiarity
 
-    def matrices(self, vector: Tensor, strength: float | None = None) -> Factors:
+    def matrices(
+        self, vector: Tensor, strength: float | None = None
+    ) -> list[tuple[Tensor, Tensor]]:
         """(Down, up) of every site, in PyTorch's layout; the strength is in the latter."""
         shapes = [site[side] for site in self.config["sites"] for side in ("down", "up")]
         parts = vector.split([math.prod(shape) for shape in shapes])
@@ -315,14 +309,7 @@ class LoraGenerator(nn.Module):
         strength = self.config["strength"] if strength is None else strength
         return [(down, strength * up) for down, up in zip(parts[::2], parts[1::2], strict=True)]
 
-    def save(
-        self,
-        path: str | Path,
-        lora: Factors,
-        form: str = "kohya",
-        dtype: str = "float16",
-        **texts: object,
-    ) -> Path:
+    def save(self, path: Any, lora: Any, form: str = "kohya", dtype: str = "float16", **texts: Any):
         """Writes `matrices` for "kohya" tools, "diffusers" or "peft", the header with `texts`."""
         if form not in (files := self.config["files"]):
             raise WrongInput(f"format {form!r}: this LoRA has none, expected one of {[*files]}")
@@ -357,7 +344,7 @@ class LoraGenerator(nn.Module):
 class Applied:
     """A LoRA on a UNet of diffusers: every adapted layer adds its part."""
 
-    def __init__(self, unet: nn.Module, hyper: LoraGenerator, lora: Factors):
+    def __init__(self, unet: nn.Module, hyper: LoraGenerator, lora: Any):
         with naming(f"UNet of another family than {hyper.config['family']}"):
             self.modules = [unet.get_submodule(site["path"]) for site in hyper.config["sites"]]
             for module, site in zip(self.modules, hyper.config["sites"], strict=True):
@@ -366,7 +353,7 @@ class Applied:
         self.set(lora)
         self.hooks = [module.register_forward_hook(self._add) for module in self.modules]
 
-    def set(self, lora: Factors) -> None:
+    def set(self, lora: Any) -> None:
         """Puts another LoRA in its place: `matrices` of it."""
         pairs = ([x.to(m.weight) for x in pair] for m, pair in zip(self.modules, lora, strict=True))
         self.factors = dict(zip(self.modules, pairs, strict=True))

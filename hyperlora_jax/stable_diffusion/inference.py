@@ -75,7 +75,7 @@ Guided = Literal["", "beside", "apart"]
 @functools.partial(
     jax.jit, static_argnames=("unet", "vae", "schedule", "sampler", "num_steps", "guided")
 )
-def sample_images(
+def sample_images(  # noqa: PLR0913
     unet: UNet,
     vae: AutoencoderKL,
     schedule: NoiseSchedule,

@@ -291,7 +291,7 @@ class StableDiffusion:
             self.component("vae"), self.params["vae"], jnp.asarray(latents)
         )
 
-    def sample(
+    def sample(  # noqa: PLR0913
         self,
         key: PRNGKey | Key[Array, " b"] | int,
         prompts: str | Sequence[str],

@@ -16,7 +16,6 @@ def test_round_trips_are_exact(spec, random_lora, num):
     vector = vectorize.flatten(lora, spec)
     assert vector.shape == ((spec.num_parameters,) if num is None else (num, spec.num_parameters))
     assert_same(vectorize.unflatten(vector, spec), lora)
-    assert_same(vectorize.untokens(vectorize.tokens(lora, spec), spec), lora)
 
 
 def test_the_flat_order_is_that_of_sorted_peft_keys(spec, random_lora):
@@ -32,13 +31,9 @@ def test_the_flat_order_is_that_of_sorted_peft_keys(spec, random_lora):
     np.testing.assert_array_equal(vectorize.flatten(lora, spec), wanted)
 
 
-def test_wrong_sizes_are_refused(spec, random_lora):
+def test_wrong_sizes_are_refused(spec):
     with pytest.raises(ValueError, match="5 numbers, spec has"):
         vectorize.unflatten(np.zeros(5, np.float32), spec)
-    more = {width: np.concatenate([rows, rows[:1]]) for width, rows in
-            vectorize.tokens(random_lora(), spec).items()}  # fmt: skip
-    with pytest.raises(ValueError, match="left over"):
-        vectorize.untokens(more, spec)
 
 
 def test_whitened_loras_have_mean_zero_and_unit_spread(spec, random_lora):

@@ -44,19 +44,6 @@ def stack_blocks(params: Params) -> Params:
     return {**rest, STACKED: jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)}
 
 
-def unstack_blocks(params: Params) -> Params:
-    """Inverse of `stack_blocks`."""
-    out = {}
-    for name, value in params.items():
-        value = unstack_blocks(value) if isinstance(value, Mapping) else value
-        if name != STACKED:
-            out[name] = value
-            continue
-        for i in range(len(jax.tree.leaves(value)[0])):
-            out[f"{STACKED}_{i}"] = jax.tree.map(lambda leaf, i=i: leaf[i], value)
-    return out
-
-
 def kernel_shape(params: Params, path: tuple[str, ...]) -> tuple[int, ...] | None:
     """Shape of the kernel of one layer, named as if nothing were stacked; None without it."""
     stacked = False
