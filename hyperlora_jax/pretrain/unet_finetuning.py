@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from hyperlora_jax import storage
 from hyperlora_jax.array_types import Json, Params
+from hyperlora_jax.batches.pipelines import array_batches
 from hyperlora_jax.diffusion.schedule import NoiseSchedule
 from hyperlora_jax.parallel import multihost, sharding
 from hyperlora_jax.parallel.mesh import make_mesh

@@ -299,9 +299,7 @@ class LoraGenerator(nn.Module):
             familiarity.append(None if known is None else float(known[0]))
         return torch.cat(loras), familiarity
 
-    def matrices(
-        self, vector: Tensor, strength: float | None = None
-    ) -> list[tuple[Tensor, Tensor]]:
+    def matrices(self, vector: Tensor, strength: float | None = None) -> list[tuple]:
         """(Down, up) of every site, in PyTorch's layout; the strength is in the latter."""
         shapes = [site[side] for site in self.config["sites"] for side in ("down", "up")]
         parts = vector.split([math.prod(shape) for shape in shapes])
