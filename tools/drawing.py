@@ -1,7 +1,7 @@
 """Measures ways of drawing with LoRAs on held-out avatars, at each way's best strength.
 
     python tools/drawing.py regions  --workdir runs/drawing
-    python tools/drawing.py branches --workdir runs/drawing --base runs/weak/base
+    python tools/drawing.py branches --workdir runs/drawing --identities 48
 
 regions   two people on a canvas of double width, each half judged by itself
 branches  guidance with LoRAs on both branches or on the conditional one: identity against captions
@@ -257,12 +257,23 @@ def measure_branches(given: argparse.Namespace) -> dict[str, Any]:
                 "identity": own.mean(1).tolist(), "captions": captions.mean(1).tolist(),
             }  # fmt: skip
             print(*rows[-1], flush=True)
+    differences = [
+        f"{_pm(metrics.paired_difference(*own))} at guidance {guidance:g}"
+        for guidance in GUIDANCES[1:]
+        for own in [[per_person[f"{name}, {guidance:g}"]["identity"] for name in BRANCHES[::-1]]]
+    ]
     return {
         "title": "Guidance: LoRAs on both branches, or on the conditional one",
         "columns": ["LoRA on", "guidance", "identity top-1", "caption parts", "strength"],
         "rows": rows,
         "per_person": per_person,
-        "note": f"{test.count} held-out people, {given.captions} captions each, 32 candidates.",
+        "note": (
+            f"{test.count} held-out people, {given.captions} captions each, 32 candidates; without "
+            "guidance there is one branch. Identity, conditional minus both, the same people: "
+            + ", ".join(differences)
+            + ". The base was trained with a tenth of its captions left out, and follows captions "
+            "without guidance too; the LoRAs were trained under captions only."
+        ),
     }
 
 
@@ -312,6 +323,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     compilation_cache.enable()
     cpu_devices.prepare()
     command = f"python tools/drawing.py {given.name} --workdir WORKDIR"
+    if given.identities != parser.get_default("identities"):
+        command += f" --identities {given.identities}"
     file = given.json or ROOT / f"docs/measurements/drawing_{given.name}.json"
     try:
         record = {"name": given.name, "command": command, **MEASURES[given.name](given)}

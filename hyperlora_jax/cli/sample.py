@@ -43,8 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--lora_branches",
-        default="both",
-        help="of guidance that LoRAs act on: both, or conditional (not on the negative prompt)",
+        default="conditional",
+        help="of guidance that LoRAs act on: conditional (the default; the negative prompt is the"
+        " base's), or both, as other programs have it",
     )
     parser.add_argument("--num_steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, help="default: the base's own, mostly 7.5")
