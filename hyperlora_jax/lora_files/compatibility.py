@@ -94,10 +94,10 @@ def _tool_report(tool: str, spec: LoraSpec, family: Family, form: Form) -> ToolR
 
 def _row(tool: str, spec: LoraSpec, reasons: Mapping[str, str]) -> ToolReport:
     lost = tuple(path for path, reason in reasons.items() if reason)
-    kept = len(spec) - len(lost)
-    status = "full" if not lost else "part" if kept else "none"
+    applied = len(spec) - len(lost)
+    status = "full" if not lost else "part" if applied else "none"
     why = "; ".join(sorted({reason for reason in reasons.values() if reason}))
-    return ToolReport(tool, status, kept, lost, why)
+    return ToolReport(tool, status, applied, lost, why)
 
 
 _UNTESTED_XL = {
@@ -314,8 +314,8 @@ def _diffusers_losses(
 
 def _paths(tensors: Mapping[str, np.ndarray]) -> list[tuple[str, str]]:
     """(key of the down factor, layer) of every layer."""
-    found = [(key, keys.split_role(key)) for key in tensors]
-    return [(key, keys.canonical_path(role[0]) or "") for key, role in found
+    roles = [(key, keys.split_role(key)) for key in tensors]
+    return [(key, keys.canonical_path(role[0]) or "") for key, role in roles
             if role is not None and role[1] == "down"]  # fmt: skip
 
 
@@ -327,12 +327,12 @@ def _misread(tensors: Mapping[str, np.ndarray], spec: LoraSpec) -> dict[str, str
         own = None if alpha is None else float(alpha.reshape(-1)[0])
         alphas.setdefault(spec.by_path[path].component, {})[path] = own
     lost = {}
-    for found in alphas.values():
-        given = collections.Counter(value for value in found.values() if value is not None)
+    for alpha_of in alphas.values():
+        given = collections.Counter(value for value in alpha_of.values() if value is not None)
         if not given:
             continue
         most = given.most_common(1)[0][0]
-        for path, value in found.items():
+        for path, value in alpha_of.items():
             value = spec.by_path[path].rank if value is None else value
             if value != most and re.search(r"\.attn\d\.|\.mlp\.", path):
                 lost[path] = "alphas differ or are partly missing, it takes that of most layers"

@@ -108,17 +108,17 @@ def is_one_lora(folder: Path) -> bool:
 
 def find_loras(folder: Path) -> list[Path]:
     """LoRA files and adapter folders below a folder, in name order; hidden ones left out."""
-    found: list[Path] = []
+    loras: list[Path] = []
     for path in sorted(folder.rglob("*")):
-        inside = any(parent in found for parent in path.parents)
+        inside = any(parent in loras for parent in path.parents)
         if inside or any(part.startswith(".") for part in path.relative_to(folder).parts):
             continue
         if bool(adapter_folders(path)) if path.is_dir() else _is_file_of_lora(path):
-            found.append(path)
-    if not found:
-        there = f"; not read: {others}" if (others := _passed_over(folder, found)) else ""
+            loras.append(path)
+    if not loras:
+        there = f"; not read: {others}" if (others := _passed_over(folder, loras)) else ""
         raise UserError(f"{folder}: no LoRA file or adapter folder in it{there}")
-    return found
+    return loras
 
 
 def _is_file_of_lora(path: Path) -> bool:
@@ -127,10 +127,10 @@ def _is_file_of_lora(path: Path) -> bool:
     return path.suffix.lower() == ".safetensors"
 
 
-def _passed_over(root: Path, found: Collection[Path]) -> str:
+def _passed_over(root: Path, loras: Collection[Path]) -> str:
     """PyTorch files that are no LoRAs of their own: a trainer's state, a second form of one."""
     files = [path for path in sorted(root.rglob("*")) if path.suffix in PICKLED]
-    inside = {*found, *(file for path in found if path.is_dir() for file in path.rglob("*"))}
+    inside = {*loras, *(file for path in loras if path.is_dir() for file in path.rglob("*"))}
     return ", ".join(str(path.relative_to(root)) for path in files if path not in inside)
 
 
@@ -152,8 +152,8 @@ def convert_folder(
     root, out = Path(source), Path(target)
     jobs: list[tuple[Path, Path]] = []
     taken: dict[Path, Path] = {}
-    found = find_loras(root)
-    for path in found:
+    loras = find_loras(root)
+    for path in loras:
         relative = path.relative_to(root)
         name = relative.with_suffix("") if path.is_file() else relative
         if name.name == Path(DIFFUSERS_NAME).stem and name.parent != Path():
@@ -163,10 +163,10 @@ def convert_folder(
             raise UserError(
                 f"{path} and {taken[place]} would both become {place}; rename or move one"
             )
-        if place in found and place != path:
+        if place in loras and place != path:
             raise UserError(f"{path} would replace {place}; name another folder")
         jobs.append((path, place))
-    if others := _passed_over(root, found):
+    if others := _passed_over(root, loras):
         print(f"note: {root}: not read: {others}", file=sys.stderr)
 
     def one(job: tuple[Path, Path]) -> Converted:

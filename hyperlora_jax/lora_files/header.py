@@ -149,19 +149,19 @@ def own_metadata(metadata: Mapping[str, object] | None) -> dict[str, str]:
         if not isinstance(text, str | int | float):
             raise UserError(f"metadata {key!r}: {text!r} is no text; file headers hold text only")
         if key not in _DERIVED:
-            known = key.startswith(_FOREIGN) or key in _OWNERS
-            result[key if known else PREFIX + key] = str(text)
+            foreign = key.startswith(_FOREIGN) or key in _OWNERS
+            result[key if foreign else PREFIX + key] = str(text)
     return result
 
 
 def carried(metadata: Mapping[str, str]) -> dict[str, str]:
     """What a file written from another keeps of its header: our own texts, and the owner's (trigger
     words, tags, author, licence, comments); not what describes the source's factors."""
-    known = (*_FOREIGN, *_OWNERS)
+    prefixes = (*_FOREIGN, *_OWNERS)
     return {
         key: text
         for key, text in metadata.items()
-        if key.startswith(known) and key not in (*_OF_FACTORS, *_DERIVED)
+        if key.startswith(prefixes) and key not in (*_OF_FACTORS, *_DERIVED)
     }
 
 

@@ -219,12 +219,12 @@ def _without(
         name: {site.path for site in spec.sites if f".{name}." in f".{site.path}."} for name in drop
     }
     gone = set().union(*lost.values())
-    kept = LoraSpec(tuple(site for site in spec.sites if site.path not in gone))
+    rest = LoraSpec(tuple(site for site in spec.sites if site.path not in gone))
     counts = ", ".join(f"{name}: {len(paths)}" for name, paths in lost.items())
-    if not kept.sites:
+    if not rest.sites:
         raise UserError(f"{path}: --drop leaves no layer ({counts})")
     _say(path, f"left out {len(gone)} of {len(spec)} layers ({counts})")
-    return tree_from_sites({site.path: site_factors(lora, site) for site in kept.sites}), kept
+    return tree_from_sites({site.path: site_factors(lora, site) for site in rest.sites}), rest
 
 
 @dataclasses.dataclass(frozen=True)

@@ -106,7 +106,7 @@ def verify(
     with torch.no_grad(), _heard() as heard:
         plain = _outputs(modules)
         with _adapted(modules, Path(path)):
-            found = _loaded_deltas(modules)
+            loaded = _loaded_deltas(modules)
             adapted = _outputs(modules)
         expected = {site.path: _delta(lora, site) for site in spec.sites}
         with _merged(modules, expected) as absent:
@@ -115,12 +115,12 @@ def verify(
     bare = [f"prefix='{name}'" for name in modules if not spec.component(name).sites]
     remarks = [text for text in heard if not _NO_KEYS.search(text) or
                not any(prefix in text for prefix in bare)]  # fmt: skip
-    missing = sorted((set(expected) - set(found)) | set(absent))
+    missing = sorted((set(expected) - set(loaded)) | set(absent))
     errors = {
-        name: float(np.abs(found[name] - expected[name].reshape(found[name].shape)).max())
-        if found[name].size == expected[name].size
+        name: float(np.abs(loaded[name] - expected[name].reshape(loaded[name].shape)).max())
+        if loaded[name].size == expected[name].size
         else float("inf")
-        for name in sorted(set(found) & set(expected))
+        for name in sorted(set(loaded) & set(expected))
     }
     return VerifyResult(
         max_abs_diff=_distance(adapted, merged),
@@ -128,9 +128,9 @@ def verify(
         worst_site=max(errors, key=lambda name: errors[name], default=""),
         delta_size=max(float(np.abs(delta).max()) for delta in expected.values()),
         output_change=_distance(adapted, plain),
-        num_sites=len(found),
+        num_sites=len(loaded),
         missing_keys=tuple(missing),
-        unexpected_keys=tuple(sorted(set(found) - set(expected))),
+        unexpected_keys=tuple(sorted(set(loaded) - set(expected))),
         warnings=tuple(remarks),
     )
 
@@ -144,21 +144,21 @@ def verify_source(path: str | os.PathLike[str], base: Modules, lora: Params, spe
     """
     library = "PEFT" if Path(path).is_dir() and adapter_folders(Path(path)) else "diffusers"
     try:
-        found = verify(path, base, lora, spec)
+        verified = verify(path, base, lora, spec)
     except UserError as error:
         reason = str(error).removeprefix(f"{path}: ")
         return f"{path}: could not be compared with {library}: {reason}"
-    if found.num_sites == 0:
+    if verified.num_sites == 0:
         return f"{path}: could not be compared with {library}, which finds no layer in it"
-    if found.max_delta_error > 1e-4 * found.delta_size:
+    if verified.max_delta_error > 1e-4 * verified.delta_size:
         line = (
-            f"{path}: {library} reads it differently: layer {found.worst_site} differs by "
-            f"{found.max_delta_error:.1e}, its largest entry here is {found.delta_size:.1e}"
+            f"{path}: {library} reads it differently: layer {verified.worst_site} differs by "
+            f"{verified.max_delta_error:.1e}, its largest entry here is {verified.delta_size:.1e}"
         )
         if notes := scale_notes(*read_tensors(Path(path))):
             return f"{line} ({notes[0]})"
         raise UserError(line)
-    count = f"{found.num_sites - len(found.unexpected_keys)} of {len(spec)} layers"
+    count = f"{verified.num_sites - len(verified.unexpected_keys)} of {len(spec)} layers"
     return f"{path}: {library} reads the same ({count})"
 
 
@@ -267,14 +267,14 @@ def _merged(modules: Modules, deltas: Mapping[str, np.ndarray]) -> Iterator[list
     }
     usable = {name for name in deltas if name in layers and
               layers[name].weight.numel() == deltas[name].size}  # fmt: skip
-    kept = {name: layers[name].weight.clone() for name in usable}
+    originals = {name: layers[name].weight.clone() for name in usable}
     try:
         for name in usable:
             weight = layers[name].weight
             weight += torch.from_numpy(deltas[name]).to(weight.dtype).reshape(weight.shape)
         yield sorted(set(deltas) - usable)
     finally:
-        for name, weight in kept.items():
+        for name, weight in originals.items():
             layers[name].weight.copy_(weight)
 
 
@@ -318,7 +318,7 @@ def _heard() -> Iterator[list[str]]:
 
     collector = _Collector(logging.WARNING)
     loggers = [logging.getLogger(name) for name in ("diffusers", "peft")]
-    kept = [(logger, logger.handlers, logger.propagate) for logger in loggers]
+    settings = [(logger, logger.handlers, logger.propagate) for logger in loggers]
     with warnings.catch_warnings(record=True) as caught, _quiet(("transformers",)):
         warnings.simplefilter("always")
         for logger in loggers:
@@ -326,7 +326,7 @@ def _heard() -> Iterator[list[str]]:
         try:
             yield heard
         finally:
-            for logger, handlers, propagate in kept:
+            for logger, handlers, propagate in settings:
                 logger.handlers, logger.propagate = handlers, propagate
     ignored = (DeprecationWarning, FutureWarning, ResourceWarning, ImportWarning)
     heard += [str(w.message) for w in caught if not issubclass(w.category, ignored)]

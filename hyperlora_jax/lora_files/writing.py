@@ -133,8 +133,8 @@ def _peaks(vector: Float[np.ndarray, " d"], packing: _Packing) -> Float[np.ndarr
 
 def _first(sites: Bool[np.ndarray, "2 n"]) -> int | None:
     """Number of the first site that is marked on either side."""
-    found = np.flatnonzero(sites.any(axis=0))
-    return int(found[0]) if found.size else None
+    places = np.flatnonzero(sites.any(axis=0))
+    return int(places[0]) if places.size else None
 
 
 def _balance(

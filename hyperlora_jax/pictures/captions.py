@@ -58,7 +58,7 @@ def read_rows(folder: Path, names: Iterable[str]) -> list[Row]:
 
     Raises UserError naming file and line for what is no row, and for unknown roles.
     """
-    found = []
+    rows = []
     for name in names:
         if name in FILES:
             path = folder / name
@@ -66,8 +66,8 @@ def read_rows(folder: Path, names: Iterable[str]) -> list[Row]:
                 raise UserError(f"{path}: is a folder, expected a file with a row per picture")
             text = read_text(path)
             lines = _json_lines(text, path) if name.endswith("l") else _csv_lines(text, path)
-            found += [_row(where, given) for where, given in lines]
-    return found
+            rows += [_row(where, given) for where, given in lines]
+    return rows
 
 
 def match(rows: Sequence[Row], names: Iterable[str], folder: Path) -> dict[str, Row]:
@@ -81,19 +81,20 @@ def match(rows: Sequence[Row], names: Iterable[str], folder: Path) -> dict[str, 
     names = list(names)
     exact = {name: name for name in names}
     same = {plain(name): name for name in names}
-    found: dict[str, Row] = {}
+    by_name: dict[str, Row] = {}
     for row in rows:
         name = exact.get(row.file_name) or same.get(plain(row.file_name))
         if name is None:
             raise UserError(
                 f"{row.where}: file_name {row.file_name!r} is no picture of this folder ({folder})"
             )
-        if name in found:
+        if name in by_name:
             raise UserError(
-                f"{row.where}: a second row for {row.file_name!r}, the first is {found[name].where}"
+                f"{row.where}: a second row for {row.file_name!r}, the first is "
+                f"{by_name[name].where}"
             )
-        found[name] = row
-    return found
+        by_name[name] = row
+    return by_name
 
 
 def beside(picture: str, names: Iterable[str]) -> str | None:

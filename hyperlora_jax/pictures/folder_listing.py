@@ -30,8 +30,8 @@ class Listing(NamedTuple):
 
 def list_folder(folder: str | Path) -> Listing:
     """The names in a folder that are no system's; UserError when it cannot be listed."""
-    found: tuple[list[str], list[str], list[str]] = ([], [], [])
-    seen, folders, others = found
+    by_kind: tuple[list[str], list[str], list[str]] = ([], [], [])
+    seen, folders, others = by_kind
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
@@ -53,21 +53,21 @@ def list_folder(folder: str | Path) -> Listing:
                     others.append(name)
     except OSError as error:
         raise UserError(f"{folder}: cannot be listed ({error.strerror})") from None
-    return Listing(*(tuple(sorted(names)) for names in found))
+    return Listing(*(tuple(sorted(names)) for names in by_kind))
 
 
 def pictures_below(folder: Path, names: Iterable[str], depth: int = DEEPEST) -> list[str]:
     """Those of the sub-folders `names` that hold pictures themselves or further below, each with
     the way to them ("anna/raw")."""
-    found = []
+    paths = []
     for name in names:
         inside = list_folder(folder / name)
         if inside.pictures:
-            found.append(name)
+            paths.append(name)
         elif depth > 1:
             deeper = pictures_below(folder / name, inside.folders, depth - 1)
-            found += [f"{name}/{way}" for way in deeper[:1]]
-    return found
+            paths += [f"{name}/{way}" for way in deeper[:1]]
+    return paths
 
 
 def counted(names: Iterable[str]) -> str:

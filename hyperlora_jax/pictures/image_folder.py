@@ -59,10 +59,10 @@ class SubjectFolder:
 
     def of_role(self, role: str) -> list[PictureFile]:
         """Those that are a "reference" or a "target"; UserError when there is none."""
-        found = [file for file in self.files if file.role == "both" or file.role == role]
-        if not found:
+        files = [file for file in self.files if file.role == "both" or file.role == role]
+        if not files:
             raise UserError(f"{self.path}: its metadata names no {role} picture")
-        return found
+        return files
 
 
 def open_image_folder(path: str | Path) -> list[SubjectFolder]:
@@ -184,16 +184,16 @@ def _rows(folder: Path, listing: Listing) -> list[Row]:
 
 def _by_folder(root: Path, rows: Sequence[Row], folders: Iterable[str]) -> Mapping[str, list[Row]]:
     """Rows of the metadata above the subjects' folders, "anna/1.jpg", by folder, less "anna/"."""
-    found: dict[str, list[Row]] = {name: [] for name in folders}
-    plain = {captions.plain(name): name for name in found} if rows else {}
+    by_name: dict[str, list[Row]] = {name: [] for name in folders}
+    plain = {captions.plain(name): name for name in by_name} if rows else {}
     for row in rows:
         first, _, rest = captions.plain(row.file_name).partition("/")
         if first not in plain or not rest:
             raise UserError(
                 f"{row.where}: file_name {row.file_name!r} is no picture of a folder of {root}"
             )
-        found[plain[first]].append(dataclasses.replace(row, file_name=rest))
-    return found
+        by_name[plain[first]].append(dataclasses.replace(row, file_name=rest))
+    return by_name
 
 
 def _subject(folder: Path, listing: Listing, rows: Sequence[Row]) -> SubjectFolder:

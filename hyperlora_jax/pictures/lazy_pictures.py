@@ -51,10 +51,10 @@ class LazyPictures:
 
     def __getitem__(self, subject: int) -> UInt8[np.ndarray, "v h w 3"]:
         """The pictures of a subject."""
-        found = np.asarray(self._loads[subject]())
-        if found.shape != (wanted := (self.counts[subject], *self.size, 3)):
-            raise ValueError(f"subject {subject}: pictures {found.shape}, expected {wanted}")
-        return found
+        loaded = np.asarray(self._loads[subject]())
+        if loaded.shape != (wanted := (self.counts[subject], *self.size, 3)):
+            raise ValueError(f"subject {subject}: pictures {loaded.shape}, expected {wanted}")
+        return loaded
 
     def one_by_one(self, subjects: range) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
         """The pictures of some subjects in turn; threads read a few subjects ahead."""

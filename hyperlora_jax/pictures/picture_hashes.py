@@ -33,7 +33,7 @@ def content_hashes(root: Path, files: Sequence[str]) -> list[str]:
         UserError: a file cannot be read.
     """
     place = _place(root)
-    kept = _read(place)
+    cached = _read(place)
     start = os.path.join(root, "")  # noqa: PTH118
     names = [file.removeprefix(start) for file in files]
     now = []
@@ -43,7 +43,7 @@ def content_hashes(root: Path, files: Sequence[str]) -> list[str]:
         except OSError as error:
             raise UserError(f"{file}: cannot be read ({error.strerror})") from error
         now.append([status.st_size, status.st_mtime_ns])
-    unknown = [k for k, name in enumerate(names) if kept.get(name, ())[:2] != now[k]]
+    unknown = [k for k, name in enumerate(names) if cached.get(name, ())[:2] != now[k]]
     with ThreadPoolExecutor() as threads:
         read = threads.map(_hash, [files[k] for k in unknown])
         title = f"looking at {root.name}"
@@ -51,10 +51,10 @@ def content_hashes(root: Path, files: Sequence[str]) -> list[str]:
             zip(unknown, read, strict=True), title, len(unknown), disable=len(unknown) < SHOWN
         )
         for k, value in shown:
-            kept[names[k]] = [*now[k], value]
+            cached[names[k]] = [*now[k], value]
     if unknown:
-        _write(place, kept)
-    return [kept[name][2] for name in names]
+        _write(place, cached)
+    return [cached[name][2] for name in names]
 
 
 def _hash(file: str) -> str:
@@ -77,9 +77,9 @@ def _read(place: Path) -> Kept:
         return {}  # it is made again
 
 
-def _write(place: Path, kept: Kept) -> None:
+def _write(place: Path, cached: Kept) -> None:
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        storage.replaced(epath.Path(place), json.dumps(kept).encode())
+        storage.replaced(epath.Path(place), json.dumps(cached).encode())
     except OSError:
         return  # a home that cannot be written: read again next time

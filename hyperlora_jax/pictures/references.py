@@ -52,8 +52,8 @@ def by_number(
     """Subjects with equally many pictures together: (their places, pictures), fewest first; errors
     as in `read_references`."""
     if is_array(references):
-        found = _subjects(references, encoder)
-        return [(list(range(len(found))), found)]
+        shown = _subjects(references, encoder)
+        return [(list(range(len(shown))), shown)]
     subjects = read_references(references, encoder)
     groups: dict[int, list[int]] = {}
     for place, own in enumerate(subjects):
@@ -71,14 +71,14 @@ def is_array(given: object) -> bool:
 
 def _subjects(array: AnyArray, encoder: ImageEncoder) -> Float[AnyArray, "l k h w 3"]:
     """[h, w, c], [l, h, w, c] or [l, k, h, w, c] with all axes."""
-    found = _checked(array, encoder, "references", (3, 4, 5))
-    return found[None, None] if found.ndim == 3 else found[:, None] if found.ndim == 4 else found
+    own = _checked(array, encoder, "references", (3, 4, 5))
+    return own[None, None] if own.ndim == 3 else own[:, None] if own.ndim == 4 else own
 
 
 def _subject(given: object, encoder: ImageEncoder, where: str) -> Float[AnyArray, "k h w 3"]:
     if is_array(given):
-        found = _checked(given, encoder, where, (3, 4))
-        return found[None] if found.ndim == 3 else found
+        checked = _checked(given, encoder, where, (3, 4))
+        return checked[None] if checked.ndim == 3 else checked
     if isinstance(given, list | tuple):
         own = [_picture(one, encoder, f"{where}[{k}]") for k, one in enumerate(_some(given, where))]
         return _stacked(own, where)
@@ -138,8 +138,8 @@ def _resampled(
         pictures.of_pillow(Image.fromarray(one), encoder.image_size, where)
         for one in map(np.ascontiguousarray, flat)
     ]
-    found = np.stack(seen).reshape(*array.shape[:-3], *seen[0].shape)
-    return found.astype(np.float32) / np.float32(255)
+    resampled = np.stack(seen).reshape(*array.shape[:-3], *seen[0].shape)
+    return resampled.astype(np.float32) / np.float32(255)
 
 
 def _some(given: Sequence[T], where: str = "references") -> Sequence[T]:

@@ -279,10 +279,10 @@ class LoraGenerator(nn.Module):
 
     def forward(self, pictures: Tensor, noise: Any = None) -> tuple[Tensor, Tensor | None]:
         """LoRAs of strength 1; familiarity from 0, unlike all trained subjects, to 1, or None."""
-        given, known, familiarity = self.embed(pictures), self.weights.get("familiarity"), None
-        if known is not None:
-            nearest = (F.normalize(given[0], dim=1) @ known["known"].T).amax(1, keepdim=True)
-            familiarity = (known["typical"] <= nearest).float().mean(1)
+        given, table, familiarity = self.embed(pictures), self.weights.get("familiarity"), None
+        if table is not None:
+            nearest = (F.normalize(given[0], dim=1) @ table["known"].T).amax(1, keepdim=True)
+            familiarity = (table["typical"] <= nearest).float().mean(1)
         return self.write(given, noise), familiarity
 
     @torch.no_grad()

@@ -46,8 +46,8 @@ def _flow(count: int, ancestral: bool) -> tuple[np.ndarray, ...]:
     ratio = (1 - now) / np.maximum(1 - after, 1e-6)
     variance = np.maximum(now**2 - (ratio * after) ** 2, 0.0) * (after / now) ** 2
     direct = np.sqrt(np.maximum(after**2 - variance, 0.0))
-    kept = 1 - after + direct
-    return now, kept, direct - now * kept, np.sqrt(variance)
+    share = 1 - after + direct
+    return now, share, direct - now * share, np.sqrt(variance)
 
 
 def _variance_preserving(

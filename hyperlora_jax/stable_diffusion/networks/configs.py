@@ -223,11 +223,11 @@ def text_settings(config: Json) -> Json:
             f"text encoder config: hidden_act = {values['hidden_act']!r} is not supported, "
             f"expected one of {sorted(ACTIVATIONS)}"
         )
-    known = ("CLIPTextModel", "CLIPTextModelWithProjection")
-    if len(values["architectures"]) != 1 or values["architectures"][0] not in known:
+    classes = ("CLIPTextModel", "CLIPTextModelWithProjection")
+    if len(values["architectures"]) != 1 or values["architectures"][0] not in classes:
         raise UserError(
             f"text encoder config: architectures = {list(values['architectures'])!r} is not "
-            f"supported, expected one of {list(known)}"
+            f"supported, expected one of {list(classes)}"
         )
     heads = values["num_attention_heads"]
     check_divides(

@@ -150,16 +150,16 @@ class UNetConfig:
 
 def _attention_flags(types: tuple[str, ...], direction: str, levels: int) -> tuple[bool, ...]:
     key = f"{direction.lower()}_block_types"
-    known = {f"{direction}Block2D": False, f"CrossAttn{direction}Block2D": True}
+    flags = {f"{direction}Block2D": False, f"CrossAttn{direction}Block2D": True}
     for name in types:
-        if name not in known:
+        if name not in flags:
             raise UserError(
                 f"{_WHAT} config: {key} has {name!r}, which is not supported, expected one of "
-                f"{sorted(known)}"
+                f"{sorted(flags)}"
             )
     if len(types) != levels:
         raise UserError(f"{_WHAT} config: {key} has {len(types)} values, expected {levels}")
-    return tuple(known[name] for name in types)
+    return tuple(flags[name] for name in types)
 
 
 def _depths(

@@ -49,12 +49,12 @@ class ClipTokenizer:
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._backend = folder, None
-        known = _common_form(folder)
-        if known is None:
+        common = _common_form(folder)
+        if common is None:
             self.model_max_length = self._transformers.model_max_length
         else:
-            self._backend, self._pad = _backend(*known[:-1])
-            self.model_max_length = known[-1]
+            self._backend, self._pad = _backend(*common[:-1])
+            self.model_max_length = common[-1]
 
     def ids(self, texts: Sequence[str], window: int) -> Int[np.ndarray, "b n"]:
         """Token ids, cut or padded to `window`, start and end included."""
@@ -63,7 +63,7 @@ class ClipTokenizer:
         self._backend.enable_truncation(window)
         self._backend.enable_padding(length=window, pad_id=self._pad[0], pad_token=self._pad[1])
         return np.asarray(
-            [found.ids for found in self._backend.encode_batch(list(texts))], np.int32
+            [encoded.ids for encoded in self._backend.encode_batch(list(texts))], np.int32
         )
 
     @functools.cached_property
@@ -93,10 +93,10 @@ def token_ids(tokenizer: Tokenizer, texts: Sequence[str], window: int) -> Int[np
     """Token ids, cut or padded to `window`, of a ClipTokenizer or one of transformers."""
     if isinstance(tokenizer, ClipTokenizer):
         return tokenizer.ids(texts, window)
-    found = tokenizer(
+    encoded = tokenizer(
         list(texts), padding="max_length", max_length=window, truncation=True, return_tensors="np"
     )
-    return found["input_ids"].astype(np.int32)
+    return encoded["input_ids"].astype(np.int32)
 
 
 def most_tokens(tokenizer: Tokenizer, texts: Sequence[str]) -> int:
@@ -106,7 +106,7 @@ def most_tokens(tokenizer: Tokenizer, texts: Sequence[str]) -> int:
         return max(map(len, tokenizer(list(texts), verbose=False)["input_ids"]), default=0)
     backend.no_truncation()
     backend.no_padding()
-    return max((len(found.ids) for found in backend.encode_batch(list(texts))), default=0)
+    return max((len(encoded.ids) for encoded in backend.encode_batch(list(texts))), default=0)
 
 
 def _common_form(folder: Path) -> tuple[dict, list, dict[str, str], dict[str, bool], int] | None:
@@ -235,11 +235,13 @@ def load_tokenizer(folder: Path) -> ClipTokenizer:
     if present == ["vocab.json"] and not (folder / "merges.txt").is_file():
         raise UserError(f"{folder}: has vocab.json without merges.txt, expected both")
     try:
-        found = ClipTokenizer(folder)
-        if found.model_max_length < 3:
-            raise ValueError(f"model_max_length is {found.model_max_length}, expected 3 or more")
-        found.ids(["a"], 3)
-        return found
+        tokenizer = ClipTokenizer(folder)
+        if tokenizer.model_max_length < 3:
+            raise ValueError(
+                f"model_max_length is {tokenizer.model_max_length}, expected 3 or more"
+            )
+        tokenizer.ids(["a"], 3)
+        return tokenizer
     except BaseException as error:  # tokenizers raises bare exceptions, and panics that are none
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise

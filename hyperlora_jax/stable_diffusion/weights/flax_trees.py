@@ -80,7 +80,7 @@ def torch_to_flax(
         UserError: for an unknown, doubled or missing tensor or one of the wrong shape.
     """
     leaves: dict[tuple[str, ...], Any] = flatten_dict(shapes)
-    found: dict[tuple[str, ...], AnyArray] = {}
+    arrays: dict[tuple[str, ...], AnyArray] = {}
     for name, load in tensors:
         today = today_name(name, component)
         if today is None:
@@ -90,7 +90,7 @@ def torch_to_flax(
             raise UserError(
                 f"{source}: tensor {name!r} is unknown to the {component} of its config"
             )
-        if path in found:
+        if path in arrays:
             raise UserError(f"{source}: tensor {name!r} fills {'/'.join(path)} a second time")
         array = to_flax_layout(load(), path[-1], leaves[path].shape)
         if array.shape != leaves[path].shape:
@@ -98,12 +98,12 @@ def torch_to_flax(
                 f"{source}: tensor {name!r} has Flax shape {array.shape}, expected "
                 f"{leaves[path].shape}"
             )
-        found[path] = place(path, array) if place else jnp.asarray(array)
-    if missing := sorted(set(leaves) - set(found)):
+        arrays[path] = place(path, array) if place else jnp.asarray(array)
+    if missing := sorted(set(leaves) - set(arrays)):
         raise UserError(
             f"{source}: {len(missing)} tensors are missing, first {tensor_name(missing[0])!r}"
         )
-    return unflatten_dict(found)
+    return unflatten_dict(arrays)
 
 
 def to_flax_layout(array: np.ndarray, kind: str, shape: tuple[int, ...]) -> np.ndarray:

@@ -84,14 +84,14 @@ def _weights(component: str, names: Iterable[str], variant: str | None) -> list[
             rf"{name}\.{ending}\.index{VARIANT}\.json",
             rf"{name}{VARIANT}\.{ending}\.index\.json",
         )
-        found: dict[str, list[str]] = {}
+        by_variant: dict[str, list[str]] = {}
         for file in own:
             match = next(filter(None, (re.fullmatch(form, file) for form in forms)), None)
             if match:
-                found.setdefault(match["variant"] or "", []).append(file)
-        for suffix in [f".{variant}"] if variant else ["", ".fp16", *sorted(found)]:
-            if suffix in found:
-                return [f"{component}/{file}" for file in _one_form(found[suffix])]
+                by_variant.setdefault(match["variant"] or "", []).append(file)
+        for suffix in [f".{variant}"] if variant else ["", ".fp16", *sorted(by_variant)]:
+            if suffix in by_variant:
+                return [f"{component}/{file}" for file in _one_form(by_variant[suffix])]
     return []
 
 

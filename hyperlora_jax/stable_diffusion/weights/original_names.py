@@ -102,10 +102,10 @@ def _unet_name(full: str, inner: str, config: Json) -> str:
     for old, new in _UNET_ENDS:
         if inner.startswith(old):
             return _inside_block(new + inner[len(old) :])
-    found = re.match(r"(input|output)_blocks\.(\d+)\.(\d+)\.(.*)", inner)
-    if found is None:
+    match = re.match(r"(input|output)_blocks\.(\d+)\.(\d+)\.(.*)", inner)
+    if match is None:
         raise UserError(f"tensor {full!r} is no part of a known UNet layout")
-    side, index, position, rest = found[1], int(found[2]), int(found[3]), found[4]
+    side, index, position, rest = match[1], int(match[2]), int(match[3]), match[4]
     per_block = config.get("layers_per_block", 2) + 1
     if side == "input":
         level, layer = divmod(index - 1, per_block)
@@ -130,10 +130,10 @@ def _inside_block(name: str) -> str:
 def _vae_name(inner: str, config: Json) -> str:
     last = len(config["block_out_channels"]) - 1
 
-    def up(found: re.Match) -> str:  # the decoder counts its levels from fine to coarse
-        part = "resnets" if found[2] == "block" else "upsamplers"
-        index = f"{found[3]}." if found[3] else ""
-        return f".up_blocks.{last - int(found[1])}.{part}.{index or '0.'}"
+    def up(match: re.Match) -> str:  # the decoder counts its levels from fine to coarse
+        part = "resnets" if match[2] == "block" else "upsamplers"
+        index = f"{match[3]}." if match[3] else ""
+        return f".up_blocks.{last - int(match[1])}.{part}.{index or '0.'}"
 
     inner = re.sub(r"\.up\.(\d+)\.(block|upsample)\.(?:(\d+)\.)?", up, inner)
     for pattern, replacement in _VAE:

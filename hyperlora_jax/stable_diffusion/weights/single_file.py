@@ -278,10 +278,10 @@ def _keep_tokenizer(source: Path, folder: Path) -> None:
         if not (folder / name.replace("tokenizer", "text_encoder")).is_dir():
             continue
         own = source / name
-        found: Any = load_tokenizer(own if own.is_dir() else source)
-        if name == "tokenizer_2" and not own.is_dir() and "!" in found.get_vocab():
-            found.pad_token = "!"
-        found.save_pretrained(str(folder / name))
+        tokenizer: Any = load_tokenizer(own if own.is_dir() else source)
+        if name == "tokenizer_2" and not own.is_dir() and "!" in tokenizer.get_vocab():
+            tokenizer.pad_token = "!"
+        tokenizer.save_pretrained(str(folder / name))
 
 
 def family_tokenizer(folder: Path) -> None:
