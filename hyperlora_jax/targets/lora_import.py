@@ -31,6 +31,8 @@ class ImportReport:
     padded: int = 0
     incomplete: int = 0
     dropped: int = 0
+    unnamed: tuple[str, ...] = ()  # imported, but not in the table of identities
+    unused: tuple[str, ...] = ()  # in the table only
 
     def facts(self) -> dict:
         """JSON-able summary for the dataset's metadata."""
@@ -52,6 +54,12 @@ class ImportReport:
             if value:
                 out.append(f"  {name.replace('_', ' ')}: {value}")
         out.append(f"  {lora_fitting.describe_losses(self.lost)}")
+        if self.unnamed:
+            first = f"{len(self.unnamed)} (first {self.unnamed[0]!r})"
+            out.append(f"  not in the table of identities: {first}, each is its own identity")
+        if self.unused:
+            first = f"{len(self.unused)} (first {self.unused[0]!r})"
+            out.append(f"  in the table of identities without a LoRA: {first}")
         if self.rejected:
             out.append(f"  {len(self.rejected)} in quarantine, see {self.path / QUARANTINE}:")
             kinds = collections.Counter(row.reason for row in self.rejected)
@@ -107,6 +115,10 @@ def import_loras(
         overwrite=overwrite,
         extra_files={QUARANTINE: lambda: quarantine_text(report.rejected)},
     )
+    if identities is not None:
+        report.unnamed = tuple(sorted(report.lost.keys() - identities.keys()))
+        names = {*report.lost, *(row.id for row in report.rejected)}
+        report.unused = tuple(sorted(identities.keys() - names))
     return report
 
 

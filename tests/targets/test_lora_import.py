@@ -235,7 +235,11 @@ def test_rows_of_several_matrices_are_told_apart(matrix, tmp_path):
     good(tmp_path / "000001.safetensors", 1)
     paths = [tmp_path / "a/m.npy", tmp_path / "b/m.npy", tmp_path / "000001.safetensors"]
     people = {"m.npy/000002": "Anna", "000001": "Bert"}
-    assert run(paths, tmp_path / "out", identities=people).imported == 7
+    report = run(paths, tmp_path / "out", identities=people | {"gone": "Carl"})
+    assert report.imported == 7
+    lacks, surplus = report.lines()[-2:]
+    assert "identities: 5 (first 'm.npy 2/000000'), each is its own" in lacks
+    assert "without a LoRA: 1 (first 'gone')" in surplus
     targets = open_lora_targets(tmp_path / "out")
     ids = {f"{name}/{k:06d}" for name in ("m.npy", "m.npy 2") for k in range(3)}
     assert set(targets.ids) == {"000001", *ids} and {"Anna", "Bert"} <= set(targets.identities)
