@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """SVD layer by layer, then one file."""
+    from hyperlora_jax.lora.sites import site_factors
     from hyperlora_jax.lora_files import algebra, save_lora
     from hyperlora_jax.lora_files.base_files import read_base_model
 
@@ -36,6 +37,8 @@ def run(args: argparse.Namespace) -> int:
         args.out, lora, spec, args.format, args.dtype, model.family, None, model.layers_per_block
     )
     print(f"wrote {written}: {len(spec)} sites, {ranks(spec)}")
+    if not any(site_factors(lora, site)["up"].any() for site in spec.sites):
+        print("both models are the same in these layers: it changes nothing")
     if any(site.component != "unet" for site in model.layers.values()):
         print("changes of text encoders are not in it, only those of the UNet")
     return 0

@@ -213,7 +213,7 @@ def read_pickle(path: Path) -> Iterator[tuple[str, Loader]]:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:
         with path.open("rb") as file:
-            kind = safetensors_io.other_kind(file.read(64))
+            kind = safetensors_io.other_kind(start) if (start := file.read(64)) else "empty file"
         if kind and "pickle" not in kind:
             raise UserError(f"{path}: {kind}, expected PyTorch weights") from error
         raise UserError(
@@ -223,7 +223,8 @@ def read_pickle(path: Path) -> Iterator[tuple[str, Loader]]:
         ) from error
     tensors = tensors.get("state_dict", tensors) if isinstance(tensors, dict) else tensors
     if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
-        raise UserError(f"{path}: found {type(tensors).__name__}, expected tensors by their names")
+        found = "numbers as names" if isinstance(tensors, dict) else type(tensors).__name__
+        raise UserError(f"{path}: found {found}, expected tensors by their names")
     for name, tensor in tensors.items():
         if isinstance(tensor, int | float) and name.endswith((".alpha", ".scale")):
             yield name, functools.partial(np.asarray, tensor)

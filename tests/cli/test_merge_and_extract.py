@@ -104,7 +104,7 @@ def test_bases_of_pytorch_files_and_of_several_variants(world, tmp_path, capsys,
     assert run("merge", a, "--into", old, "--out", tmp_path / "shards") == 0
     assert not list((tmp_path / "shards").rglob("*.bin*"))
     assert run("extract", tmp_path / "new", tmp_path / "shards", "--rank", 1, "--out", out) == 0
-    assert all(not value.any() for value in deltas(*load_lora(out)).values())
+    assert "both models are the same in these layers" in capsys.readouterr().out
 
 
 def test_wrong_use_is_one_line_and_code_2(world, tmp_path, capsys):

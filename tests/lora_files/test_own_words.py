@@ -228,6 +228,10 @@ def test_pytorch_files_of_a_folder(tmp_path, capsys):
     # Safetensors under another name, code, and what is no LoRA.
     (folder / "carl.pt").write_bytes(first)
     assert load_lora(folder / "carl.pt")[1] == load_lora(written[0])[1]
+    torch.save(tensors, folder / "carl.ckpt")
+    capsys.readouterr()
+    assert main(["inspect", str(folder / "carl.ckpt")]) == 0
+    assert "LoRA, kohya keys" in capsys.readouterr().out
     torch.save({"x": print}, folder / "carl.pt")
     with pytest.raises(UserError, match=r"carl.pt: no PyTorch file of plain tensors"):
         load_lora(folder / "carl.pt")

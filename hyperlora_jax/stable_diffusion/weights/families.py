@@ -12,6 +12,7 @@ from pathlib import Path
 from hyperlora_jax.array_types import Json, JsonDict
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora_files import safetensors_io
+from hyperlora_jax.lora_files.base_files import is_pickled, read_pickle
 
 Shapes = Mapping[str, tuple[int, ...]]
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
@@ -35,11 +36,10 @@ SCHEDULER: Json = {
 def is_base(path: str | Path) -> bool:
     """Whether a path is a file with a whole UNet (and no LoRA)."""
     path = Path(path)
-    if path.suffix == ".ckpt":
-        return path.is_file()
-    if path.suffix != ".safetensors" or not path.is_file():
+    if path.suffix not in (".safetensors", ".ckpt") or not path.is_file():
         return False
-    return any(name.startswith(UNET) for name in safetensors_io.read_entries(path))
+    names = dict(read_pickle(path)) if is_pickled(path) else safetensors_io.read_entries(path)
+    return any(name.startswith(UNET) for name in names)
 
 
 def configs_of(shapes: Shapes) -> dict[str, JsonDict]:
