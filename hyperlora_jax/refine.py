@@ -88,7 +88,7 @@ def refine_loras(
     added = Factors(spec.with_rank(rank), recipe.alpha, recipe.init_seed)
     parametrisation = Added(spec, added)
     fitted = fit_loras(
-        Base(sd.unet, sd.params["unet"], sd.schedule),
+        Base(sd.unet, sd.frozen_unet, sd.schedule),
         parametrisation,
         recipe,
         Concepts(range(len(singles)), load, lambda number: singles[number], max_images),

@@ -31,8 +31,9 @@ BENCHMARKS = {
     "serve": "bench_serve",
     "shell": "bench_shell",
     "load": "bench_load",
+    "demo": "bench_demo",
 }
-COMPARING = ("data", "restart", "shell")  # two builds of this project
+COMPARING = ("data", "restart", "shell", "demo")  # two builds of this project
 COLUMNS = ("workload", "ours", "peer", "unit", "ratio", "runs")
 
 

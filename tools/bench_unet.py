@@ -26,7 +26,7 @@ def run(device: str) -> list[dict[str, Any]]:
     from hyperlora_jax.parallel import cpu_devices
 
     cpu_devices.prepare()
-    return [tiny_cpu(64), tiny_cpu(4), sd15_cpu(), per_example()]
+    return [tiny_cpu(64), tiny_cpu(4), sd15_cpu(), sd15_cpu(forward=True), per_example()]
 
 
 def tiny_cpu(batch: int, runs: int = 15) -> dict[str, Any]:
@@ -36,12 +36,13 @@ def tiny_cpu(batch: int, runs: int = 15) -> dict[str, Any]:
     return timed_row(f"unet/tiny/batch{batch}/cpu", ours, theirs, runs, "ms/step", name)
 
 
-def sd15_cpu(runs: int = 3) -> dict[str, Any]:
-    """LoRA step of a random SD 1.5 UNet, one picture of 256²; needs 12 GB. No goal."""
+def sd15_cpu(runs: int = 5, forward: bool = False) -> dict[str, Any]:
+    """LoRA step of a random SD 1.5 UNet, or its forward pass, one picture of 256²; needs 16 GB."""
     config = {**SD15, "sample_size": 32}
-    theirs, name = _torch_on_all_cores(config, 1, 77, 8)
-    ours = jax_step(config, 1, 77, 8, None)
-    return timed_row("unet/sd15/batch1/cpu", ours, theirs, runs, "s/step", name)
+    theirs, name = _torch_on_all_cores(config, 1, 77, 8, forward)
+    ours = jax_step(config, 1, 77, 8, None, forward=forward)
+    title = "unet/sd15/batch1/cpu" + (" forward" if forward else "")
+    return timed_row(title, ours, theirs, runs, "s/step", name)
 
 
 def per_example(runs: int = 15) -> dict[str, Any]:
@@ -52,8 +53,10 @@ def per_example(runs: int = 15) -> dict[str, Any]:
     return timed_row("lora/per-example/r8x16", many, shared, runs, "ms/step", "one shared LoRA")
 
 
-def _torch_on_all_cores(config: dict, batch: int, tokens: int, rank: int) -> tuple[Any, str]:
+def _torch_on_all_cores(
+    config: dict, batch: int, tokens: int, rank: int, forward: bool = False
+) -> tuple[Any, str]:
     import torch
 
     torch.set_num_threads(os.cpu_count() or 1)
-    return torch_step(config, batch, tokens, rank, "cpu", compiled=False)
+    return torch_step(config, batch, tokens, rank, "cpu", False, forward)

@@ -42,9 +42,11 @@ def jax_step(
     rank: int,
     num_loras: int | None,
     dtype: Any = None,
+    forward: bool = False,
     **unet_options: Any,
 ) -> Callable[[], None]:
-    """A jitted LoRA gradient step on random weights, as a function that runs and waits.
+    """A jitted LoRA gradient step on random weights, as a function that runs and waits; or the
+    forward pass of its loss alone.
 
     The batch is split over all devices, as `hyperlora train` does; one LoRA for all (num_loras =
     None) is on every device, LoRAs of their own are where their examples are.
@@ -55,6 +57,7 @@ def jax_step(
     from hyperlora_jax.lora import factors, sites
     from hyperlora_jax.parallel import sharding
     from hyperlora_jax.parallel.mesh import make_mesh
+    from hyperlora_jax.stable_diffusion.networks import convolutions
     from hyperlora_jax.stable_diffusion.networks.unet import unet_from_config
     from hyperlora_jax.stable_diffusion.weights.flax_trees import init_params
 
@@ -68,6 +71,7 @@ def jax_step(
         return jax.tree.map(lambda x: x.astype(dtype), init_params(unet, key))
 
     params = weights(jax.random.key(0))
+    frozen = convolutions.frozen(params)
     spec = sites.spec_from_shapes(params, "attn-qkvo", rank)
     per_lora = whole if num_loras is None else rows
     lora = jax.device_put(factors.init(jax.random.key(1), spec, num_loras), per_lora)
@@ -77,22 +81,30 @@ def jax_step(
     inputs = jax.device_put((latents, jnp.linspace(0, 999, batch), text), rows)
 
     @functools.partial(
-        jax.jit, in_shardings=(per_lora, whole, rows, rows, rows), out_shardings=per_lora
+        jax.jit,
+        in_shardings=(per_lora, whole, rows, rows, rows),
+        out_shardings=whole if forward else per_lora,
     )
     def step(lora, params, latents, times, text):
         def loss(lora):
             out = unet.apply({"params": params, "lora": lora}, latents, times, text)
             return jnp.square(out.astype(jnp.float32)).mean()
 
-        return jax.grad(loss)(lora)
+        return loss(lora) if forward else jax.grad(loss)(lora)
 
-    return lambda: jax.block_until_ready(step(lora, params, *inputs))
+    return lambda: jax.block_until_ready(step(lora, frozen, *inputs))
 
 
 def torch_step(
-    config: dict, batch: int, tokens: int, rank: int, device: str, compiled: bool
+    config: dict,
+    batch: int,
+    tokens: int,
+    rank: int,
+    device: str,
+    compiled: bool,
+    forward: bool = False,
 ) -> tuple[Callable[[], None], str]:
-    """The same step in PyTorch with one shared LoRA, and the name of what ran."""
+    """The same in PyTorch with one shared LoRA, and the name of what ran."""
     import torch
 
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
@@ -108,9 +120,11 @@ def torch_step(
     model = torch.compile(unet) if compiled else unet
 
     def step() -> None:
-        out = model(latents, times, text)
+        with torch.set_grad_enabled(not forward):
+            out = model(latents, times, text)
         out = out if isinstance(out, torch.Tensor) else out.sample
-        torch.autograd.grad(out.float().square().mean(), factors)
+        if not forward:
+            torch.autograd.grad(out.float().square().mean(), factors)
         if device != "cpu":
             torch.cuda.synchronize()
 

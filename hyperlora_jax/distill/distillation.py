@@ -249,7 +249,7 @@ def _fit(
 
     few = -(-len(share) // mesh.size) * mesh.size
     yield from fit_loras(
-        Base(sd.unet.clone(remat=section.remat, mesh=mesh), sd.params["unet"], sd.schedule),
+        Base(sd.unet.clone(remat=section.remat, mesh=mesh), sd.frozen_unet, sd.schedule),
         recipe.factors(spec),
         recipe,
         Concepts(list(position), load, None, max(pictures.counts), name, reject),

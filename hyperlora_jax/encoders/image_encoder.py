@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from hyperlora_jax.array_types import AnyArray, Array, DType, Float, Params, PRNGKey
-from hyperlora_jax.stable_diffusion.networks.layers import flax_conv2d
+from hyperlora_jax.stable_diffusion.networks.convolutions import flax_conv2d
 
 Conv = functools.partial(nn.Conv, conv_general_dilated=flax_conv2d)
 

@@ -66,7 +66,7 @@ def seconds_per_fit(
         began = time.perf_counter()
         slots, losses = slot_state.advance(
             slots,
-            sd.params["unet"],
+            sd.frozen_unet,
             denoiser=Denoiser(sd.unet, sd.schedule, recipe.min_snr_gamma),
             recipe=recipe,
             parametrisation=trained,
@@ -233,7 +233,7 @@ class FittedSets:
         fitted: dict[int, Params] = {}
         devices = 1 if self.mesh is None else self.mesh.size
         for result in fit_loras(
-            Base(self.sd.unet, self.sd.params["unet"], self.sd.schedule),
+            Base(self.sd.unet, self.sd.frozen_unet, self.sd.schedule),
             trained,
             recipe,
             concepts,

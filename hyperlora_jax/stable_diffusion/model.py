@@ -24,6 +24,7 @@ from hyperlora_jax.lora.sites import LoraSpec, component_tree, spec_from_shapes
 from hyperlora_jax.lora_files.base_files import weight_files
 from hyperlora_jax.parallel.sharding import DEFAULT_RULES, Rule, split_rows
 from hyperlora_jax.stable_diffusion import inference, text_conditions
+from hyperlora_jax.stable_diffusion.networks import convolutions
 from hyperlora_jax.stable_diffusion.networks.autoencoder import AutoencoderKL
 from hyperlora_jax.stable_diffusion.networks.clip_text import ClipTextModel
 from hyperlora_jax.stable_diffusion.networks.lora_argument import (
@@ -394,7 +395,7 @@ class StableDiffusion:
             sampler,
             num_steps,
             ("beside" if beside else "apart") if guided else "",
-            {"unet": self.params["unet"], "vae": self.params["vae"]},
+            {"unet": self.frozen_unet, "vae": self.params["vae"]},
             split_rows(jnp.asarray(noise, jnp.float32), self.unet.mesh),
             text,
             jnp.asarray(guidance, jnp.float32),
@@ -416,6 +417,12 @@ class StableDiffusion:
             size.append(own if pixels is None else pixels // factor)
         key = jax.random.key(key) if isinstance(key, int) else key
         return jax.random.normal(key, (num, *size, settings.out_channels))
+
+    @functools.cached_property
+    def frozen_unet(self) -> Params:
+        """The UNet's parameters for programs that do not train them: on CPUs, kernels of large
+        convolutions `transformed` once, which adds half of the UNet's memory at SD 1.5's size."""
+        return convolutions.frozen(self.params["unet"])
 
     @functools.cached_property
     def base_hash(self) -> str:

@@ -6,6 +6,7 @@ import pytest
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.stable_diffusion.networks.attention_kernels import (
     attend,
+    attention_by_heads,
     choose,
     splash_attention,
     xla_attention,
@@ -21,14 +22,15 @@ def plain(query, key, value):
     return jnp.einsum("bhnm,bmhd->bnhd", jax.nn.softmax(scores, axis=-1), value)
 
 
-def test_values_and_gradients_equal_softmax_attention():
+@pytest.mark.parametrize("attention", [xla_attention, attention_by_heads])
+def test_values_and_gradients_equal_softmax_attention(attention):
     query, key, value = heads(2, 9, 3, 4), heads(2, 5, 3, 4, seed=1), heads(2, 5, 3, 4, seed=2)
     weight = heads(2, 9, 3, 4, seed=3)
 
     def total(attention):
         return jax.value_and_grad(lambda *x: (attention(*x) * weight).sum(), (0, 1, 2))
 
-    ours, theirs = total(xla_attention)(query, 9 * key, value), total(plain)(query, 9 * key, value)
+    ours, theirs = total(attention)(query, 9 * key, value), total(plain)(query, 9 * key, value)
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-4)
 
@@ -56,6 +58,8 @@ def test_splash_refuses_a_batch_that_the_mesh_does_not_divide():
         ("gpu", 64, jnp.float32, 40, "xla"),
         ("gpu", 64, jnp.bfloat16, 160, "xla"),
         ("cpu", 4096, jnp.bfloat16, 40, "xla"),
+        ("cpu", 256, jnp.float32, 40, "heads"),
+        ("cpu", 64, jnp.float32, 40, "xla"),
     ],
 )
 def test_auto_chooses_by_platform_length_and_head_dim(platform, tokens, dtype, head_dim, expected):

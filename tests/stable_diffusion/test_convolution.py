@@ -7,8 +7,12 @@ import numpy as np
 import pytest
 from jax import lax
 
-from hyperlora_jax.stable_diffusion.networks import layers
-from hyperlora_jax.stable_diffusion.networks.layers import conv2d, flax_conv2d, product
+from hyperlora_jax.stable_diffusion.networks import convolutions
+from hyperlora_jax.stable_diffusion.networks.convolutions import conv2d, flax_conv2d, product
+from hyperlora_jax.stable_diffusion.networks.unet import unet_from_config
+from hyperlora_jax.stable_diffusion.weights.flax_trees import init_params
+
+from .conftest import tiny_unet_config
 
 CASES = [
     (3, 1, ((1, 1), (1, 1)), 8),
@@ -54,7 +58,7 @@ def test_few_pixels_and_a_large_kernel_are_one_product_with_the_same_gradient(pa
         return out, back(jnp.sin(out))
 
     wanted = values(x, kernel)
-    monkeypatch.setattr(layers, "_LARGE", 1)
+    monkeypatch.setattr(convolutions, "_LARGE", 1)
     assert "convolution" not in jax.jit(lambda x: conv2d(x, kernel, 1, padding)).lower(x).as_text()
     for ours, plain in zip(*map(jax.tree.leaves, (values(x, kernel), wanted)), strict=True):
         np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-5)
@@ -108,3 +112,34 @@ def test_products_of_few_rows_with_a_large_kernel_have_the_usual_gradients():
     program = jax.jit(gradients, static_argnums=0).trace(product)
     assert "optimization_barrier" in program.lower(lowering_platforms=("cpu",)).as_text()
     assert "optimization_barrier" not in program.lower(lowering_platforms=("tpu",)).as_text()
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 5), (1, 3)])
+def test_transformed_kernels_give_the_same_convolution_and_gradient(size):
+    rng = np.random.default_rng(3)
+    x = jnp.asarray(rng.normal(size=(2, *size, 3)), jnp.float32)
+    kernel = jnp.asarray(rng.normal(size=(3, 3, 3, 5)), jnp.float32)
+
+    def values(function, kernel):
+        out, back = jax.vjp(lambda x: function(x, kernel), x)
+        return out, back(jnp.sin(out))
+
+    wanted = values(lambda x, k: conv2d(x, k, 1, ((1, 1), (1, 1))), kernel)
+    found = values(convolutions.transformed_conv, convolutions.transformed(kernel))
+    for ours, plain in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
+        np.testing.assert_allclose(ours, plain, atol=2e-5)
+
+
+def test_a_frozen_unet_with_transformed_kernels_predicts_the_same():
+    unet = unet_from_config(tiny_unet_config())
+    params = jax.jit(lambda key: init_params(unet, key))(jax.random.key(0))
+    frozen = convolutions.frozen(params, fewest=1)
+    names = [path[-1].key for path, _ in jax.tree_util.tree_flatten_with_path(frozen)[0]]
+    assert names.count(convolutions.TRANSFORMED) == 9
+    assert "kernel" in frozen["mid_block"]["resnets_0"]["conv1"]
+    inputs = [jnp.ones((1, 8, 8, 4)), jnp.array([7.0]), jnp.ones((1, 3, 24))]
+    predict = jax.jit(unet.apply)
+    wanted, found = (predict({"params": tree}, *inputs) for tree in (params, frozen))
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+    small = convolutions.frozen(params)
+    assert jax.tree.structure(small) == jax.tree.structure(params)

@@ -17,7 +17,7 @@ from hyperlora_jax.stable_diffusion.weights.flax_trees import param_shapes
 BATCH, RANK = 2, 8
 UNET = unet_from_config(
     directory.read_json(Path(__file__).parents[2] / "configs/bases/sd15/unet/config.json")
-)
+).clone(attention="xla")
 
 
 def loss(lora, params, *inputs):
@@ -25,7 +25,8 @@ def loss(lora, params, *inputs):
 
 
 def lowered(preset, size):
-    """(forward, gradient step, kernels' shapes), one LoRA per example."""
+    """(forward, gradient step, kernels' shapes), one LoRA per example, as a TPU gets them: what a
+    CPU gets writes some products so that their FLOPs cannot be read off before compilation."""
     params = param_shapes(UNET)
     spec = spec_from_shapes(params, preset, RANK)
     lora = jax.eval_shape(lambda: factors.zeros(spec, BATCH))
@@ -33,8 +34,9 @@ def lowered(preset, size):
         jax.ShapeDtypeStruct(shape, jnp.float32)
         for shape in ((BATCH, size, size, 4), (BATCH,), (BATCH, 77, 768))
     ]
-    forward = jax.jit(UNET.apply).lower({"params": params}, *inputs)
-    step = jax.jit(jax.grad(loss)).lower(lora, params, *inputs)
+    forward = jax.jit(UNET.apply).trace({"params": params}, *inputs)
+    step = jax.jit(jax.grad(loss)).trace(lora, params, *inputs)
+    forward, step = (traced.lower(lowering_platforms=("tpu",)) for traced in (forward, step))
     kernels = {leaf.shape for leaf in jax.tree.leaves(params) if len(leaf.shape) > 1}
     return forward, step, kernels
 

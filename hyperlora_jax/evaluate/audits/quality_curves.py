@@ -228,7 +228,7 @@ def quality_curves(
         fresh = jax.tree.map(
             jnp.array, dataclasses.replace(loaded, params=params)
         )  # a copy: steps donate it
-        slots, unet_params = fresh, sd.params["unet"]
+        slots, unet_params = fresh, sd.frozen_unet
         if mesh is not None:
             slots = jax.device_put(slots, spread(mesh, len(mine)))
             unet_params = jax.device_put(unet_params, sharding.replicated(mesh))

@@ -4,7 +4,10 @@ xla     plain einsums, float32 scores and softmax statistics; any platform, any 
 cudnn   cuDNN's fused attention (GPU, 16-bit, head dim a multiple of 8)
 splash  Pallas splash attention (TPU), inside `jax.shard_map` over batch and heads when a mesh is
         given: Mosaic kernels cannot be partitioned automatically. Head dims stay unpadded in HBM.
-auto    splash on TPU from 1024 tokens, cudnn on GPU for 16-bit heads up to 128, else xla
+heads   one head after another, whose scores stay in the processor's cache and are computed again
+        for the gradient; float32, on one device
+auto    splash on TPU from 1024 tokens, cudnn on GPU for 16-bit heads up to 128, heads on a CPU from
+        256 × 256 scores, else xla
 """
 
 import functools
@@ -20,9 +23,10 @@ from hyperlora_jax.array_types import Array, Float
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.stable_diffusion.networks.blocks import ATTENTION_OUTPUT
 
-IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash")
+IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash", "heads")
 _SPLASH_TOKENS = 1024
 _SPLASH_BLOCK = 512
+_HEADS_SCORES = 2**16  # of a head: measured on two cores
 
 Heads = Float[Array, "b n h d"]
 
@@ -41,12 +45,16 @@ def attend(
         implementation = choose(query, key, jax.default_backend())
         if implementation == "splash" and mesh is None and jax.device_count() > 1:
             implementation = "xla"  # XLA can partition a program for several devices, not Mosaic
+        if implementation == "heads" and mesh is not None and mesh.size > 1:
+            implementation = "xla"  # a loop over examples would run whole on every device
     if implementation not in IMPLEMENTATIONS:
         raise UserError(f"attention = {implementation!r}, expected one of {list(IMPLEMENTATIONS)}")
     if implementation == "splash" and splash_takes(query, key):
         return splash_attention(query, key, value, mesh)
     if implementation == "cudnn":
         out = jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
+    elif implementation == "heads":
+        out = attention_by_heads(query, key, value)
     else:
         out = xla_attention(query, key, value)
     return checkpoint_name(out, ATTENTION_OUTPUT)
@@ -74,6 +82,8 @@ def choose(query: Sized, key: Sized, platform: str) -> str:
     head_dim = query.shape[-1]
     if platform == "tpu" and splash_takes(query, key):
         return "splash"
+    if platform == "cpu" and query.dtype == jnp.float32:
+        return "heads" if query.shape[1] * key.shape[1] >= _HEADS_SCORES else "xla"
     fits = query.dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 128
     return "cudnn" if platform in ("gpu", "cuda") and fits else "xla"
 
@@ -123,6 +133,48 @@ def _backward(saved: tuple[Array, ...], gradient: Array) -> tuple[Array, Array, 
 
 
 xla_attention.defvjp(_forward, _backward)
+
+
+def attention_by_heads(
+    query: Heads, key: Float[Array, "b m h d"], value: Float[Array, "b m h d"]
+) -> Heads:
+    """The same, a head of an example at a time."""
+    batch, tokens, heads, width = query.shape
+
+    def rows(x: Array) -> Array:
+        return x.swapaxes(1, 2).reshape(batch * heads, -1, width)
+
+    out = jax.lax.map(lambda one: _one_head(*one), (rows(query), rows(key), rows(value)))
+    return out.reshape(batch, heads, tokens, width).swapaxes(1, 2)
+
+
+@jax.custom_vjp
+def _one_head(
+    query: Float[Array, "n d"], key: Float[Array, "m d"], value: Float[Array, "m d"]
+) -> Float[Array, "n d"]:
+    return _one_forward(query, key, value)[0]
+
+
+def _one_forward(query: Array, key: Array, value: Array) -> tuple[Array, tuple[Array, ...]]:
+    scores = (query / math.sqrt(query.shape[-1])) @ key.T
+    largest = scores.max(-1, keepdims=True)
+    exponentials = jnp.exp(scores - largest)
+    total = exponentials.sum(-1, keepdims=True)
+    out = exponentials @ value / total
+    return out, (query, key, value, out, largest + jnp.log(total))
+
+
+def _one_backward(saved: tuple[Array, ...], gradient: Array) -> tuple[Array, Array, Array]:
+    """(1) with p divided by l. Only arrays of d columns are turned, never n × m."""
+    query, key, value, out, log_total = saved
+    scale = 1 / math.sqrt(query.shape[-1])
+    weights = jnp.exp((query * scale) @ key.T - log_total)
+    mean = (gradient * out).sum(-1, keepdims=True)
+    scores = weights * (gradient @ value.T - mean)
+    return scores @ key * scale, ((query * scale).T @ scores).T, (gradient.T @ weights).T
+
+
+_one_head.defvjp(_one_forward, _one_backward)
 
 
 def causal_attention(query: Heads, key: Heads, value: Heads) -> Heads:

@@ -10,8 +10,14 @@ from hyperlora_jax.array_types import AnyArray, Array, DType, Float, Json
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.stable_diffusion.networks.attention_kernels import xla_attention
 from hyperlora_jax.stable_diffusion.networks.configs import check_divides, read_config, to_json
-from hyperlora_jax.stable_diffusion.networks.layers import Conv, Dense, GroupNorm
-from hyperlora_jax.stable_diffusion.networks.resnet import Downsample, ResnetBlock, Upsample
+from hyperlora_jax.stable_diffusion.networks.layers import (
+    Conv,
+    Dense,
+    Downsample,
+    GroupNorm,
+    ResnetBlock,
+    Upsample,
+)
 
 _DEFAULTS = {
     "in_channels": 3,

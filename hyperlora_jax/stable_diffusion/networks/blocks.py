@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from hyperlora_jax.array_types import Array, Float, Params
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora.factors import stack_padded
+from hyperlora_jax.stable_diffusion.networks.convolutions import TRANSFORMED
 
 STACKED = "transformer_blocks"
 _BLOCK = re.compile(rf"^{STACKED}_(\d+)$")
@@ -54,8 +55,10 @@ def kernel_shape(params: Params, path: tuple[str, ...]) -> tuple[int, ...] | Non
             depth = len(jax.tree.leaves(node[STACKED])[0])
             stacked = bool(found) and int(found[1]) < depth
             name = STACKED if stacked else name
-        if not isinstance(node, Mapping) or name not in node:
+        if not isinstance(node, Mapping) or not {name, TRANSFORMED} & set(node):
             return None
+        if name not in node:
+            return (3, 3, *node[TRANSFORMED].shape[2:])
         node = node[name]
     return tuple(node.shape[1:] if stacked else node.shape)
 

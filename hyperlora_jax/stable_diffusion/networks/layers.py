@@ -1,4 +1,5 @@
-"""Dense, convolution and norm layers whose names and sums match PyTorch's, with a LoRA each.
+"""Dense, convolution and norm layers whose names and sums match PyTorch's, with a LoRA each;
+residual blocks and resampling layers, which the UNet and the autoencoder share.
 
 A layer looks for the variables "down" and "up" of its own path in the `lora` collection. When they
 are there it adds x · down · up without ever forming down · up, so that every example of a batch can
@@ -6,18 +7,9 @@ carry another LoRA. L LoRAs serve b examples: example k uses LoRA k // (b / L). 
 (`lora/region_shares.py`) a layer over positions has K LoRAs for each picture: their factors are
 joined along the rank, and the rank activations of region k are multiplied by its share of each
 position.
-
-The gradients of a convolution are fast on every platform. XLA writes the gradient for the input as
-a convolution whose kernel has its two feature axes swapped by dimension numbers. TPUs and GPUs take
-that as it is; XLA:CPU (jaxlib 0.10) leaves it to a generic loop that is many times slower than its
-fused convolution. On a CPU the kernel is therefore swapped as data, and strides become zeros
-between the gradient's pixels.
 """
 
-import functools
 import math
-from collections.abc import Sequence
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -25,168 +17,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from hyperlora_jax.array_types import Array, DType, Float
-from hyperlora_jax.lora.region_shares import Shares, joined_ranks, shares_of
-
-Padding = tuple[tuple[int, int], tuple[int, int]]
-_FEW_ROWS, _FEW_PIXELS = 512, 64  # measured on two cores
-_LARGE = 2**20  # numbers of a kernel
-
-
-def conv2d(
-    x: Float[Array, "b h w i"],
-    kernel: Float[Array, "kh kw i o"],
-    stride: int,
-    padding: Padding,
-) -> Float[Array, "b hh ww o"]:
-    """Convolution in NHWC with an HWIO kernel; 1×1 at stride 1 is one matrix product.
-
-    Args:
-        padding: ((top, bottom), (left, right)) pixels.
-    """
-    if kernel.shape[:2] == (1, 1) and stride == 1 and not any(map(any, padding)):
-        return product(x, kernel[0, 0])
-    return _conv(x, kernel, stride, tuple(map(tuple, padding)))
-
-
-def flax_conv2d(
-    x: Float[Array, "b h w i"],
-    kernel: Float[Array, "kh kw group_i o"],
-    strides: tuple[int, int],
-    padding: str | Sequence[tuple[int, int]],
-    **options: Any,
-) -> Float[Array, "b hh ww o"]:
-    """`conv2d` as the `conv_general_dilated` argument of `flax.linen.Conv`.
-
-    Raises:
-        ValueError: unequal strides, dilation or groups, which `conv2d` does not know.
-    """
-    stride, other = strides
-    dilated = any(d != 1 for name in ("lhs_dilation", "rhs_dilation") for d in options[name])
-    if stride != other or dilated or options["feature_group_count"] != 1:
-        raise ValueError(f"expected one stride, no dilation, one group. Got: {strides=} {options=}")
-    if isinstance(padding, str):
-        pads = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
-        padding = [(int(low), int(high)) for low, high in pads]
-    return conv2d(x, kernel, stride, (tuple(padding[0]), tuple(padding[1])))
-
-
-def product(x: Float[Array, "*b i"], kernel: Float[Array, "i o"]) -> Float[Array, "*b o"]:
-    """x · kernel. On a CPU the gradient for a few rows is computed as (kernel · gᵀ)ᵀ: XLA's own
-    g · kernelᵀ walks through a large kernel against its order, three to seven times as long."""
-    rows = math.prod(x.shape[:-1])
-    return _product(x, kernel) if rows <= _FEW_ROWS and kernel.size >= _LARGE else x @ kernel
-
-
-@jax.custom_vjp
-def _product(x: Array, kernel: Array) -> Array:
-    return x @ kernel
-
-
-def _by_columns(x: Array, kernel: Array) -> Array:
-    """x · kernelᵀ; the barriers keep XLA from turning it back."""
-    turned = lax.optimization_barrier(x.reshape(-1, x.shape[-1]).T)
-    return lax.optimization_barrier(kernel @ turned).T.reshape(*x.shape[:-1], -1)
-
-
-def _product_backward(residuals: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
-    x, kernel = residuals
-    for_x = lax.platform_dependent(
-        gradient, kernel, cpu=_by_columns, default=lambda gradient, kernel: gradient @ kernel.T
-    )
-    flat, rows = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
-    return for_x, flat.T @ rows
-
-
-_product.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _product_backward)
-
-
-def _plain(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
-    return lax.conv_general_dilated(
-        x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _conv(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
-    if not _few_pixels(x, kernel, stride):
-        return _plain(x, kernel, stride, padding)
-    return lax.platform_dependent(
-        x,
-        kernel,
-        cpu=lambda x, kernel: _one_product(x, kernel, padding),
-        default=lambda x, kernel: _plain(x, kernel, 1, padding),
-    )
-
-
-def _forward(x: Array, kernel: Array, stride: int, padding: Padding):
-    return _conv(x, kernel, stride, padding), (x, kernel)
-
-
-def _backward(stride: int, padding: Padding, residuals, gradient: Array):
-    x, kernel = residuals
-
-    def by_transposition(gradient: Array, kernel: Array) -> Array:
-        return jax.linear_transpose(lambda x: _plain(x, kernel, stride, padding), x)(gradient)[0]
-
-    def by_convolution(gradient: Array, kernel: Array) -> Array:
-        if _few_pixels(x, kernel, stride):
-            return _one_product_back(gradient, kernel, padding, x.shape[1:3])
-        return _input_gradient(gradient, kernel, stride, padding, x.shape[1:3])
-
-    for_x = lax.platform_dependent(gradient, kernel, cpu=by_convolution, default=by_transposition)
-    for_kernel = jax.linear_transpose(lambda k: _plain(x, k, stride, padding), kernel)(gradient)[0]
-    return for_x, for_kernel
-
-
-_conv.defvjp(_forward, _backward)
-
-
-def _few_pixels(x: Array, kernel: Array, stride: int) -> bool:
-    """Where reading the kernel once, in its order, is what counts on a CPU."""
-    return stride == 1 and math.prod(x.shape[:3]) <= _FEW_PIXELS and kernel.size >= _LARGE
-
-
-def _one_product(x: Array, kernel: Array, padding: Padding) -> Array:
-    """The convolution as one product with all windows, [b · hh · ww, kh · kw · i]."""
-    kh, kw, _, features = kernel.shape
-    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-    rows, columns = x.shape[1] - kh + 1, x.shape[2] - kw + 1
-    taps = [x[:, i : i + rows, j : j + columns] for i in range(kh) for j in range(kw)]
-    return jnp.concatenate(taps, -1) @ kernel.reshape(-1, features)
-
-
-def _one_product_back(
-    gradient: Array, kernel: Array, padding: Padding, size: tuple[int, ...]
-) -> Array:
-    """Its gradient for x: one product, and its parts shifted and summed."""
-    kh, kw, channels, features = kernel.shape
-    batch, rows, columns, _ = gradient.shape
-    windows = _by_columns(gradient, kernel.reshape(-1, features))
-    windows = windows.reshape(batch, rows, columns, kh, kw, channels)
-    padded = jnp.zeros((batch, rows + kh - 1, columns + kw - 1, channels), gradient.dtype)
-    for i in range(kh):
-        for j in range(kw):
-            edges = ((0, 0), (i, kh - 1 - i), (j, kw - 1 - j), (0, 0))
-            padded = padded + jnp.pad(windows[:, :, :, i, j], edges)
-    (top, _), (left, _) = padding
-    return padded[:, top : top + size[0], left : left + size[1]]
-
-
-def _input_gradient(
-    gradient: Array, kernel: Array, stride: int, padding: Padding, size: tuple[int, ...]
-) -> Array:
-    """The transposed convolution, as a plain one with the kernel turned by 180°."""
-    edges = []
-    for axis in (0, 1):
-        before = kernel.shape[axis] - 1 - padding[axis][0]
-        spread = (gradient.shape[1 + axis] - 1) * stride + 1
-        edges.append((before, size[axis] + kernel.shape[axis] - 1 - spread - before))
-    turned = kernel[::-1, ::-1].transpose(0, 1, 3, 2)
-    if stride == 1:
-        return _plain(gradient, turned, 1, (edges[0], edges[1]))
-    zero = jnp.zeros((), gradient.dtype)
-    between = [(0, 0, 0), *((*edge, stride - 1) for edge in edges), (0, 0, 0)]
-    return _plain(lax.pad(gradient, zero, between), turned, 1, ((0, 0), (0, 0)))
+from hyperlora_jax.lora.region_shares import Shares, blended, joined_ranks, shares_of
+from hyperlora_jax.stable_diffusion.networks.convolutions import (
+    TRANSFORMED,
+    conv2d,
+    product,
+    transformed_conv,
+)
 
 
 def _param(module: nn.Module, name: str, shape: tuple[int, ...], fill: float = 0.0) -> Array:
@@ -323,8 +160,12 @@ class Conv(nn.Module):
         padding = ((p, p), (p, p)) if isinstance(p, int) else p
         shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
         x = x.astype(self.dtype)
-        kernel = _param(self, "kernel", shape)
-        y = conv2d(x, kernel.astype(self.dtype), self.stride, padding)
+        if self.has_variable("params", TRANSFORMED):
+            kernel = self.get_variable("params", TRANSFORMED)
+            y = transformed_conv(x, kernel.astype(self.dtype))
+        else:
+            kernel = _param(self, "kernel", shape)
+            y = conv2d(x, kernel.astype(self.dtype), self.stride, padding)
         if self.has_variable("lora", "down"):
             down, up = self.get_variable("lora", "down"), self.get_variable("lora", "up")
             down, up = down.astype(self.dtype), up.astype(self.dtype)
@@ -356,9 +197,8 @@ class GroupNorm(nn.Module):
         )
         shares = shares_of(regions, x.shape[1:-1])
         if shares is None or regions is None or not regions.apart:
-            mean = groups.mean((1, 3), keepdims=True)
-            centred = groups - mean
-            variance = jnp.square(centred).mean((1, 3), keepdims=True)
+            centred = groups - _group_mean(groups)
+            variance = _group_mean(jnp.square(centred))
             normed = centred * lax.rsqrt(variance + self.epsilon)
         else:
             each = shares.astype(jnp.float32).reshape(*groups.shape[:2], 1, 1, -1)  # [b n 1 1 k]
@@ -369,6 +209,11 @@ class GroupNorm(nn.Module):
             variance = (jnp.square(centred) * weights).sum(1, keepdims=True).mean(3, keepdims=True)
             normed = (centred * lax.rsqrt(variance + self.epsilon) * each).sum(-1)
         return (normed.reshape(x.shape) * scale + bias).astype(self.dtype)
+
+
+def _group_mean(groups: Float[Array, "b n g c"]) -> Float[Array, "b 1 g 1"]:
+    """In two steps, which a CPU does in half the time of one."""
+    return groups.mean(1, keepdims=True).mean(3, keepdims=True)
 
 
 class LayerNorm(nn.Module):
@@ -386,3 +231,74 @@ class LayerNorm(nn.Module):
         centred = x - x.mean(-1, keepdims=True)
         variance = jnp.square(centred).mean(-1, keepdims=True)
         return (centred * lax.rsqrt(variance + self.epsilon) * scale + bias).astype(self.dtype)
+
+
+class ResnetBlock(nn.Module):
+    """norm1, SiLU, conv1, + time embedding, norm2, SiLU, conv2, + shortcut."""
+
+    features: int
+    num_groups: int
+    epsilon: float
+    dtype: DType = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b h w c"],
+        time: Float[Array, "bk t"] | None = None,
+        regions: Shares | None = None,
+    ) -> Float[Array, "b h w f"]:
+        """`time` is the embedded timestep; the autoencoder has none."""
+        hidden = GroupNorm(self.num_groups, self.epsilon, self.dtype, name="norm1")(x, regions)
+        hidden = Conv(self.features, dtype=self.dtype, name="conv1")(jax.nn.silu(hidden), regions)
+        if time is not None:
+            shift = Dense(self.features, dtype=self.dtype, name="time_emb_proj")(jax.nn.silu(time))
+            shift, shares = shift[:, None, None, :], shares_of(regions, x.shape[1:-1])
+            hidden = hidden + (shift if shares is None else blended(shift, shares))
+        hidden = GroupNorm(self.num_groups, self.epsilon, self.dtype, name="norm2")(hidden, regions)
+        hidden = Conv(self.features, dtype=self.dtype, name="conv2")(jax.nn.silu(hidden), regions)
+        if x.shape[-1] != self.features:
+            shortcut = Conv(self.features, 1, padding=0, dtype=self.dtype, name="conv_shortcut")
+            x = shortcut(x, regions)
+        return x + hidden
+
+
+class Downsample(nn.Module):
+    """3×3 convolution of stride 2. The autoencoder pads below and right only."""
+
+    padding: int | tuple[tuple[int, int], tuple[int, int]] = 1
+    dtype: DType = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b h w c"], regions: Shares | None = None
+    ) -> Float[Array, "b hh ww c"]:
+        """Halves height and width."""
+        return Conv(x.shape[-1], 3, 2, self.padding, dtype=self.dtype, name="conv")(x, regions)
+
+
+class Upsample(nn.Module):
+    """Nearest neighbour to `size` (default twice the size), then a 3×3 convolution."""
+
+    dtype: DType = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b h w c"],
+        size: tuple[int, int] | None = None,
+        regions: Shares | None = None,
+    ) -> Float[Array, "b hh ww c"]:
+        """`size` is (height, width) of the output."""
+        x = nearest_resize(x, size or (2 * x.shape[1], 2 * x.shape[2]))
+        return Conv(x.shape[-1], dtype=self.dtype, name="conv")(x, regions)
+
+
+def nearest_resize(x: Float[Array, "b h w c"], size: tuple[int, int]) -> Float[Array, "b hh ww c"]:
+    """Nearest neighbour: output row i shows input row floor(i · h / hh)."""
+    b, h, w, c = x.shape
+    if size == (2 * h, 2 * w):
+        doubled = jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c))
+        return doubled.reshape(b, 2 * h, 2 * w, c)
+    rows, columns = jnp.arange(size[0]) * h // size[0], jnp.arange(size[1]) * w // size[1]
+    return x[:, rows][:, :, columns]

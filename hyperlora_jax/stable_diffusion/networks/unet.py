@@ -14,9 +14,15 @@ from hyperlora_jax.array_types import AnyArray, Array, DType, Float, Int, Json
 from hyperlora_jax.lora.region_shares import Shares, pyramid
 from hyperlora_jax.stable_diffusion.networks.attention import Transformer2D
 from hyperlora_jax.stable_diffusion.networks.blocks import check_remat, rematerialised
-from hyperlora_jax.stable_diffusion.networks.layers import Conv, Dense, GroupNorm
+from hyperlora_jax.stable_diffusion.networks.layers import (
+    Conv,
+    Dense,
+    Downsample,
+    GroupNorm,
+    ResnetBlock,
+    Upsample,
+)
 from hyperlora_jax.stable_diffusion.networks.lora_argument import check_lora
-from hyperlora_jax.stable_diffusion.networks.resnet import Downsample, ResnetBlock, Upsample
 from hyperlora_jax.stable_diffusion.networks.unet_config import UNetConfig
 
 
