@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 
 from hyperlora_jax.array_types import Array, Float, Params
 
@@ -277,7 +278,7 @@ def _on_cpus(array: Any) -> bool:
     """Numbers that are whole on each of their devices, which are CPUs."""
     return (
         isinstance(array, jax.Array)
-        and not isinstance(array, jax.core.Tracer)
+        and not isinstance(array, Tracer)
         and array.is_fully_replicated
         and all(device.platform == "cpu" for device in array.devices())
     )
