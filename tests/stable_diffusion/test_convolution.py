@@ -8,6 +8,7 @@ import pytest
 from jax import lax
 
 from hyperlora_jax.stable_diffusion.networks import convolutions
+from hyperlora_jax.stable_diffusion.networks.blocks import kernel_shape
 from hyperlora_jax.stable_diffusion.networks.convolutions import conv2d, flax_conv2d, product
 from hyperlora_jax.stable_diffusion.networks.unet import unet_from_config
 from hyperlora_jax.stable_diffusion.weights.flax_trees import init_params
@@ -141,5 +142,7 @@ def test_a_frozen_unet_with_transformed_kernels_predicts_the_same():
     predict = jax.jit(unet.apply)
     wanted, found = (predict({"params": tree}, *inputs) for tree in (params, frozen))
     np.testing.assert_allclose(found, wanted, atol=1e-5)
+    path = ("up_blocks_1", "resnets_0", "conv1")
+    assert kernel_shape(frozen, path) == kernel_shape(params, path)
     small = convolutions.frozen(params)
     assert jax.tree.structure(small) == jax.tree.structure(params)
