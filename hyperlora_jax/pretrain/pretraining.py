@@ -307,5 +307,5 @@ def text_config(section: ConfigDict, tokenizer: "CLIPTokenizer") -> Json:
     }
 
 
-def _plain(section: ConfigDict) -> Json:
+def _plain(section: ConfigDict | Json) -> Json:
     return {k: list(v) if isinstance(v, tuple) else v for k, v in dict(section).items()}
