@@ -87,6 +87,13 @@ def run(args: argparse.Namespace) -> int:
     single_files.keep_options(args.base, args)
     sd = load_base(args.base)
     regions = _regions(args, sd, strengths) if args.region else []
+    guidance = sd.default_guidance if args.guidance is None else args.guidance
+    guided = guidance != 1.0 and not sd.unet.settings.guidance_width
+    if (args.lora or regions) and args.lora_branches == "conditional" and guided:
+        print(
+            f"guidance {guidance:g}: LoRAs act on the conditional branch alone; diffusers and "
+            "ComfyUI have them on both (--lora_branches both)"
+        )
     names = ["regions"] if regions else _names(args.lora)
     prompts = [prompt for _ in names for prompt in args.prompt]
     images = sample_in_batches(

@@ -115,3 +115,15 @@ def test_out_must_be_a_folder(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main([*QUICK, "--out", str(tmp_path / "file")]) == 2
     assert "--out" in capsys.readouterr().err
+
+
+def test_guidance_says_where_the_lora_acts(files, tmp_path, capsys):
+    said = {}
+    for branches in ("conditional", "both"):
+        command = [*QUICK, "--lora", files[0], "--strength", "0.1", "--guidance", "3"]
+        command += ["--lora_branches", branches, "--out", str(tmp_path / branches)]
+        assert main(command) == 0
+        said[branches] = "conditional branch alone" in capsys.readouterr().out
+    assert said == {"conditional": True, "both": False}
+    first, second = pixels(tmp_path / "conditional"), pixels(tmp_path / "both")
+    assert max(np.abs(first[name] - second[name]).max() for name in first) > 1
