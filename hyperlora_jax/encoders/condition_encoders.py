@@ -13,7 +13,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Protocol, cast, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import flax.traverse_util
 import jax
@@ -224,7 +224,17 @@ def read_config(folder: epath.Path) -> JsonDict:
     return config
 
 
-def check_params(path: epath.PathLike, module: ConvEncoder, params: Params) -> None:
+@runtime_checkable
+class SquarePictures(Protocol):
+    """A Flax network that looks at pictures of `image_size` × `image_size` pixels."""
+
+    @property
+    def image_size(self) -> int: ...  # noqa: D102
+
+    def init(self, *args: Any, **kwargs: Any) -> Any: ...  # noqa: D102
+
+
+def check_params(path: epath.PathLike, module: SquarePictures, params: Params) -> None:
     """Raises UserError unless `params` has exactly the names and shapes that `module` wants."""
     size = module.image_size
     image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)

@@ -2,6 +2,7 @@ import json
 import sqlite3
 import struct
 import sys
+import time
 
 import pytest
 from etils import epath
@@ -74,6 +75,10 @@ def wandb_records(path):
             whole = b""
 
 
+def history_rows(path):
+    return sum(record.HasField("history") for record in wandb_records(path))
+
+
 @pytest.mark.filterwarnings("ignore")  # wandb's own
 def test_weights_and_biases_has_one_curve_offline(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -81,6 +86,9 @@ def test_weights_and_biases_has_one_curve_offline(tmp_path, monkeypatch):
     expected = killed_and_gone_on(tmp_path, "wandb")
     files = sorted((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
     assert len(files) == 2
+    end = time.monotonic() + 60
+    while sum(map(history_rows, files)) < len(expected) and time.monotonic() < end:
+        time.sleep(0.2)  # another process writes, when it comes to it
     runs, losses = set(), {}
     for record in (record for file in files for record in wandb_records(file)):
         if record.HasField("run"):
