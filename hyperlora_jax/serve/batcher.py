@@ -1,7 +1,7 @@
 """Questions that arrive together are answered together, in one thread.
 
 While a batch runs, new questions wait and become the next one. Who asks alone never waits for
-company; after a batch of several askers the next one waits for as many questions as that had, for
+company; after a batch of several askers the next one waits until all of them have asked again, for
 at most `wait_s` or `PATIENCE` of the time that it took: half a batch costs nearly a whole one. An
 error is that of the one question that raises it alone, not of its companions.
 """
@@ -118,7 +118,9 @@ class Batcher:
         """The next batch; [] at the end."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._closed)
-            enough = min(self._expected, self._portion(self._most_waiting))
+            # Who waits already, and who has just been answered: together they fill larger batches.
+            company = self._expected + len(self._waiting) if self._expected else 0
+            enough = min(company, self._portion(self._most_waiting))
             self._changed.wait_for(
                 lambda: len(self._waiting) >= enough or self._closed,
                 max(self._wait_s, PATIENCE * self._took_s),
