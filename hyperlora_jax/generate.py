@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from hyperlora_jax.array_types import Array, Json, Key, Params
+from hyperlora_jax.array_types import Array, Json, Params
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.hypernet.editing import Directions, edit
 from hyperlora_jax.hypernet.hypernetwork import Hypernetwork
@@ -111,8 +111,7 @@ def generate_files(
     for members in _batches([len(references) for references in subjects]):
         pixels = [[reference_pixels(p, hyper.encoder) for p in subjects[n]] for n in members]
         pooled, tokens = hyper.embed(np.asarray(pixels))
-        keys = jnp.broadcast_to(jax.random.key(seed), len(members))
-        loras = write_each(hyper, keys, pooled, tokens, num_samples, draw)
+        loras = write_each(hyper, [seed] * len(members), pooled, tokens, num_samples, draw)
         scores = hyper.familiarity_of(pooled)
         familiar = [None] * len(members) if scores is None else [float(x) for x in scores]
         paths = [_names(outs[n], num_samples) for n in members]
@@ -147,20 +146,21 @@ def _batches(counts: Sequence[int]) -> Iterator[list[int]]:
 
 def write_each(
     hyper: Hypernetwork,
-    keys: Key[Array, " l"],
+    seeds: Sequence[int],
     pooled: Array,
     tokens: Array,
     num_samples: int = 1,
     draw: Json | None = None,
 ) -> Params:
-    """Every subject's LoRAs with a key of its own, as if it were alone; its samples in a row."""
+    """Every subject's LoRAs with a seed of its own, as if it were alone; its samples in a row."""
     draw = draw or {}
     if not hyper.generator.stochastic:
-        return hyper.write(keys[0], pooled, tokens, num_samples=num_samples, **draw)
+        return hyper.write(seeds[0], pooled, tokens, num_samples=num_samples, **draw)
 
     def alone(key: Array, pooled: Array, tokens: Array) -> Params:
         return hyper.write(key, pooled[None], tokens[None], num_samples=num_samples, **draw)
 
+    keys = jnp.stack([jax.random.key(seed) for seed in seeds])
     loras = jax.vmap(alone)(keys, pooled, tokens)
     return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), loras)
 
@@ -189,7 +189,7 @@ def _write(
     try:
         return save_loras(
             paths,
-            factors.scale(loras, strength),
+            factors.scale(jax.device_get(loras), strength),
             spec,
             family=hyper.facts["family"],
             metadata=texts,

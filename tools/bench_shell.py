@@ -69,6 +69,8 @@ def _commands(folder: Path) -> dict[str, list[str]]:
 def _cost(code: Path, cache: Path, command: list[str], folder: Path) -> tuple[float, float]:
     """(seconds of the processor, seconds on the clock) of one process."""
     environment = {**os.environ, "PYTHONPATH": str(code), "HYPERLORA_CACHE": str(cache)}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
+    environment["PYTHONPYCACHEPREFIX"] = str(cache / "bytecode")  # as an installed package has it
     log = folder / "log"
     with log.open("w") as file:
         begin, before = time.perf_counter(), os.times()

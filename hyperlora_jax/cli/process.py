@@ -1,5 +1,6 @@
 """This program's process: alone, or one of several that start, talk and end as one."""
 
+import atexit
 import gc
 import logging
 import os
@@ -51,6 +52,7 @@ class Process:
         # Tracing a model and listing its pictures make objects that stay: at Python's own threshold
         # of 700 the collector takes a quarter of the time to the first step.
         gc.set_threshold(OBJECTS_UNLOOKED_AT)
+        atexit.register(gc.freeze)  # nor at the end, where all of it is thrown away
         logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
         if not needs_jax and environment.settings(os.environ) is None:
             return False

@@ -238,7 +238,7 @@ def check_params(path: epath.PathLike, module: SquarePictures, params: Params) -
     """Raises UserError unless `params` has exactly the names and shapes that `module` wants."""
     size = module.image_size
     image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-    wanted = jax.eval_shape(module.init, jax.random.key(0), image)["params"]
+    wanted = jax.eval_shape(lambda x: module.init(jax.random.key(0), x), image)["params"]
     flat_wanted = flax.traverse_util.flatten_dict(wanted, sep="/")
     flat = flatten_names(params)
     for name in sorted(set(flat_wanted) ^ set(flat)):

@@ -11,11 +11,13 @@ the two linears of the MLP, a low-rank map that the condition writes: x ← x + 
 (arXiv 2412.02352); its Up half starts at zero.
 """
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from hyperlora_jax.array_types import Array, Bool, DType, Float
+from hyperlora_jax.array_types import Array, Bool, DType, Float, PRNGKey
 
 CONDITIONINGS = ("adanorm", "adalora")
 
@@ -55,8 +57,38 @@ class AdaLora(nn.Module):
         return x + jnp.einsum("lnr,lcr->lnc", jnp.einsum("lnc,lcr->lnr", x, down), up)
 
 
+class Projection(nn.Module):
+    """Kernel [*inputs, *outputs] and bias [*outputs] of a linear map, drawn and named as
+    nn.DenseGeneral does."""
+
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    dtype: DType = jnp.float32
+
+    @nn.compact
+    def __call__(self) -> tuple[Array, Array]:
+        """Both, in `dtype`."""
+        shape = (*self.inputs, *self.outputs)
+        flat = math.prod(self.inputs), math.prod(self.outputs)
+
+        def drawn(key: PRNGKey) -> Array:
+            return nn.initializers.lecun_normal()(key, flat).reshape(shape)
+
+        kernel = self.param("kernel", drawn)
+        bias = self.param("bias", nn.initializers.zeros, self.outputs)
+        return kernel.astype(self.dtype), bias.astype(self.dtype)
+
+
 class Attention(nn.Module):
-    """Multi-head attention of the tokens to a context (themselves, or the condition)."""
+    """Multi-head attention of the tokens to a context (themselves, or the condition).
+
+    With q = Wq x, k = Wk y and v = Wv y of a head,
+
+        softmax(q kᵀ) v Wo = softmax(x (Wqᵀ k)ᵀ) (v Wo)
+
+    whose right side costs less where the context is short: x has as many columns as heads times
+    context tokens to be multiplied by, not its width.
+    """
 
     num_heads: int
     dtype: DType = jnp.float32
@@ -69,14 +101,31 @@ class Attention(nn.Module):
         mask: Bool[Array, "l m"] | None = None,
     ) -> Float[Array, "l n c"]:
         """Attends from x to those tokens of the context that the mask keeps."""
-        width = x.shape[-1]
-        shape = (self.num_heads, width // self.num_heads)
-        query = nn.DenseGeneral(shape, dtype=self.dtype, name="query")(x)
-        key = nn.DenseGeneral(shape, dtype=self.dtype, name="key")(context)
-        value = nn.DenseGeneral(shape, dtype=self.dtype, name="value")(context)
+        (_, count, width), length = x.shape, context.shape[1]
+        heads = (self.num_heads, width // self.num_heads)
+
+        def projection(name: str, *inputs: int, outputs: tuple[int, ...] = heads):
+            return Projection(inputs, outputs, self.dtype, name=name)()
+
+        query, key, value = (projection(name, width) for name in ("query", "key", "value"))
+        out, bias = projection("out", *heads, outputs=(width,))
+        x, context = x.astype(self.dtype), context.astype(self.dtype)
         visible = None if mask is None else mask[:, None, None, :]
-        mixed = jax.nn.dot_product_attention(query, key, value, mask=visible)
-        return nn.DenseGeneral(width, axis=(-2, -1), dtype=self.dtype, name="out")(mixed)
+        keys, values = (jnp.einsum("lmc,chd->lmhd", context, w) + b for w, b in (key, value))
+        folded = count * length * self.num_heads + length * width < count * (width + length)
+        if not folded:
+            queries = jnp.einsum("lnc,chd->lnhd", x, query[0]) + query[1]
+            mixed = jax.nn.dot_product_attention(queries, keys, values, mask=visible)
+            return jnp.einsum("lnhd,hdc->lnc", mixed, out) + bias
+        looks = jnp.einsum("lmhd,chd->lhmc", keys, query[0])
+        offsets = jnp.einsum("lmhd,hd->lhm", keys, query[1])[:, :, None]
+        scores = jnp.einsum("lnc,lhmc->lhnm", x, looks) + offsets
+        scores = scores.astype(jnp.float32) * heads[1] ** -0.5
+        if visible is not None:
+            scores = jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
+        shares = jax.nn.softmax(scores).astype(self.dtype)
+        answers = jnp.einsum("lmhd,hdc->lhmc", values, out)
+        return jnp.einsum("lhnm,lhmc->lnc", shares, answers) + bias
 
 
 class Block(nn.Module):

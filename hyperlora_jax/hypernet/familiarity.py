@@ -7,7 +7,6 @@ A subject like those of training scores anywhere in (0, 1), uniformly on average
 another domain (a landscape for a model of faces) scores near 0: no training subject is as far off.
 """
 
-import jax.numpy as jnp
 import numpy as np
 
 from hyperlora_jax.array_types import AnyArray, Float, Params, Rows
@@ -40,6 +39,6 @@ def fit(means: Float[np.ndarray, "n e"], singles: Rows) -> Params:
 def score(constants: Params, pooled: Float[AnyArray, "l k e"]) -> Float[np.ndarray, " l"]:
     """Familiarity of subjects told by k pictures each, in [0, 1]."""
     asked = unit(np.asarray(pooled).mean(axis=1))
-    nearest = np.asarray(jnp.asarray(asked) @ jnp.asarray(constants["known"]).T).max(axis=1)
+    nearest = (asked @ np.asarray(constants["known"]).T).max(axis=1)
     typical = np.asarray(constants["typical"])
     return np.searchsorted(typical, nearest, side="right") / len(typical)

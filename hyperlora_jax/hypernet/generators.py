@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol, cast, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hyperlora_jax.array_types import Array, ArrayTree, Float, Params
 from hyperlora_jax.errors import UserError
@@ -20,6 +21,8 @@ from hyperlora_jax.hypernet.condition import Condition, both, dropped
 from hyperlora_jax.hypernet.token_network import TokenHypernetwork
 from hyperlora_jax.lora import factors
 from hyperlora_jax.lora.sites import LoraSpec
+
+SLICE = 16  # conditions of one pass on a CPU
 
 
 class Estimate(NamedTuple):
@@ -126,7 +129,7 @@ class Regression:
         """See `Generator`; guidance moves away from the LoRA of an unknown subject."""
         del constants, key
         return guided(
-            lambda c: self.net.apply({"params": params}, c),
+            in_slices(lambda c: cast(Params, self.net.apply({"params": params}, c))),
             condition,
             draw.guidance,
             self.condition_dropout,
@@ -192,9 +195,27 @@ class Iterative:
     ) -> Params:
         """See `Generator`."""
         del constants, key
-        return guided(
-            lambda c: self._run(params, c), condition, draw.guidance, self.condition_dropout
-        )
+        run = in_slices(lambda c: self._run(params, c))
+        return guided(run, condition, draw.guidance, self.condition_dropout)
+
+
+def in_slices(function: Callable[[Condition], Params]) -> Callable[[Condition], Params]:
+    """The function, on a CPU of at most `SLICE` conditions at a time, the last of them repeated to
+    fill up: what it works on stays in the cache, and its memory, which the system hands out page
+    by page at every call, small."""
+
+    def run(condition: Condition) -> Params:
+        count = len(condition.pooled)
+        if count <= SLICE or jax.default_backend() != "cpu":
+            return function(condition)
+        parts = -(-count // SLICE)
+        size = -(-count // parts)
+        rows = np.minimum(np.arange(parts * size), count - 1).reshape(parts, size)
+        leaves, kind = jax.tree.flatten(condition)
+        written = jax.lax.map(lambda own: function(kind.unflatten(own)), [x[rows] for x in leaves])
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], written)
+
+    return run
 
 
 def guided(

@@ -122,13 +122,13 @@ class Hypernetwork:
             UserError: something that is no picture; several samples of a generator that always
                 answers the same, or guidance of one that was trained without condition dropout.
         """
-        key = jax.random.key(key) if isinstance(key, int) else key
-        settings = self._draw(num_samples, draw)
+        settings, drawn = self._draw(num_samples, draw), self._key(key)
         groups = by_number(references, self.encoder)
         parts, places = [], []
         for number, (members, pixels) in enumerate(groups):
             # Subjects with equally many pictures need no other key than they had alone.
-            own_key = jax.random.fold_in(key, number) if number else key
+            sampled = number and self.generator.stochastic
+            own_key = jax.random.fold_in(drawn, number) if sampled else drawn
             parts.append(self._of_pixels(own_key, pixels, num_samples, settings))
             places += [n * num_samples + k for n in members for k in range(num_samples)]
         loras = parts[0]
@@ -138,10 +138,17 @@ class Hypernetwork:
         strength = self.default_strength if strength is None else strength
         return loras if strength == 1.0 else factors.scale(loras, strength)
 
-    def _of_pixels(self, key: Array, pixels: AnyArray, num_samples: int, settings: Draw) -> Params:
+    def _key(self, key: Array | int) -> AnyArray:
+        """Zeros where nobody looks at it: to make a key is a program of its own."""
+        if not self.generator.stochastic:
+            return np.zeros(2, np.uint32)
+        return jax.random.key(key) if isinstance(key, int) else key
+
+    def _of_pixels(
+        self, key: AnyArray, pixels: AnyArray, num_samples: int, settings: Draw
+    ) -> Params:
         if not isinstance(self.encoder, condition_encoders.FlaxImageEncoder):
-            embedded = _embedded(self.encoder.encode, jnp.asarray(pixels))
-            return self._write(key, *embedded, num_samples, settings)
+            return self._write(key, *self._embed(pixels), num_samples, settings)
         weights = self.params, self._constants, self.encoder.params
         return _generate(
             self.generator, self.encoder.module, weights,
@@ -161,7 +168,12 @@ class Hypernetwork:
             raise UserError(
                 f"references: subjects have {counts} pictures, expected one number for all"
             )
-        return _embedded(self.encoder.encode, jnp.asarray(groups[0][1]))
+        return self._embed(groups[0][1])
+
+    def _embed(self, pixels: Float[AnyArray, "l k h w 3"]) -> tuple[Array, Array]:
+        if isinstance(self.encoder, condition_encoders.FlaxImageEncoder):
+            return _embed(self.encoder.module, self.encoder.params, jnp.asarray(pixels))
+        return _embedded(self.encoder.encode, jnp.asarray(pixels))
 
     def familiarity(self, references: object) -> Float[np.ndarray, " l"] | None:
         """How well each subject's references fit what the hypernetwork was trained on, 0 (unlike
@@ -170,7 +182,7 @@ class Hypernetwork:
         groups = by_number(references, self.encoder)
         familiarities = np.empty(sum(len(members) for members, _ in groups))
         for members, pixels in groups:
-            pooled, _ = _embedded(self.encoder.encode, jnp.asarray(pixels))
+            pooled, _ = self._embed(pixels)
             scores = self.familiarity_of(pooled)
             if scores is None:
                 return None
@@ -232,7 +244,7 @@ class Hypernetwork:
 
     def write(
         self,
-        key: Array,
+        key: Array | int,
         pooled: Array,
         tokens: Array,
         *,
@@ -240,7 +252,8 @@ class Hypernetwork:
         **draw: Any,
     ) -> Params:
         """LoRAs from embeddings: pooled [l, k, e], tokens [l, k, m, e]; see `generate`."""
-        return self._write(key, pooled, tokens, num_samples, self._draw(num_samples, draw))
+        settings = self._draw(num_samples, draw)
+        return self._write(self._key(key), pooled, tokens, num_samples, settings)
 
     def check_base(self, sd: Any, name: str) -> None:
         """Raises UserError unless the LoRAs are for this base model, called `name`."""
@@ -256,7 +269,7 @@ class Hypernetwork:
         return {k: v for k, v in self.constants.items() if k != "familiarity"}
 
     def _write(
-        self, key: Array, pooled: Array, tokens: Array, num_samples: int, draw: Draw
+        self, key: AnyArray, pooled: Array, tokens: Array, num_samples: int, draw: Draw
     ) -> Params:
         return _write(
             self.generator, self.params, self._constants, pooled, tokens, key, num_samples, draw
@@ -390,9 +403,13 @@ def _generate(
     """Pictures to LoRAs as one program: on a small model every dispatch between two counts.
     `weights`: the generator's parameters and constants, the encoder's parameters."""
     params, constants, encoder_params = weights
-    encode = functools.partial(encoder_module.apply, {"params": encoder_params})
-    pooled, tokens = _embedded(encode, references)
+    pooled, tokens = _embed(encoder_module, encoder_params, references)
     return _write(generator, params, constants, pooled, tokens, key, num_samples, draw)
+
+
+@functools.partial(jax.jit, static_argnames="module")
+def _embed(module: ConvEncoder, params: Params, references: Array) -> tuple[Array, Array]:
+    return _embedded(functools.partial(module.apply, {"params": params}), references)
 
 
 def _embedded(encode: Callable[[Array], Any], references: Array) -> tuple[Array, Array]:

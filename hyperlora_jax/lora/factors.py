@@ -81,7 +81,8 @@ def delta(factors: Params) -> Float[AnyArray, "..."]:
 
 def scale(lora: Params, strength: float | Float[AnyArray, ""] | Float[AnyArray, " l"]) -> Params:
     """Multiplies every delta by the strength, one number or one for each LoRA of a batch."""
-    strength = jnp.asarray(strength, jnp.float32)
+    if not isinstance(strength, jax.Array):  # numbers leave numpy's LoRAs in numpy
+        strength = np.asarray(strength, np.float32)
     if strength.ndim == 1 and num_loras(lora) != strength.shape[0]:
         raise ValueError(f"scale: {strength.shape[0]} strengths, but {num_loras(lora)} LoRAs")
     factor = strength[:, None, None] if strength.ndim == 1 else strength

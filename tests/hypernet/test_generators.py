@@ -7,6 +7,8 @@ import optax
 import pytest
 
 from hyperlora_jax.errors import UserError
+from hyperlora_jax.hypernet import generators
+from hyperlora_jax.hypernet.backbone import Attention
 from hyperlora_jax.hypernet.building import GENERATORS, TRAINED, build_generator
 from hyperlora_jax.hypernet.condition import Condition
 from hyperlora_jax.hypernet.generators import Draw, Generator
@@ -149,3 +151,42 @@ def test_errors_name_the_config():
     with pytest.raises(UserError, match="condition_dropout is 1"):
         build_generator(SPEC, {"generator": "regression", "condition_dropout": 1.0})
     assert set(TRAINED) < set(GENERATORS)
+
+
+def test_many_conditions_are_written_in_slices_of_equal_size(monkeypatch):
+    monkeypatch.setattr(generators, "SLICE", 4)
+    seen = []
+
+    def function(condition):
+        seen.append(condition.pooled.shape)
+        return {"sum": condition.pooled + condition.tokens.sum(axis=1)}
+
+    tokens = jnp.arange(9 * 2 * 3.0).reshape(9, 2, 3)
+    condition = Condition(jnp.arange(27.0).reshape(9, 3), tokens)
+    written = generators.in_slices(function)(condition)
+    np.testing.assert_array_equal(written["sum"], function(condition)["sum"])
+    assert seen[0] == (3, 3)
+
+
+@pytest.mark.parametrize("length", [1, 6])  # folded into the queries and the output, and not
+def test_attention_equals_its_formula(length):
+    random = np.random.default_rng(length)
+    x = jnp.asarray(random.normal(size=(2, 5, 8)), jnp.float32)
+    context = jnp.asarray(random.normal(size=(2, length, 8)), jnp.float32)
+    mask = jnp.arange(length)[None] < jnp.array([[1], [length]])
+    module = Attention(num_heads=2)
+    params = module.init(jax.random.key(0), x, context)["params"]
+    params = jax.tree.map(lambda leaf: leaf + 0.1, params)  # biases are zero at first
+
+    def projected(name, values):
+        weights = params[name]
+        return jnp.einsum("lnc,chd->lnhd", values, weights["kernel"]) + weights["bias"]
+
+    mixed = jax.nn.dot_product_attention(
+        projected("query", x), projected("key", context), projected("value", context),
+        mask=mask[:, None, None],
+    )  # fmt: skip
+    out = params["out"]
+    expected = jnp.einsum("lnhd,hdc->lnc", mixed, out["kernel"]) + out["bias"]
+    answer = module.apply({"params": params}, x, context, mask)
+    np.testing.assert_allclose(answer, expected, atol=2e-6)
