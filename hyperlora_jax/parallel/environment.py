@@ -1,15 +1,15 @@
 """What the environment says of the processes of a run; read without JAX."""
 
 from collections.abc import Mapping
+from typing import Any
 
-from hyperlora_jax.array_types import Json
 from hyperlora_jax.errors import UserError
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 SWITCH = "HYPERLORA_DISTRIBUTED"  # 1: always start, 0: never, unset: as the environment says
 
 
-def settings(environment: Mapping[str, str]) -> Json | None:
+def settings(environment: Mapping[str, str]) -> dict[str, Any] | None:
     """Arguments of `jax.distributed.initialize` for this environment; None: a single process.
 
     Three variables say everything (JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID), or

@@ -87,6 +87,7 @@ def test_arguments_are_parsed_without_jax(tmp_path):
     save_lora(file, zeros(spec), spec)
     code = (
         "import sys; from hyperlora_jax.cli.main import COMMANDS, main\n"
+        "assert main(['--help']) == 0 and 'numpy' not in sys.modules\n"
         "for name in COMMANDS: assert main([name, '--help']) == 0\n"
         "assert main(['train', '--config', 'avatars', '--print_config']) == 0\n"
         "assert main(['train', '--config', 'avatars', '--config.train.num_step=3']) == 2\n"
