@@ -43,6 +43,15 @@ def get_config() -> ConfigDict:
                     "conventional",
                 ),
                 steps_to_quality={"num_identities": 16},
+                conventional={
+                    "recipe": {
+                        "num_steps": 300,
+                        "images_per_step": 8,
+                        "learning_rate": 1e-2,
+                        "schedule": "cosine",
+                    }
+                },
+                refine={"recipe": {"images_per_step": 8, "learning_rate": 1e-2}},
             ),
             "mesh": sections.mesh(),
         }

@@ -21,10 +21,11 @@ import pathlib
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+SCORES = ("identity_top1", "image_error", "caption_accuracy")
 SHARED = ("renders", "cache", "encoded")  # folders that all runs of a dataset can share
 PAPER = "configs/paper.py"
 AVATARS = "configs/avatars.py"
@@ -33,11 +34,14 @@ AVATARS = "configs/avatars.py"
 @dataclasses.dataclass(frozen=True)
 class Run:
     """One row of an experiment: a config file, what is changed in it, and the method (of
-    `evaluate/method_loras.py`) whose LoRAs are scored. Rows of one training are its methods."""
+    `evaluate/method_loras.py`) whose LoRAs are scored. Rows of one training are its methods, and
+    what is changed in `evaluate` alone. Where `choosing`, a row is there to choose a recipe by: it
+    tells the scores of validation identities."""
 
     config: str = AVATARS
     changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     method: str = "generated"
+    choosing: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +57,7 @@ class Experiment:
 LATENT_STEPS = {
     "train.batch_size": 256, "train.num_steps": 300, "train.optimizer.learning_rate": 5e-4,
 }  # fmt: skip
+CHOOSING = 24  # validation identities that recipes are chosen by
 RAW_STEPS = {**LATENT_STEPS, "train.batch_size": 64}
 
 
@@ -152,38 +157,61 @@ def _compute() -> dict[str, Run]:
     }
 
 
+SEVERAL = Run(changes={"train.num_steps": 3000, "train.num_references": (1, 8)})
+
+
 def _references() -> dict[str, Run]:
-    steps = {"train.num_steps": 3000}
-    several = {**steps, "train.num_references": (1, 8)}
-    runs = {"trained with 1, told by 1": Run(changes=steps)}
+    runs = {"trained with 1, told by 1": Run(changes={"train.num_steps": 3000})}
     for count in (1, 2, 4, 8):
         method = f"generated_{count}" if count > 1 else "generated"
-        runs[f"trained with 1 to 8, told by {count}"] = Run(changes=several, method=method)
+        runs[f"trained with 1 to 8, told by {count}"] = dataclasses.replace(SEVERAL, method=method)
     return runs
 
 
-def _conventional() -> dict[str, Run]:
-    """What the yardstick's recipe is chosen by: its own scores on validation identities. The few
-    test identities only fill the table's columns."""
+def _recipes(
+    method: str, section: str, run: Run, steps: Sequence[int], rates: Sequence[float]
+) -> dict[str, Run]:
+    """Fits by every recipe, scored on validation identities alone."""
     asked = {
-        "train.num_steps": 1,  # an evaluation belongs to a checkpoint, whatever it is like
-        "evaluate.conventional.num_validation": 32,
-        "evaluate.num_validation": 32,
-        "evaluate.conventional.num_identities": 8,
+        **run.changes,
+        "evaluate.num_validation": CHOOSING,
+        "evaluate.conventional.num_validation": CHOOSING,
+        "evaluate.conventional.num_identities": 1,  # of the test ones, as some must be there
+        "evaluate.conventional.num_slots": CHOOSING + 1,
     }
-    recipe = "evaluate.conventional.recipe"
-    return {
-        f"{steps} steps, learning rate {rate:g}": Run(
-            changes={**asked, f"{recipe}.num_steps": steps, "distill.recipe.learning_rate": rate},
-            method="conventional",
-        )
-        for steps in (150, 300, 600)
-        for rate in (0.003, 0.01, 0.02)
-    }
+    found = {}
+    for count in steps:
+        for rate in rates:
+            recipe = {f"{section}.recipe.learning_rate": rate}
+            if "{" not in method:
+                recipe[f"{section}.recipe.num_steps"] = count
+            name = f"{count} steps, learning rate {rate:g}"
+            changes = {**asked, **recipe}
+            found[name] = Run(run.config, changes, method.format(count), choosing=True)
+    return found
+
+
+def _conventional(config: str) -> dict[str, Run]:
+    """The yardstick's recipe. An evaluation belongs to a checkpoint, whatever it is like."""
+    run = Run(config, {"train.num_steps": 1, "data.num_identities": 64})
+    where = "evaluate.conventional"
+    return _recipes("conventional", where, run, (150, 300, 600), (0.003, 0.01, 0.02))
+
+
+def _refine(run: Run) -> dict[str, Run]:
+    """What refinement does in 25 steps and more."""
+    return _recipes("refined_{}", "evaluate.refine", run, (25, 50), (0.003, 0.01, 0.02))
 
 
 EXPERIMENTS = {
-    "conventional": Experiment("The best conventional recipe", _conventional()),
+    "conventional": Experiment("The best conventional recipe", _conventional(AVATARS)),
+    "refine": Experiment("The best way to refine", _refine(SEVERAL)),
+    "conventional_heads": Experiment(
+        "The best conventional recipe on heads", _conventional("configs/heads.py")
+    ),
+    "conventional_fonts": Experiment(
+        "The best conventional recipe on fonts", _conventional("configs/fonts.py")
+    ),
     "gauges": Experiment("Which form of a LoRA is learned best?", _gauges()),
     "num_targets": Experiment("How many LoRA targets are enough?", _num_targets()),
     "num_subjects": Experiment("How many subjects are enough?", _num_subjects()),
@@ -193,7 +221,9 @@ EXPERIMENTS = {
     "paper": Experiment("The paper's grid (arXiv 2412.02352)", _paper_grid()),
 }
 
-WITHOUT_TARGETS = ("conventional", "references", "compute")
+WITHOUT_TARGETS = (
+    "conventional", "conventional_heads", "conventional_fonts", "refine", "references", "compute",
+)  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -249,8 +279,14 @@ def kept_row(
     folder.mkdir(parents=True, exist_ok=True)
     _share(folder, workdir / "shared")
     config = load_config(ROOT / run.config, overrides)
-    asked = {"config": run.config, "changes": dict(run.changes), "method": run.method, "seed": seed}
-    row = {"run": name, **asked, **measure(config, folder, run.method)}
+    asked = {
+        "config": run.config,
+        "changes": dict(run.changes),
+        "method": run.method,
+        "seed": seed,
+        "choosing": run.choosing,
+    }
+    row = {"run": name, **asked, **measure(config, folder, run)}
     temporary = kept.with_suffix(".tmp")
     temporary.write_text(json.dumps(row, indent=1))
     temporary.replace(kept)
@@ -258,20 +294,31 @@ def kept_row(
 
 
 def run_folder(workdir: pathlib.Path, run: Run, seed: int | str) -> pathlib.Path:
-    """WORKDIR/DIGEST-SEED: the digest is of what is run, whatever experiment it belongs to."""
-    asked = json.dumps([run.config, dict(run.changes)], sort_keys=True)
-    return workdir / f"{hashlib.sha256(asked.encode()).hexdigest()[:16]}-{seed}"
+    """WORKDIR/DIGEST-SEED: the digest is of what is trained, whatever experiment it belongs to."""
+    trained = {key: value for key, value in run.changes.items() if not _evaluates(key)}
+    return workdir / f"{_digest([run.config, trained])}-{seed}"
 
 
 def _row_file(run: Run) -> str:
-    return "row.json" if run.method == "generated" else f"row-{run.method}.json"
+    evaluated = {key: value for key, value in run.changes.items() if _evaluates(key)}
+    parts = ["row"] if run.method == "generated" else ["row", run.method]
+    return "-".join([*parts, *([_digest(evaluated)] if evaluated else [])]) + ".json"
 
 
-def measure(config: Any, folder: pathlib.Path, method: str = "generated") -> dict[str, Any]:
+def _evaluates(key: str) -> bool:
+    return key.startswith("evaluate.")
+
+
+def _digest(asked: object) -> str:
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def measure(config: Any, folder: pathlib.Path, run: Run) -> dict[str, Any]:
     """Trains one config, if that is not done yet, and scores it on the held-out identities."""
     from hyperlora_jax.evaluate.evaluation import Evaluation
     from hyperlora_jax.train.hypernetwork.hypernet_training import train_hypernetwork
 
+    method = run.method
     config.evaluate.methods = (method,)
     timed = folder / "trained.json"
     if not timed.exists():
@@ -283,14 +330,13 @@ def measure(config: Any, folder: pathlib.Path, method: str = "generated") -> dic
     evaluation = Evaluation(config, folder)
     summary = evaluation.summary(evaluation.run())
     chosen = summary["strength"][method]
-    curve = [point["identity_top1"]["mean"] for point in chosen["validation"]]
+    scores = {score: summary[score][method] for score in (*SCORES, "diversity")}
+    if run.choosing:
+        best = [p for p in chosen["validation"] if p["strength"] == chosen["best"]]
+        scores = {score: best[0][score] for score in SCORES}
     return {
-        **{
-            score: summary[score][method]
-            for score in ("identity_top1", "image_error", "caption_accuracy", "diversity")
-        },
+        **scores,
         "strength": chosen["best"],
-        "validation_top1": max(curve, default=None),
         "guidance": chosen.get("guidance", 1.0),
         "steps": config.train.num_steps if evaluation.hyper.params else 0,
         **json.loads(timed.read_text()),

@@ -2,8 +2,9 @@
 
 A record is {"name", "title", "command", "rows"}; a row is one run with one seed: {"run", "seed",
 "identity_top1": {"mean", "stderr", "n"}, "image_error", "caption_accuracy", "strength", "guidance",
-"steps", "cpu_seconds" (of training)}, and "validation_top1", by which a recipe is chosen, where
-that is what the experiment is for. Written by tools/experiments.py.
+"steps", "cpu_seconds" (of training), "choosing"}: whether the identities are validation ones, as
+the row is there to choose a recipe by; its training means nothing then. Written by
+tools/experiments.py.
 """
 
 import json
@@ -21,6 +22,7 @@ SCORES = ("identity_top1", "image_error", "caption_accuracy")
 COLUMNS = (
     "", "identity top-1", "error (MSE)", "caption parts", "strength", "steps", "CPU time", "seeds",
 )  # fmt: skip
+NOT_OF_TRAINING = 5  # the first columns
 
 
 def read_experiments(root: epath.PathLike) -> list[Mapping[str, Any]]:
@@ -54,11 +56,11 @@ def table(record: Mapping[str, Any]) -> list[list[str]]:
 
 def columns(record: Mapping[str, Any]) -> tuple[str, ...]:
     """Of `table`."""
-    return (*COLUMNS, "validation identity") if _chooses(record["rows"]) else COLUMNS
+    return COLUMNS[:NOT_OF_TRAINING] if _chooses(record["rows"]) else COLUMNS
 
 
 def _chooses(rows: Sequence[Mapping[str, Any]]) -> bool:
-    return any(row.get("method") == "conventional" for row in rows)
+    return any(row.get("choosing") for row in rows)
 
 
 def across_seeds(estimates: Sequence[Mapping[str, float]]) -> tuple[float, float]:
@@ -79,24 +81,25 @@ def _cells(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     cells = [f"{m:.{d}f} ± {e:.{d}f}" for (m, e), d in zip(scores, digits, strict=True)]
     strengths = sorted({row["strength"] for row in rows})
     took = [row["cpu_seconds"] for row in rows]
-    chosen_by = [f"{row['validation_top1']:.3f}" for row in rows] if _chooses(rows) else []
+    cells.append(", ".join(f"{value:g}" for value in strengths))
+    if _chooses(rows):
+        return cells
     return [
         *cells,
-        ", ".join(f"{value:g}" for value in strengths),
         ", ".join(f"{steps:,}" for steps in sorted({row["steps"] for row in rows})),
         wording.duration(float(np.median(took))),
         str(len(rows)),
-        *chosen_by[:1],
     ]
 
 
 def section(record: Mapping[str, Any]) -> list[str]:
     """(heading, command, note) of one experiment; the rows are `table`."""
     counts = {row["identity_top1"]["n"] for row in record["rows"]}
+    who = "validation" if _chooses(record["rows"]) else "held-out"
     return [
         f"## {record['title']}",
         f"`{record['command']}`",
-        f"{'/'.join(map(str, sorted(counts)))} held-out identities, the same for all runs; mean ± "
+        f"{'/'.join(map(str, sorted(counts)))} {who} identities, the same for all runs; mean ± "
         "standard error over identities and training seeds; every run at the strength that was "
         "best on validation identities.",
     ]

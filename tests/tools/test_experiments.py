@@ -41,7 +41,7 @@ def measured(experiments, monkeypatch):
     """What was trained instead of kept, in order; nothing is trained really."""
     done = []
 
-    def measure(config, folder, method="generated"):
+    def measure(config, folder, run):
         done.append(config.train.num_steps)
         (folder / "encoded" / "abc").write_bytes(b"pictures")
         scores = dict.fromkeys(("identity_top1", "image_error", "caption_accuracy"), score(0.5))
@@ -88,3 +88,15 @@ def test_methods_of_one_training_are_rows_of_their_own(experiments, measured, tm
     assert len({experiments.run_folder(tmp_path, run, 0) for run in runs.values()}) == 2
     with pytest.raises(SystemExit):
         experiments.main(["gauges", *flags])
+
+
+def test_recipes_are_rows_of_one_training(experiments, measured, tmp_path):
+    file = tmp_path / "e.json"
+    flags = ["--workdir", str(tmp_path / "w"), "--json", str(file)]
+    for name in ("conventional", "refine"):
+        assert experiments.main([name, *flags]) == 0
+        runs = experiments.EXPERIMENTS[name].runs
+        rows = json.loads(file.read_text())["rows"]
+        assert [row["run"] for row in rows] == [*runs]
+        assert all(row["choosing"] for row in rows)
+        assert len({experiments.run_folder(tmp_path, run, 0) for run in runs.values()}) == 1

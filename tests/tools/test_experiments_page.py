@@ -35,6 +35,13 @@ def test_more_seeds_never_make_the_identities_error_smaller():
     assert (mean, error) == pytest.approx((0.5, 0.03))
 
 
+def test_what_a_recipe_is_chosen_by_says_so_and_tells_nothing_of_a_training():
+    chosen = record({**row(), "choosing": True})
+    assert experiments_page.table(chosen)[0][-1] == "2"
+    assert experiments_page.columns(chosen)[-1] == "strength"
+    assert "64 validation identities" in experiments_page.section(chosen)[-1]
+
+
 def test_the_page_holds_every_record(tmp_path):
     folder = tmp_path / "docs" / "measurements"
     folder.mkdir(parents=True)
