@@ -30,6 +30,11 @@ ALONE, EVERYWHERE = "each alone", "both LoRAs everywhere"
 REGIONS, APART = "regions", "regions, apart"
 WAYS = (ALONE, EVERYWHERE, REGIONS, APART)
 BRANCHES = ("both", "conditional")
+NONE = "no LoRA"
+ABOUT = (
+    "The base was trained with a tenth of its captions left out, and follows captions without "
+    "guidance too; the LoRAs were trained under captions only."
+)
 
 
 class People:
@@ -146,7 +151,9 @@ class People:
         return found
 
     def draw_guided(self, branches: str, guidance: float, strength: float) -> np.ndarray:
-        """Everybody alone, with guidance."""
+        """Everybody alone, with guidance, by their LoRAs or the base."""
+        if branches == NONE:
+            branches, strength = BRANCHES[0], 0.0
         branches = branches if guidance != 1.0 else BRANCHES[0]  # without guidance there is one
         return self.kept(
             f"{branches}, {guidance:g}, {strength:g}",
@@ -168,7 +175,7 @@ def best(scores: dict[float, float]) -> float:
 
 def measure_regions(given: argparse.Namespace) -> dict[str, Any]:
     """The record of `regions`."""
-    from hyperlora_jax.evaluate.metrics import clustered_mean, paired_ratio
+    from hyperlora_jax.evaluate.metrics import clustered_mean, paired_difference, paired_ratio
 
     validation = People(given, "validation", given.validation)
     test = People(given, "test", given.identities)
@@ -181,7 +188,7 @@ def measure_regions(given: argparse.Namespace) -> dict[str, Any]:
         chosen[way] = best(curve)
         scores[way] = test.recognised(way, chosen[way])
         print(way, chosen[way], {k: round(v.mean(), 3) for k, v in scores[way].items()}, flush=True)
-    rows = []
+    rows, differences = [], []
     for way, own in scores.items():
         alone = scores[ALONE]["left"]
         halves = [own["left"], own.get("right", own["left"])]
@@ -189,6 +196,8 @@ def measure_regions(given: argparse.Namespace) -> dict[str, Any]:
         cells += [paired_ratio(half, alone) for half in halves]
         cells.append(clustered_mean(own["other"]))
         rows.append([way, *map(_pm, cells), f"{chosen[way]:g}"])
+        if "right" in own:
+            differences.append(f"{_pm(paired_difference(own['right'], own['left']))} ({way})")
     _picture(given.picture, test, chosen)
     return {
         "title": "Two people in one picture",
@@ -208,8 +217,9 @@ def measure_regions(given: argparse.Namespace) -> dict[str, Any]:
             f"{test.count} held-out people, each once left and once right of another, "
             f"{given.captions} captions each; every half is judged by itself, among 32 people of "
             "whom one is the neighbour. “Each alone” is a picture of single width from the same "
-            "noise: what it shows of the neighbour is the control for leaks. The base was trained "
-            "on one person a picture. Picture: each alone (two columns), then the three others; "
+            "noise: what it shows of the neighbour is the control for leaks. Right minus left, the "
+            f"same people: {', '.join(differences)}. The base was trained on one person a picture, "
+            "where zeros beyond the edges tell it its place; apart, each half has those. Picture: each alone (two columns), then the three others; "
             "last, exact."
         ),
     }
@@ -235,14 +245,15 @@ def measure_branches(given: argparse.Namespace) -> dict[str, Any]:
         )
         return np.stack(own), seen.mean(-1)
 
-    rows, per_person = [], {}
-    for branches in BRANCHES:
+    rows, per_person, grid = [], {}, {}
+    for branches in (NONE, *BRANCHES):
         for guidance in GUIDANCES:
             curve = {
-                s: float(scores(validation, branches, guidance, s)[0].mean())
-                for s in GUIDED_STRENGTHS
+                s: [float(score.mean()) for score in scores(validation, branches, guidance, s)]
+                for s in (GUIDED_STRENGTHS if branches != NONE else (0.0,))
             }
-            strength = best(curve)
+            grid[f"{branches}, {guidance:g}"] = curve
+            strength = best({s: identity for s, (identity, _) in curve.items()})
             own, captions = scores(test, branches, guidance, strength)
             rows.append(
                 [
@@ -250,7 +261,7 @@ def measure_branches(given: argparse.Namespace) -> dict[str, Any]:
                     f"{guidance:g}",
                     _pm(metrics.clustered_mean(own)),
                     _pm(metrics.clustered_mean(captions)),
-                    f"{strength:g}",
+                    f"{strength:g}" if strength else "–",
                 ]
             )
             per_person[f"{branches}, {guidance:g}"] = {
@@ -267,12 +278,11 @@ def measure_branches(given: argparse.Namespace) -> dict[str, Any]:
         "columns": ["LoRA on", "guidance", "identity top-1", "caption parts", "strength"],
         "rows": rows,
         "per_person": per_person,
+        "validation": grid,  # [identity, captions] by strength
         "note": (
             f"{test.count} held-out people, {given.captions} captions each, 32 candidates; without "
             "guidance there is one branch. Identity, conditional minus both, the same people: "
-            + ", ".join(differences)
-            + ". The base was trained with a tenth of its captions left out, and follows captions "
-            "without guidance too; the LoRAs were trained under captions only."
+            f"{', '.join(differences)}. {given.about}"
         ),
     }
 
@@ -314,6 +324,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--identities", type=int, default=64)
     parser.add_argument("--validation", type=int, default=16)
     parser.add_argument("--captions", type=int, default=4)
+    parser.add_argument("--variant", help="words after the title, of a record beside the first")
+    parser.add_argument("--about", default=ABOUT, help="a sentence on the base, of branches")
     parser.add_argument("--json", type=pathlib.Path)
     parser.add_argument("--picture", type=pathlib.Path, default=ROOT / "docs/pictures/regions.png")
     given = parser.parse_args(arguments)
@@ -325,12 +337,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = f"python tools/drawing.py {given.name} --workdir WORKDIR"
     if given.identities != parser.get_default("identities"):
         command += f" --identities {given.identities}"
+    if given.base != parser.get_default("base"):
+        command += " --base BASE"
     file = given.json or ROOT / f"docs/measurements/drawing_{given.name}.json"
     try:
         record = {"name": given.name, "command": command, **MEASURES[given.name](given)}
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if given.variant:
+        record["title"] += f", {given.variant}"
     file.write_text(json.dumps(record, indent=1) + "\n")
     print(f"wrote {file}")
     return 0

@@ -8,8 +8,9 @@ mixed by the masks at its own resolution:
   2. time in a residual block  Σₖ mₖ shiftₖ, with shiftₖ by LoRA k                        `blended`
   3. cross attention           Σₖ mₖ attention(q, K and V of prompt k by LoRA k)          `blended`
 
-Self-attention and group norms still see the whole picture, unless regions are `apart`, and
-convolutions one position beyond a border: regions know of each other.
+Self-attention, group norms and convolutions still see the whole picture: regions know of each
+other. Regions that are `apart` do not. A base finds its place by the zeros beyond a picture's edge,
+so their convolutions, once for each region, see zeros beyond a region (`within`).
 """
 
 import math
@@ -27,7 +28,7 @@ class Shares:
 
     Attributes:
         by_positions: [b, n, k] by the number n of a resolution's positions.
-        apart: whether self-attention and group norms stay within regions.
+        apart: whether self-attention, group norms and convolutions stay within regions.
     """
 
     by_positions: dict[int, Float[Array, "b n k"]]
@@ -52,6 +53,12 @@ def shares_of(regions: Shares | None, positions: Sequence[int]) -> Float[Array, 
         return None
     shares = regions.by_positions[math.prod(positions)]
     return shares.reshape(shares.shape[0], *positions, shares.shape[-1])
+
+
+def within(x: Float[Array, "b h w c"], regions: Shares) -> Float[Array, "bk h w c"]:
+    """A row for each region: zeros where it has no share."""
+    held = jnp.moveaxis(shares_of(regions, x.shape[1:-1]) > 0, -1, 1)[..., None]
+    return jnp.where(held, x[:, None], 0).reshape(-1, *x.shape[1:])
 
 
 def joined_ranks(

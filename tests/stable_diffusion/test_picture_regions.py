@@ -116,6 +116,26 @@ def test_positions_attend_to_the_text_of_their_region_and_apart_to_no_other(base
         np.testing.assert_allclose(within[:, part], alone, rtol=1e-5, atol=1e-5)
 
 
+def test_regions_apart_are_what_each_is_alone(base):
+    """All layers, LoRAs in each; the border at 8 columns stays one at every level. So a base sees
+    zeros beyond a region, as beyond a picture's edge, on both sides of a border."""
+    unet, params, apply = base
+    lora, random = draw(spec_from_shapes(params, "all", 3), 2, size=0.1), np.random.default_rng(2)
+    x = random.standard_normal((1, 8, 16, 4)).astype(np.float32)
+    _, t, texts = inputs(2)
+    masks = np.zeros((1, 2, 8, 16), np.float32)
+    masks[:, 0, :, :8], masks[:, 1, :, 8:] = 1.0, 1.0
+    variables = {"params": params, "lora": lora}
+    apart = jax.jit(unet.clone(apart=True).apply)(variables, x, t, texts, None, masks)
+    together = apply(variables, x, t, texts, None, masks)
+    for k, part in enumerate((slice(0, 8), slice(8, 16))):
+        own = {"params": params, "lora": factors.index(lora, slice(k, k + 1))}
+        alone = apply(own, x[:, :, part], t, texts[k : k + 1])
+        scale = np.abs(alone).max()
+        np.testing.assert_allclose(apart[:, :, part], alone, atol=1e-5 * scale)
+        assert np.abs(together[:, :, part] - alone).max() > 0.01 * scale
+
+
 def test_norms_of_regions_apart_are_those_of_each_alone():
     random = np.random.default_rng(0)
     norm, x = layers.GroupNorm(2), jnp.asarray(random.standard_normal((1, 2, 4, 4)), jnp.float32)

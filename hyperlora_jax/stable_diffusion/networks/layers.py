@@ -6,7 +6,7 @@ are there it adds x · down · up without ever forming down · up, so that every
 carry another LoRA. L LoRAs serve b examples: example k uses LoRA k // (b / L). With regions
 (`lora/region_shares.py`) a layer over positions has K LoRAs for each picture: their factors are
 joined along the rank, and the rank activations of region k are multiplied by its share of each
-position.
+position. Convolutions of regions that are apart are computed once for each region.
 """
 
 import math
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from hyperlora_jax.array_types import Array, DType, Float
-from hyperlora_jax.lora.region_shares import Shares, blended, joined_ranks, shares_of
+from hyperlora_jax.lora.region_shares import Shares, blended, joined_ranks, shares_of, within
 from hyperlora_jax.stable_diffusion.networks.convolutions import (
     TRANSFORMED,
     conv2d,
@@ -155,11 +155,14 @@ class Conv(nn.Module):
     def __call__(
         self, x: Float[Array, "b h w i"], regions: Shares | None = None
     ) -> Float[Array, "b hh ww o"]:
-        """Convolution plus its LoRA and bias."""
+        """Convolution plus its LoRA and bias; with regions apart, each sees zeros beyond itself, as
+        beyond a picture's edge."""
         p = self.padding
         padding = ((p, p), (p, p)) if isinstance(p, int) else p
         shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
-        x = x.astype(self.dtype)
+        x, apart = x.astype(self.dtype), None
+        if regions is not None and regions.apart and self.kernel_size > 1:
+            x, apart, regions = within(x, regions), regions, None
         if self.has_variable("params", TRANSFORMED):
             kernel = self.get_variable("params", TRANSFORMED)
             y = transformed_conv(x, kernel.astype(self.dtype))
@@ -171,6 +174,8 @@ class Conv(nn.Module):
             down, up = down.astype(self.dtype), up.astype(self.dtype)
             shares = shares_of(regions, y.shape[1:-1])
             y = y + lora_conv(x, down, up, self.stride, padding, shares)
+        if apart is not None:
+            y = blended(y, shares_of(apart, y.shape[1:-1]))
         if self.use_bias:
             y = y + _param(self, "bias", (self.features,)).astype(self.dtype)
         return y

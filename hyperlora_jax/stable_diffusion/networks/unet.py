@@ -129,7 +129,7 @@ class UNet(nn.Module):
     `attention` is one of attention_kernels.IMPLEMENTATIONS, `remat` one of
     rematerialisation.REMAT_POLICIES; `mesh` is needed by splash attention on several devices only.
     `scan` runs equal transformer blocks in a loop (see `equal_blocks`), which SDXL compiles faster.
-    `apart` keeps the self-attention and group norms of regions within them.
+    `apart` keeps the self-attention, group norms and convolutions of regions within them.
     `unet.clone(remat="block")` gives the same UNet with another policy.
     """
 
