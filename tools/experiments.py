@@ -93,6 +93,26 @@ def _paper_grid() -> dict[str, Run]:
     return runs
 
 
+def _paper_curves() -> dict[str, Run]:
+    """One thing changed at a time. `--targets` of 4,096, as `configs/distill_avatars.py` makes them
+    with `--config.distill.num_concepts=4096`."""
+    start = {
+        "model.generator": "diffusion",
+        "model.diffusion.prediction": "x0",
+        "model.mlp.conditioning": "adanorm",
+        **RAW_STEPS,
+        "data.gauge": "raw",
+    }
+    changed = {"all targets, 300 steps, one initialisation": {}}
+    for count in (256, 512, 1024, 2048):
+        changed[f"{count:,} targets"] = {"data.num_targets": count}
+    for steps in (1200, 4800):
+        changed[f"{steps:,} steps"] = {"train.num_steps": steps}
+    for gauge in ("svd", "procrustes"):
+        changed[f"gauge {gauge}"] = {"data.gauge": gauge}
+    return {name: Run(PAPER, {**start, **changes}) for name, changes in changed.items()}
+
+
 def _weights(steps: int, **objectives: float) -> dict[str, Any]:
     """Training on LoRA targets alone."""
     named = {"end_to_end": 0.0, **objectives}
@@ -219,6 +239,7 @@ EXPERIMENTS = {
     "references": Experiment("What do more pictures of a subject tell?", _references()),
     "objectives": Experiment("Objective and generator", _objectives()),
     "paper": Experiment("The paper's grid (arXiv 2412.02352)", _paper_grid()),
+    "paper_curves": Experiment("Where does the paper's recipe saturate?", _paper_curves()),
 }
 
 WITHOUT_TARGETS = (
@@ -347,11 +368,21 @@ def measure(config: Any, folder: pathlib.Path, run: Run) -> dict[str, Any]:
 def write(
     file: pathlib.Path, name: str, experiment: Experiment, workdir: pathlib.Path
 ) -> pathlib.Path:
-    """All finished runs of an experiment, in the order of its table."""
+    """All finished runs of an experiment, in the order of its table; what another working folder
+    recorded of other seeds or runs stays."""
     rows, targets = [], [] if name in WITHOUT_TARGETS else ["--targets TARGETS"]
+    recorded = json.loads(file.read_text())["rows"] if file.exists() else []
     for title, run in experiment.runs.items():
-        for kept in sorted(workdir.glob(f"{run_folder(workdir, run, '*').name}/{_row_file(run)}")):
-            rows.append({**json.loads(kept.read_text()), "run": title})
+        asked = [run.config, json.loads(json.dumps(dict(run.changes))), run.method]
+        by_seed = {
+            row["seed"]: row
+            for row in recorded
+            if [row["config"], row["changes"], row.get("method", "generated")] == asked
+        }
+        for kept in workdir.glob(f"{run_folder(workdir, run, '*').name}/{_row_file(run)}"):
+            row = json.loads(kept.read_text())
+            by_seed[row["seed"]] = row
+        rows += [{**by_seed[seed], "run": title} for seed in sorted(by_seed)]
     content = {
         "name": name,
         "title": experiment.title,

@@ -19,6 +19,8 @@ from hyperlora_jax.evaluate.report import wording
 
 KEYS = ("name", "title", "command", "rows")
 SCORES = ("identity_top1", "image_error", "caption_accuracy")
+# (run, other): every two runs whose names differ in this alone
+CONTRASTS = {"paper": (("adalora", "adanorm"), ("VAE latents", "raw"))}
 COLUMNS = (
     "", "identity top-1", "error (MSE)", "caption parts", "strength", "steps", "CPU time", "seeds",
 )  # fmt: skip
@@ -101,5 +103,26 @@ def section(record: Mapping[str, Any]) -> list[str]:
         f"`{record['command']}`",
         f"{'/'.join(map(str, sorted(counts)))} {who} identities, the same for all runs; mean ± "
         "standard error over identities and training seeds; every run at the strength that was "
-        "best on validation identities.",
+        "best on validation identities." + _contrasts(record),
     ]
+
+
+def _contrasts(record: Mapping[str, Any]) -> str:
+    """Differences between runs that differ in one thing; pairs of runs and seeds are the unit."""
+    scores = {(row["run"], row["seed"]): row["identity_top1"]["mean"] for row in record["rows"]}
+    told = ""
+    for one, other in CONTRASTS.get(record["name"], ()):
+        pairs = [
+            (score, scores[name.replace(one, other), seed])
+            for (name, seed), score in scores.items()
+            if one in name and (name.replace(one, other), seed) in scores
+        ]
+        if len(pairs) > 1:
+            difference = np.array(pairs) @ [1.0, -1.0]
+            error = difference.std(ddof=1) / np.sqrt(len(pairs))
+            told += (
+                f" Identity, {one} minus {other}: {difference.mean():+.3f} ± {error:.3f} over"
+                f" {len(pairs)} pairs of rows otherwise named alike, seeds:"
+                f" {len({seed for _, seed in scores})}."
+            )
+    return told

@@ -39,7 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--apart",
         action="store_true",
-        help="keep self-attention and norms within regions: people mix less, borders show more",
+        help="keep self-attention, norms and convolutions within regions: people mix less, borders"
+        " show more; a picture takes longer",
     )
     parser.add_argument(
         "--lora_branches",

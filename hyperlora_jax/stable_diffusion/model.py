@@ -329,8 +329,8 @@ class StableDiffusion:
                 counts them (1 is what other programs call "clip skip 2").
             regions: parts of every picture with LoRAs and prompts of their own, in one pass of the
                 UNet, instead of `lora`; what none covers has the picture's prompt and no LoRA.
-            apart: keeps self-attention and group norms within regions: people mix less, borders
-                show more.
+            apart: keeps self-attention, group norms and convolutions within regions: people mix
+                less, borders show more, convolutions are computed once for each region.
             lora_branches: of guidance, that LoRAs act on: "both", or "conditional" (the negative
                 branch is the base's).
 

@@ -127,13 +127,11 @@ def test_regions_apart_are_what_each_is_alone(base):
     masks[:, 0, :, :8], masks[:, 1, :, 8:] = 1.0, 1.0
     variables = {"params": params, "lora": lora}
     apart = jax.jit(unet.clone(apart=True).apply)(variables, x, t, texts, None, masks)
-    together = apply(variables, x, t, texts, None, masks)
     for k, part in enumerate((slice(0, 8), slice(8, 16))):
         own = {"params": params, "lora": factors.index(lora, slice(k, k + 1))}
         alone = apply(own, x[:, :, part], t, texts[k : k + 1])
         scale = np.abs(alone).max()
         np.testing.assert_allclose(apart[:, :, part], alone, atol=1e-5 * scale)
-        assert np.abs(together[:, :, part] - alone).max() > 0.01 * scale
 
 
 def test_norms_of_regions_apart_are_those_of_each_alone():

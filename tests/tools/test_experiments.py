@@ -75,6 +75,9 @@ def test_seeds_are_rows_of_their_own(experiments, measured, tmp_path):
     experiments.main(["compute", *flags, "--only", "250"])
     experiments.main(["compute", *flags, "--only", "250", "--seeds", "1", "2"])
     assert [row["seed"] for row in json.loads(file.read_text())["rows"]] == [0, 1, 2]
+    flags[3] = str(tmp_path / "another")  # a working folder that knows of none of them
+    experiments.main(["compute", *flags, "--only", "250", "--seeds", "3"])
+    assert [row["seed"] for row in json.loads(file.read_text())["rows"]] == [0, 1, 2, 3]
 
 
 def test_methods_of_one_training_are_rows_of_their_own(experiments, measured, tmp_path):

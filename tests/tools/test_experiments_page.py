@@ -30,6 +30,18 @@ def test_seeds_share_one_row_and_their_spread_widens_the_error():
     assert rows[1][1] == "0.500 ± 0.030"
 
 
+def test_rows_that_differ_in_one_thing_are_compared():
+    grid = record(
+        *(row(f"raw, {name}", mean=mean) for name, mean in (("adalora", 0.5), ("adanorm", 0.6))),
+        *(row(f"VAE latents, {name}", mean=0.3) for name in ("adalora", "adanorm")),
+        row("raw, adalora, wider", mean=0.9),
+    )
+    told = experiments_page.section({**grid, "name": "paper"})[2]
+    assert "adalora minus adanorm: -0.050 ± 0.050 over 2 pairs" in told
+    assert "VAE latents minus raw: -0.250 ± 0.050 over 2 pairs" in told
+    assert "minus" not in experiments_page.section(grid)[2]
+
+
 def test_more_seeds_never_make_the_identities_error_smaller():
     mean, error = experiments_page.across_seeds([{"mean": 0.5, "stderr": 0.03}] * 9)
     assert (mean, error) == pytest.approx((0.5, 0.03))
