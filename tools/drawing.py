@@ -219,8 +219,8 @@ def measure_regions(given: argparse.Namespace) -> dict[str, Any]:
             "whom one is the neighbour. “Each alone” is a picture of single width from the same "
             "noise: what it shows of the neighbour is the control for leaks. Right minus left, the "
             f"same people: {', '.join(differences)}. The base was trained on one person a picture, "
-            "where zeros beyond the edges tell it its place; apart, each half has those. Picture: each alone (two columns), then the three others; "
-            "last, exact."
+            "where zeros beyond the edges tell it its place; apart, each half has those. Picture: "
+            "each alone (two columns), then the three others; last, exact."
         ),
     }
 

@@ -5,8 +5,9 @@ from it believes captions only in part, as bases of found pictures do: it needs 
     hyperlora pretrain --config configs/finetune_unet.py --workdir runs/unsure \
         --config.data.source=FOLDER --config.data.num_identities=1024 \
         --config.train.num_steps=500 --config.train.optimizer.learning_rate=5e-4
-    python tools/drawing.py branches --workdir runs/drawing --identities 48 --base runs/unsure/base \
-        --variant "on a base that needs it" --json docs/measurements/drawing_branches_unsure.json
+    python tools/drawing.py branches --workdir runs/drawing --identities 48 \
+        --base runs/unsure/base --variant "on a base that needs it" \
+        --json docs/measurements/drawing_branches_unsure.json
 """
 
 import argparse

@@ -55,9 +55,9 @@ def shares_of(regions: Shares | None, positions: Sequence[int]) -> Float[Array, 
     return shares.reshape(shares.shape[0], *positions, shares.shape[-1])
 
 
-def within(x: Float[Array, "b h w c"], regions: Shares) -> Float[Array, "bk h w c"]:
+def within(x: Float[Array, "b h w c"], shares: Float[Array, "b h w k"]) -> Float[Array, "bk h w c"]:
     """A row for each region: zeros where it has no share."""
-    held = jnp.moveaxis(shares_of(regions, x.shape[1:-1]) > 0, -1, 1)[..., None]
+    held = jnp.moveaxis(shares > 0, -1, 1)[..., None]
     return jnp.where(held, x[:, None], 0).reshape(-1, *x.shape[1:])
 
 

@@ -162,7 +162,8 @@ class Conv(nn.Module):
         shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
         x, apart = x.astype(self.dtype), None
         if regions is not None and regions.apart and self.kernel_size > 1:
-            x, apart, regions = within(x, regions), regions, None
+            x = within(x, shares_of(regions, x.shape[1:-1]))
+            apart, regions = regions, None
         if self.has_variable("params", TRANSFORMED):
             kernel = self.get_variable("params", TRANSFORMED)
             y = transformed_conv(x, kernel.astype(self.dtype))
