@@ -116,6 +116,28 @@ def test_positions_attend_to_the_text_of_their_region_and_apart_to_no_other(base
         np.testing.assert_allclose(within[:, part], alone, rtol=1e-5, atol=1e-5)
 
 
+def test_convolutions_of_regions_apart_are_those_of_each_alone():
+    """Zeros beyond a region on both sides of a border, in every kind of convolution; one of stride
+    2 looks to the left alone."""
+    random = np.random.default_rng(0)
+    x = jnp.asarray(random.standard_normal((1, 4, 8, 3)), jnp.float32)
+    masks = np.zeros((1, 2, 4, 8), np.float32)
+    masks[:, 0, :, :4], masks[:, 1, :, 4:] = 1.0, 1.0
+    regions = pyramid(jnp.asarray(masks), 2, apart=True)
+    for module, step in ((layers.Conv(5), 1), (layers.Conv(5, stride=2), 2)):
+        shapes = {"kernel": (3, 3, 3, 5), "down": (2, 3, 3, 3, 2), "up": (2, 2, 5), "bias": (5,)}
+        drawn = {k: jnp.asarray(random.standard_normal(n), jnp.float32) for k, n in shapes.items()}
+        lora = {name: drawn.pop(name) for name in ("down", "up")}
+        apart = module.apply({"params": drawn, "lora": lora}, x, regions)
+        for k in range(2):
+            own = {name: leaf[k] for name, leaf in lora.items()}
+            alone = module.apply({"params": drawn, "lora": own}, x[:, :, 4 * k : 4 * k + 4])
+            width = 4 // step
+            half = apart[:, :, width * k : width * (k + 1)]
+            np.testing.assert_allclose(half, alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
 def test_regions_apart_are_what_each_is_alone(base):
     """All layers, LoRAs in each; the border at 8 columns stays one at every level. So a base sees
     zeros beyond a region, as beyond a picture's edge, on both sides of a border."""
