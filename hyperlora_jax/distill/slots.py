@@ -19,7 +19,7 @@ import optax
 from hyperlora_jax.array_types import AnyArray, Array, ArrayTree, Float, Params
 from hyperlora_jax.distill.parametrisations import Factors, Parametrisation
 from hyperlora_jax.lora.sites import LoraSpec
-from hyperlora_jax.stable_diffusion.denoising_loss import Denoiser, denoising_error
+from hyperlora_jax.stable_diffusion.denoising_loss import Denoiser, lora_losses
 from hyperlora_jax.stable_diffusion.text_conditions import Text
 
 ConceptArrays = tuple[AnyArray, Text]  # latents [m, h, w, c], conditions of m captions
@@ -206,22 +206,17 @@ def advance(
     optimizer, schedule = recipe.optimizer(), denoiser.schedule
     num_slots = slots.step.shape[0]
 
+    own = np.full(recipe.images_per_step, 1 / recipe.images_per_step, np.float32)
+    weights = own if prior is None else np.concatenate([own, recipe.prior_weight * own])
+
     def losses(params, *batch):
-        latents, text, noise, timesteps = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
-        values = denoising_error(
-            denoiser,
-            unet_params,
-            latents,
-            text,
-            timesteps,
-            noise,
-            lora=parametrisation.lora(params, slots.start, shared),
-        ).reshape(num_slots, -1)
-        per_slot = values[:, : recipe.images_per_step].mean(axis=1)
-        total = per_slot
-        if prior is not None:
-            total = total + recipe.prior_weight * values[:, recipe.images_per_step :].mean(axis=1)
-        return total.sum(), per_slot
+        latents, text, noise, timesteps = batch
+        lora, pictures = (
+            parametrisation.lora(params, slots.start, shared),
+            (latents, text, timesteps, noise),
+        )
+        sums, errors = lora_losses(denoiser, unet_params, lora, pictures, weights)
+        return sums.sum(), errors[:, : recipe.images_per_step].mean(axis=1)
 
     def draw(slots: Slots, k: Array) -> tuple[ArrayTree, ...]:
         """Batch k of the current optimiser step, [s, g, ...] each."""

@@ -3,14 +3,21 @@
     L(x0) = w_t mean((model(a_t x0 + s_t eps, t, text) - target)²)
 
 w_t = 1, or the min-SNR weight of Hang et al. 2023 (equation 4 and its v-prediction form).
+
+Training LoRAs of a small UNet on a CPU is bound by memory: what a batch keeps for its gradient is
+many times the cache. `lora_losses` therefore computes a few pictures' losses and gradients at a
+time there, and keeps the LoRAs' gradients alone.
 """
 
 import dataclasses
+import functools
+import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from hyperlora_jax.array_types import AnyArray, Array, Float, Int, Params, PRNGKey
+from hyperlora_jax.array_types import AnyArray, Array, ArrayTree, Float, Int, Params, PRNGKey
 from hyperlora_jax.diffusion.schedule import NoiseSchedule, add_noise, target
 from hyperlora_jax.stable_diffusion.networks.unet import UNet
 from hyperlora_jax.stable_diffusion.text_conditions import Text, apply_unet
@@ -38,11 +45,18 @@ def denoising_loss(
     `latents` are scaled, `text` has b rows (`text_conditions`); L LoRAs serve the b examples,
     example k uses LoRA k // (b / L).
     """
+    timesteps, noise = draw_noise(denoiser, latents, key)
+    return denoising_error(denoiser, params, latents, text, timesteps, noise, lora)
+
+
+def draw_noise(
+    denoiser: Denoiser, latents: Float[AnyArray, "*b h w z"], key: PRNGKey
+) -> tuple[Int[Array, "*b"], Float[Array, "*b h w z"]]:
+    """A timestep and noise for every example."""
     time_key, noise_key = jax.random.split(key)
     last = denoiser.schedule.num_train_timesteps
-    timesteps = jax.random.randint(time_key, latents.shape[:1], 0, last)
-    noise = jax.random.normal(noise_key, latents.shape)
-    return denoising_error(denoiser, params, latents, text, timesteps, noise, lora)
+    timesteps = jax.random.randint(time_key, latents.shape[:-3], 0, last)
+    return timesteps, jax.random.normal(noise_key, latents.shape)
 
 
 def denoising_error(
@@ -63,6 +77,126 @@ def denoising_error(
     error = prediction.astype(jnp.float32) - target(schedule, latents, noise, timesteps)
     losses = jnp.square(error).mean((1, 2, 3))
     return losses if gamma is None else losses * min_snr_weight(schedule, timesteps, gamma)
+
+
+Pictures = tuple[
+    Float[AnyArray, "l g h w z"], Text, Int[AnyArray, "l g"], Float[AnyArray, "l g h w z"]
+]
+_NUMBERS = 2**14  # of the UNet's first level that a core's cache holds with all that follows
+
+
+def lora_losses(
+    denoiser: Denoiser,
+    params: Params,
+    lora: Params,
+    pictures: Pictures,
+    weights: Float[AnyArray, " g"],
+) -> tuple[Float[Array, " l"], Float[Array, "l g"]]:
+    """Weighted sum of `denoising_error` over the g pictures of every LoRA, and its summands.
+
+    The gradient of the sums goes to `lora` alone: the base is frozen.
+
+    Args:
+        pictures: latents, text with rows [l, g], timesteps and noise.
+    """
+    parts = _parts(denoiser.unet, *pictures[0].shape[:-1])
+    if parts == (1, 1):
+        return _sums(denoiser, params, lora, pictures, weights)
+    return _sums_in_parts(denoiser, parts, params, lora, pictures, weights)
+
+
+def _parts(unet: UNet, num_loras: int, num_pictures: int, *size: int) -> tuple[int, int]:
+    """How many parts of the LoRAs, or of a single LoRA's pictures, are computed one after another.
+    Every part has rows for all devices: they may be spread over them."""
+    numbers = math.prod(size) * unet.settings.channels[0]
+    if jax.default_backend() != "cpu" or numbers > _NUMBERS:
+        return 1, 1
+    devices, together = jax.device_count(), _NUMBERS // numbers
+    most = num_loras * num_pictures // (together * devices)
+
+    def divisor(count: int) -> int:
+        fits = (n for n in range(1, min(most, count) + 1) if count % (n * devices) == 0)
+        return max(fits, default=1)
+
+    return (1, divisor(num_pictures)) if num_loras == 1 else (divisor(num_loras), 1)
+
+
+def _sums(
+    denoiser: Denoiser, params: Params, lora: Params, pictures: Pictures, weights: AnyArray
+) -> tuple[Array, Array]:
+    rows = jax.tree.map(lambda x: jnp.reshape(x, (-1, *x.shape[2:])), pictures)
+    errors = denoising_error(denoiser, params, *rows, lora).reshape(pictures[0].shape[:2])
+    return (errors * weights).sum(1), errors
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _sums_in_parts(
+    denoiser: Denoiser,
+    parts: tuple[int, int],
+    params: Params,
+    lora: Params,
+    pictures: Pictures,
+    weights: AnyArray,
+) -> tuple[Array, Array]:
+    def one(*part: ArrayTree) -> tuple[tuple[Array, Array], None]:
+        return _sums(denoiser, params, *part), None
+
+    return _mapped(one, parts, lora, pictures, weights)[0]
+
+
+def _forward(denoiser: Denoiser, parts: tuple[int, int], params: Params, *given: ArrayTree):
+    def one(*part: ArrayTree) -> tuple[tuple[Array, Array], Params]:
+        def total(lora: Params) -> tuple[Array, tuple[Array, Array]]:
+            sums, errors = _sums(denoiser, params, lora, *part[1:])
+            return sums.sum(), (sums, errors)
+
+        gradients, found = jax.grad(total, has_aux=True)(part[0])
+        return found, gradients
+
+    return _mapped(one, parts, *given)
+
+
+def _backward(denoiser: Denoiser, parts: tuple[int, int], gradients: Params, by: tuple):
+    """A LoRA's gradient is that of its own sum, which `_forward` knows."""
+
+    def scaled(leaf: Array) -> Array:
+        return leaf * by[0].reshape(-1, *(1,) * (leaf.ndim - 1))
+
+    return None, jax.tree.map(scaled, gradients), None, None
+
+
+_sums_in_parts.defvjp(_forward, _backward)
+
+
+def _mapped(
+    one: Callable, parts: tuple[int, int], lora: Params, pictures: Pictures, weights: AnyArray
+) -> tuple[tuple[Array, Array], Params]:
+    """`one`(lora, pictures, weights) of a part after another, put together."""
+    if parts[0] > 1:
+        rows = _split((lora, pictures), parts[0], 0)
+        return _joined(jax.lax.map(lambda part: one(*part, weights), rows), 0)
+    rows = _split(pictures, parts[1], 1), _split(weights, parts[1], 0)
+    (sums, errors), gradients = jax.lax.map(lambda part: one(lora, *part), rows)
+    summed = jax.tree.map(lambda x: x.sum(0), (sums, gradients))
+    return (summed[0], _joined(errors, 1)), summed[1]
+
+
+def _split(tree: ArrayTree, count: int, axis: int) -> ArrayTree:
+    """Parts in a new first axis; a part takes every `count`-th row: some of every device."""
+
+    def split(x: Array) -> Array:
+        shape = (*x.shape[:axis], -1, count, *x.shape[axis + 1 :])
+        return jnp.moveaxis(jnp.reshape(x, shape), axis + 1, 0)
+
+    return jax.tree.map(split, tree)
+
+
+def _joined(tree: ArrayTree, axis: int) -> ArrayTree:
+    def join(x: Array) -> Array:
+        x = jnp.moveaxis(x, 0, axis + 1)
+        return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+
+    return jax.tree.map(join, tree)
 
 
 def min_snr_weight(

@@ -14,12 +14,13 @@ import operator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hyperlora_jax.array_types import Array, Float, Params
 from hyperlora_jax.diffusion.schedule import add_noise
 from hyperlora_jax.lora import factors, losses
 from hyperlora_jax.lora.vectorize import Whitening
-from hyperlora_jax.stable_diffusion.denoising_loss import Denoiser, denoising_loss
+from hyperlora_jax.stable_diffusion.denoising_loss import Denoiser, draw_noise, lora_losses
 from hyperlora_jax.stable_diffusion.text_conditions import Text, apply_unet
 
 
@@ -60,16 +61,11 @@ def end_to_end_loss(
 ) -> Float[Array, " l"]:
     """Mean denoising loss of the g pictures of every subject, each with its subject's LoRA; `text`
     has rows [l, g]."""
-    num_loras, num_images = latents.shape[:2]
-    values = denoising_loss(
-        denoiser,
-        unet_params,
-        latents.reshape(-1, *latents.shape[2:]).astype(jnp.float32),
-        jax.tree.map(lambda rows: rows.reshape(-1, *rows.shape[2:]), text),
-        key,
-        lora,
-    )
-    return values.reshape(num_loras, num_images).mean(axis=1)
+    latents = latents.astype(jnp.float32)
+    timesteps, noise = draw_noise(denoiser, latents, key)
+    even = np.full(latents.shape[1], 1 / latents.shape[1], np.float32)
+    pictures = latents, text, timesteps, noise
+    return lora_losses(denoiser, unet_params, lora, pictures, even)[0]
 
 
 def prior_loss(
