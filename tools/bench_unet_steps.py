@@ -54,9 +54,11 @@ def jax_step(
     import jax
     import jax.numpy as jnp
 
+    from hyperlora_jax.diffusion.schedule import NoiseSchedule
     from hyperlora_jax.lora import factors, sites
     from hyperlora_jax.parallel import sharding
     from hyperlora_jax.parallel.mesh import make_mesh
+    from hyperlora_jax.stable_diffusion.denoising_loss import Denoiser, lora_losses
     from hyperlora_jax.stable_diffusion.networks import convolutions
     from hyperlora_jax.stable_diffusion.networks.unet import unet_from_config
     from hyperlora_jax.stable_diffusion.weights.flax_trees import init_params
@@ -73,12 +75,15 @@ def jax_step(
     params = weights(jax.random.key(0))
     frozen = convolutions.frozen(params)
     spec = sites.spec_from_shapes(params, "attn-qkvo", rank)
+    loras = num_loras or 1
     per_lora = whole if num_loras is None else rows
-    lora = jax.device_put(factors.init(jax.random.key(1), spec, num_loras), per_lora)
+    lora = jax.device_put(factors.init(jax.random.key(1), spec, loras), per_lora)
     size, channels = config["sample_size"], config["in_channels"]
     latents = jax.random.normal(jax.random.key(2), (batch, size, size, channels))
     text = jax.random.normal(jax.random.key(3), (batch, tokens, config["cross_attention_dim"]))
-    inputs = jax.device_put((latents, jnp.linspace(0, 999, batch), text), rows)
+    inputs = jax.device_put((latents, jnp.arange(batch) * 999 // batch, text), rows)
+    denoiser = Denoiser(unet, NoiseSchedule())
+    even = jnp.full(batch // loras, loras / batch)
 
     @functools.partial(
         jax.jit,
@@ -87,8 +92,9 @@ def jax_step(
     )
     def step(lora, params, latents, times, text):
         def loss(lora):
-            out = unet.apply({"params": params, "lora": lora}, latents, times, text)
-            return jnp.square(out.astype(jnp.float32)).mean()
+            pictures = latents, {"states": text}, times, jnp.ones_like(latents)
+            pictures = jax.tree.map(lambda x: x.reshape(loras, -1, *x.shape[1:]), pictures)
+            return lora_losses(denoiser, params, lora, pictures, even)[0].mean()
 
         return loss(lora) if forward else jax.grad(loss)(lora)
 

@@ -125,7 +125,9 @@ def _sums(
     denoiser: Denoiser, params: Params, lora: Params, pictures: Pictures, weights: AnyArray
 ) -> tuple[Array, Array]:
     rows = jax.tree.map(lambda x: jnp.reshape(x, (-1, *x.shape[2:])), pictures)
-    errors = denoising_error(denoiser, params, *rows, lora).reshape(pictures[0].shape[:2])
+    latents, text, timesteps, noise = rows
+    errors = denoising_error(denoiser, params, latents, text, timesteps, noise, lora)
+    errors = errors.reshape(pictures[0].shape[:2])
     return (errors * weights).sum(1), errors
 
 
@@ -184,7 +186,7 @@ def _mapped(
 def _split(tree: ArrayTree, count: int, axis: int) -> ArrayTree:
     """Parts in a new first axis; a part takes every `count`-th row: some of every device."""
 
-    def split(x: Array) -> Array:
+    def split(x: AnyArray) -> Array:
         shape = (*x.shape[:axis], -1, count, *x.shape[axis + 1 :])
         return jnp.moveaxis(jnp.reshape(x, shape), axis + 1, 0)
 

@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from hyperlora_jax.diffusion.schedule import NoiseSchedule
 from hyperlora_jax.lora import factors
 from hyperlora_jax.lora.sites import site_factors, spec_from_shapes
+from hyperlora_jax.stable_diffusion import denoising_loss
+from hyperlora_jax.stable_diffusion.denoising_loss import Denoiser, draw_noise, lora_losses
 from hyperlora_jax.stable_diffusion.networks.blocks import REMAT_POLICIES
 from hyperlora_jax.stable_diffusion.networks.unet import unet_from_config
 from hyperlora_jax.stable_diffusion.weights.flax_trees import init_params
@@ -130,3 +133,36 @@ def test_bfloat16_stays_close(small, setting):
     exact = jax.jit(unet.apply)({"params": params}, *inputs)
     assert ours.dtype == jnp.bfloat16
     assert np.linalg.norm(ours.astype(np.float32) - exact) <= 0.05 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize(("loras", "images", "parts"), [(4, 2, (4, 1)), (1, 6, (1, 3))])
+def test_losses_in_parts_equal_those_of_the_whole_batch(
+    small, setting, monkeypatch, loras, images, parts
+):
+    unet, params = small
+    spec = spec_from_shapes(params, "attn-qkvo", 2)
+    lora = draw(spec, loras)
+    denoiser = Denoiser(unet, NoiseSchedule())
+    rng = np.random.default_rng(2)
+    rows = (loras, images)
+    latents = rng.standard_normal((*rows, 8, 8, 4)).astype(np.float32)
+    text = {"states": rng.standard_normal((*rows, 7, 24)).astype(np.float32)}
+    drawn = draw_noise(denoiser, latents, jax.random.key(0))
+    weights = np.linspace(0.1, 1, images, dtype=np.float32)
+    by = jnp.arange(1.0, loras + 1)
+
+    def total(lora, params):
+        sums, errors = lora_losses(denoiser, params, lora, (latents, text, *drawn), weights)
+        return (by * sums).sum(), (sums, errors)
+
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+
+    def run(numbers):
+        monkeypatch.setattr(denoising_loss, "_NUMBERS", numbers)
+        assert denoising_loss._parts(unet, *rows, 8, 8) == (parts if numbers else (1, 1))
+        return jax.jit(jax.grad(total, has_aux=True))(lora, params)
+
+    together = loras * images // max(parts)
+    whole, in_parts = run(0), run(together * 8 * 8 * unet.settings.channels[0])
+    for a, b in zip(jax.tree.leaves(in_parts), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-6)
