@@ -57,7 +57,6 @@ class Workload:
       batch: number of examples → {name: ShapeDtypeStruct [b, ...], or a tree of them}.
       remat: which rematerialisation the loss was built with, for the record.
       loss_on: mesh → the loss for that mesh, where kernels are partitioned by hand (splash).
-      extra_flops: example count → FLOPs that no product in the program shows.
     """
 
     name: str
@@ -71,7 +70,6 @@ class Workload:
     frozen_rules: Sequence[sharding.Rule] = sharding.REPLICATED_RULES
     remat: str = "none"
     loss_on: Callable[[Mesh], Loss] | None = None
-    extra_flops: Callable[[int], float] | None = None
 
 
 def prepare_environment() -> None:
@@ -189,8 +187,6 @@ def compile_for(
     if file is not None and file.is_file():
         return json.loads(file.read_text())
     flops = of_jaxpr(traced.jaxpr.jaxpr) / mesh.size
-    if workload.extra_flops is not None:
-        flops += workload.extra_flops(batch_per_device)
     record |= _compile(lowered, topology, mesh, flops, LOW_EFFORT if low_effort else {})
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -97,6 +97,7 @@ def table() -> Mapping[str, Rule]:
     """Rules by key."""
     from hyperlora_jax.diffusion.processes import PREDICTIONS, SAMPLERS
     from hyperlora_jax.distill.parametrisations import MIXTURES
+    from hyperlora_jax.evaluate import method_loras
     from hyperlora_jax.hypernet import backbone, baselines, building
     from hyperlora_jax.hypernet.token_layout import HEADS
     from hyperlora_jax.lora.sites import PRESETS
@@ -107,6 +108,7 @@ def table() -> Mapping[str, Rule]:
     from hyperlora_jax.worlds import fonts, heads
     from hyperlora_jax.worlds.avatar_styles import STYLES
 
+    method = Rule(f"of {method_loras.method_names()}", method_loras.is_method)
     return {
         "task": one_of(("base", "unet", "avatar_encoder", "avatar_probe")),
         "base": TEXT,
@@ -180,7 +182,7 @@ def table() -> Mapping[str, Rule]:
         "evaluate.judges.*": TEXT, "evaluate.others.*": TEXT, "evaluate.detector": TEXT,
         "evaluate.clip": TEXT, "evaluate.lpips": TEXT, "evaluate.guidance": NUMBER,
         "evaluate.strengths": several(POSITIVE, 1), "evaluate.guidances": several(NUMBER, 1),
-        "evaluate.methods": several(Rule(f"of {method_names()}", is_method), 1),
+        "evaluate.methods": several(method, 1),
         "evaluate.linear_combination.per": one_of(MIXTURES),
         "evaluate.steps_to_quality.num_identities": whole(0),
         "evaluate.steps_to_quality.checkpoints": several(whole(0), 1),
@@ -190,27 +192,6 @@ def table() -> Mapping[str, Rule]:
         "evaluate.*num_*": optional(COUNT),
         "mesh.*": whole(1, besides=(-1,)),
     }  # fmt: skip
-
-
-def is_method(name: object) -> bool:
-    """Whether a method of this name can be compared (those of `evaluate.others` aside)."""
-    from hyperlora_jax.evaluate.methods import number_of
-
-    return name in methods() or number_of(str(name)) is not None
-
-
-def method_names() -> str:
-    """All of them, for people."""
-    from hyperlora_jax.evaluate.methods import NUMBERED
-
-    return ", ".join([*methods(), *(f"{kind}_N" for kind in NUMBERED)])
-
-
-def methods() -> tuple[str, ...]:
-    """Names of the methods that `evaluate` compares."""
-    from hyperlora_jax.evaluate.method_loras import BASELINE_NAMES, MAKERS
-
-    return (*MAKERS, *BASELINE_NAMES, "exact", "copy_reference")
 
 
 def rule_of(key: str) -> Rule | None:

@@ -15,7 +15,7 @@ from hyperlora_jax.parallel import environment
 if TYPE_CHECKING:
     from hyperlora_jax.parallel.joint_end import JointEnd
 
-PREEMPTED = 75
+PREEMPTED = 75  # EX_TEMPFAIL: launchers start the same command again
 OBJECTS_UNLOOKED_AT = 200_000  # the collector of cycles waits for that many new ones
 
 

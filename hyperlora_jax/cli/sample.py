@@ -71,7 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Writes one PNG per LoRA (or one without, or one of all regions) and prompt, and a sheet of
     all, magnified."""
-    strengths = _strengths(args, _region_files(args) or args.lora)
+    areas = _areas(args)
+    strengths = _strengths(args, [file for _, file in areas] or args.lora)
     out = Path(args.out)
     if args.batch_size < 1:
         raise UserError(f"--batch_size is {args.batch_size}, expected at least 1")
@@ -87,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
 
     single_files.keep_options(args.base, args)
     sd = load_base(args.base)
-    regions = _regions(args, sd, strengths) if args.region else []
+    regions = _regions(args, areas, sd, strengths)
     guidance = sd.default_guidance if args.guidance is None else args.guidance
     guided = guidance != 1.0 and not sd.unet.settings.guidance_width
     if (args.lora or regions) and args.lora_branches == "conditional" and guided:
@@ -184,8 +185,8 @@ def _strengths(args: argparse.Namespace, files: Sequence[str]) -> list[float] | 
     return args.strength
 
 
-def _region_files(args: argparse.Namespace) -> list[str]:
-    """The LoRA of each region, "" for none."""
+def _areas(args: argparse.Namespace) -> list[tuple[str, str]]:
+    """(place, LoRA file) of each region, "" for no LoRA."""
     for name in ("region_prompt", "apart"):
         if getattr(args, name) and not args.region:
             raise UserError(f"--{name}: found no --region, expected one or more")
@@ -196,22 +197,25 @@ def _region_files(args: argparse.Namespace) -> list[str]:
         raise UserError(
             f"--region_prompt: {len(given)} for {len(args.region)} regions, expected one for each"
         )
-    return [region.partition(":")[2] for region in args.region]
+    return [region.partition(":")[::2] for region in args.region]
 
 
 def _regions(
-    args: argparse.Namespace, sd: "StableDiffusion", strengths: list[float] | float
+    args: argparse.Namespace,
+    areas: Sequence[tuple[str, str]],
+    sd: "StableDiffusion",
+    strengths: list[float] | float,
 ) -> list[Any]:
     """The regions of all pictures, LoRA files read."""
     from hyperlora_jax.stable_diffusion.networks.lora_argument import lora_tree
     from hyperlora_jax.stable_diffusion.picture_regions import Region
 
-    count = len(args.region)
-    places = [region.partition(":")[0] for region in args.region]
-    trees = [lora_tree(file or None, sd) for file in (_region_files(args))]
-    prompts = args.region_prompt or [None] * count
-    each = strengths if isinstance(strengths, list) else [strengths] * count
-    return [Region(*given) for given in zip(places, trees, prompts, each, strict=True)]
+    prompts = args.region_prompt or [None] * len(areas)
+    each = strengths if isinstance(strengths, list) else [strengths] * len(areas)
+    return [
+        Region(place, lora_tree(file or None, sd), prompt, strength)
+        for (place, file), prompt, strength in zip(areas, prompts, each, strict=True)
+    ]
 
 
 def _names(paths: Sequence[str]) -> list[str]:

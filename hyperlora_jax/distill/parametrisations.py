@@ -3,9 +3,8 @@
     Factors   down and up themselves: the conventional fit
     Added     a new LoRA beside a frozen one of the slot's own: rank-relaxed refinement
               (HyperDreamBooth, arXiv 2307.06949); the sum is exact, by joining ranks
-    Mixture   offset + Σ_k c_k basis_k with LoRA vectors that are frozen: the linear combination of
-              existing LoRAs (2412.02352), and the inversion into a space of principal components
-              (weights2weights, 2406.09413)
+    Mixture   Σ_k c_k basis_k with LoRA vectors that are frozen: the linear combination of existing
+              LoRAs (2412.02352)
 
 All satisfy the Protocol `Parametrisation`. They are static arguments of the compiled step; arrays
 are passed beside them: `start` belongs to a slot, `shared` to all slots.
@@ -107,24 +106,21 @@ class Mixture:
     Attributes:
         num_basis: k.
         per: one coefficient per basis LoRA ("global"), per site, or per factor (down and up).
-        initial: value of every coefficient before the first step, 1/k if None.
     """
 
     spec: LoraSpec
     num_basis: int
     per: str = "global"
-    initial: float | None = None
 
     def __post_init__(self):
         if self.per not in MIXTURES:
             raise ValueError(f"Got: {self.per=}, expected one of {MIXTURES}")
 
     def init(self, key: Array) -> Params:
-        """Coefficients [groups, k]."""
+        """Coefficients [groups, k], all 1 / k."""
         del key
-        value = 1.0 / self.num_basis if self.initial is None else self.initial
         groups = {"global": 1, "site": len(self.spec), "factor": 2 * len(self.spec)}[self.per]
-        return {"coefficients": jnp.full((groups, self.num_basis), value)}
+        return {"coefficients": jnp.full((groups, self.num_basis), 1.0 / self.num_basis)}
 
     def lora(self, params: Params, start: Params | None, shared: Params | None) -> Params:
         """See `Parametrisation`."""
@@ -133,18 +129,15 @@ class Mixture:
             raise ValueError("Mixture needs shared basis LoRAs, got None")
         mixed = jnp.einsum("sgk,gkm->sgm", params["coefficients"], shared["basis"])
         padded = mixed.reshape(len(mixed), -1)
-        return vectorize.unflatten(shared["offset"] + padded[:, self._places()[1]], self.spec)
+        return vectorize.unflatten(padded[:, self._places()[1]], self.spec)
 
-    def arrange(
-        self, basis: Float[np.ndarray, "k d"], offset: Float[np.ndarray, " d"] | None = None
-    ) -> Params:
-        """{"basis": [groups, k, most], "offset": [d]}: the numbers of a group side by side, so
-        that mixing is one batched product; groups with fewer numbers are filled up."""
+    def arrange(self, basis: Float[np.ndarray, "k d"]) -> Params:
+        """{"basis": [groups, k, most]}: the numbers of a group side by side, so that mixing is one
+        batched product; groups with fewer numbers are filled up."""
         if len(basis) != self.num_basis:
             raise ValueError(f"expected {self.num_basis} basis LoRAs. Got: {len(basis)=}")
         gathered = np.asarray(basis, np.float32)[:, self._places()[0]]
-        offset = np.zeros(basis.shape[1], np.float32) if offset is None else offset
-        return {"basis": jnp.asarray(gathered.swapaxes(0, 1)), "offset": jnp.asarray(offset)}
+        return {"basis": jnp.asarray(gathered.swapaxes(0, 1))}
 
     def _places(self) -> tuple[np.ndarray, np.ndarray]:
         """([groups, most], which element of the vector stands there; [d], where an element is)."""

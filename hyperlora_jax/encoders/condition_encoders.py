@@ -27,7 +27,7 @@ from hyperlora_jax.encoders.image_encoder import ConvEncoder
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora_files import safetensors_io
 
-OURS, CLIP, ONNX, TRANSFORMERS = KINDS = ("hyperlora", "clip", "onnx", "transformers")
+OURS, CLIP, ONNX, TRANSFORMERS = ("hyperlora", "clip", "onnx", "transformers")
 FORMAT = "hyperlora-image-encoder"
 VERSION = 1
 

@@ -56,7 +56,7 @@ def load_condition_encoder(source: str | epath.PathLike, **options: Any) -> Imag
 
 
 def kind_of(path: epath.Path) -> str:
-    """One of `KINDS`.
+    """OURS, CLIP, ONNX or TRANSFORMERS.
 
     Raises:
       UserError: a file of another kind, or a folder without a config.json.

@@ -103,27 +103,31 @@ def make_source(name: str, context: Context) -> Source:
     Raises:
         ValueError: an unknown name.
     """
-    check_name(name, context.others)
     if name in context.others:
         return _hypernetwork(context.others[name])
     if name in BASELINE_NAMES:
         return _baseline(name, context)
     if name in MAKERS:
         return MAKERS[name](context)
-    kind, _, number = name.rpartition("_")
-    return NUMBERED_MAKERS[kind](context, int(number))
+    if (number := number_of(name)) is not None:
+        return NUMBERED_MAKERS[name.rpartition("_")[0]](context, number)
+    raise ValueError(_unknown(name, context.others))
 
 
-def check_name(name: str, others: Collection[str] = ()) -> None:
-    """Raises ValueError for a name that is no method's.
+def is_method(name: object, others: Collection[str] = ()) -> bool:
+    """Whether a method of this name can be compared, or one of `others`, of more generators."""
+    own = (*MAKERS, *BASELINE_NAMES, *WITHOUT_MODEL, *others)
+    return name in own or number_of(str(name)) is not None
 
-    Args:
-        others: names of more generators.
-    """
-    names = [*MAKERS, *BASELINE_NAMES, *others]
-    if name not in names and number_of(name) is None:
-        expected = ", ".join([*names, *(f"{kind}_N" for kind in NUMBERED)])
-        raise ValueError(f"method {name!r} is unknown, expected one of {expected}")
+
+def method_names(others: Collection[str] = ()) -> str:
+    """All names that `is_method` is true of, for people."""
+    own = (*MAKERS, *BASELINE_NAMES, *WITHOUT_MODEL, *others)
+    return ", ".join([*own, *(f"{kind}_N" for kind in NUMBERED)])
+
+
+def _unknown(name: str, others: Collection[str]) -> str:
+    return f"method {name!r} is unknown, expected one of {method_names(others)}"
 
 
 def one_per_identity(
@@ -302,10 +306,8 @@ def runnable_methods(
     names = [name for name in dict.fromkeys([*asked, *others]) if name not in WITHOUT_MODEL]
     left_out: dict[str, list[str]] = {}
     for name in names:
-        try:
-            check_name(name, others)
-        except ValueError as error:
-            raise UserError(f"--config.{KEY}: {error}") from error
+        if not is_method(name, others):
+            raise UserError(f"--config.{KEY}: {_unknown(name, others)}")
         why = _why_not(name, loras, num_identities, num_views)
         if why and given:
             raise UserError(f"--config.{KEY}: {name} cannot run ({why})")

@@ -54,7 +54,6 @@ def image_error(
 def identity_top1(
     generated: Float[AnyArray, "i c h w 3"],
     candidates: Float[AnyArray, "i c n h w 3"],
-    true_index: Int[AnyArray, " i"] | int = 0,
 ) -> Float[np.ndarray, "i c"]:
     """Whether the nearest of n exact renders (mean squared error) is the true identity's.
 
@@ -63,19 +62,16 @@ def identity_top1(
 
     Args:
       generated: pictures of i identities under c captions each.
-      candidates: exact renders of n identities under the same caption.
-      true_index: which candidate is the true identity, one for all or one per identity.
+      candidates: exact renders of n identities under the same caption, the true one first.
     """
-    return nearest_candidates(generated, candidates, true_index)[0]
+    return nearest_candidates(generated, candidates)[0]
 
 
 def nearest_candidates(
     generated: Float[AnyArray, "i c h w 3"],
     candidates: Float[AnyArray, "i c n h w 3"],
-    true_index: Int[AnyArray, " i"] | int = 0,
 ) -> tuple[Float[np.ndarray, "i c"], Int[np.ndarray, "i c"]]:
     """`identity_top1`, and the number of the nearest candidate (of a failure: of a black one)."""
-    truth = np.broadcast_to(np.asarray(true_index), (len(generated),))
     usable = is_finite(generated)
     score, column = np.zeros(usable.shape), np.zeros(usable.shape, np.int64)
     for i, c in np.ndindex(*usable.shape):
@@ -84,7 +80,7 @@ def nearest_candidates(
         distance = np.square(difference).mean(axis=(1, 2, 3), dtype=np.float64)
         nearest = distance == distance.min()
         column[i, c] = distance.argmin()
-        score[i, c] = usable[i, c] * nearest[truth[i]] / nearest.sum()
+        score[i, c] = usable[i, c] * nearest[0] / nearest.sum()
     return score, column
 
 

@@ -150,22 +150,3 @@ def mean(lora: Params) -> Params:
 def interpolate(a: Params, b: Params, weight: float | Float[Array, ""]) -> Params:
     """a + weight · (b - a) on raw factors: weight 0 is a, 1 is b, above 1 extrapolates."""
     return jax.tree.map(lambda x, y: x + weight * (y - x), a, b)
-
-
-def merge_into(params: Params, lora: Params, strength: float = 1.0) -> Params:
-    """Copy of a model's Flax parameters with strength · delta added to every adapted kernel.
-
-    `lora` is the model's own sub-tree (see `sites.component_tree`), a single LoRA. Raises
-    ValueError when a site has no kernel in `params`.
-    """
-    merged = dict(params)
-    for name, node in lora.items():
-        if name not in merged:
-            raise ValueError(f"merge_into: no module {name!r} among {sorted(merged)[:8]}")
-        if is_site(node):
-            kernel = merged[name]["kernel"]
-            added = kernel.astype(jnp.float32) + strength * delta(node)
-            merged[name] = {**merged[name], "kernel": added.astype(kernel.dtype)}
-        else:
-            merged[name] = merge_into(merged[name], node, strength)
-    return merged

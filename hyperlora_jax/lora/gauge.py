@@ -81,16 +81,6 @@ def _cut(lora: Params, spec: LoraSpec, limits: Mapping[str, int]) -> tuple[Param
     return tree_from_sites(pairs), LoraSpec(tuple(sites.values()))
 
 
-def singular_values(lora: Params, spec: LoraSpec) -> dict[str, Float[Array, "*l r"]]:
-    """Singular values of every site's delta, descending, by site path."""
-
-    values = {}
-    for site in spec.sites:
-        down, up = _matrices(site_factors(lora, site), site)
-        values[site.path] = _spectrum(down, up)
-    return values
-
-
 def pad_rank(lora: Params, rank: int) -> Params:
     """Zero columns and rows up to the rank: the same deltas. Raises ValueError if above it."""
 
@@ -110,17 +100,6 @@ def _matrices(pair: Params, site: LoraSite) -> tuple[Array, Array]:
     up = jnp.asarray(pair["up"], jnp.float32)
     down = jnp.asarray(pair["down"], jnp.float32)
     return down.reshape(*up.shape[:-2], site.fan_in, site.rank), up
-
-
-@jax.jit
-def _spectrum(down: Float[AnyArray, "*l m r"], up: Float[AnyArray, "*l r o"]) -> Array:
-    def one(down: Array, up: Array) -> Array:
-        return small_svd(thin_qr(down)[1] @ thin_qr(up.T)[1].T)[1]
-
-    function = one
-    for _ in down.shape[:-2]:
-        function = jax.vmap(function)
-    return function(jnp.asarray(down), jnp.asarray(up))
 
 
 def _balanced(down: Array, up: Array, rank: int) -> tuple[Array, Array]:

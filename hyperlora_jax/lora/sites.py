@@ -15,7 +15,7 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from hyperlora_jax.array_types import Params
@@ -190,15 +190,14 @@ def spec_from_shapes(
     param_shapes: Params,
     preset: str | Sequence[str] = "attn-qkvo",
     rank: int = 4,
-    strides: Mapping[str, tuple[int, int]] | None = None,
     prefix: str = "",
 ) -> LoraSpec:
     """Spec of every layer of a model whose path matches the preset.
 
     `param_shapes` is the model's Flax parameter tree (arrays or ShapeDtypeStructs) with kernels
     [in, out] or [kh, kw, in, out]; `preset` is a name of `PRESETS` or regular expressions
-    (searched in the diffusers path); `strides` overrides (1, 1), or (2, 2) of a downsampler;
-    `prefix` is "" for a UNet and "text_encoder." for a text encoder.
+    (searched in the diffusers path); `prefix` is "" for a UNet and "text_encoder." for a text
+    encoder.
     """
     if isinstance(preset, str) and preset not in PRESETS:
         raise UserError(f"LoRA preset {preset!r} is unknown; expected one of {sorted(PRESETS)}")
@@ -211,8 +210,7 @@ def spec_from_shapes(
             continue
         kind = "linear" if len(shape) == 2 else "conv"
         window = (1, 1) if kind == "linear" else (shape[0], shape[1])
-        default = (2, 2) if _STRIDED.search(path) else (1, 1)
-        stride = (strides or {}).get(path, default)
+        stride = (2, 2) if _STRIDED.search(path) else (1, 1)
         sites.append(LoraSite(prefix + path, shape[-2], shape[-1], rank, kind, window, stride))
     if not sites:
         raise UserError(f"LoRA preset {preset!r} matches no layer of the model")

@@ -71,11 +71,6 @@ def _joined(first: LoraSite | None, second: LoraSite) -> LoraSite:
     return dataclasses.replace(first, rank=first.rank + second.rank)
 
 
-def subtract(a: Lora, b: Lora, rank: int | None = None) -> Lora:
-    """a - b, exactly or at a rank."""
-    return merge([a, b], [1.0, -1.0], rank)
-
-
 def resize(lora: Lora, rank: int) -> Lora:
     """Best LoRA of a smaller rank (SVD of every site's delta); smaller sites stay."""
     if rank < 1:

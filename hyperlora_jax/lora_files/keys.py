@@ -259,11 +259,9 @@ def _ldm_inner(head: str, slot: int, layer: int, inner: str) -> str | None:
     return None
 
 
-def to_ldm(path: str, layers_per_block: int = 2, upsampler_slot: int = 2) -> str | None:
-    """LDM / sgm path of a diffusers UNet path; None when there is no such name.
-
-    `upsampler_slot` is 2 where the up block has attention (all of SDXL), else 1.
-    """
+def to_ldm(path: str, layers_per_block: int = 2) -> str | None:
+    """LDM / sgm path of a diffusers UNet path, of a model with attention in all up blocks that
+    have upsamplers, as SDXL; None when there is no such name."""
     if path in _TO_FIXED:
         return _TO_FIXED[path]
     stride = layers_per_block + 1
@@ -273,7 +271,7 @@ def to_ldm(path: str, layers_per_block: int = 2, upsampler_slot: int = 2) -> str
         if kind == "downsamplers":
             return f"input_blocks.{stride * block + stride}.0.op"
         if kind == "upsamplers":
-            return f"output_blocks.{stride * block + stride - 1}.{upsampler_slot}.conv"
+            return f"output_blocks.{stride * block + stride - 1}.2.conv"
         number = stride * block + layer
         head = f"input_blocks.{number + 1}" if match[1] == "down" else f"output_blocks.{number}"
         slots = {"resnets": f"{head}.0", "attentions": f"{head}.1"}

@@ -11,51 +11,42 @@ from hyperlora_jax.pictures import pictures, size_buckets
 from hyperlora_jax.pictures.size_buckets import Size
 from hyperlora_jax.pictures.subjects import Subject
 
+SPLIT = "train"
 CONCEPT_FIELDS = ("concept", "identity", "label", "class", "id")
 CAPTION_FIELDS = ("caption", "text", "prompt")
 
 
-def read_tfds_concepts(
-    path: str | Path,
-    buckets: Sequence[Size],
-    split: str = "train",
-    concept_field: str | None = None,
-    caption_field: str | None = None,
-    default_caption: str = "",
-    max_pictures: int | None = None,
-) -> list[Subject]:
-    """One subject per value of the concept field, its pictures cut to the bucket nearest to their
-    median shape.
+def read_tfds_concepts(path: str | Path, buckets: Sequence[Size]) -> list[Subject]:
+    """One subject per value of the concept field (the first of `CONCEPT_FIELDS` that the dataset
+    has), its pictures cut to the bucket nearest to their median shape; captions are the first of
+    `CAPTION_FIELDS`, or empty.
 
     Args:
         path: a dataset folder, read by `tfds.builder_from_directory`; random access is not needed
             to be cheap, every picture of the split is read once, with several buckets twice.
-        concept_field: None takes the first of `CONCEPT_FIELDS` that the dataset has.
-        caption_field: None takes the first of `CAPTION_FIELDS`, or none.
-        max_pictures: per concept, the first ones are kept.
 
-    Raises UserError naming the folder for no dataset, no such split or field, or no pictures.
+    Raises UserError naming the folder for no dataset, train split, such field, or pictures.
     """
     path = Path(path)
     builder = _open(path)
-    if split not in builder.info.splits:
+    if SPLIT not in builder.info.splits:
         raise UserError(
-            f"{path}: has no split {split!r}, expected one of {', '.join(builder.info.splits)}"
+            f"{path}: has no split {SPLIT!r}, expected one of {', '.join(builder.info.splits)}"
         )
     fields = builder.info.features
     image = _image_field(path, fields)
-    concept = _field(path, fields, concept_field, CONCEPT_FIELDS, "concept")
-    caption = _field(path, fields, caption_field, CAPTION_FIELDS, None)
+    concept = next((name for name in CONCEPT_FIELDS if name in fields), None)
+    caption = next((name for name in CAPTION_FIELDS if name in fields), None)
+    if concept is None:
+        expected, there = ", ".join(CONCEPT_FIELDS), ", ".join(sorted(fields))
+        raise UserError(f"{path}: no concept field ({expected}) among {there}")
     names = getattr(fields[concept], "names", None)
 
     def rows() -> Iterator[tuple[str, np.ndarray, str]]:
-        """(concept, picture, caption) of the pictures that are kept."""
-        counts: dict[str, int] = {}
-        for row in _rows(path, builder, split):
+        """(concept, picture, caption) of all pictures."""
+        for row in _rows(path, builder):
             name = names[row[concept]] if names else _text(row[concept])
-            counts[name] = counts.get(name, 0) + 1
-            if max_pictures is None or counts[name] <= max_pictures:
-                yield name, row[image], _text(row[caption]) if caption else ""
+            yield name, row[image], _text(row[caption]) if caption else ""
 
     sizes: dict[str, Size] = {}
     if len(buckets) > 1:
@@ -66,9 +57,9 @@ def read_tfds_concepts(
     groups: dict[str, list[tuple[bytes, str]]] = {}
     for name, picture, text in rows():
         cut = _fit(picture, sizes.get(name, buckets[0]), f"{path}, concept {name}")
-        groups.setdefault(name, []).append((cut, text or default_caption))
+        groups.setdefault(name, []).append((cut, text))
     if not groups:
-        raise UserError(f"{path}: split {split!r} is empty, expected pictures")
+        raise UserError(f"{path}: split {SPLIT!r} is empty, expected pictures")
     return [_subject(name, group) for name, group in sorted(groups.items())]
 
 
@@ -90,14 +81,14 @@ def _open(path: Path) -> Any:
         raise UserError(f"{path}: the dataset cannot be opened ({error})") from None
 
 
-def _rows(path: Path, builder: Any, split: str) -> Iterator[dict]:
+def _rows(path: Path, builder: Any) -> Iterator[dict]:
     try:
-        source = builder.as_data_source(split=split)
+        source = builder.as_data_source(split=SPLIT)
         for k in range(len(source)):
             yield source[k]
     except (OSError, ValueError, NotImplementedError) as error:
         raise UserError(
-            f"{path}: split {split!r} cannot be read ({error}); expected an array_record dataset"
+            f"{path}: split {SPLIT!r} cannot be read ({error}); expected an array_record dataset"
         ) from None
 
 
@@ -108,28 +99,6 @@ def _image_field(path: Path, fields: Any) -> str:
         if isinstance(feature, tfds.features.Image):
             return name
     raise UserError(f"{path}: has no picture field, its fields are {', '.join(sorted(fields))}")
-
-
-def _field(
-    path: Path,
-    fields: Any,
-    given: str | None,
-    usual: Sequence[str],
-    needed: str | None,
-) -> str:
-    if given is not None:
-        if given not in fields:
-            raise UserError(
-                f"{path}: has no field {given!r}, its fields are {', '.join(sorted(fields))}"
-            )
-        return given
-    for name in usual:
-        if name in fields:
-            return name
-    if needed is None:
-        return ""
-    found = ", ".join(sorted(fields))
-    raise UserError(f"{path}: no {needed} field ({', '.join(usual)}) among {found}; name one")
 
 
 def _text(value: object) -> str:

@@ -122,19 +122,6 @@ class StableDiffusion:
         params = {name: param_shapes(module) for name, module in shaped.items()}
         return StableDiffusion(**modules, params=params, schedule=NoiseSchedule(), path=root)
 
-    @staticmethod
-    def from_single_file(
-        path: str | Path,
-        dtype: DType = jnp.float32,
-        prediction_type: str | None = None,
-        mesh: Mesh | None = None,
-        rules: Sequence[Rule] = DEFAULT_RULES,
-        on_host: Collection[str] = (),
-    ) -> "StableDiffusion":
-        """Reads an original single file (1.x, 2.x, XL) by way of `single_file.unpacked`."""
-        folder = single_file.unpacked(Path(path), prediction_type)
-        return StableDiffusion.from_pretrained(folder, dtype, None, mesh, rules, on_host)
-
     def save_pretrained(self, path: str | Path, dtype: str = "float16") -> None:
         """Writes a directory that PyTorch diffusers' pipeline of the family loads."""
         names = {"tokenizer": "text_encoder", "tokenizer_2": "text_encoder_2"}

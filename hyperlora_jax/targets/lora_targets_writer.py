@@ -109,7 +109,7 @@ def write_lora_targets(
     overwrite: bool = False,
     extra_files: Mapping[str, Callable[[], str]] | None = None,
 ) -> Path:
-    """Writes subjects (a `Spool`, a list, a generator) as a dataset folder at `path`.
+    """Writes subjects (a list, a generator) as a dataset folder at `path`.
 
     Args:
         path: the folder that `tfds.builder_from_directory` will open.

@@ -1,8 +1,8 @@
 """The spool: one finished subject = one safetensors file, written atomically.
 
 A file has its final name only when all of it is on the disk, so whatever is listed by
-`finished_ids` is complete, and a killed run repeats nothing that it had handed over. A subject that
-cannot be fitted leaves a file that says why.
+`finished_files` is complete, and a killed run repeats nothing that it had handed over. A subject
+that cannot be fitted leaves a file that says why.
 """
 
 import dataclasses
@@ -53,19 +53,11 @@ def write_finished(spool: str | Path, subject: Subject) -> Path:
     return path
 
 
-def finished_ids(spool: str | Path) -> set[str]:
-    """Ids of all subjects handed over so far; empty for a folder that does not exist."""
-    return {subject_id for subject_id, _ in _files(spool)}
-
-
 def finished_files(spool: str | Path) -> dict[str, Path]:
-    """{id: file} of all subjects handed over so far, in the order of their ids."""
-    return dict(_files(spool))
-
-
-def _files(spool: str | Path) -> list[tuple[str, Path]]:
+    """{id: file} of all subjects handed over so far, in the order of their ids; empty for a folder
+    that does not exist."""
     paths = [p for p in Path(spool).glob(f"*{SUFFIX}") if not p.name.startswith(".")]
-    return sorted((_id(path), path) for path in paths)
+    return dict(sorted((_id(path), path) for path in paths))
 
 
 def _id(path: Path) -> str:
@@ -127,18 +119,3 @@ def read_finished(path: str | Path) -> Subject:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: is no finished subject of a spool ({error})") from None
-
-
-class Spool:
-    """The finished subjects of a folder, in the order of their ids; read one at a time."""
-
-    def __init__(self, spool: str | Path):
-        self.files = _files(spool)
-        if not self.files:
-            raise UserError(f"{spool}: has no finished LoRAs (*{SUFFIX}), expected at least one")
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __iter__(self):
-        return (read_finished(path) for _, path in self.files)

@@ -126,12 +126,12 @@ def best_step(directory: epath.PathLike) -> int | None:
 
 
 def restore_params(
-    workdir: epath.PathLike, step: int | Literal["best"] | None = None, prefer_ema: bool = True
+    workdir: epath.PathLike, step: int | Literal["best"] | None = None
 ) -> tuple[Params, Json]:
     """(parameters as numpy arrays, {"facts", "config", "seed", "step"}), without the optimiser.
 
     Takes the newest whole checkpoint of `workdir` unless `step` says which ("best": that of the
-    lowest mean loss), and the moving average if there is one and `prefer_ema`.
+    lowest mean loss), and the moving average if there is one.
 
     Raises:
       UserError: there is no such checkpoint, or it cannot be read.
@@ -148,7 +148,7 @@ def restore_params(
     try:
         folder = directory / str(step) / "state"
         tree = handler.metadata(folder).tree
-        name = "ema" if prefer_ema and tree.get("ema") else "params"
+        name = "ema" if tree.get("ema") else "params"
         item = {name: jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), tree[name])}
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
         restore = ocp.args.PyTreeRestore(item=item, restore_args=as_numpy, partial_restore=True)

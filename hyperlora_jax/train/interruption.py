@@ -24,8 +24,6 @@ from jax.experimental import multihost_utils
 from hyperlora_jax.errors import Interrupted, Preempted
 from hyperlora_jax.parallel import multihost
 
-EXIT_CODE = 75  # EX_TEMPFAIL: launchers start the same command again
-
 
 class PreemptionGuard:
     """Context manager that notices SIGTERM, and the first Ctrl-C, while it is open."""

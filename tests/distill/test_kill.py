@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from hyperlora_jax.targets.lora_targets import open_lora_targets
-from hyperlora_jax.targets.spool import finished_ids
+from hyperlora_jax.targets.spool import finished_files
 
 ROOT = Path(__file__).parents[2]
 NUM_CONCEPTS = 6
@@ -75,7 +75,7 @@ def test_two_hosts_share_the_concepts_and_end_with_the_same_loras(
     concepts, whole, tmp_path, as_hosts
 ):
     running = [start(concepts, tmp_path, own) for own in as_hosts()]
-    wait(running[0], lambda: len(finished_ids(tmp_path / "spool")) >= 2)
+    wait(running[0], lambda: len(finished_files(tmp_path / "spool")) >= 2)
     for process in running:
         process.kill()
         assert process.wait() == -signal.SIGKILL
@@ -97,9 +97,9 @@ def test_killed_runs_end_with_the_same_loras(concepts, whole, tmp_path):
     kills = 0
     for reached in (
         saved,
-        lambda: len(finished_ids(broken / "spool")) >= 1,
-        lambda: len(finished_ids(broken / "spool")) >= 3 and saved(),
-        lambda: len(finished_ids(broken / "spool")) >= NUM_CONCEPTS,
+        lambda: len(finished_files(broken / "spool")) >= 1,
+        lambda: len(finished_files(broken / "spool")) >= 3 and saved(),
+        lambda: len(finished_files(broken / "spool")) >= NUM_CONCEPTS,
     ):
         process = start(concepts, broken)
         if wait(process, reached):

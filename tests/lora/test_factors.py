@@ -101,23 +101,3 @@ def test_mean_and_interpolation(random_lora):
     assert_close(factors.mean(batch), factors.interpolate(a, b, 0.5))
     assert_close(factors.interpolate(a, b, 0.0), a)
     assert_close(factors.interpolate(a, b, 1.0), b)
-
-
-def test_merge_into_adds_to_kernels_only(spec, random_lora):
-    lora = random_lora()
-    params = {"conv_in": {"kernel": jnp.ones((3, 3, 4, 4))}}
-    for site in spec:
-        node = params
-        for part in site.module_path:
-            node = node.setdefault(part, {})
-        node["kernel"] = jnp.ones((*site.down_shape[:-1], site.out_features))
-        node["bias"] = jnp.ones(site.out_features)
-    merged = factors.merge_into(params, lora, 0.5)
-    for site in spec:
-        wanted = 1 + 0.5 * factors.delta(site_factors(lora, site))
-        got = site_factors(merged, site)
-        np.testing.assert_allclose(got["kernel"], wanted, atol=1e-5)
-        assert (got["bias"] == 1).all()
-    assert jax.tree.all(jax.tree.map(lambda leaf: bool((leaf == 1).all()), params))
-    with pytest.raises(ValueError, match="no module 'down_blocks_0'"):
-        factors.merge_into({"conv_in": params["conv_in"]}, lora)

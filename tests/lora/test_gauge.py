@@ -45,8 +45,6 @@ def test_svd_form_is_balanced_ordered_and_signed(spec, random_lora):
         matrix = np.asarray(deltas(lora, spec)[site.path]).reshape(-1, site.out_features)
         wanted = np.linalg.svd(matrix, compute_uv=False)[: site.rank]
         np.testing.assert_allclose(norms**2, wanted, atol=1e-4)
-        found = gauge.singular_values(lora, spec)[site.path]
-        np.testing.assert_allclose(found, wanted, atol=1e-4)
 
 
 def test_signs_follow_the_reference(spec, random_lora):

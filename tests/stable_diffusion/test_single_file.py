@@ -222,7 +222,7 @@ def write(path, tensors, header=None):
 def test_every_tensor_comes_back_and_the_configs_are_told_by_shapes(configs, tmp_path, capsys):
     trees = random_tensors(configs)
     path = write(tmp_path / "model.safetensors", original_file(configs, trees))
-    sd = StableDiffusion.from_single_file(path, prediction_type="epsilon")
+    sd = StableDiffusion.from_pretrained(unpacked(path, "epsilon"))
     assert sd.params.keys() == trees.keys()
     assert all(jax.tree.leaves(jax.tree.map(np.array_equal, sd.params, trees)))
     for name, config in configs.items():

@@ -182,7 +182,9 @@ def test_bfloat16_halves_the_numbers_and_rounds_to_nearest(subjects, tmp_path):
 def test_spool_becomes_a_dataset_with_a_card(subjects, tmp_path):
     for one in subjects[:4]:
         spool.write_finished(tmp_path / "spool", one)
-    path = write_lora_targets(tmp_path / "targets", spool.Spool(tmp_path / "spool"), SPEC, BASE)
+    files = spool.finished_files(tmp_path / "spool").values()
+    finished = [spool.read_finished(file) for file in files]
+    path = write_lora_targets(tmp_path / "targets", finished, SPEC, BASE)
     assert set(open_lora_targets(path).ids) == {one.id for one in subjects[:4]}
     card = (path / "README.md").read_text()
     assert SPEC.fingerprint in card and BASE in card and f"{SPEC.num_parameters:,}" in card

@@ -16,12 +16,16 @@ from hyperlora_jax.targets import spool
 from hyperlora_jax.targets.lora_sources import Rejected
 
 
+def read_all(folder):
+    return [spool.read_finished(path) for path in spool.finished_files(folder).values()]
+
+
 def test_finished_subjects_come_back_as_written(tmp_path):
     given = [subject(k) for k in (3, 1, 2)]
     for one in given:
         spool.write_finished(tmp_path, one)
-    assert spool.finished_ids(tmp_path) == {one.id for one in given}
-    read = list(spool.Spool(tmp_path))
+    assert set(spool.finished_files(tmp_path)) == {one.id for one in given}
+    read = read_all(tmp_path)
     assert [one.id for one in read] == sorted(one.id for one in given)
     assert_same(read[0], given[1])
 
@@ -29,21 +33,19 @@ def test_finished_subjects_come_back_as_written(tmp_path):
 def test_subject_without_lora_and_empty_spool(tmp_path):
     path = spool.write_finished(tmp_path, subject(0, lora=False))
     assert spool.read_finished(path).lora is None
-    assert spool.finished_ids(tmp_path / "nowhere") == set()
-    with pytest.raises(UserError, match="has no finished LoRAs"):
-        spool.Spool(tmp_path / "nowhere")
+    assert set(spool.finished_files(tmp_path / "nowhere")) == set()
 
 
 def test_unfinished_and_foreign_files(tmp_path):
     path = spool.write_finished(tmp_path, subject(0))
     (tmp_path / f".{path.name}.77.partial").write_bytes(path.read_bytes()[:50])
-    assert spool.finished_ids(tmp_path) == {subject(0).id}
+    assert set(spool.finished_files(tmp_path)) == {subject(0).id}
     safetensors_io.write(tmp_path / "other.safetensors", {"x": np.zeros(3)}, {})
     with pytest.raises(UserError, match=r"other\.safetensors: is no finished subject"):
-        list(spool.Spool(tmp_path))
+        read_all(tmp_path)
     (tmp_path / "other.safetensors").write_bytes(b"nonsense")
     with pytest.raises(UserError, match=r"other\.safetensors: .* too few for a \.safetensors"):
-        list(spool.Spool(tmp_path))
+        read_all(tmp_path)
 
 
 def test_vectors_that_are_views_are_written_in_their_own_order(tmp_path):
@@ -69,11 +71,11 @@ def test_killed_writer_leaves_only_whole_files(tmp_path):
     command = [sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path / "spool")]
     process = subprocess.Popen(command)
     deadline = time.monotonic() + 60
-    while len(spool.finished_ids(tmp_path / "spool")) < 5 and time.monotonic() < deadline:
+    while len(spool.finished_files(tmp_path / "spool")) < 5 and time.monotonic() < deadline:
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    read = list(spool.Spool(tmp_path / "spool"))
+    read = read_all(tmp_path / "spool")
     assert len(read) >= 5
     for one in read:
         assert_same(one, subject(one.seed))
@@ -85,9 +87,9 @@ def test_killed_writer_leaves_only_whole_files(tmp_path):
 def test_no_name_loses_a_subject(tmp_path, name):
     path = spool.write_finished(tmp_path, Subject(name, name))
     assert path.parent == tmp_path and len(path.name.encode()) < 255
-    assert spool.finished_ids(tmp_path) == {name}
-    assert [one.id for one in spool.Spool(tmp_path)] == [name]
+    assert set(spool.finished_files(tmp_path)) == {name}
+    assert [one.id for one in read_all(tmp_path)] == [name]
     rejected = Rejected(name, "here", "it is odd")
     spool.write_rejected(tmp_path, rejected)
     assert spool.read_rejected(tmp_path) == {name: rejected}
-    assert spool.finished_ids(tmp_path) == {name}
+    assert set(spool.finished_files(tmp_path)) == {name}

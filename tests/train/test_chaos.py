@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from toy_task import fit_toy
 
+from hyperlora_jax.cli.process import PREEMPTED
 from hyperlora_jax.train.checkpoints import restore_params
 from hyperlora_jax.train.events import goodput
-from hyperlora_jax.train.interruption import EXIT_CODE
 
 SHORT, LONG = 40, 800
 
@@ -35,7 +35,7 @@ def disturbed_run(start_toy, workdir, num_steps, kills, terminations, seed, devi
             process.send_signal(signals.pop())
         process.communicate(timeout=900)
         codes.append(process.returncode)
-        assert process.returncode in (0, EXIT_CODE, -signal.SIGKILL, -signal.SIGTERM)
+        assert process.returncode in (0, PREEMPTED, -signal.SIGKILL, -signal.SIGTERM)
         if process.returncode == 0 and not signals:
             return codes
         if process.returncode == 0:

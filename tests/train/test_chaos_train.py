@@ -11,9 +11,9 @@ import jax
 import numpy as np
 import pytest
 
+from hyperlora_jax.cli.process import PREEMPTED
 from hyperlora_jax.train.checkpoints import restore_params
 from hyperlora_jax.train.events import goodput
-from hyperlora_jax.train.interruption import EXIT_CODE
 from hyperlora_jax.train.json_lines import read_rows
 
 NUM_STEPS = 400
@@ -74,7 +74,7 @@ def disturbed(start_train, workdir, kills, terminations, devices, seed):
     for number, kind in enumerate(kinds):
         process = start_train(workdir, devices[number % len(devices)])
         codes.append(misfortune(process, workdir, kind, chance))
-        assert codes[-1] in (EXIT_CODE, -signal.SIGKILL, -signal.SIGTERM), codes
+        assert codes[-1] in (PREEMPTED, -signal.SIGKILL, -signal.SIGTERM), codes
         print(f"start {number + 1}: {kind.name} at step {last_step(workdir)}, code {codes[-1]}")
     codes.append(start_train(workdir, devices[0]).wait(timeout=1200))
     assert codes[-1] == 0, codes

@@ -13,8 +13,6 @@ def test_parameters_alone(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, params, state.ema)
     assert meta["step"] == 12
     assert meta["facts"] == {"spec": "abc"}
-    params, _ = restore_params(tmp_path, prefer_ema=False)
-    jax.tree.map(np.testing.assert_array_equal, params, state.params)
     params, _ = restore_params(tmp_path, step=10)
     assert not np.array_equal(params["out"]["kernel"], state.ema["out"]["kernel"])
 

@@ -2,8 +2,8 @@
 
 import re
 
+from hyperlora_jax.cli.process import PREEMPTED
 from hyperlora_jax.train.checkpoints import complete_steps
-from hyperlora_jax.train.interruption import EXIT_CODE
 
 
 def test_full_disk_stops_with_the_reason_and_keeps_the_last_checkpoint(tmp_path, run_toy):
@@ -15,6 +15,6 @@ def test_full_disk_stops_with_the_reason_and_keeps_the_last_checkpoint(tmp_path,
 
 def test_sigterm_saves_the_step_and_exits_with_75(tmp_path, run_toy):
     done = run_toy("--workdir", tmp_path, "--terminate_at", 7, check=False)
-    assert done.returncode == EXIT_CODE
+    assert done.returncode == PREEMPTED
     assert complete_steps(tmp_path / "checkpoints") == [5, 8]
     assert run_toy("--workdir", tmp_path).returncode == 0

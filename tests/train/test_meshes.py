@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from hyperlora_jax.train.interruption import EXIT_CODE
+from hyperlora_jax.cli.process import PREEMPTED
 from hyperlora_jax.train.json_lines import read_rows
 
 MESHES = ["1,1,1,1", "8,1,1,8", "2,4,1,8", "2,2,2,8", "1,1,8,8"]
@@ -47,7 +47,7 @@ def test_in_float64_a_change_of_mesh_changes_nothing_but_the_last_digits(tmp_pat
         end = () if last else ("--terminate_at", 4 * number + 3)
         arguments = ("--workdir", moving, "--mesh", mesh, "--flat", "--num_steps", 20, *end)
         done = run_toy(*arguments, devices=8, environment=DOUBLE, check=last)
-        assert done.returncode == (0 if last else EXIT_CODE), done.stderr
+        assert done.returncode == (0 if last else PREEMPTED), done.stderr
     found = losses(moving)
     assert len(found) == 20
     np.testing.assert_allclose(found, reference, rtol=1e-12)

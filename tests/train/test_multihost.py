@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from toy_task import fit_toy
 
+from hyperlora_jax.cli.process import PREEMPTED
 from hyperlora_jax.train.checkpoints import complete_steps
-from hyperlora_jax.train.interruption import EXIT_CODE
 from hyperlora_jax.train.json_lines import read_rows
 
 
@@ -43,7 +43,7 @@ def test_two_hosts_train_as_one_and_agree_on_preemption(tmp_path, start_two):
     fit_toy(tmp_path / "alone", num_steps=60)  # a busy machine hears of the end many steps later
     mesh = ("--mesh", "2,2,2,8", "--flat", "--num_steps", 60, "--workdir", tmp_path / "pod")
     results = start_two(*mesh, second=("--terminate_at", 7))
-    assert [code for code, *_ in results] == [EXIT_CODE, EXIT_CODE], results
+    assert [code for code, *_ in results] == [PREEMPTED, PREEMPTED], results
     saved = complete_steps(tmp_path / "pod" / "checkpoints")[-1]
     assert 7 <= saved < 60
     results = start_two(*mesh)

@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hyperlora_jax.cli.process import PREEMPTED
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.parallel import multihost
 from hyperlora_jax.parallel.mesh import make_mesh
 from hyperlora_jax.parallel.sharding import gather, host_rows
-from hyperlora_jax.train.interruption import EXIT_CODE, Preempted
+from hyperlora_jax.train.interruption import Preempted
 from hyperlora_jax.train.loop import Plan, Task, fit
 
 
@@ -159,7 +160,7 @@ def main():
             )
         except Preempted as error:
             print(error, file=sys.stderr)
-            return EXIT_CODE
+            return PREEMPTED
         except UserError as error:
             print(error, file=sys.stderr)
             os._exit(2)  # as a thread of the failed writer may still hold the process
