@@ -71,7 +71,7 @@ def refine_loras(
         sd: the base model.
         spec: sites of the LoRAs.
         loras: single LoRAs, or a tree with leading axis l.
-        load: number of a LoRA → (latents [m, h, w, c], text conditions) of its m pictures.
+        load: number of a LoRA → (latents [m, h, w, c], prompt embeddings) of its m pictures.
         num_slots: how many are refined at once.
         max_images: most pictures that one of them has; None: as many as the first.
 
@@ -230,7 +230,7 @@ def _subjects(folder: Path, files: Sequence[Path]) -> list[SubjectFolder]:
 
 
 def _concept(sd: StableDiffusion, subject: SubjectFolder, caption: str) -> ConceptArrays:
-    """(latents, text conditions) of a subject's target pictures."""
+    """(latents, prompt embeddings) of a subject's target pictures."""
     read = read_concept(subject, size_buckets.square(image_size(sd)), caption)
     images = np.stack([pictures.decode(png) for png in read.targets])[None]
     encoded = encode_subjects(sd, None, [read.id], images, [read.captions], progress=False)

@@ -62,7 +62,7 @@ class People:
         )
         self.count = self.asked.num_identities
         self.partner = np.roll(np.arange(self.count), 1)  # who is drawn on the right
-        self.loras = hyper.generate(jax.random.key(0), self.asked.conditions, strength=1.0)
+        self.loras = hyper.generate(jax.random.key(0), self.asked.seen_references, strength=1.0)
         settings = self.sd.unet.settings
         self.noise = self.asked.noise((*settings.sample_size, settings.out_channels))
         self.key = [self.sd.base_hash, given.checkpoint, split, count, given.captions]

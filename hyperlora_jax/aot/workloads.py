@@ -26,7 +26,7 @@ from hyperlora_jax.hypernet.generators import Generator
 from hyperlora_jax.hypernet.weight_diffusion import Latents
 from hyperlora_jax.pretrain.unet_finetuning import finetuning_task, training_unet
 from hyperlora_jax.stable_diffusion.model import NO_LENGTH, StableDiffusion
-from hyperlora_jax.stable_diffusion.text_conditions import row_shapes
+from hyperlora_jax.stable_diffusion.prompt_embeddings import row_shapes
 from hyperlora_jax.stable_diffusion.weights import directory, loading
 from hyperlora_jax.stable_diffusion.weights.single_file import base_folder
 from hyperlora_jax.subjects.encoded_subjects import EncodedSubjects
@@ -131,7 +131,7 @@ def _hypernetwork_tasks(config: ConfigDict) -> Callable[[Mesh | None], Task]:
     if generator.needs_targets or needs.targets:
         constants = _constants(generator)
         targets = _one_target(generator.spec.num_parameters)
-    # Its conditions are not kept, but taken as the base gives them.
+    # Its condition embeddings are not kept, but taken as the base gives them.
     prior = _shapes(text, dtype) if needs.prior else None
     frozen = needs.frozen(sd.params["unet"], prior, constants)
 

@@ -32,7 +32,7 @@ from hyperlora_jax.lora_files import safetensors_io
 from hyperlora_jax.parallel import sharding
 from hyperlora_jax.stable_diffusion.denoising_loss import Denoiser
 from hyperlora_jax.stable_diffusion.networks.unet import UNet
-from hyperlora_jax.stable_diffusion.text_conditions import Text
+from hyperlora_jax.stable_diffusion.prompt_embeddings import Text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Concepts:
 
     Attributes:
         numbers: of the concepts; the number fixes a concept's randomness.
-        load: number → (latents [m, h, w, c], text conditions), m images of the concept.
+        load: number → (latents [m, h, w, c], prompt embeddings), m images of the concept.
         start: number → the concept's own start LoRA, where the parametrisation wants one.
         max_images: room for a concept's images in a slot; None is as many as the first has.
         name: number → what tells a concept and its pictures from others in the state file.
@@ -334,7 +334,7 @@ def fit_loras(
     Args:
         trained: what is trained; `recipe.factors(spec)` are a LoRA's own factors.
         shared: what the parametrisation reads for all concepts alike.
-        prior: (latents, text conditions) of class pictures, for a recipe with a `prior_weight`.
+        prior: (latents, prompt embeddings) of class pictures, for a recipe with a `prior_weight`.
 
     Raises:
         UserError: steps_per_call does not divide num_steps, a concept without images or with more

@@ -27,7 +27,7 @@ LAYOUT = 2  # of the file
 def class_pictures(
     sd: StableDiffusion, section: ConfigDict, seed: int, cache: Path
 ) -> ConceptArrays:
-    """(latents, text conditions) of pictures that the base draws; made once and kept in a file.
+    """(latents, prompt embeddings) of pictures that the base draws; made once and kept in a file.
 
     Args:
         section: `prompts` (drawn in turn), `num_images`, `batch_size`, `num_steps`, `guidance`.

@@ -20,9 +20,9 @@ from hyperlora_jax.array_types import AnyArray, Array, ArrayTree, Float, Params
 from hyperlora_jax.distill.parametrisations import Factors, Parametrisation
 from hyperlora_jax.lora.sites import LoraSpec
 from hyperlora_jax.stable_diffusion.denoising_loss import Denoiser, lora_losses
-from hyperlora_jax.stable_diffusion.text_conditions import Text
+from hyperlora_jax.stable_diffusion.prompt_embeddings import Text
 
-ConceptArrays = tuple[AnyArray, Text]  # latents [m, h, w, c], conditions of m captions
+ConceptArrays = tuple[AnyArray, Text]  # latents [m, h, w, c], prompt embeddings of m captions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,8 +89,8 @@ class Slots:
     """State of S slots; every leaf has the leading axis s.
 
     `params` is what is trained and `start` what stays (see `parametrisations.py`); `count` images
-    of `latents` [s, m, h, w, c] and `text` (conditions [s, m, …]) are real; `key` [s, 2] uint32;
-    `step` [s] int32; a slot with `step >= num_steps` rests.
+    of `latents` [s, m, h, w, c] and `text` (prompt embeddings [s, m, …]) are real; `key` [s, 2]
+    uint32; `step` [s] int32; a slot with `step >= num_steps` rests.
     """
 
     params: ArrayTree

@@ -223,7 +223,7 @@ def open_exam(
     trained_on: frozenset[str],
     training_ids: frozenset[str],
     workdir: Path,
-    condition: ImageEncoder,
+    encoder: ImageEncoder,
 ) -> Exam:
     """The exam of a config's sections `data` and `evaluate`.
 
@@ -232,7 +232,7 @@ def open_exam(
         trained_on: names that the hypernetwork was trained on.
         training_ids: those and all others that a method may have seen.
         workdir: where renders and the judges' embeddings are kept.
-        condition: the encoder that conditions the hypernetwork.
+        encoder: the encoder that conditions the hypernetwork.
 
     Raises:
         UserError: too few identities or pictures, or one that was trained on.
@@ -242,7 +242,7 @@ def open_exam(
     given = frozenset(config.get("given", ()))
     asked = asked_sizes(section)
     detects = judges.load_detector(section.detector)
-    chosen = choose_judges(section, condition, size, real=source != "avatars")
+    chosen = choose_judges(section, encoder, size, real=source != "avatars")
     if source == "avatars":
         return _avatar_exam(
             config, asked, given, trained_on, training_ids, workdir, chosen, detects
@@ -258,7 +258,7 @@ def open_exam(
         identity_seed=section.identity_seed,
         training_ids=training_ids,
         strangers=strangers,
-        seen=_seen(listed, condition),
+        seen=_seen(listed, encoder),
     )
     facts = {
         "source": str(source),
@@ -357,11 +357,11 @@ def _with_prompt(subject: Subject, prompt: str) -> Subject:
     return dataclasses.replace(subject, captions=(prompt,) * len(subject.captions))
 
 
-def _seen(listed: Sequence[Concept], condition: ImageEncoder) -> Seen:
+def _seen(listed: Sequence[Concept], encoder: ImageEncoder) -> Seen:
     """What the condition encoder is shown of a subject: its first references at the encoder's
     size, as training and `hyperlora generate` read them."""
     by_id = {concept.id: concept for concept in listed}
-    return lambda name, count: np.stack([*by_id[name].references_at(condition.image_size)[:count]])
+    return lambda name, count: np.stack([*by_id[name].references_at(encoder.image_size)[:count]])
 
 
 def _avatar_exam(

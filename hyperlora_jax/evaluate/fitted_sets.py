@@ -80,7 +80,7 @@ def seconds_per_fit(
 def encode_views(
     sd: StableDiffusion, questions: Questions, num_views: int | None = None
 ) -> EncodedSubjects:
-    """Latents and text conditions of the first views (None: all) of every identity."""
+    """Latents and prompt embeddings of the first views (None: all) of every identity."""
     return encode_subjects(
         sd,
         None,

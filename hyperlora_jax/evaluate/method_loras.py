@@ -141,7 +141,7 @@ def one_per_identity(
 
 def _hypernetwork(hyper: Hypernetwork, num_views: int = 1) -> Source:
     def loras_of(questions: Questions, guidance: float) -> Params:
-        shown: np.ndarray | list[list[np.ndarray]] = questions.conditions
+        shown: np.ndarray | list[list[np.ndarray]] = questions.seen_references
         if num_views > 1:
             shown = [[*own] for own in questions.first_views(num_views)]
         return one_per_identity(hyper, shown, guidance)
@@ -162,7 +162,7 @@ def _generated(context: Context) -> Source:
 
 def _shuffled(context: Context) -> Source:
     def loras_of(questions: Questions, guidance: float) -> Params:
-        others = np.roll(questions.conditions, 1, 0)
+        others = np.roll(questions.seen_references, 1, 0)
         return one_per_identity(context.hyper, others, guidance)
 
     return Source(loras_of, context.weights())
@@ -196,7 +196,7 @@ def _noisy_copy(context: Context) -> Source:
     nearest, trained = fitted_baseline("nearest", context), _vectors(context)
 
     def loras_of(questions: Questions, guidance: float) -> Params:
-        copies = one_per_identity(nearest, questions.conditions, guidance)
+        copies = one_per_identity(nearest, questions.seen_references, guidance)
         vectors = np.asarray(vectorize.flatten(jax.tree.map(jnp.asarray, copies), context.spec))
         noise = np.random.default_rng(0).standard_normal(vectors.shape).astype(np.float32)
         spread = trained.std(axis=0)
@@ -251,7 +251,7 @@ def _linear_combination(context: Context) -> Source:
 
 def _refined(context: Context, num_steps: int) -> Source:
     def start(questions: Questions) -> Params:
-        plain = one_per_identity(context.hyper, questions.conditions, 1.0)
+        plain = one_per_identity(context.hyper, questions.seen_references, 1.0)
         return jax.device_get(factors.scale(plain, context.hyper.default_strength))
 
     @functools.cache

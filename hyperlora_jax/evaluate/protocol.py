@@ -71,7 +71,7 @@ class Questions:
         return unit_pixels(np.stack([own[0] for own in self.views]))
 
     @property
-    def conditions(self) -> Float[np.ndarray, "i s s2 3"]:
+    def seen_references(self) -> Float[np.ndarray, "i s s2 3"]:
         """The reference pictures as the condition encoder is shown them, in [0, 1]."""
         return np.stack([own[0] for own in self.first_views(1)])
 

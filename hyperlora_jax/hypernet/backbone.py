@@ -1,13 +1,13 @@
-"""Transformer over LoRA tokens: adaLN-Zero on (time, pooled condition), cross-attention to the
-condition's tokens.
+"""Transformer over LoRA tokens: adaLN-Zero on a modulator (time and pooled condition), and
+cross-attention to the condition's tokens.
 
     h ← h + gate₁ · SelfAttention(modulate₁(LN(h)))
     h ← h + gate₂ · CrossAttention(modulate₂(LN(h)), condition tokens)
     h ← h + gate₃ · MLP(modulate₃(LN(h)))
 
-All modulations come from one zero-initialised linear map of the conditioning vector (arXiv
+All modulations come from one zero-initialised linear map of the modulator (arXiv
 2212.09748), so that every block starts as the identity. `conditioning="adalora"` adds, between
-the two linears of the MLP, a low-rank map that the condition writes: x ← x + (x·Down)·Upᵀ
+the two linears of the MLP, a low-rank map that the modulator writes: x ← x + (x·Down)·Upᵀ
 (arXiv 2412.02352); its Up half starts at zero.
 """
 
@@ -37,18 +37,18 @@ def timestep_features(time: Float[Array, " l"], width: int) -> Float[Array, "l c
 
 
 class AdaLora(nn.Module):
-    """x + (x·Down)·Upᵀ with Down, Up `[c, rank]` written by the conditioning vector."""
+    """x + (x·Down)·Upᵀ with Down and Up `[c, rank]` written by a modulator."""
 
     rank: int = 8
     dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "l n c"], condition: Float[Array, "l e"]
+        self, x: Float[Array, "l n c"], modulator: Float[Array, "l e"]
     ) -> Float[Array, "l n c"]:
-        """Adapts the tokens of every LoRA by its own condition."""
+        """Adapts the tokens of every LoRA by its own modulator."""
         num_loras, _, width = x.shape
-        hidden = nn.silu(nn.Dense(4 * self.rank, dtype=self.dtype, name="hidden")(condition))
+        hidden = nn.silu(nn.Dense(4 * self.rank, dtype=self.dtype, name="hidden")(modulator))
         down = nn.Dense(width * self.rank, dtype=self.dtype, name="down")(hidden)
         zeros = nn.initializers.zeros
         up = nn.Dense(width * self.rank, dtype=self.dtype, kernel_init=zeros, name="up")(hidden)
@@ -142,14 +142,14 @@ class Block(nn.Module):
         self,
         x: Float[Array, "l n c"],
         context: Float[Array, "l m c"],
-        condition: Float[Array, "l c"],
+        modulator: Float[Array, "l c"],
         mask: Bool[Array, "l m"] | None = None,
     ) -> tuple[Float[Array, "l n c"], None]:
         """Returns (x, None): the second value is what nn.scan collects."""
         width = x.shape[-1]
         zeros = nn.initializers.zeros
         modulation = nn.Dense(9 * width, dtype=self.dtype, kernel_init=zeros, name="modulation")
-        parts = jnp.split(modulation(nn.silu(condition)), 9, axis=-1)
+        parts = jnp.split(modulation(nn.silu(modulator)), 9, axis=-1)
         shift1, scale1, gate1, shift2, scale2, gate2, shift3, scale3, gate3 = parts
 
         def normed(shift, scale):
@@ -165,7 +165,7 @@ class Block(nn.Module):
             normed(shift3, scale3)
         )
         if self.conditioning == "adalora":
-            hidden = AdaLora(self.adapter_rank, self.dtype, name="adalora")(hidden, condition)
+            hidden = AdaLora(self.adapter_rank, self.dtype, name="adalora")(hidden, modulator)
         hidden = nn.Dense(width, dtype=self.dtype, name="mlp_out")(nn.gelu(hidden))
         return x + gate3[:, None] * hidden, None
 
@@ -187,7 +187,7 @@ class Backbone(nn.Module):
         self,
         x: Float[Array, "l n c"],
         context: Float[Array, "l m c"],
-        condition: Float[Array, "l c"],
+        modulator: Float[Array, "l c"],
         mask: Bool[Array, "l m"] | None = None,
     ) -> Float[Array, "l n c"]:
         """Runs all blocks; `mask` says which tokens of the context are real."""
@@ -203,7 +203,7 @@ class Backbone(nn.Module):
                 in_axes=(nn.broadcast, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
                 length=self.depth,
             )
-            return blocks(*settings, self.dtype, name="blocks")(x, context, condition, mask)[0]
+            return blocks(*settings, self.dtype, name="blocks")(x, context, modulator, mask)[0]
         for index in range(self.depth):
-            x, _ = block(*settings, self.dtype, name=f"block_{index}")(x, context, condition, mask)
+            x, _ = block(*settings, self.dtype, name=f"block_{index}")(x, context, modulator, mask)
         return x

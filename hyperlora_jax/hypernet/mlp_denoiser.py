@@ -24,14 +24,14 @@ class ResidualBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "l c"], time: Float[Array, "l t"], condition: Float[Array, "l t"]
+        self, x: Float[Array, "l c"], time: Float[Array, "l t"], told: Float[Array, "l t"]
     ) -> Float[Array, "l c"]:
-        """One block; `time` and `condition` are embeddings of one width."""
+        """One block; `time` and `told` embed time and condition at one width."""
         width = x.shape[-1]
         adalora = self.conditioning == "adalora"
-        told = nn.silu(time if adalora else time + condition)
         zeros = nn.initializers.zeros
-        parts = nn.Dense(2 * width, dtype=self.dtype, kernel_init=zeros, name="modulation")(told)
+        modulation = nn.Dense(2 * width, dtype=self.dtype, kernel_init=zeros, name="modulation")
+        parts = modulation(nn.silu(time if adalora else time + told))
         shift, scale = jnp.split(parts, 2, axis=-1)
         norm = nn.LayerNorm(use_bias=False, use_scale=False, dtype=self.dtype)
         hidden = norm(x) * (1 + scale) + shift
@@ -39,7 +39,7 @@ class ResidualBlock(nn.Module):
         hidden = nn.silu(hidden)
         if adalora:
             adapter = AdaLora(self.adapter_rank, self.dtype, name="adalora")
-            hidden = adapter(hidden[:, None], condition)[:, 0]
+            hidden = adapter(hidden[:, None], told)[:, 0]
         return x + nn.Dense(width, dtype=self.dtype, name="out")(hidden)
 
 
@@ -69,9 +69,9 @@ class MlpDenoiser(nn.Module):
             raise ValueError(f"Got: {self.conditioning=}, expected one of {CONDITIONINGS}")
         widths = [max(8, self.width // 2**stage) for stage in range(self.num_stages)]
         features = nn.Dense(self.width, name="time_in")(timestep_features(time, self.width))
-        told = nn.Dense(self.width, name="time_out")(nn.silu(features))
-        given = nn.Dense(self.width, name="condition_in")(condition.pooled)
-        given = nn.Dense(self.width, name="condition_out")(nn.silu(given))
+        moment = nn.Dense(self.width, name="time_out")(nn.silu(features))
+        told = nn.Dense(self.width, name="condition_in")(condition.pooled)
+        told = nn.Dense(self.width, name="condition_out")(nn.silu(told))
 
         def blocks(x: Array, name: str) -> Array:
             for k in range(self.blocks_per_stage):
@@ -82,7 +82,7 @@ class MlpDenoiser(nn.Module):
                     self.dtype,
                     name=f"{name}_{k}",
                 )
-                x = block(x, told, given)
+                x = block(x, moment, told)
             return x
 
         x = nn.LayerNorm(dtype=self.dtype, name="norm_in")(x)

@@ -64,7 +64,7 @@ class TokenHypernetwork(nn.Module):
     @nn.compact
     def __call__(
         self,
-        given: Condition,
+        condition: Condition,
         noisy: Params | None = None,
         time: Float[Array, " l"] | None = None,
     ) -> Params:
@@ -73,18 +73,19 @@ class TokenHypernetwork(nn.Module):
             raise ValueError(f"Got: {self.down=}, expected 'generated' or 'learned'")
         if self.output not in ("lora", "whitened"):
             raise ValueError(f"Got: {self.output=}, expected 'lora' or 'whitened'")
-        num_loras = given.pooled.shape[0]
+        num_loras = condition.pooled.shape[0]
         x = self._token_embeddings(num_loras)
-        condition = nn.Dense(self.width, dtype=self.dtype, name="pooled_in")(_normed(given.pooled))
+        pooled, tokens = _normed(condition.pooled), _normed(condition.tokens)
+        modulator = nn.Dense(self.width, dtype=self.dtype, name="pooled_in")(pooled)
         if self.input_noise:
             if noisy is None or time is None:
                 raise ValueError("a network with input_noise needs a noisy LoRA and a time")
             parts = self._unit_parts(noisy)
             x = x + self._noise_embeddings(parts)
             features = nn.Dense(self.width, name="time_in")(timestep_features(time, self.width))
-            condition = condition + nn.Dense(self.width, name="time_out")(nn.silu(features))
-        condition = nn.Dense(self.width, dtype=self.dtype, name="condition")(nn.silu(condition))
-        context = nn.Dense(self.width, dtype=self.dtype, name="tokens_in")(_normed(given.tokens))
+            modulator = modulator + nn.Dense(self.width, name="time_out")(nn.silu(features))
+        modulator = nn.Dense(self.width, dtype=self.dtype, name="condition")(nn.silu(modulator))
+        context = nn.Dense(self.width, dtype=self.dtype, name="tokens_in")(tokens)
         x = Backbone(
             self.depth,
             self.num_heads,
@@ -95,15 +96,15 @@ class TokenHypernetwork(nn.Module):
             self.scan,
             self.dtype,
             name="backbone",
-        )(x, context, condition, given.mask)
+        )(x, context, modulator, condition.mask)
         shift, scale = jnp.split(
-            nn.Dense(2 * self.width, dtype=self.dtype, name="final")(nn.silu(condition)), 2, -1
+            nn.Dense(2 * self.width, dtype=self.dtype, name="final")(nn.silu(modulator)), 2, -1
         )
         x = nn.LayerNorm(dtype=self.dtype, name="norm")(x) * (1 + scale[:, None]) + shift[:, None]
         gates = None
         if self.input_noise:
             zeros, count = nn.initializers.zeros, len(self.layout.groups)
-            gates = nn.Dense(count, kernel_init=zeros, name="gates")(nn.silu(condition)), parts
+            gates = nn.Dense(count, kernel_init=zeros, name="gates")(nn.silu(modulator)), parts
         return self._write(x, gates)
 
     def _token_embeddings(self, num_loras: int) -> Float[Array, "l n c"]:

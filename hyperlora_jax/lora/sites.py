@@ -16,14 +16,12 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from hyperlora_jax.array_types import Params
 from hyperlora_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from jax.tree_util import PyTreeDef
-
     from hyperlora_jax.array_types import AnyArray
 
 PRESETS: dict[str, tuple[str, ...]] = {
@@ -280,7 +278,7 @@ def ordered_factors(lora: Params, spec: LoraSpec) -> "list[tuple[AnyArray, AnyAr
 
 
 @functools.lru_cache(maxsize=64)
-def _leaf_numbers(structure: "PyTreeDef", spec: LoraSpec) -> tuple[tuple[int, int], ...]:
+def _leaf_numbers(structure: Any, spec: LoraSpec) -> tuple[tuple[int, int], ...]:
     """Which leaves of a tree are the (down, up) of each site: names are compared once a kind."""
     import jax
 

@@ -33,7 +33,7 @@ from hyperlora_jax.lora_files.writing import DIFFUSERS_NAME
 from hyperlora_jax.shipped import base_path
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+    import diffusers
 
 ADAPTER = "hyperlora_verify"
 ADAPTERS = (ADAPTER, W2W_ADAPTER)
@@ -71,14 +71,15 @@ class VerifyResult:
 def load_modules(base: str | os.PathLike[str]) -> Modules:
     """{"unet", "text_encoder", …}: float32 PyTorch modules of a diffusers directory."""
     _torch()
-    from diffusers import UNet2DConditionModel
+    import diffusers
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
     folder = Path(base_path(str(base)))
     if not (folder / "unet" / "config.json").exists():
         raise UserError(f"{folder}: no unet/config.json, expected a diffusers model directory")
     with _quiet():
-        modules: dict[str, Any] = {"unet": UNet2DConditionModel.from_pretrained(folder / "unet")}
+        unet = diffusers.UNet2DConditionModel.from_pretrained(folder / "unet")
+        modules: dict[str, Any] = {"unet": unet}
         for name, kind in (
             ("text_encoder", CLIPTextModel),
             ("text_encoder_2", CLIPTextModelWithProjection),
@@ -174,20 +175,17 @@ def _torch() -> ModuleType:
     return torch
 
 
-def _pipeline(modules: Modules) -> "DiffusionPipeline":
-    from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+def _pipeline(modules: Modules) -> "diffusers.DiffusionPipeline":
+    import diffusers
 
-    shared: dict[str, Any] = {"vae": None, "tokenizer": None, "scheduler": DDIMScheduler()}
     parts: dict[str, Any] = {name: modules.get(name) for name in ("unet", "text_encoder")}
+    parts |= {"vae": None, "tokenizer": None, "scheduler": diffusers.DDIMScheduler()}
     with _quiet():
         if modules["unet"].config.addition_embed_type == "text_time":
-            second: dict[str, Any] = {
-                "text_encoder_2": modules.get("text_encoder_2"),
-                "tokenizer_2": None,
-            }
-            return StableDiffusionXLPipeline(**shared, **parts, **second, add_watermarker=False)
-        unused: dict[str, Any] = {"safety_checker": None, "feature_extractor": None}
-        return StableDiffusionPipeline(**shared, **parts, **unused, requires_safety_checker=False)
+            parts |= {"text_encoder_2": modules.get("text_encoder_2"), "tokenizer_2": None}
+            return diffusers.StableDiffusionXLPipeline(**parts, add_watermarker=False)
+        parts |= {"safety_checker": None, "feature_extractor": None}
+        return diffusers.StableDiffusionPipeline(**parts, requires_safety_checker=False)
 
 
 @contextlib.contextmanager

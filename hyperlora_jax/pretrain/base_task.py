@@ -1,7 +1,7 @@
 """Training a base model itself: the autoencoder, then the UNet with (or without) its text encoder.
 
     autoencoder   mean |x − x̂|² + l1 · mean |x − x̂| + kl · KL(q(z|x) ‖ N(0, I))
-    UNet          the denoising loss on cached latents and token ids or text conditions, captions
+    UNet          the denoising loss on cached latents and token ids or prompt embeddings, captions
                   dropped at random so that classifier-free guidance works
 
 Both are `Task`s of the ordinary training loop.
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from hyperlora_jax.array_types import Array, ArrayTree, Json, Params
 from hyperlora_jax.stable_diffusion.denoising_loss import Denoiser, denoising_loss
 from hyperlora_jax.stable_diffusion.networks.autoencoder import AutoencoderKL
-from hyperlora_jax.stable_diffusion.text_conditions import Text
+from hyperlora_jax.stable_diffusion.prompt_embeddings import Text
 from hyperlora_jax.train.loop import Batches, Task
 
 
@@ -116,7 +116,7 @@ def unet_task(
     """Trains a UNet on batches {"latents": [b, h, w, c], "text": a tree of [b, ...]}.
 
     Args:
-        encode_text: (trained parameters, `frozen`, text) → text conditions of b rows.
+        encode_text: (trained parameters, `frozen`, text) → prompt embeddings of b rows.
         init: key → {"unet": …} or {"unet": …, "text_encoder": …}: what is in it is trained.
         frozen: {"empty_text": one row of text} and what `encode_text` reads.
         start: parameters to go on from, instead of `init`'s.

@@ -21,12 +21,12 @@ from hyperlora_jax.diffusion.schedule import NoiseSchedule
 from hyperlora_jax.parallel import multihost, sharding
 from hyperlora_jax.parallel.mesh import make_mesh
 from hyperlora_jax.pretrain import base_task
-from hyperlora_jax.stable_diffusion import text_conditions
+from hyperlora_jax.stable_diffusion import prompt_embeddings
 from hyperlora_jax.stable_diffusion.denoising_loss import Denoiser
 from hyperlora_jax.stable_diffusion.embedded import ENCODERS, image_size, load_base
 from hyperlora_jax.stable_diffusion.model import StableDiffusion
 from hyperlora_jax.stable_diffusion.networks.unet import UNet
-from hyperlora_jax.stable_diffusion.text_conditions import Text
+from hyperlora_jax.stable_diffusion.prompt_embeddings import Text
 from hyperlora_jax.stable_diffusion.weights.flax_trees import init_params
 from hyperlora_jax.subjects.encoding_cache import encode_once
 from hyperlora_jax.subjects.subject_pictures import load_pictures
@@ -96,8 +96,8 @@ def finetuning_task(
     """The task of the training loop.
 
     Args:
-        frozen: {"empty_text": conditions of the empty caption, one row}.
-        arrays: {"latents": [m, h, w, c], "text": conditions of the captions, m rows}.
+        frozen: {"empty_text": embeddings of the empty caption, one row}.
+        arrays: {"latents": [m, h, w, c], "text": embeddings of the captions, m rows}.
         start: {"unet": parameters} to go on from; None draws new ones.
     """
     batch_size = section.batch_size
@@ -124,13 +124,13 @@ def _as_it_is(params: Params, frozen: Params, text: Text) -> Text:
 def _encoded(
     config: ConfigDict, workdir: epath.Path, scratch: Path, sd: StableDiffusion
 ) -> tuple[Params, Params, Json]:
-    """({"latents", "text"} of every picture, conditions of the empty prompt, facts)."""
+    """({"latents", "text"} of every picture, embeddings of the empty prompt, facts)."""
     size, count = image_size(sd), config.data.num_identities
     pictures = multihost.first_then_others(
         "pictures", lambda: load_pictures(config.data, count, size, scratch / "renders")
     )
     encoded = encode_once(workdir, sd, pictures, batch_size=config.train.encode_batch_size)
     assert encoded.targets is not None
-    empty = text_conditions.encode_nothing(sd, (size, size))
+    empty = prompt_embeddings.encode_nothing(sd, (size, size))
     empty = jax.tree.map(lambda rows: np.asarray(rows, np.float32)[0], empty)
     return dict(encoded.targets.arrays), empty, {"data": dict(pictures.facts)}

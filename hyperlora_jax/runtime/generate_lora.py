@@ -84,9 +84,9 @@ def attention(w: Tree, x: Tensor, context: Tensor, heads: int) -> Tensor:
     return F.linear(mixed.transpose(1, 2).flatten(2), **w["out"])
 
 
-def adapted(w: Tree, x: Tensor, condition: Tensor) -> Tensor:
-    """x + (x·Down)·Upᵀ of [l, n, c], the factors written by the condition [l, e]."""
-    hidden, width = F.silu(F.linear(condition, **w["hidden"])), x.shape[-1]
+def adapted(w: Tree, x: Tensor, modulator: Tensor) -> Tensor:
+    """x + (x·Down)·Upᵀ of [l, n, c], the factors written by a modulator [l, e]."""
+    hidden, width = F.silu(F.linear(modulator, **w["hidden"])), x.shape[-1]
     down = F.linear(hidden, **w["down"]).unflatten(1, (width, -1)) / width**0.5
     return x + x @ down @ F.linear(hidden, **w["up"]).unflatten(1, (width, -1)).transpose(1, 2)
 

@@ -1,1 +1,1 @@
-"""The base as people use it: model, sampling, loss, text conditions, parity."""
+"""The base as people use it: model, sampling, loss, prompt embeddings, parity."""

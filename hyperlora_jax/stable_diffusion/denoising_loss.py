@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from hyperlora_jax.array_types import AnyArray, Array, ArrayTree, Float, Int, Params, PRNGKey
 from hyperlora_jax.diffusion.schedule import NoiseSchedule, add_noise, target
 from hyperlora_jax.stable_diffusion.networks.unet import UNet
-from hyperlora_jax.stable_diffusion.text_conditions import Text, apply_unet
+from hyperlora_jax.stable_diffusion.prompt_embeddings import Text, apply_unet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ def denoising_loss(
 ) -> Float[Array, " b"]:
     """Loss of every example at a timestep and noise drawn from `key`.
 
-    `latents` are scaled, `text` has b rows (`text_conditions`); L LoRAs serve the b examples,
+    `latents` are scaled, `text` has b rows (`prompt_embeddings`); L LoRAs serve the b examples,
     example k uses LoRA k // (b / L).
     """
     timesteps, noise = draw_noise(denoiser, latents, key)

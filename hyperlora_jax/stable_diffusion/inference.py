@@ -16,7 +16,7 @@ from hyperlora_jax.diffusion.schedule import NoiseSchedule
 from hyperlora_jax.stable_diffusion.networks.autoencoder import AutoencoderKL
 from hyperlora_jax.stable_diffusion.networks.clip_text import ClipTextModel, ClipTextOutput
 from hyperlora_jax.stable_diffusion.networks.unet import UNet, sinusoidal_embedding
-from hyperlora_jax.stable_diffusion.text_conditions import Text, apply_unet, with_sizes
+from hyperlora_jax.stable_diffusion.prompt_embeddings import Text, apply_unet, with_sizes
 
 
 @functools.partial(jax.jit, static_argnames=("encoders", "is_xl", "clip_skip"))

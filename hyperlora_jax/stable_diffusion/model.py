@@ -23,7 +23,7 @@ from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora.sites import LoraSpec, component_tree, spec_from_shapes
 from hyperlora_jax.lora_files.base_files import weight_files
 from hyperlora_jax.parallel.sharding import DEFAULT_RULES, Rule, split_rows
-from hyperlora_jax.stable_diffusion import inference, text_conditions
+from hyperlora_jax.stable_diffusion import inference, prompt_embeddings
 from hyperlora_jax.stable_diffusion.networks import convolutions
 from hyperlora_jax.stable_diffusion.networks.autoencoder import AutoencoderKL
 from hyperlora_jax.stable_diffusion.networks.clip_text import ClipTextModel
@@ -196,9 +196,9 @@ class StableDiffusion:
         self, prompts: Sequence[str], lora: Params | None = None
     ) -> Float[Array, "b n e"]:
         """Text states of the prompts, as the UNet takes them."""
-        return self.encode_conditions(prompts, lora)["states"]
+        return self.embed_prompts(prompts, lora)["states"]
 
-    def encode_conditions(
+    def embed_prompts(
         self, prompts: Sequence[str], lora: Params | None = None, clip_skip: int = 0
     ) -> dict[str, Array]:
         """ "states" [b, n, e], and of SDXL "pooled" [b, p] (added_cond_kwargs["text_embeds"]).
@@ -234,7 +234,7 @@ class StableDiffusion:
                 "layers"
             )
 
-    def _guided_conditions(
+    def _guided_embeddings(
         self,
         prompts: Sequence[str],
         negative: Sequence[str] | None,
@@ -248,14 +248,14 @@ class StableDiffusion:
         As in diffusers' pipelines, only positive prompts skip layers, and SDXL without negative
         prompts takes zeros for them.
         """
-        positive = self.encode_conditions(prompts, loras[1], clip_skip)
+        positive = self.embed_prompts(prompts, loras[1], clip_skip)
         if negative is None and self.is_xl and self.zeros_for_no_prompt():
             other = jax.tree.map(jnp.zeros_like, positive)
         else:
             negative = [""] * len(prompts) if negative is None else list(negative)
             if len(negative) != len(prompts):
                 raise UserError(f"{len(negative)} negative prompts for {len(prompts)} prompts")
-            other = self.encode_conditions(negative, loras[0])
+            other = self.embed_prompts(negative, loras[0])
         return jax.tree.map(lambda n, p: inference.stacked(n, p, axis), other, positive)
 
     def zeros_for_no_prompt(self) -> bool:
@@ -363,16 +363,16 @@ class StableDiffusion:
         beside = parts is None and lora_branches == "both"
         if guided:
             pair = lora if lora_branches == "both" else None, lora
-            text = self._guided_conditions(
+            text = self._guided_embeddings(
                 prompts, negative_prompts, pair, clip_skip, 1 if beside else 0
             )
             if lora is not None and not beside:
                 lora = for_branches(lora, lora_branches == "both")
         else:
-            text = self.encode_conditions(prompts, lora, clip_skip)
+            text = self.embed_prompts(prompts, lora, clip_skip)
         factor, rows = self.component("vae").downsampling, 2 * batch if guided else batch
         size = noise.shape[1] * factor, noise.shape[2] * factor
-        text |= text_conditions.nothing_given(self, rows, size)
+        text |= prompt_embeddings.nothing_given(self, rows, size)
         if parts is not None:
             text["masks"] = jnp.tile(parts.masks, (rows // batch, 1, 1, 1))
         return inference.sample_images(

@@ -156,8 +156,8 @@ def _run_text(root: Path, unet: UNet, inputs: Arrays, variant: str | None) -> Ar
                 root / name, name, jnp.float32, variant
             )
     sd = StableDiffusion(unet, params, NoiseSchedule(), **modules, path=root)
-    conditions = sd.encode_conditions([str(prompt) for prompt in inputs["prompts"]])
-    return {name: np.asarray(value) for name, value in conditions.items()}
+    embeddings = sd.embed_prompts([str(prompt) for prompt in inputs["prompts"]])
+    return {name: np.asarray(value) for name, value in embeddings.items()}
 
 
 _RUN = {"unet": _run_unet, "vae": _run_vae, "text": _run_text}

@@ -19,7 +19,7 @@ from hyperlora_jax.batches import ragged
 from hyperlora_jax.batches.ragged import Ragged
 from hyperlora_jax.encoders.condition_encoders import ImageEncoder
 from hyperlora_jax.parallel.sharding import split_rows
-from hyperlora_jax.stable_diffusion import text_conditions
+from hyperlora_jax.stable_diffusion import prompt_embeddings
 from hyperlora_jax.stable_diffusion.model import StableDiffusion
 
 Encode = Callable[
@@ -34,8 +34,8 @@ class EncodedSubjects:
     Attributes:
         ids: their names.
         references: "pooled" [p] and "tokens" [m, p] of every picture to tell a subject by.
-        targets: "latents" [h, w, c] and "text", the conditions of its caption
-            (`stable_diffusion/text_conditions.py`), of every picture to reproduce.
+        targets: "latents" [h, w, c] and "text", the embeddings of its caption
+            (`stable_diffusion/prompt_embeddings.py`), of every picture to reproduce.
 
     What nobody asked for is None, or not among the arrays.
     """
@@ -45,7 +45,7 @@ class EncodedSubjects:
     targets: Ragged | None = None
 
     def concept(self, index: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """(latents [v, h, w, c], conditions of the captions, v rows) of one subject, float32."""
+        """(latents [v, h, w, c], embeddings of the captions, v rows) of one subject, float32."""
         assert self.targets is not None
         own = jax.tree.map(lambda rows: np.asarray(rows, np.float32), self.targets.of(index))
         return own["latents"], own["text"]
@@ -118,7 +118,7 @@ def encode_subjects(
     texts = run(texts_by(sd, size), unique, "texts")
     references = None
     if encoder is not None:
-        references = Ragged(offsets, run(conditions_by(encoder), every, "conditions"))
+        references = Ragged(offsets, run(references_by(encoder), every, "conditions"))
     targets = Ragged(offsets, {**latents, "text": ragged.shared(index, texts)})
     return EncodedSubjects(tuple(ids), references, targets)
 
@@ -134,8 +134,8 @@ def number_captions(
 
 
 def texts_by(sd: StableDiffusion, picture: tuple[int, int]) -> Encode:
-    """Captions of pictures (height, width) -> their conditions."""
-    return lambda texts: text_conditions.encode(sd, texts, picture)
+    """Captions of pictures (height, width) -> their embeddings."""
+    return lambda texts: prompt_embeddings.encode(sd, texts, picture)
 
 
 def latents_by(sd: StableDiffusion, mesh: Mesh | None = None) -> Encode:
@@ -143,7 +143,7 @@ def latents_by(sd: StableDiffusion, mesh: Mesh | None = None) -> Encode:
     return lambda images: {"latents": sd.encode_images(_unit_pixels(images, mesh))}
 
 
-def conditions_by(encoder: ImageEncoder, mesh: Mesh | None = None) -> Encode:
+def references_by(encoder: ImageEncoder, mesh: Mesh | None = None) -> Encode:
     """Pictures -> "pooled" [b, p] and "tokens" [b, m, p]."""
 
     def encode(images: UInt8[np.ndarray, "b h w 3"]) -> dict[str, AnyArray]:

@@ -135,7 +135,7 @@ def encode_once(
     parts: dict[str, _Part] = {}
     if encoder is not None:
         seen = pictures.seen_at(encoder.image_size)
-        parts["conditions"] = of_pictures("conditions", seen, encoder.hash, models.conditions)
+        parts["conditions"] = of_pictures("conditions", seen, encoder.hash, models.references)
     if latents:
         parts["latents"] = of_pictures("latents", pictures.images, models.base, models.latents)
     if texts:
@@ -179,16 +179,16 @@ class _Models:
         self.base = f"{sd.base_hash} {jax.tree.leaves(sd.params['unet'])[0].dtype}"
         self.mesh = local_mesh()
 
-    def conditions(self) -> Encode:
-        """Pictures -> conditions."""
-        return encoded_subjects.conditions_by(self._told, self.mesh)
+    def references(self) -> Encode:
+        """Pictures -> condition embeddings."""
+        return encoded_subjects.references_by(self._told, self.mesh)
 
     def latents(self) -> Encode:
         """Pictures -> latents."""
         return encoded_subjects.latents_by(self._shown, self.mesh)
 
     def texts(self, size: Size) -> Encode:
-        """Captions -> their conditions."""
+        """Captions -> their embeddings."""
         return encoded_subjects.texts_by(self._shown, size)
 
     @functools.cached_property

@@ -38,7 +38,7 @@ class Base(StableDiffusion):
     def encode_images(self, images):
         return images[:, ::2, ::2]
 
-    def encode_conditions(self, prompts):
+    def embed_prompts(self, prompts):
         states = np.stack([np.full((6, 7), len(text), np.float32) for text in prompts])
         return {"states": jnp.asarray(states)}
 

@@ -91,12 +91,12 @@ def test_a_single_picture_leaves_nothing_to_judge_by():
 def test_the_encoder_is_shown_pictures_of_its_own_size():
     shown = np.arange(2 * 2 * 3, dtype=np.uint8).reshape(2, 2, 3)
     _, test = sets(seen=lambda name, count: np.stack([shown + len(name) + k for k in range(count)]))
-    np.testing.assert_array_equal(test.conditions[0], (shown + 4) / np.float32(255))
-    assert test.first(2).conditions.shape == (2, 2, 2, 3)
+    np.testing.assert_array_equal(test.seen_references[0], (shown + 4) / np.float32(255))
+    assert test.first(2).seen_references.shape == (2, 2, 2, 3)
     second = test.first(2).first_views(2)[1]
     np.testing.assert_array_equal(second[1], (shown + 5) / np.float32(255))
     _, plain = sets()
-    np.testing.assert_array_equal(plain.conditions, plain.references)
+    np.testing.assert_array_equal(plain.seen_references, plain.references)
 
 
 def test_others_to_tell_apart_may_have_been_trained_on():

@@ -94,7 +94,7 @@ def test_methods_that_need_loras_are_left_out_or_refused(world, run, capsys):
     ]  # fmt: skip
     line = "left out mean_lora, nearest, knn, ridge, pca_gaussian, noisy_copy"
     assert any(note.startswith(line) for note in evaluation.notes)
-    assert evaluation.test.conditions.shape[1:] == (28, 28, 3)  # what the encoder looks at
+    assert evaluation.test.seen_references.shape[1:] == (28, 28, 3)  # what the encoder looks at
     assert evaluation.test.references.shape[1:] == (32, 32, 3)
     assert evaluate(run, methods="('base','nearest')") == 2
     assert "nearest cannot run" in capsys.readouterr().err

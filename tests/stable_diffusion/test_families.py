@@ -134,7 +134,7 @@ def test_sdxl_prompts_and_sampling_equal_the_pipeline(tiny_xl, negative, assert_
     prompts = ["a cat", "a dog on"]
     with torch.no_grad():
         states, _, pooled, _ = pipe.encode_prompt(prompts, device="cpu")
-    ours = sd.encode_conditions(prompts)
+    ours = sd.embed_prompts(prompts)
     assert_parity(ours["states"], states)
     assert_parity(ours["pooled"], pooled)
     noise = np.random.default_rng(1).standard_normal((2, 8, 8, 4)).astype(np.float32)

@@ -16,7 +16,7 @@ from hyperlora_jax.stable_diffusion.networks import layers
 from hyperlora_jax.stable_diffusion.networks.attention import Attention
 from hyperlora_jax.stable_diffusion.networks.unet import unet_from_config
 from hyperlora_jax.stable_diffusion.picture_regions import Region, lay_out
-from hyperlora_jax.stable_diffusion.text_conditions import apply_unet
+from hyperlora_jax.stable_diffusion.prompt_embeddings import apply_unet
 from hyperlora_jax.stable_diffusion.weights.flax_trees import init_params
 
 from .conftest import tiny_unet_config
@@ -234,7 +234,7 @@ def test_loras_on_the_conditional_branch_only(sd):
     spec, guidance, prompts = sd.lora_spec("attn-qkvo", 2), 2.5, ["a", "b"]
     lora = draw(spec, 2, size=0.2)
     noise = sd.noise(0, 2)
-    both, negative = (sd.encode_conditions(texts, None) for texts in (prompts, ["", ""]))
+    both, negative = (sd.embed_prompts(texts, None) for texts in (prompts, ["", ""]))
 
     def denoise(x, t):
         plain = {"params": sd.params["unet"]}

@@ -91,7 +91,7 @@ def all_sections(evaluation: Any, results: Mapping[str, MethodResult]) -> list[S
 
 
 def _confidence(evaluation: Any, generated: MethodResult) -> list[Section]:
-    hyper, references = evaluation.hyper, evaluation.test.conditions
+    hyper, references = evaluation.hyper, evaluation.test.seen_references
     if hyper.familiarity(references[:1]) is None:
         return []
     others = confidence.strangers(references, evaluation.exam.avatars)

@@ -232,13 +232,13 @@ class Judges:
     note: str
 
 
-def choose_judges(section: ConfigDict, condition: ImageEncoder, size: int, *, real: bool) -> Judges:
+def choose_judges(section: ConfigDict, encoder: ImageEncoder, size: int, *, real: bool) -> Judges:
     """The judges of a config's `evaluate` section; the first independent one is the main one.
 
     Without any, the CLIP of `evaluate.clip` judges, and without that the condition encoder.
 
     Args:
-        condition: the encoder that conditions the hypernetwork.
+        encoder: the encoder that conditions the hypernetwork.
         size: pixels of the base model's pictures.
         real: whether there are no exact pictures, so that somebody has to judge.
 
@@ -250,8 +250,8 @@ def choose_judges(section: ConfigDict, condition: ImageEncoder, size: int, *, re
         return Judges({}, frozenset(), "", "")
     if not given and section.clip:
         given = {"clip": load_clip(section.clip).vision}
-    leaky = {name for name, judge in given.items() if same_encoder(judge, condition, size)}
-    every = given if leaky else {OWN: condition, **given}
+    leaky = {name for name, judge in given.items() if same_encoder(judge, encoder, size)}
+    every = given if leaky else {OWN: encoder, **given}
     independent = [name for name in given if name not in leaky]
     main = [*independent, *given, *every][0]
     return Judges(every, frozenset(leaky or {OWN}), main, _note(main, given, leaky, real))

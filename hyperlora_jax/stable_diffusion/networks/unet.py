@@ -42,18 +42,18 @@ def sinusoidal_embedding(
 
 
 class EmbeddingMlp(nn.Module):
-    """linear_1, SiLU, linear_2; with a condition, a projection of it is added to the input."""
+    """linear_1, SiLU, linear_2; with a guidance, a projection of it is added to the input."""
 
     features: int
     dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b i"], condition: Float[Array, "b g"] | None = None
+        self, x: Float[Array, "b i"], guidance: Float[Array, "b g"] | None = None
     ) -> Float[Array, "b o"]:
         """Embeds a row of numbers."""
-        if condition is not None:
-            x = x + Dense(x.shape[-1], False, self.dtype, name="cond_proj")(condition)
+        if guidance is not None:
+            x = x + Dense(x.shape[-1], False, self.dtype, name="cond_proj")(guidance)
         hidden = jax.nn.silu(Dense(self.features, dtype=self.dtype, name="linear_1")(x))
         return Dense(self.features, dtype=self.dtype, name="linear_2")(hidden)
 
@@ -191,10 +191,10 @@ class UNet(nn.Module):
         sinusoids = sinusoidal_embedding(
             timesteps.astype(jnp.float32), c.channels[0], c.flip_sin_to_cos, c.freq_shift
         )
-        condition = (added or {}).get("timestep_cond")
-        if condition is None and c.guidance_width:
-            condition = jnp.zeros((timesteps.shape[0], c.guidance_width))
-        time = EmbeddingMlp(c.time_width, self.dtype, name="time_embedding")(sinusoids, condition)
+        guidance = (added or {}).get("timestep_cond")
+        if guidance is None and c.guidance_width:
+            guidance = jnp.zeros((timesteps.shape[0], c.guidance_width))
+        time = EmbeddingMlp(c.time_width, self.dtype, name="time_embedding")(sinusoids, guidance)
         if c.addition_time_width is None:
             return time
         if added is None or not {"text_embeds", "time_ids"} <= set(added):

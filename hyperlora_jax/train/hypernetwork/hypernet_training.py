@@ -32,7 +32,7 @@ from hyperlora_jax.hypernet.hypernetwork import FOLDER, Hypernetwork
 from hyperlora_jax.hypernet.weight_diffusion import Diffusion, Latents
 from hyperlora_jax.parallel import multihost, sharding
 from hyperlora_jax.parallel.mesh import make_mesh
-from hyperlora_jax.stable_diffusion import text_conditions
+from hyperlora_jax.stable_diffusion import prompt_embeddings
 from hyperlora_jax.stable_diffusion.denoising_loss import Denoiser
 from hyperlora_jax.stable_diffusion.embedded import image_size, load_frozen, outline_base
 from hyperlora_jax.stable_diffusion.model import StableDiffusion
@@ -71,8 +71,8 @@ def train_hypernetwork(config: ConfigDict, workdir: epath.PathLike) -> Hypernetw
     encoded, pictures_facts = read_encoded(
         config, workdir, scratch, sd, encoder, latents=needs.base, texts=needs.texts
     )
-    conditions = encoded.references
-    assert conditions is not None
+    references = encoded.references
+    assert references is not None
     facts = {
         "base": config.base,
         "base_hash": sd.base_hash,
@@ -94,7 +94,7 @@ def train_hypernetwork(config: ConfigDict, workdir: epath.PathLike) -> Hypernetw
         "generate": generate_defaults(config.generate),
     }
     if isinstance(generator, Fitted):
-        hyper = _fitted(generator, encoder, conditions, targets, stored, model)
+        hyper = _fitted(generator, encoder, references, targets, stored, model)
         return _saved(hyper, workdir)
     if isinstance(generator, Diffusion) and isinstance(generator.codec, Latents):
         assert targets is not None
@@ -109,7 +109,8 @@ def train_hypernetwork(config: ConfigDict, workdir: epath.PathLike) -> Hypernetw
         )
     prior = None
     if needs.prior:
-        rows = text_conditions.encode(sd, [section.prior_caption], (image_size(sd), image_size(sd)))
+        picture = (image_size(sd), image_size(sd))
+        rows = prompt_embeddings.encode(sd, [section.prior_caption], picture)
         prior = jax.tree.map(lambda array: np.asarray(array[0]), rows)
     frozen = needs.frozen(sd.params["unet"], prior, constants)
     task = training_task(config, mesh, sd, generator, frozen, encoded, targets, facts)
@@ -117,7 +118,7 @@ def train_hypernetwork(config: ConfigDict, workdir: epath.PathLike) -> Hypernetw
         task, section, workdir=workdir, mesh=mesh, seed=section.seed, config=config
     )
     params = sharding.gather(trained, mesh)
-    stored_constants = {**(constants if generator.needs_targets else {}), **_known(conditions)}
+    stored_constants = {**(constants if generator.needs_targets else {}), **_known(references)}
     return _saved(
         Hypernetwork(generator, params, encoder, stored, model, stored_constants), workdir
     )
@@ -182,16 +183,16 @@ def training_task(
         frozen: what `Needs.frozen` says, arrays or shapes.
     """
     section, phases = config.train, make_phases(config.train)
-    conditions = encoded.references
-    assert conditions is not None
+    references = encoded.references
+    assert references is not None
     return hypernet_task(
         generator,
         frozen,
         _batches(section, mesh, encoded, targets, _targets_until(generator, phases)),
         phases=phases,
         condition_shapes=(
-            conditions.arrays["pooled"].shape[1:],
-            conditions.arrays["tokens"].shape[1:],
+            references.arrays["pooled"].shape[1:],
+            references.arrays["tokens"].shape[1:],
         ),
         base=Denoiser(sd.unet.clone(remat=section.remat), sd.schedule, section.min_snr_gamma),
         facts=facts,
@@ -245,21 +246,21 @@ def _batches(
 def _fitted(
     generator: Fitted,
     encoder: ImageEncoder,
-    conditions: Ragged,
+    references: Ragged,
     targets: TrainingTargets | None,
     facts: Json,
     model: Json,
 ) -> Hypernetwork:
     """A baseline, fitted on the mean embedding of every subject's references."""
     assert targets is not None
-    means, rows = conditions.means("pooled")[targets.subjects], targets.rows.of(targets.subjects)
-    constants = {**generator.fit(means, rows), **_known(conditions)}
+    means, rows = references.means("pooled")[targets.subjects], targets.rows.of(targets.subjects)
+    constants = {**generator.fit(means, rows), **_known(references)}
     return Hypernetwork(generator, {}, encoder, facts, model, constants)
 
 
-def _known(conditions: Ragged) -> Params:
+def _known(references: Ragged) -> Params:
     """Who the training subjects were. Compares them all: at the end, not before the first step."""
-    scale = familiarity.fit(conditions.means("pooled"), conditions.first("pooled"))
+    scale = familiarity.fit(references.means("pooled"), references.first("pooled"))
     return {"familiarity": scale}
 
 

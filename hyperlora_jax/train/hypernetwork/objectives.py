@@ -21,7 +21,7 @@ from hyperlora_jax.diffusion.schedule import add_noise
 from hyperlora_jax.lora import factors, losses
 from hyperlora_jax.lora.vectorize import Whitening
 from hyperlora_jax.stable_diffusion.denoising_loss import Denoiser, draw_noise, lora_losses
-from hyperlora_jax.stable_diffusion.text_conditions import Text, apply_unet
+from hyperlora_jax.stable_diffusion.prompt_embeddings import Text, apply_unet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +77,7 @@ def prior_loss(
     key: Array,
 ) -> Float[Array, " l"]:
     """Mean squared difference between the predictions with and without LoRA, on noisy pictures of
-    the batch's next subject under the prior caption, whose conditions are one row of `text`."""
+    the batch's next subject under the prior caption, whose embeddings are one row of `text`."""
     unet, schedule = denoiser.unet, denoiser.schedule
     num_loras, num_images = latents.shape[:2]
     others = jnp.roll(latents.astype(jnp.float32), 1, axis=0).reshape(-1, *latents.shape[2:])

@@ -23,20 +23,20 @@ Text = Mapping[str, AnyArray]
 
 
 def encode(sd: Any, prompts: Sequence[str], picture: tuple[int, int]) -> dict[str, Array]:
-    """Conditions of the prompts.
+    """Embeddings of the prompts.
 
     Args:
         sd: a StableDiffusion.
         picture: (height, width) in pixels of the pictures, taken as whole and uncropped.
     """
-    text = with_sizes(sd.encode_conditions(prompts), picture)
+    text = with_sizes(sd.embed_prompts(prompts), picture)
     return text | nothing_given(sd, len(prompts), picture)
 
 
 def encode_nothing(sd: Any, picture: tuple[int, int]) -> dict[str, Array]:
-    """Conditions [1, …] of no prompt, as sampling with guidance takes it: the empty prompt, or
+    """Embeddings [1, …] of no prompt, as sampling with guidance takes it: the empty prompt, or
     zeros where an SDXL model says so (`force_zeros_for_empty_prompt`)."""
-    text = sd.encode_conditions([""])
+    text = sd.embed_prompts([""])
     if sd.is_xl and sd.zeros_for_no_prompt():
         text = jax.tree.map(jnp.zeros_like, text)
     return with_sizes(text, picture) | nothing_given(sd, 1, picture)
@@ -59,7 +59,7 @@ def nothing_given(sd: Any, num: int, picture: tuple[int, int]) -> dict[str, Arra
 
 
 def with_sizes(text: Mapping[str, Array], picture: tuple[int, int]) -> dict[str, Array]:
-    """What `StableDiffusion.encode_conditions` returns, with the time ids of whole pictures
+    """What `StableDiffusion.embed_prompts` returns, with the time ids of whole pictures
     (height, width) where they are wanted."""
     if "pooled" not in text:
         return dict(text)

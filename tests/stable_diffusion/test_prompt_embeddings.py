@@ -9,7 +9,7 @@ import torch
 from hyperlora_jax.cli.main import main
 from hyperlora_jax.lora_files.reading import load_lora
 from hyperlora_jax.pictures import pictures
-from hyperlora_jax.stable_diffusion import text_conditions
+from hyperlora_jax.stable_diffusion import prompt_embeddings
 from hyperlora_jax.stable_diffusion.denoising_loss import Denoiser, denoising_error
 from hyperlora_jax.stable_diffusion.embedded import load_base
 from hyperlora_jax.stable_diffusion.model import StableDiffusion
@@ -26,8 +26,8 @@ def test_the_loss_equals_pytorchs(tiny_xl, assert_parity):
     rng = np.random.default_rng(0)
     latents, noise = rng.standard_normal((2, 2, 8, 6, 4)).astype(np.float32)
     timesteps = np.array([3, 800])
-    text = text_conditions.encode(sd, PROMPTS, (32, 24))
-    shapes = text_conditions.row_shapes(sd.unet.settings, 16)
+    text = prompt_embeddings.encode(sd, PROMPTS, (32, 24))
+    shapes = prompt_embeddings.row_shapes(sd.unet.settings, 16)
     assert {name: rows.shape for name, rows in text.items()} == {
         name: (2, *shape) for name, shape in shapes.items()
     }
@@ -57,12 +57,12 @@ def test_the_loss_equals_pytorchs(tiny_xl, assert_parity):
 
 def test_no_prompt_is_what_guidance_takes(tiny_xl):
     sd = StableDiffusion.from_pretrained(tiny_xl[0])
-    nothing = text_conditions.encode_nothing(sd, (32, 24))
+    nothing = prompt_embeddings.encode_nothing(sd, (32, 24))
     for name in ("states", "pooled"):
         np.testing.assert_array_equal(nothing[name], 0.0)
     np.testing.assert_array_equal(nothing["time_ids"], [[32, 24, 0, 0, 32, 24]])
     tiny = load_base("tiny-sd")
-    plain = text_conditions.encode_nothing(tiny, (16, 16))
+    plain = prompt_embeddings.encode_nothing(tiny, (16, 16))
     assert list(plain) == ["states"]
     np.testing.assert_array_equal(plain["states"], tiny.encode_prompt([""]))
 
