@@ -152,7 +152,7 @@ def save_encoder(
     dtype: str = "float16",
 ) -> str:
     """Writes config.json and model.safetensors into the folder `path`; returns the hash."""
-    config = {"name": name, "module": _module_kwargs(module), "facts": dict(facts or {})}
+    config = {"name": name, "module": arguments_of(module), "facts": dict(facts or {})}
     return save_weights(path, FORMAT, config, params, dtype)
 
 
@@ -251,6 +251,7 @@ def check_params(path: epath.PathLike, module: SquarePictures, params: Params) -
             )
 
 
-def _module_kwargs(module: ConvEncoder) -> dict[str, object]:
+def arguments_of(module: ConvEncoder) -> dict[str, object]:
+    """The keyword arguments that make this module."""
     names = ("image_size", "widths", "blocks", "embedding_dim", "pool_channels", "groups")
     return {name: getattr(module, name) for name in names}

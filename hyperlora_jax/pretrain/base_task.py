@@ -4,7 +4,7 @@
     UNet          the denoising loss on cached latents and token ids or prompt embeddings, captions
                   dropped at random so that classifier-free guidance works
 
-Both are `Task`s of the ordinary training loop.
+Both are trained as `Task`s of the ordinary loop.
 """
 
 import functools
@@ -48,28 +48,6 @@ def autoencoder_loss(
     return losses, {"mse": squared / 4.0, "kl": kl}
 
 
-def autoencoder_task(
-    vae: AutoencoderKL,
-    init: Callable[[Array], Params],
-    batches: Batches,
-    *,
-    kl_weight: float = 1e-4,
-    l1_weight: float = 0.05,
-    facts: Json | None = None,
-) -> Task:
-    """Trains an autoencoder on {"images": uint8 [b, h, w, 3]}; `init`: key → parameters."""
-    loss = functools.partial(autoencoder_loss, vae=vae, kl_weight=kl_weight, l1_weight=l1_weight)
-    return Task(
-        name="autoencoder",
-        init=init,
-        loss=loss,
-        frozen={},
-        batches=batches,
-        facts=facts or {},
-        units={"images": 1},
-    )
-
-
 def unet_loss(
     params: Params,
     frozen: Params,
@@ -109,7 +87,7 @@ def unet_task(
     frozen: Params,
     batches: Batches,
     *,
-    caption_dropout: float = 0.1,
+    caption_dropout: float,
     facts: Json | None = None,
     start: Params | None = None,
 ) -> Task:
@@ -121,16 +99,12 @@ def unet_task(
         frozen: {"empty_text": one row of text} and what `encode_text` reads.
         start: parameters to go on from, instead of `init`'s.
     """
-    loss = functools.partial(
-        unet_loss,
-        denoiser=denoiser,
-        encode_text=encode_text,
-        caption_dropout=caption_dropout,
-    )
     return Task(
         name="unet",
         init=init,
-        loss=loss,
+        loss=functools.partial(
+            unet_loss, denoiser=denoiser, encode_text=encode_text, caption_dropout=caption_dropout
+        ),
         frozen=frozen,
         batches=batches,
         facts=facts or {},

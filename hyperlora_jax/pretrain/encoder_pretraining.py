@@ -3,7 +3,6 @@
 from collections.abc import Callable
 
 from etils import epath
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from hyperlora_jax import storage
@@ -13,7 +12,7 @@ from hyperlora_jax.parallel.mesh import make_mesh
 from hyperlora_jax.pretrain import encoder_task, probe_task
 from hyperlora_jax.pretrain.level_widths import level_widths
 from hyperlora_jax.pretrain.render_bundle import RenderBundle, render_bundle
-from hyperlora_jax.train.loop import Task, export_folder, fit_section, open_workdir
+from hyperlora_jax.train.loop import export_folder, fit_section, open_workdir
 from hyperlora_jax.worlds.by_style import open_world
 
 SMALLEST = 4  # cells per side of the encoder's last level
@@ -31,7 +30,7 @@ def pretrain_encoder(config: ConfigDict, workdir: epath.PathLike) -> epath.Path:
         rows=sharding.host_rows(mesh, config.train.batch_size),
         **{**config.model.to_dict(), "encoder": _encoder(config, bundle)},
     )
-    params = _fit(task, config, workdir, mesh)
+    params = fit_section(task, config.train, config, workdir, mesh)
     return _export(encoder_task.export_encoder, params, bundle, config, workdir, out)
 
 
@@ -47,7 +46,7 @@ def pretrain_probe(config: ConfigDict, workdir: epath.PathLike) -> epath.Path:
         augmentation=dict(config.train.augmentation),
         rows=sharding.host_rows(mesh, config.train.batch_size),
     )
-    params = _fit(task, config, workdir, mesh)
+    params = fit_section(task, config.train, config, workdir, mesh)
     return _export(probe_task.export_probe, params, bundle, config, workdir, out)
 
 
@@ -67,14 +66,6 @@ def _bundle(config: ConfigDict, workdir: epath.PathLike) -> RenderBundle:
     return multihost.first_then_others(
         "pictures", lambda: render_bundle(avatars, people, views, cache_dir=scratch / "renders")
     )
-
-
-def _fit(task: Task, config: ConfigDict, workdir: epath.PathLike, mesh: Mesh) -> Params:
-    section = config.train
-    params = fit_section(
-        task, section, workdir=workdir, mesh=mesh, seed=section.seed, config=config
-    )
-    return sharding.gather(params, mesh)
 
 
 def _export(

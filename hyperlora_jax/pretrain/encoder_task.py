@@ -11,6 +11,7 @@ Everything works on arrays (`RenderBundle`): training identities only, rendered 
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import cast
 
@@ -22,10 +23,11 @@ import optax
 from etils import epath
 
 from hyperlora_jax.array_types import AnyArray, Array, Float, Int, Json, Params, PRNGKey
-from hyperlora_jax.encoders.condition_encoders import save_encoder
+from hyperlora_jax.encoders.condition_encoders import SquarePictures, save_encoder
 from hyperlora_jax.encoders.image_encoder import Conv, ConvEncoder
 from hyperlora_jax.pretrain.render_bundle import RenderBundle, pair_batches
-from hyperlora_jax.train.loop import Task
+from hyperlora_jax.train.loop import Batches, Task
+from hyperlora_jax.train.step import Loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +90,11 @@ class IdentityNetwork(nn.Module):
     decoder_width: int
     target_size: int
 
+    @property
+    def image_size(self) -> int:
+        """Side in pixels of the pictures that the encoder works on."""
+        return self.encoder.image_size
+
     @nn.compact
     def __call__(self, images: Float[AnyArray, "b h w 3"]) -> Params:
         """Returns projection [b, d] of unit length, picture [b, h, w, 3], parts: list of logits."""
@@ -119,24 +126,24 @@ def info_nce(
 
 
 def encoder_loss(
-    module: IdentityNetwork,
-    weights: EncoderLossWeights,
     params: Params,
+    frozen: Params,
     batch: Params,
     key: PRNGKey,
+    *,
+    module: IdentityNetwork,
+    weights: EncoderLossWeights,
 ) -> tuple[Float[Array, " b"], dict[str, Float[Array, " b"]]]:
     """The three losses on one batch of view pairs.
 
     Args:
-      module: the network.
-      weights: see `EncoderLossWeights`.
-      params: its parameters.
       batch: first, second, neutral [b, h, w, 3] uint8 and labels [b, p].
       key: for the pixel noise and the colours.
 
     Returns:
       losses [b] and metrics contrast, pair_top1, picture_error and part_accuracy, each [b].
     """
+    del frozen
     noise_key, colour_key = jax.random.split(key)
     order, changed = channel_orders(colour_key, len(batch["first"]), weights.recolour)
 
@@ -213,20 +220,22 @@ def make_task(
     """
     loss_weights = EncoderLossWeights(**(weights or {}))
     module = make_network(bundle, encoder, loss_weights, projection_dim, decoder_width)
+    loss = functools.partial(encoder_loss, module=module, weights=loss_weights)
+    batches = pair_batches(bundle, batch_size, seed, rows)
+    return task_on(bundle, "avatar_encoder", module, loss, batches)
 
-    def init(key: PRNGKey) -> Params:
-        size = module.encoder.image_size
-        return module.init(key, jnp.zeros((1, size, size, 3)))["params"]
 
-    def loss(params: Params, frozen: Params, batch: Params, key: PRNGKey) -> tuple[Array, dict]:
-        return encoder_loss(module, loss_weights, params, batch, key)
-
+def task_on(
+    bundle: RenderBundle, name: str, module: SquarePictures, loss: Loss, batches: Batches
+) -> Task:
+    """A `Task` that trains a module on the pictures of a bundle."""
+    size = module.image_size
     return Task(
-        name="avatar_encoder",
-        init=init,
+        name=name,
+        init=lambda key: module.init(key, jnp.zeros((1, size, size, 3)))["params"],
         loss=loss,
         frozen={},
-        batches=pair_batches(bundle, batch_size, seed, rows),
+        batches=batches,
         facts={"data": dict(bundle.facts), "num_identities": bundle.num_identities},
     )
 
@@ -276,10 +285,5 @@ def export_encoder(
       name: recorded name.
       facts: more to record, e.g. steps and seconds.
     """
-    record = {
-        "data": dict(bundle.facts),
-        "num_identities": bundle.num_identities,
-        "num_views": int(bundle.images.shape[1]),
-        **(facts or {}),
-    }
-    return save_encoder(path, make_encoder(bundle, encoder), params["encoder"], name, record)
+    module = make_encoder(bundle, encoder)
+    return save_encoder(path, module, params["encoder"], name, bundle.facts_of(facts))

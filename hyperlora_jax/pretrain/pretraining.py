@@ -34,7 +34,7 @@ from hyperlora_jax.stable_diffusion.tokenizer_training import train_tokenizer
 from hyperlora_jax.stable_diffusion.weights.flax_trees import init_params
 from hyperlora_jax.subjects.encoded_subjects import encode_in_batches
 from hyperlora_jax.train.checkpoints import restore_params
-from hyperlora_jax.train.loop import export_folder, fit_section, open_workdir
+from hyperlora_jax.train.loop import Task, export_folder, fit_section, open_workdir
 from hyperlora_jax.worlds.by_style import open_world
 
 if TYPE_CHECKING:
@@ -165,28 +165,27 @@ def _train_autoencoder(
     )
     shape = {**config.base.autoencoder, "block_out_channels": channels}
     vae = vae_from_config(autoencoder_config(shape, images.shape[1]))
-    task = base_task.autoencoder_task(
-        vae,
-        functools.partial(init_params, vae),
-        array_batches(
+    loss = functools.partial(
+        base_task.autoencoder_loss,
+        vae=vae,
+        kl_weight=section.kl_weight,
+        l1_weight=section.l1_weight,
+    )
+    task = Task(
+        name="autoencoder",
+        init=functools.partial(init_params, vae),
+        loss=loss,
+        frozen={},
+        batches=array_batches(
             {"images": images},
             section.batch_size,
             config.train.seed,
             sharding.host_rows(mesh, section.batch_size),
         ),
-        kl_weight=section.kl_weight,
-        l1_weight=section.l1_weight,
         facts={"autoencoder": dict(vae.config)},
+        units={"images": 1},
     )
-    params = fit_section(
-        task,
-        section,
-        workdir=workdir / "autoencoder",
-        mesh=mesh,
-        seed=config.train.seed,
-        config=config,
-    )
-    return vae, sharding.gather(params, mesh)
+    return vae, fit_section(task, section, config, workdir / "autoencoder", mesh)
 
 
 def _latents(vae: AutoencoderKL, params: Params, file: Path, images: np.ndarray) -> np.ndarray:
@@ -253,11 +252,8 @@ def _train_unet(
         caption_dropout=section.caption_dropout,
         facts={"unet": dict(unet.config), "text_encoder": dict(text.config)},
     )
-    params = fit_section(
-        task, section, workdir=workdir, mesh=mesh, seed=section.seed, config=config
-    )
     modules = {"unet": unet, "text_encoder": text, "tokenizers": (tokenizer,)}
-    return sharding.gather(params, mesh), modules
+    return fit_section(task, section, config, workdir, mesh), modules
 
 
 def autoencoder_config(section: ConfigDict | Json, image_size: int) -> Json:

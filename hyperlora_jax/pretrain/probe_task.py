@@ -6,6 +6,7 @@ and blends, adds noise and shifts colours slightly (`augment`): the probe shall 
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 
 import flax.linen as nn
@@ -15,9 +16,9 @@ import numpy as np
 from etils import epath
 
 from hyperlora_jax.array_types import AnyArray, Array, Float, Int, Json, Params, PRNGKey
-from hyperlora_jax.encoders.condition_encoders import save_weights
+from hyperlora_jax.encoders.condition_encoders import arguments_of, save_weights
 from hyperlora_jax.encoders.image_encoder import ConvEncoder
-from hyperlora_jax.pretrain.encoder_task import make_encoder, part_losses
+from hyperlora_jax.pretrain.encoder_task import make_encoder, part_losses, task_on
 from hyperlora_jax.pretrain.render_bundle import RenderBundle, view_batches
 from hyperlora_jax.train.loop import Task
 
@@ -86,24 +87,24 @@ def _blur(images: Array) -> Array:
 
 
 def probe_loss(
-    module: ProbeNetwork,
-    strength: Augmentation,
     params: Params,
+    frozen: Params,
     batch: Params,
     key: PRNGKey,
+    *,
+    module: ProbeNetwork,
+    strength: Augmentation,
 ) -> tuple[Float[Array, " b"], dict[str, Float[Array, " b"]]]:
     """Cross-entropy, mean over caption parts.
 
     Args:
-      module: the network.
-      strength: of the augmentation.
-      params: its parameters.
       batch: images [b, h, w, 3] uint8, labels [b, q].
       key: for the augmentation.
 
     Returns:
       losses [b]; metrics accuracy (mean over parts) and all_parts (1 where all are right), [b].
     """
+    del frozen
     images = augment(batch["images"].astype(jnp.float32) / 255.0, key, strength)
     entropy, right = part_losses(module.apply({"params": params}, images), batch["labels"])
     return entropy.mean(axis=1), {"accuracy": right.mean(axis=1), "all_parts": right.min(axis=1)}
@@ -136,20 +137,9 @@ def make_task(
     """
     module = make_network(bundle, encoder)
     strength = Augmentation(**(augmentation or {}))
-
-    def init(key: PRNGKey) -> Params:
-        return module.init(key, jnp.zeros((1, module.image_size, module.image_size, 3)))["params"]
-
-    def loss(params: Params, frozen: Params, batch: Params, key: PRNGKey) -> tuple[Array, dict]:
-        return probe_loss(module, strength, params, batch, key)
-
-    return Task(
-        name="avatar_probe",
-        init=init,
-        loss=loss,
-        frozen={},
-        batches=view_batches(bundle, batch_size, seed, rows),
-        facts={"data": dict(bundle.facts), "num_identities": bundle.num_identities},
+    loss = functools.partial(probe_loss, module=module, strength=strength)
+    return task_on(
+        bundle, "avatar_probe", module, loss, view_batches(bundle, batch_size, seed, rows)
     )
 
 
@@ -166,17 +156,10 @@ def export_probe(
 
     Arguments as in `encoder_task.export_encoder`; read by `evaluate/judges/attribute_probe.py`.
     """
-    module = make_encoder(bundle, encoder)
-    kwargs = ("image_size", "widths", "blocks", "embedding_dim", "pool_channels", "groups")
     config = {
         "name": name,
-        "module": {kwarg: getattr(module, kwarg) for kwarg in kwargs},
+        "module": arguments_of(make_encoder(bundle, encoder)),
         "parts": [[part, list(classes)] for part, classes in bundle.view_parts.items()],
-        "facts": {
-            "data": dict(bundle.facts),
-            "num_identities": bundle.num_identities,
-            "num_views": int(bundle.images.shape[1]),
-            **(facts or {}),
-        },
+        "facts": bundle.facts_of(facts),
     }
     return save_weights(path, FORMAT, config, params)

@@ -11,7 +11,7 @@ import grain
 import numpy as np
 from etils import epath
 
-from hyperlora_jax.array_types import Index, Int, Json, UInt8
+from hyperlora_jax.array_types import Index, Int, Json, JsonDict, UInt8
 from hyperlora_jax.batches.pipelines import step_batches
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.worlds.avatars import View
@@ -50,6 +50,11 @@ class RenderBundle:
     def image_size(self) -> int:
         """Height of the pictures in pixels."""
         return self.images.shape[2]
+
+    def facts_of(self, training: Json | None) -> JsonDict:
+        """What an exported network says of its training: on these pictures, and `training`."""
+        numbers = {"num_identities": self.num_identities, "num_views": int(self.images.shape[1])}
+        return {"data": dict(self.facts), **numbers, **(training or {})}
 
     def select(self, index: Index) -> "RenderBundle":
         """The bundle of the identities at `index` (slice or indices)."""

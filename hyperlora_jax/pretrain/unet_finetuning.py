@@ -35,6 +35,7 @@ from hyperlora_jax.train.loop import (
     arithmetic_dtype,
     export_folder,
     fit_section,
+    global_batch,
     open_workdir,
 )
 
@@ -64,10 +65,7 @@ def finetune_unet(config: ConfigDict, workdir: epath.PathLike) -> epath.Path:
         start=None if section.from_scratch else {"unet": sd.params["unet"]},
         facts={**facts, "base": config.base, "base_hash": sd.base_hash},
     )
-    trained = fit_section(
-        task, section, workdir=workdir, mesh=mesh, seed=section.seed, config=config
-    )
-    params = sharding.gather(trained, mesh)
+    params = fit_section(task, section, config, workdir, mesh)
     if multihost.is_first():
         with storage.writing(out, scratch) as folder:
             sd.replace_params(params).save_pretrained(folder, dtype=config.export.dtype)
@@ -100,9 +98,7 @@ def finetuning_task(
         arrays: {"latents": [m, h, w, c], "text": embeddings of the captions, m rows}.
         start: {"unet": parameters} to go on from; None draws new ones.
     """
-    batch_size = section.batch_size
-    if section.batch_per_device and mesh is not None:
-        batch_size *= mesh.shape["data"] * mesh.shape["fsdp"]
+    batch_size = global_batch(section.batch_size, section, mesh)
     rows = None if mesh is None else sharding.host_rows(mesh, batch_size)
     return base_task.unet_task(
         Denoiser(unet, schedule, section.min_snr_gamma),

@@ -377,21 +377,23 @@ def export_folder(config: ConfigDict, workdir: epath.PathLike, name: str) -> epa
     return out
 
 
+def global_batch(batch_size: int, section: ConfigDict, mesh: Mesh | None) -> int:
+    """Examples a step over all devices, of which a `train` section may name one device's."""
+    if mesh is None or not section.batch_per_device:
+        return batch_size
+    return batch_size * mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def fit_section(
-    task: Task,
-    section: ConfigDict,
-    *,
-    workdir: epath.PathLike,
-    mesh: Mesh,
-    seed: int,
-    config: ConfigDict,
+    task: Task, section: ConfigDict, config: ConfigDict, workdir: epath.PathLike, mesh: Mesh
 ) -> Params:
-    """Trains `task`; returns its averaged parameters, or the last ones where none are averaged.
+    """Trains `task`; returns its averaged parameters, or the last ones where none are averaged,
+    on every host.
 
     Args:
         section: ConfigDict with num_steps, optimizer, log_every_steps, checkpoint_every_steps and
             ema_decay (None: no average); and what else of `OPTIONS` differs from `Plan`'s.
-        config: the whole ConfigDict, kept beside the checkpoints.
+        config: the whole ConfigDict, kept beside the checkpoints; `train.seed` is the seed.
 
     Raises:
         UserError, TrainingDiverged, Preempted: see `loop.fit`.
@@ -408,5 +410,6 @@ def fit_section(
         profile_steps=window or None,
         **{name: section[name] for name in OPTIONS if name in section},
     )
+    seed = config.train.seed
     state = fit(task, plan, workdir=workdir, mesh=mesh, seed=seed, config=config.to_dict())
-    return state.params if state.ema is None else state.ema
+    return sharding.gather(state.params if state.ema is None else state.ema, mesh)

@@ -45,7 +45,13 @@ from hyperlora_jax.train.hypernetwork.hypernet_data import (
 from hyperlora_jax.train.hypernetwork.hypernet_task import Phase, hypernet_task
 from hyperlora_jax.train.hypernetwork.objectives import ObjectiveWeights
 from hyperlora_jax.train.hypernetwork.vae_training import train_vae
-from hyperlora_jax.train.loop import Task, arithmetic_dtype, fit_section, open_workdir
+from hyperlora_jax.train.loop import (
+    Task,
+    arithmetic_dtype,
+    fit_section,
+    global_batch,
+    open_workdir,
+)
 
 
 def train_hypernetwork(config: ConfigDict, workdir: epath.PathLike) -> Hypernetwork:
@@ -104,7 +110,7 @@ def train_hypernetwork(config: ConfigDict, workdir: epath.PathLike) -> Hypernetw
             config,
             workdir=section.vae.workdir or workdir / "vae",
             mesh=mesh,
-            batch_size=_global_batch(section.vae.batch_size, section, mesh),
+            batch_size=global_batch(section.vae.batch_size, section, mesh),
             facts={**facts, "model": {"vae": model["vae"]}},  # all that a VAE depends on
         )
     prior = None
@@ -114,10 +120,7 @@ def train_hypernetwork(config: ConfigDict, workdir: epath.PathLike) -> Hypernetw
         prior = jax.tree.map(lambda array: np.asarray(array[0]), rows)
     frozen = needs.frozen(sd.params["unet"], prior, constants)
     task = training_task(config, mesh, sd, generator, frozen, encoded, targets, facts)
-    trained = fit_section(
-        task, section, workdir=workdir, mesh=mesh, seed=section.seed, config=config
-    )
-    params = sharding.gather(trained, mesh)
+    params = fit_section(task, section, config, workdir, mesh)
     stored_constants = {**(constants if generator.needs_targets else {}), **_known(references)}
     return _saved(
         Hypernetwork(generator, params, encoder, stored, model, stored_constants), workdir
@@ -213,13 +216,6 @@ def _targets_until(generator: Generator, phases: Sequence[Phase]) -> int | None:
     return phases[0].until
 
 
-def _global_batch(batch_size: int, section: ConfigDict, mesh: Mesh | None) -> int:
-    """Subjects a step over all devices, of which the config may name one device's."""
-    if mesh is None or not section.batch_per_device:
-        return batch_size
-    return batch_size * mesh.shape["data"] * mesh.shape["fsdp"]
-
-
 def _batches(
     section: ConfigDict,
     mesh: Mesh | None,
@@ -227,7 +223,7 @@ def _batches(
     targets: TrainingTargets | None,
     targets_until: int | None,
 ):
-    batch_size = _global_batch(section.batch_size, section, mesh)
+    batch_size = global_batch(section.batch_size, section, mesh)
     return subject_batches(
         encoded.references,
         encoded.targets,

@@ -75,8 +75,7 @@ def train_vae(
         batches=batches,
         facts=facts,
     )
-    trained = fit_section(task, section, workdir=workdir, mesh=mesh, seed=seed, config=config)
-    constants = {**statistics, "vae": sharding.gather(trained, mesh)}
+    constants = {**statistics, "vae": fit_section(task, section, config, workdir, mesh)}
     return constants | latent_statistics(codec, constants, targets.rows, targets.subjects)
 
 
