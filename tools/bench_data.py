@@ -19,7 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from hyperlora_jax.lora.sites import LoraSite, LoraSpec
+from hyperlora_jax.array_types import Array, Params
+from hyperlora_jax.lora.sites import LoraSite, LoraSpec, site_factors
 
 NUM_LORAS = 512
 BATCH = 32
@@ -250,7 +251,7 @@ def _gauge(spec: LoraSpec, vectors: np.ndarray, runs: int) -> list[dict]:
     @jax.jit
     def turned(rows):
         lora = gauge.canonical(vectorize.unflatten(rows, spec), spec, "svd")
-        return vectorize.tokens(lora, spec)
+        return _tokens(lora, spec)
 
     def ours() -> float:
         start = time.perf_counter()
@@ -264,6 +265,19 @@ def _gauge(spec: LoraSpec, vectors: np.ndarray, runs: int) -> list[dict]:
         return 1 / (time.perf_counter() - start)
 
     return [_compare("data/svd gauge and tokens/w2w", ours, peer, "LoRAs/s", runs)]
+
+
+def _tokens(lora: Params, spec: LoraSpec) -> dict[int, Array]:
+    """{width: [l, n, width]}: each row is one rank component of one factor."""
+    import jax.numpy as jnp
+
+    rows: dict[int, list] = {}
+    for site in spec.sites:
+        pair = site_factors(lora, site)
+        down = pair["down"].reshape(-1, site.fan_in, site.rank)
+        rows.setdefault(site.fan_in, []).append(jnp.swapaxes(down, -1, -2))
+        rows.setdefault(site.out_features, []).append(pair["up"])
+    return {width: jnp.concatenate(rows[width], axis=-2) for width in sorted(rows)}
 
 
 def _full_svd(vector: np.ndarray, spec: LoraSpec) -> None:

@@ -5,7 +5,7 @@ rows      a0 a1 a2 b0 b1 c0 c1 c2 c3            subject b has rows 3 and 4
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -94,13 +94,3 @@ def shared(index: Int[np.ndarray, " rows"], tables: Params) -> dict[str, Shared]
 def offsets_of(counts: Sequence[int]) -> Int[np.ndarray, " m"]:
     """Offsets of subjects with so many rows each."""
     return np.concatenate([[0], np.cumsum(np.asarray(counts, np.int64))]).astype(np.int64)
-
-
-def even(arrays: Mapping[str, np.ndarray]) -> Ragged:
-    """Arrays [n, v, ...]: every subject has v rows."""
-    shapes = {name: array.shape[:2] for name, array in arrays.items()}
-    if len(set(shapes.values())) != 1:
-        raise ValueError(f"arrays with the same first two axes expected, got {shapes}")
-    count, views = next(iter(shapes.values()))
-    flat = {name: array.reshape(-1, *array.shape[2:]) for name, array in arrays.items()}
-    return Ragged(offsets_of([views] * count), flat)

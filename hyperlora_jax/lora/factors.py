@@ -140,13 +140,3 @@ def concatenate_ranks(a: Params, b: Params) -> Params:
         else a[name] if name in a else b[name]
         for name in sorted({*a, *b})
     }  # fmt: skip
-
-
-def mean(lora: Params) -> Params:
-    """Mean of the raw factors over the leading axis (meaningful for one shared initialisation)."""
-    return jax.tree.map(lambda leaf: leaf.mean(axis=0), lora)
-
-
-def interpolate(a: Params, b: Params, weight: float | Float[Array, ""]) -> Params:
-    """a + weight · (b - a) on raw factors: weight 0 is a, 1 is b, above 1 extrapolates."""
-    return jax.tree.map(lambda x, y: x + weight * (y - x), a, b)

@@ -15,15 +15,17 @@ import jax.numpy as jnp
 
 from hyperlora_jax.array_types import AnyArray, Array, Float, Params
 from hyperlora_jax.lora.factors import is_site
-from hyperlora_jax.lora.vectorize import Whitening, whiten
 
 
-def whitened_error(predicted: Params, target: Params, stats: Whitening) -> Float[Array, "*l"]:
-    """(1): every factor matrix counts the same, so that wide sites do not dominate."""
-    a, b = whiten(predicted, stats), whiten(target, stats)
-    lead = _lead(target)
-    per_matrix = jax.tree.map(lambda x, y: jnp.mean((x - y) ** 2, axis=range(lead, x.ndim)), a, b)
-    errors = jax.tree.leaves(per_matrix)
+def whitened_error(predicted: Params, target: Params, spread: Params) -> Float[Array, "*l"]:
+    """(1): every factor matrix counts the same, so that wide sites do not dominate. `spread` is a
+    LoRA tree of one standard deviation for each factor."""
+    lead = jax.tree.leaves(target, is_leaf=is_site)[0]["up"].ndim - 2
+
+    def of_matrix(x: Array, y: Array, std: Array) -> Array:
+        return jnp.mean(((x - y) / std) ** 2, axis=range(lead, x.ndim))
+
+    errors = jax.tree.leaves(jax.tree.map(of_matrix, predicted, target, spread))
     return functools.reduce(operator.add, errors) / len(errors)
 
 
@@ -47,10 +49,6 @@ def delta_cosine(a: Params, b: Params) -> Float[Array, "*l"]:
     """Cosine between the deltas of all sites together; 0 when one of them is zero."""
     norms = jnp.maximum(delta_inner(a, a), 0.0) * jnp.maximum(delta_inner(b, b), 0.0)
     return delta_inner(a, b) / jnp.sqrt(jnp.maximum(norms, jnp.finfo(jnp.float32).tiny))
-
-
-def _lead(lora: Params) -> int:
-    return jax.tree.leaves(lora, is_leaf=is_site)[0]["up"].ndim - 2
 
 
 def _inner(

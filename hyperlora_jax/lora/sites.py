@@ -179,11 +179,6 @@ class LoraSpec:
         return LoraSpec(tuple(sites))
 
 
-def union(*specs: LoraSpec) -> LoraSpec:
-    """All sites of several specs with disjoint sites, e.g. of a UNet and its text encoder."""
-    return LoraSpec(tuple(site for spec in specs for site in spec.sites))
-
-
 def spec_from_shapes(
     param_shapes: Params,
     preset: str | Sequence[str] = "attn-qkvo",

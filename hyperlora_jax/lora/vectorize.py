@@ -1,13 +1,11 @@
-"""LoRA tree <-> flat vector <-> tokens, and the statistics that whiten them.
+"""LoRA tree <-> flat vector, and standard deviations of both.
 
 Flat vector: sites in spec order, down then up, each in PyTorch's memory order, i.e. lora_A
 (r, in[, kh, kw]) and lora_B (out, r) row by row. For the preset "w2w" at rank 1 this is the
-layout of weights2weights, bit for bit. Tokens: one for each (site, side, rank component), of
-width fan_in (down) or out (up), bucketed by width so that shapes stay static.
+layout of weights2weights, bit for bit.
 """
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,40 +47,6 @@ def unflatten(vector: Float[AnyArray, "*l d"], spec: LoraSpec) -> Params:
     return tree_from_sites(pairs)
 
 
-def tokens(lora: Params, spec: LoraSpec) -> dict[int, Float[Array, "*l n width"]]:
-    """{width: [l?, n, width]}: each row is one rank component of one factor."""
-    rows: dict[int, list[Array]] = {}
-    for site in spec.sites:
-        pair = site_factors(lora, site)
-        lead = pair["up"].shape[:-2]
-        down = pair["down"].reshape(*lead, site.fan_in, site.rank)
-        rows.setdefault(site.fan_in, []).append(jnp.swapaxes(down, -1, -2))
-        rows.setdefault(site.out_features, []).append(jnp.asarray(pair["up"]))
-    return {width: jnp.concatenate(rows[width], axis=-2) for width in sorted(rows)}
-
-
-class Whitening(NamedTuple):
-    """`mean`: LoRA tree of means; `std`: the same tree with one number for each factor."""
-
-    mean: Params
-    std: Params
-
-
-def whitening(lora: Params) -> Whitening:
-    """Statistics over a batch: element-wise mean, one standard deviation for each factor matrix.
-
-    A factor that never varies gets the standard deviation 1.
-    """
-    mean = jax.tree.map(lambda leaf: leaf.mean(axis=0), lora)
-    std = jax.tree.map(lambda leaf, m: jnp.sqrt(jnp.mean((leaf - m) ** 2)), lora, mean)
-    return Whitening(mean, jax.tree.map(lambda s: jnp.where(s > 0, s, 1.0), std))
-
-
-def whiten(lora: Params, stats: Whitening) -> Params:
-    """(lora - mean) / std."""
-    return jax.tree.map(lambda x, m, s: (x - m) / s, lora, stats.mean, stats.std)
-
-
 def element_spread(std: Float[AnyArray, " m"], spec: LoraSpec) -> Float[Array, " d"]:
     """One number per factor, in vector order (down then up, site by site), for every element."""
     sizes = []
@@ -91,12 +55,10 @@ def element_spread(std: Float[AnyArray, " m"], spec: LoraSpec) -> Float[Array, "
     return jnp.asarray(std)[np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)]
 
 
-def whitening_of_vectors(
-    mean: Float[AnyArray, " d"], std: Float[AnyArray, " m"], spec: LoraSpec
-) -> Whitening:
-    """Statistics of flat vectors (mean [d], one number per factor [2 * sites]) as LoRA trees."""
+def spread_tree(std: Float[AnyArray, " m"], spec: LoraSpec) -> Params:
+    """One number per factor in vector order as a LoRA tree."""
     pairs = {
         site.path: {"down": jnp.asarray(std)[2 * k], "up": jnp.asarray(std)[2 * k + 1]}
         for k, site in enumerate(spec.sites)
     }
-    return Whitening(unflatten(jnp.asarray(mean), spec), tree_from_sites(pairs))
+    return tree_from_sites(pairs)

@@ -71,13 +71,6 @@ def _joined(first: LoraSite | None, second: LoraSite) -> LoraSite:
     return dataclasses.replace(first, rank=first.rank + second.rank)
 
 
-def resize(lora: Lora, rank: int) -> Lora:
-    """Best LoRA of a smaller rank (SVD of every site's delta); smaller sites stay."""
-    if rank < 1:
-        raise UserError(f"resize: rank is {rank}, expected at least 1")
-    return gauge.lower_ranks(*lora, rank)
-
-
 def extract(
     base: str | Path,
     tuned: str | Path,

@@ -11,10 +11,9 @@ import grain
 import numpy as np
 from etils import epath
 
-from hyperlora_jax.array_types import Index, Int, Json, JsonDict, UInt8
+from hyperlora_jax.array_types import Int, Json, JsonDict, UInt8
 from hyperlora_jax.batches.pipelines import step_batches
 from hyperlora_jax.errors import UserError
-from hyperlora_jax.worlds.avatars import View
 from hyperlora_jax.worlds.by_style import World
 from hyperlora_jax.worlds.named_views import NamedView
 
@@ -56,11 +55,6 @@ class RenderBundle:
         numbers = {"num_identities": self.num_identities, "num_views": int(self.images.shape[1])}
         return {"data": dict(self.facts), **numbers, **(training or {})}
 
-    def select(self, index: Index) -> "RenderBundle":
-        """The bundle of the identities at `index` (slice or indices)."""
-        names = ("images", "neutral", "identity_labels", "view_labels")
-        return dataclasses.replace(self, **{name: getattr(self, name)[index] for name in names})
-
     def save(self, path: epath.PathLike) -> None:
         """Writes one .npz file."""
         text = {
@@ -97,7 +91,7 @@ class RenderBundle:
             ) from error
 
 
-def neutral_view(avatars: World) -> View | NamedView:
+def neutral_view(avatars: World) -> NamedView:
     """The view that hides least: optional parts left out, else the first class; white behind."""
     wanted = {"no": 0, "white": 1}
     classes = [

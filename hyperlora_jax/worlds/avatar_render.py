@@ -80,7 +80,7 @@ def draw_many(
     num_workers: int | None = None,
     progress: bool = True,
 ) -> UInt8[np.ndarray, "n h w 3"]:
-    """Pictures of all options, in order; see `Avatars.render_many`."""
+    """Pictures of all options, in order; see `NamedViews.render_many`."""
     shape = (len(options), size, size, 3)
     if num_workers is None:
         num_workers = min(len(os.sched_getaffinity(0)), len(options) // MIN_PICTURES_PER_WORKER)

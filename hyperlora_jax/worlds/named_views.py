@@ -78,14 +78,16 @@ class NamedViews(abc.ABC):
 
     def is_reserved(self, view: NamedView) -> bool:
         """Whether the view's combination is kept for evaluation."""
+        return self.uniform("view reserve", *self.combination(view)) < HELD_OUT_VIEWS
+
+    def combination(self, view: NamedView) -> tuple[str, ...]:
+        """The view's classes of the reserved parts."""
         named = dict(zip(self.view_parts, view.classes, strict=True))
-        combination = tuple(named[part] for part in self.reserved)
-        return self.uniform("view reserve", *combination) < HELD_OUT_VIEWS
+        return tuple(named[part] for part in self.reserved)
 
     def caption_parts(self, view: NamedView) -> dict[str, int]:
         """Class index of every view part."""
-        parts = zip(self.view_parts.items(), view.classes, strict=True)
-        return {part: names.index(name) for (part, names), name in parts}
+        return class_indices(self.view_parts, view.classes)
 
     @abc.abstractmethod
     def caption(self, view: NamedView) -> str:
@@ -106,7 +108,11 @@ class NamedViews(abc.ABC):
         num_workers: int | None = None,
         progress: bool = True,
     ) -> UInt8[np.ndarray, "n h w 3"]:
-        """The exact pictures of many pairs; see `Avatars.render_many`."""
+        """The exact pictures of many (identity, view) pairs, drawn by worker processes.
+
+        With `cache_dir` the result is kept there under a hash of what is drawn, and the returned
+        array is memory-mapped. `num_workers` None takes one per core when there is enough work.
+        """
         options = [self.options(identity, view) for identity, view in pairs]
         return avatar_render.draw_many(
             options, self.style, self.size, cache_dir, num_workers, progress
@@ -116,6 +122,11 @@ class NamedViews(abc.ABC):
         """A number in [0, 1) fixed by the split seed and the key."""
         text = "/".join(map(str, (self.style, self.split_seed, *key)))
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48
+
+
+def class_indices(parts: Mapping[str, Sequence[str]], classes: Sequence[str]) -> dict[str, int]:
+    """The place of one class of every part among the part's class names."""
+    return {p: list(n).index(c) for (p, n), c in zip(parts.items(), classes, strict=True)}
 
 
 def checked_split(split: str) -> str:

@@ -19,11 +19,3 @@ def test_every_subject_has_its_own_rows(monkeypatch):
     for at_once in (1, 2, 8):
         monkeypatch.setattr(ragged, "SUBJECTS_AT_ONCE", at_once)
         np.testing.assert_allclose(found.means("x"), [own.mean(0) for own in OWN], rtol=1e-6)
-
-
-def test_even_subjects_are_a_case_of_it():
-    dense = np.random.default_rng(1).normal(size=(5, 8, 4)).astype(np.float32)
-    found = ragged.even({"x": dense})
-    assert found.counts.tolist() == [8] * 5
-    np.testing.assert_array_equal(found.means("x"), dense.mean(axis=1))
-    np.testing.assert_array_equal(found.first("x")[:], dense[:, 0])

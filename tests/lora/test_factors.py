@@ -93,11 +93,3 @@ def test_concatenated_ranks_add_deltas(spec, random_lora, num):
     assert_close(both, {name: first[name] + second[name] for name in both})
     only = {"mid_block": {"proj": {"down": jnp.ones((2, 1)), "up": jnp.ones((1, 2))}}}
     assert set(factors.concatenate_ranks(a, only)) == {"down_blocks_0", "mid_block"}
-
-
-def test_mean_and_interpolation(random_lora):
-    batch = random_lora(2)
-    a, b = factors.index(batch, 0), factors.index(batch, 1)
-    assert_close(factors.mean(batch), factors.interpolate(a, b, 0.5))
-    assert_close(factors.interpolate(a, b, 0.0), a)
-    assert_close(factors.interpolate(a, b, 1.0), b)

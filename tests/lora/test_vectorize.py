@@ -1,8 +1,9 @@
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hyperlora_jax.lora import factors, vectorize
+from hyperlora_jax.lora import vectorize
 from hyperlora_jax.lora.sites import site_factors
 
 
@@ -36,12 +37,11 @@ def test_wrong_sizes_are_refused(spec):
         vectorize.unflatten(np.zeros(5, np.float32), spec)
 
 
-def test_whitened_loras_have_mean_zero_and_unit_spread(spec, random_lora):
-    lora = random_lora(16)
-    stats = vectorize.whitening(lora)
-    white = vectorize.whiten(lora, stats)
-    for leaf in jax.tree.leaves(white):
-        assert abs(float(leaf.std()) - 1) < 1e-3
-        np.testing.assert_allclose(leaf.mean(0), 0, atol=1e-5)
-    same = vectorize.whitening(factors.repeat(factors.index(lora, 0), 4))
-    assert all(float(std) == 1.0 for std in jax.tree.leaves(same.std))
+def test_spread_of_factors_is_that_of_their_numbers(spec):
+    std = np.arange(1.0, 2 * len(spec) + 1, dtype=np.float32)
+    elements = vectorize.element_spread(std, spec)
+    tree = vectorize.spread_tree(std, spec)
+    ones = vectorize.unflatten(np.ones(spec.num_parameters, np.float32), spec)
+    assert_same(
+        vectorize.flatten(jax.tree.map(jnp.multiply, ones, tree), spec), np.asarray(elements)
+    )

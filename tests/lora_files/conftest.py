@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from hyperlora_jax.lora.factors import is_site
-from hyperlora_jax.lora.sites import module_path, spec_from_shapes, union
+from hyperlora_jax.lora.sites import LoraSpec, module_path, spec_from_shapes
 
 TINY_UNETS = {
     "sd1": {
@@ -85,7 +85,7 @@ def spec_of(modules, preset="all", rank=4, text=True):
     for name in sorted(set(modules) - {"unet"}) if text else ():
         shapes = shapes_of(modules[name], text=True)
         specs.append(spec_from_shapes(shapes, "text", rank, prefix=f"{name}."))
-    return union(*specs)
+    return LoraSpec(tuple(site for spec in specs for site in spec))
 
 
 def random_lora(spec, seed=0, size=0.2):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from hyperlora_jax.errors import UserError
-from hyperlora_jax.lora.sites import LoraSite, LoraSpec, site_factors, spec_from_shapes, union
+from hyperlora_jax.lora.sites import LoraSite, LoraSpec, site_factors, spec_from_shapes
 from hyperlora_jax.lora_files import load_lora
 from hyperlora_jax.lora_files.safetensors_io import write
 from tests.lora_files.conftest import shapes_of, spec_of, torch_modules
@@ -29,10 +29,10 @@ def assert_deltas(lora, spec, wanted, tolerance=1e-6):
 def test_every_form_of_every_family(tmp_path, family, modules, form):
     spec = spec_of(modules, "all", rank=3)
     if form == "diffusers5":
-        spec = union(spec.component("text_encoder"), spec.component("text_encoder_2"))
+        spec = LoraSpec((*spec.component("text_encoder"), *spec.component("text_encoder_2")))
     if not form.startswith("old") and form != "diffusers5":
         extra = [r"^(conv_in|conv_out|time_embedding|add_embedding)"]
-        spec = union(spec, spec_from_shapes(shapes_of(modules["unet"]), extra, 3))
+        spec = LoraSpec((*spec, *spec_from_shapes(shapes_of(modules["unet"]), extra, 3)))
     ranked = [LoraSite(s.path, s.in_features, s.out_features, 1 + i % 4, s.kind, s.kernel_size,
                        s.stride) for i, s in enumerate(spec)]  # fmt: skip
     spec = LoraSpec(tuple(ranked))

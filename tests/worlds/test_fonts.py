@@ -42,9 +42,7 @@ def test_views_and_captions(world):
     views = world.views("test", 300)
     assert all(map(world.is_reserved, views))
     assert not any(map(world.is_reserved, world.views("train", 300)))
-    words = set(world.vocabulary())
     for view in views:
-        assert set(world.caption(view).split()) <= words
         for part, index in world.caption_parts(view).items():
             assert VIEW_PARTS[part][index] in world.caption(view)
     assert len(GLYPHS) == 62

@@ -29,10 +29,10 @@ def test_nobody_is_in_two_splits(no_mesh):
     people = {s: {world.identity(s, k).id for k in range(300)} for s in SPLITS}
     assert all(len(own) == 300 for own in people.values())
     assert not people["train"] & people["test"] and not people["validation"] & people["test"]
-    assert {world.split_of(world.identity("test", k)) for k in range(20)} == {"test"}
     assert 0.06 < world.num_identities("test") / 65_536 < 0.09
     other = Heads(split_seed=1)
-    assert {other.split_of(world.identity("test", k)) for k in range(300)} == set(SPLITS)
+    others = {s: {other.identity(s, k).id for k in range(other.num_identities(s))} for s in SPLITS}
+    assert all(people["test"] & own for own in others.values())
     with pytest.raises(ValueError, match="split is 'all'"):
         world.identity("all", 0)
 
@@ -48,7 +48,7 @@ def test_evaluation_views_show_what_training_never_did(no_mesh):
     assert len(trained) > 30
     view = views[0]
     words = set(world.caption(view).split())
-    assert words <= set(world.vocabulary()) and set(view.classes) <= words
+    assert set(view.classes) <= words
     for k, (part, index) in enumerate(world.caption_parts(view).items()):
         assert world.part_names[part][index] == view.classes[k]
 

@@ -124,14 +124,13 @@ def _parts(
     keys: tuple[Array, Array],
     generator: Generator,
 ) -> Parts:
-    spec, stats, wanted = generator.spec, None, None
+    spec, spread, wanted = generator.spec, None, None
     if weights.need_targets:
         assert target is not None
         wanted = vectorize.unflatten(target, spec)
     if weights.whitened:
-        constants = frozen["constants"]
-        stats = vectorize.whitening_of_vectors(constants["mean"], constants["std"], spec)
-    parts = objectives.weight_losses(weights, estimate.lora, wanted, stats)
+        spread = vectorize.spread_tree(frozen["constants"]["std"], spec)
+    parts = objectives.weight_losses(weights, estimate.lora, wanted, spread)
     parts |= {name: loss for name, loss in estimate.losses.items() if getattr(weights, name)}
     if weights.end_to_end:
         assert base is not None

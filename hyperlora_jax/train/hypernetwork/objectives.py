@@ -19,7 +19,6 @@ import numpy as np
 from hyperlora_jax.array_types import Array, Float, Params
 from hyperlora_jax.diffusion.schedule import add_noise
 from hyperlora_jax.lora import factors, losses
-from hyperlora_jax.lora.vectorize import Whitening
 from hyperlora_jax.stable_diffusion.denoising_loss import Denoiser, draw_noise, lora_losses
 from hyperlora_jax.stable_diffusion.prompt_embeddings import Text, apply_unet
 
@@ -102,7 +101,7 @@ def up_size(lora: Params) -> Float[Array, " l"]:
 
 
 def weight_losses(
-    weights: ObjectiveWeights, lora: Params, target: Params | None, stats: Whitening | None
+    weights: ObjectiveWeights, lora: Params, target: Params | None, spread: Params | None
 ) -> dict[str, Float[Array, " l"]]:
     """The parts that need no UNet, by name, unweighted."""
     parts = {}
@@ -110,8 +109,8 @@ def weight_losses(
         assert target is not None
         parts["delta"] = losses.delta_error(lora, target)
     if weights.whitened:
-        assert target is not None and stats is not None
-        parts["whitened"] = losses.whitened_error(lora, target, stats)
+        assert target is not None and spread is not None
+        parts["whitened"] = losses.whitened_error(lora, target, spread)
     if weights.l2:
         parts["l2"] = up_size(lora)
     return parts
