@@ -8,6 +8,7 @@ DDIM with eta = 0 (Song et al. 2021, equation 12):
     (1) x_prev = a_prev x0 + s_prev eps
 """
 
+import functools
 from collections.abc import Callable
 
 import jax.numpy as jnp
@@ -246,33 +247,18 @@ def euler(
     noise: Float[Array, "b ..."],
     num_steps: int,
     draw: Draw | None = None,
+    ancestral: bool = False,
 ) -> Float[Array, "b ..."]:
-    """Euler steps of the probability flow in sigma (Karras et al. 2022, algorithm 1, no churn).
+    """Euler steps of the probability flow in sigma (Karras et al. 2022, algorithm 1, no churn):
 
     (2) y_prev = y + (y - x0) / sigma (sigma_prev - sigma), y = sqrt(sigma² + 1) x_t
-    """
-    del draw
-    return _euler(denoise, schedule, noise, num_steps, None)
 
-
-def euler_a(
-    denoise: Denoiser,
-    schedule: NoiseSchedule,
-    noise: Float[Array, "b ..."],
-    num_steps: int,
-    draw: Draw,
-) -> Float[Array, "b ..."]:
-    """Euler steps to a smaller sigma, then noise up to the next one (k-diffusion's "ancestral"):
+    `ancestral` steps go to a smaller sigma, then noise up to the next one (k-diffusion's word):
 
     (7) (2) with sqrt(sigma_prev² - u²) in place of sigma_prev, plus u z,
         u = sigma_prev sqrt(1 - sigma_prev² / sigma²)
     """
-    return _euler(denoise, schedule, noise, num_steps, draw)
-
-
-def _euler(
-    denoise: Denoiser, schedule: NoiseSchedule, noise: Array, num_steps: int, draw: Draw | None
-) -> Array:
+    draw = draw if ancestral else None
     spacing = schedule.timestep_spacing or "linspace"
     timesteps = timesteps_of(schedule, num_steps, "linspace").astype(np.float32)
     if spacing == "linspace":  # not rounded: sigmas are interpolated
@@ -297,41 +283,25 @@ def _euler(
     return lax.scan(step, start, (jnp.arange(num_steps), *numbers))[0]
 
 
-def dpmpp_2m(
+def multistep(
     denoise: Denoiser,
     schedule: NoiseSchedule,
     noise: Float[Array, "b ..."],
     num_steps: int,
     draw: Draw | None = None,
+    corrects: bool = False,
 ) -> Float[Array, "b ..."]:
     """DPM-Solver++(2M), midpoint form, first and last step of order one (Lu et al. 2022, alg. 2).
 
     With lambda = log(a / s), h = lambda_prev - lambda and r = h_before / h:
     (3) x_prev = s_prev / s x - a_prev (exp(-h) - 1) (x0 + (x0 - x0_before) / (2 r))
-    """
-    del draw
-    return _multistep(denoise, schedule, noise, num_steps, corrects=False)
 
-
-def unipc(
-    denoise: Denoiser,
-    schedule: NoiseSchedule,
-    noise: Float[Array, "b ..."],
-    num_steps: int,
-    draw: Draw | None = None,
-) -> Float[Array, "b ..."]:
-    """UniPC of order two (Zhao et al. 2023, B(h) = exp(h) - 1): steps (3), and once x0 is known at
-    the end of one, the step is taken again along
+    With `corrects` UniPC of order two (Zhao et al. 2023, B(h) = exp(h) - 1): once x0 is known at
+    the end of a step, the step is taken again along
 
     (9) x0_begin + p (x0_before - x0_begin) + q (x0_end - x0_begin)
     """
     del draw
-    return _multistep(denoise, schedule, noise, num_steps, corrects=True)
-
-
-def _multistep(
-    denoise: Denoiser, schedule: NoiseSchedule, noise: Array, num_steps: int, corrects: bool
-) -> Array:
     timesteps = _dpm_timesteps(schedule, num_steps)
     sigmas = sigmas_at(schedule, timesteps)
     if schedule.use_karras_sigmas:
@@ -408,10 +378,10 @@ def _float32(*arrays: np.ndarray) -> tuple[Array, ...]:
 SAMPLERS: dict[str, Callable] = {
     "ddim": ddim,
     "euler": euler,
-    "euler_a": euler_a,
-    "dpmpp_2m": dpmpp_2m,
+    "euler_a": functools.partial(euler, ancestral=True),
+    "dpmpp_2m": multistep,
     "pndm": pndm,
-    "unipc": unipc,
+    "unipc": functools.partial(multistep, corrects=True),
     "lcm": lcm,
     "tcd": tcd,
 }

@@ -16,12 +16,12 @@ from collections.abc import Callable
 
 import numpy as np
 from etils import epath
-from tqdm import tqdm
 
 from hyperlora_jax.array_types import AnyArray, Float, Json
 from hyperlora_jax.encoders.condition_encoders import ImageEncoder
 from hyperlora_jax.evaluate.protocol import Questions
 from hyperlora_jax.parallel import multihost, shared_work
+from hyperlora_jax.subjects.encoded_subjects import encode_in_batches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,19 +117,14 @@ def pooled_embeddings(
 
 
 def _encode(encoder: ImageEncoder, pictures: np.ndarray, title: str) -> np.ndarray:
-    return shared_work.shared_rows(
-        len(pictures), lambda rows: _encode_here(encoder, pictures[rows], title)
-    )
-
-
-def _encode_here(encoder: ImageEncoder, pictures: np.ndarray, title: str) -> np.ndarray:
-    starts = range(0, len(pictures), BATCH)
-    filler = np.zeros((-len(pictures) % BATCH, *pictures.shape[1:]), np.float32)
-    padded = np.concatenate([pictures, filler])
-    parts = [
-        np.asarray(encoder.encode(padded[start : start + BATCH])[0], np.float32)
-        for start in tqdm(
-            starts, desc=title, unit="batch", leave=False, disable=not multihost.is_first()
+    def here(rows: np.ndarray) -> np.ndarray:
+        encoded = encode_in_batches(
+            lambda batch: encoder.encode(batch)[0],
+            pictures[rows],
+            BATCH,
+            title if multihost.is_first() else None,
+            whole=True,
         )
-    ]
-    return np.concatenate(parts)[: len(pictures)]
+        return np.asarray(encoded, np.float32)
+
+    return shared_work.shared_rows(len(pictures), here)
