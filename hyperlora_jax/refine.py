@@ -233,5 +233,5 @@ def _concept(sd: StableDiffusion, subject: SubjectFolder, caption: str) -> Conce
     """(latents, prompt embeddings) of a subject's target pictures."""
     read = read_concept(subject, size_buckets.square(image_size(sd)), caption)
     images = np.stack([pictures.decode(png) for png in read.targets])[None]
-    encoded = encode_subjects(sd, None, [read.id], images, [read.captions], progress=False)
+    encoded = encode_subjects(sd, [read.id], images, [read.captions])
     return encoded.concept(0)

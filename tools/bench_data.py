@@ -154,10 +154,10 @@ def _reading(place: Path, spec: LoraSpec, vectors: np.ndarray, runs: int) -> lis
     """Shuffled batches of float32 vectors, ours from the dataset `_writing` left."""
     from torch.utils.data import DataLoader
 
-    from hyperlora_jax.batches.pipelines import array_batches
+    from hyperlora_jax.batches.pipelines import Order, array_batches, step_batches
     from hyperlora_jax.lora import vectorize
     from hyperlora_jax.lora_files import save_lora
-    from hyperlora_jax.targets.lora_targets import open_lora_targets, vector_batches
+    from hyperlora_jax.targets.lora_targets import open_lora_targets
 
     targets = open_lora_targets(place / "ours")
     files = []
@@ -197,7 +197,12 @@ def _reading(place: Path, spec: LoraSpec, vectors: np.ndarray, runs: int) -> lis
         )
 
     def from_disk():
-        return vector_batches(targets, BATCH, seed=0, num_threads=cores)
+        order = Order(len(targets), 0)
+
+        def batch(step: int) -> dict[str, np.ndarray]:
+            return {"lora": targets.loras(order.at(step * BATCH + np.arange(BATCH)))}
+
+        return step_batches(batch, cores)
 
     def from_matrix():
         return array_batches({"lora": mapped}, BATCH, seed=0)

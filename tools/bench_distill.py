@@ -62,9 +62,8 @@ def run(device: str = "cpu", rounds: int = ROUNDS, slots: int | None = None) -> 
         num_candidates=config.evaluate.num_candidates,
     )
     encoded = encode_subjects(
-        sd, None, [p.id for p in questions.identities], questions.views, questions.view_captions,
-        progress=False,
-    )  # fmt: skip
+        sd, [p.id for p in questions.identities], questions.views, questions.view_captions
+    )
     peer = Peer(spec, recipe)
     ours(sd, spec, recipe, encoded, range(slots), slots, mesh)
     threads = peer.choose_threads(*encoded.concept(0))

@@ -14,7 +14,7 @@ import importlib.metadata
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,8 +66,6 @@ class Workload:
     batch: Callable[[int], Params]
     optimizer: Json = field(default_factory=lambda: {"learning_rate": 1e-4})
     ema_decay: float | None = None
-    rules: Sequence[sharding.Rule] = sharding.DEFAULT_RULES
-    frozen_rules: Sequence[sharding.Rule] = sharding.REPLICATED_RULES
     remat: str = "none"
     loss_on: Callable[[Mesh], Loss] | None = None
 
@@ -105,10 +103,10 @@ def trace(workload: Workload, mesh: Mesh, batch_per_device: int) -> Traced:
     build = state_builder(workload.init, transform, with_ema=workload.ema_decay is not None)
     key = jax.eval_shape(lambda: jax.random.key(0))
     shapes = jax.eval_shape(build, key)
-    shardings = state_shardings(shapes, mesh, transform, workload.rules)
+    shardings = state_shardings(shapes, mesh, transform)
     frozen = jax.eval_shape(lambda: workload.frozen) if _is_concrete(workload.frozen) else None
     frozen = workload.frozen if frozen is None else frozen
-    frozen_places = sharding.param_shardings(frozen, mesh, workload.frozen_rules)
+    frozen_places = sharding.param_shardings(frozen, mesh, sharding.REPLICATED_RULES)
     size = batch_per_device * mesh.shape["data"] * mesh.shape["fsdp"]
     batch = workload.batch(size)
     batch = abstract_state(batch, jax.tree.map(lambda _: sharding.batch_sharding(mesh), batch))

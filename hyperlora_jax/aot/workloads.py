@@ -84,8 +84,6 @@ def _workload(section: ConfigDict, task_on: Callable[[Mesh | None], Task]) -> Wo
         batch=batch,
         optimizer=dict(section.optimizer),
         ema_decay=section.ema_decay,
-        rules=task.rules,
-        frozen_rules=task.frozen_rules,
         remat=section.remat,
     )
 

@@ -83,11 +83,9 @@ def encode_views(
     """Latents and prompt embeddings of the first views (None: all) of every identity."""
     return encode_subjects(
         sd,
-        None,
         [person.id for person in questions.identities],
         [own[:num_views] for own in questions.views],
         [captions[:num_views] for captions in questions.view_captions],
-        progress=False,
     )
 
 

@@ -15,7 +15,7 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from hyperlora_jax.array_types import Params
@@ -179,6 +179,14 @@ class LoraSpec:
         return LoraSpec(tuple(sites))
 
 
+def chosen_by(preset: str | Sequence[str]) -> Callable[[str], bool]:
+    """Whether a path is of a preset's layers: a name of `PRESETS`, or regular expressions."""
+    if isinstance(preset, str) and preset not in PRESETS:
+        raise UserError(f"LoRA preset {preset!r} is unknown; expected one of {sorted(PRESETS)}")
+    rules = [re.compile(rule) for rule in (PRESETS[preset] if isinstance(preset, str) else preset)]
+    return lambda path: any(rule.search(path) for rule in rules)
+
+
 def spec_from_shapes(
     param_shapes: Params,
     preset: str | Sequence[str] = "attn-qkvo",
@@ -192,14 +200,12 @@ def spec_from_shapes(
     (searched in the diffusers path); `prefix` is "" for a UNet and "text_encoder." for a text
     encoder.
     """
-    if isinstance(preset, str) and preset not in PRESETS:
-        raise UserError(f"LoRA preset {preset!r} is unknown; expected one of {sorted(PRESETS)}")
+    chosen = chosen_by(preset)
     if rank < 1:
         raise UserError(f"LoRA rank is {rank}; expected at least 1")
-    rules = [re.compile(rule) for rule in (PRESETS[preset] if isinstance(preset, str) else preset)]
     sites = []
     for path, shape in _kernels(param_shapes):
-        if not any(rule.search(path) for rule in rules):
+        if not chosen(path):
             continue
         kind = "linear" if len(shape) == 2 else "conv"
         window = (1, 1) if kind == "linear" else (shape[0], shape[1])

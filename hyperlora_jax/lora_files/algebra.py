@@ -20,10 +20,10 @@ from hyperlora_jax.array_types import Params
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora import factors, gauge, other_kinds
 from hyperlora_jax.lora.sites import (
-    PRESETS,
     TEXT_ENCODERS,
     LoraSite,
     LoraSpec,
+    chosen_by,
     module_path,
     site_factors,
     tree_from_sites,
@@ -82,15 +82,9 @@ def extract(
 
     `preset` as in `spec_from_shapes`. Raises UserError when the models differ in shape.
     """
-    if isinstance(preset, str) and preset not in PRESETS:
-        raise UserError(f"LoRA preset {preset!r} is unknown; expected one of {sorted(PRESETS)}")
-    rules = [re.compile(rule) for rule in (PRESETS[preset] if isinstance(preset, str) else preset)]
+    of_preset = chosen_by(preset)
     before, after = read_base_model(base).layers, read_base_model(tuned).layers
-    chosen = [
-        site
-        for path, site in before.items()
-        if site.component == component and any(rule.search(path) for rule in rules)
-    ]
+    chosen = [s for path, s in before.items() if s.component == component and of_preset(path)]
     if not chosen:
         raise UserError(f"LoRA preset {preset!r} matches no layer of {base}")
     for site in chosen:
@@ -227,10 +221,8 @@ def _weights(folder: Path, component: str, paths: set[str]) -> Iterator[tuple[st
                 yield path, tensors[key]
 
 
-def merge_into_checkpoint(
-    base: str | Path, lora: Lora, out: str | Path, strength: float = 1.0
-) -> Path:
-    """Copy of a diffusers directory with strength · delta added to its weights.
+def merge_into_checkpoint(base: str | Path, lora: Lora, out: str | Path) -> Path:
+    """Copy of a diffusers directory with the deltas added to its weights.
 
     Dtypes and files stay as they are, but for PyTorch files, which become .safetensors. Further
     variants of the components that change (fp16 beside full precision, say) are left out.
@@ -266,7 +258,7 @@ def merge_into_checkpoint(
         for file, names in tensor_files(source / component, component):
             new = (temporary / file.relative_to(source)).with_suffix(".safetensors")
             new = new.with_name(_as_safetensors(new.name))
-            _merge_file(file, new, names, tree, spec, strength)
+            _merge_file(file, new, names, tree, spec)
         for index in (temporary / component).glob("*.bin.index*.json"):  # of shards in PyTorch form
             new = index.with_name(_as_safetensors(index.name).replace(".bin.", ".safetensors."))
             text = index.read_text("utf-8")
@@ -285,9 +277,7 @@ def _as_safetensors(name: str) -> str:
     return re.sub("^pytorch_model", "model", name)
 
 
-def _merge_file(
-    file: Path, out: Path, names: dict[str, str], tree: Params, spec: LoraSpec, strength: float
-) -> None:
+def _merge_file(file: Path, out: Path, names: dict[str, str], tree: Params, spec: LoraSpec) -> None:
     tensors, metadata = read_weights(file)
     paths = {key: path for path, key in names.items() if path in spec.by_path}
 
@@ -298,7 +288,7 @@ def _merge_file(
         site = spec.by_path[paths[key]]
         pair = site_factors(tree, site)
         down = np.asarray(pair["down"], np.float32).reshape(site.fan_in, site.rank)
-        delta = np.float32(strength) * (down @ np.asarray(pair["up"], np.float32))
+        delta = down @ np.asarray(pair["up"], np.float32)
         if weight.ndim == 2:
             delta = delta.T
         else:

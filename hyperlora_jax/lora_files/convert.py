@@ -13,7 +13,7 @@ from etils import epath
 
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora.layer_fit import of_family
-from hyperlora_jax.lora.sites import PRESETS, LoraSpec
+from hyperlora_jax.lora.sites import LoraSpec, chosen_by
 from hyperlora_jax.lora_files import header as families
 from hyperlora_jax.lora_files.base_files import PICKLED, BaseModel, read_base_model
 from hyperlora_jax.lora_files.header import PREFIX, carried
@@ -96,9 +96,8 @@ def told(
 def _vector_spec(source: Path, base: BaseModel | None) -> LoraSpec:
     if base is None:
         raise UserError(f"{source}: a vector has no names; give --base DIR to read it")
-    rules = [re.compile(rule) for rule in PRESETS["w2w"]]
-    sites = [site for path, site in base.layers.items() if any(r.search(path) for r in rules)]
-    return LoraSpec(tuple(sites))
+    chosen = chosen_by("w2w")
+    return LoraSpec(tuple(site for path, site in base.layers.items() if chosen(path)))
 
 
 def is_one_lora(folder: Path) -> bool:

@@ -128,17 +128,8 @@ def assemble(config: ConfigDict, workdir: epath.Path, params: Params) -> StableD
 def _draw_avatars(config: ConfigDict, scratch: Path) -> tuple[np.ndarray, list[str]]:
     """Pictures uint8 [n, h, w, 3] of training identities in training views, and their captions."""
     avatars = open_world(config.data.style, config.data.size, config.data.split_seed)
-    people, views = config.data.num_identities, config.data.num_views
-    available = avatars.num_identities("train")
-    if people > available:
-        raise UserError(
-            f"data.num_identities: got {people}, but {avatars.style} has {available} for training"
-        )
-    pairs = [
-        (avatars.identity("train", i), avatars.view("train", i * views + k))
-        for i in range(people)
-        for k in range(views)
-    ]
+    people = avatars.training_people(config.data.num_identities, config.data.num_views)
+    pairs = [(person, view) for person, own in people for view in own]
     images = avatars.render_many(pairs, cache_dir=scratch / "renders")
     return images, [avatars.caption(view) for _, view in pairs]
 

@@ -106,41 +106,31 @@ def render_bundle(
     num_identities: int,
     num_views: int,
     *,
-    split: str = "train",
-    start: int = 0,
     cache_dir: epath.PathLike | None = None,
     progress: bool = True,
 ) -> RenderBundle:
-    """Draws identities `start` .. `start + num_identities` of a split in `num_views` views each.
-
-    Every identity has views of its own (training views, whatever the split of the identity) and
-    one neutral picture. Raises UserError when the split has fewer identities.
-    """
-    available = avatars.num_identities(split)
-    if start + num_identities > available:
-        raise UserError(
-            f"num_identities: found {start + num_identities}, "
-            f"but {avatars.style} has only {available} {split} identities"
-        )
-    people = [avatars.identity(split, start + i) for i in range(num_identities)]
-    views = [avatars.views("train", num_views, (start + i) * num_views) for i in range(len(people))]
+    """Draws the first training identities, each in `num_views` views of its own and in one neutral
+    picture. Raises UserError when there are fewer identities."""
+    people = avatars.training_people(num_identities, num_views)
     neutral = neutral_view(avatars)
-    pairs = [(p, v) for p, own in zip(people, views, strict=True) for v in (*own, neutral)]
+    pairs = [(person, view) for person, own in people for view in (*own, neutral)]
     drawn = np.asarray(avatars.render_many(pairs, cache_dir, progress=progress))
     drawn = drawn.reshape(num_identities, num_views + 1, *drawn.shape[1:])
     return RenderBundle(
         images=drawn[:, :-1],
         neutral=drawn[:, -1],
-        identity_labels=np.array([list(avatars.identity_parts(p).values()) for p in people]),
-        view_labels=np.array([[list(avatars.caption_parts(v).values()) for v in o] for o in views]),
+        identity_labels=np.array([list(avatars.identity_parts(p).values()) for p, _ in people]),
+        view_labels=np.array(
+            [[list(avatars.caption_parts(v).values()) for v in own] for _, own in people]
+        ),
         identity_parts={k: tuple(v) for k, v in avatars.identity_part_names.items()},
         view_parts={k: tuple(v) for k, v in avatars.part_names.items()},
         facts={
             "style": avatars.style,
             "size": avatars.size,
             "split_seed": avatars.split_seed,
-            "split": split,
-            "start": start,
+            "split": "train",
+            "start": 0,
             "licence": avatars.licence,
         },
     )

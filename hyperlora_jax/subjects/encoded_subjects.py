@@ -22,6 +22,7 @@ from hyperlora_jax.parallel.sharding import split_rows
 from hyperlora_jax.stable_diffusion import prompt_embeddings
 from hyperlora_jax.stable_diffusion.model import StableDiffusion
 
+AT_ONCE = 256  # pictures or captions of `encode_subjects`
 Encode = Callable[
     [ArrayTree], Mapping[str, AnyArray]
 ]  # b pictures or texts -> arrays [b, ...] by name
@@ -89,38 +90,27 @@ def encode_in_batches(
 
 def encode_subjects(
     sd: StableDiffusion,
-    encoder: ImageEncoder | None,
     ids: Sequence[str],
     images: Sequence[UInt8[np.ndarray, "_ h w 3"]] | UInt8[np.ndarray, "n v h w 3"],
     captions: Sequence[Sequence[str]],
-    *,
-    batch_size: int = 256,
-    progress: bool = True,
 ) -> EncodedSubjects:
-    """Runs autoencoder, text encoder and condition encoder over all pictures and captions.
+    """Targets: what autoencoder and text encoder make of all pictures and captions.
 
     Args:
-        sd: a StableDiffusion.
-        encoder: condition encoder, which is given the same pictures; or None.
         images: of every subject its own number, all of one size.
         captions: captions[n][v] of picture [n, v].
     """
     unique, index = number_captions(captions)
     size = (int(images[0].shape[1]), int(images[0].shape[2]))
-    every = np.concatenate(list(images))
-    offsets = ragged.offsets_of([len(own) for own in images])
 
-    def run(encode: Encode, items: Sequence[str] | np.ndarray, title: str) -> dict[str, np.ndarray]:
-        encoded = encode_in_batches(encode, items, batch_size, title if progress else None)
+    def run(encode: Encode, items: Sequence[str] | np.ndarray) -> dict[str, np.ndarray]:
+        encoded = encode_in_batches(encode, items, AT_ONCE)
         return {name: np.asarray(rows, np.float32) for name, rows in encoded.items()}
 
-    latents = run(latents_by(sd), every, "latents")
-    texts = run(texts_by(sd, size), unique, "texts")
-    references = None
-    if encoder is not None:
-        references = Ragged(offsets, run(references_by(encoder), every, "conditions"))
-    targets = Ragged(offsets, {**latents, "text": ragged.shared(index, texts)})
-    return EncodedSubjects(tuple(ids), references, targets)
+    latents = run(latents_by(sd), np.concatenate(list(images)))
+    texts = ragged.shared(index, run(texts_by(sd, size), unique))
+    offsets = ragged.offsets_of([len(own) for own in images])
+    return EncodedSubjects(tuple(ids), None, Ragged(offsets, {**latents, "text": texts}))
 
 
 def number_captions(

@@ -62,37 +62,23 @@ class SubjectPictures:
 
 
 def avatar_pictures(
-    avatars: World,
-    num_identities: int,
-    num_views: int,
-    *,
-    split: str = "train",
-    start: int = 0,
-    cache_dir: str | Path | None = None,
-    progress: bool = True,
+    avatars: World, num_identities: int, num_views: int, cache_dir: str | Path | None = None
 ) -> SubjectPictures:
-    """Identities `start` .. `start + num_identities` of a split, each in views of its own.
+    """The first training identities of a world, each in views of its own.
 
     Raises:
-        UserError: the split has fewer identities.
+        UserError: there are fewer.
     """
-    available = avatars.num_identities(split)
-    if start + num_identities > available:
-        raise UserError(
-            f"data.num_identities: got {start + num_identities}, but {avatars.style} has "
-            f"{available} {split} identities"
-        )
-    people = [avatars.identity(split, start + i) for i in range(num_identities)]
-    views = [avatars.views("train", num_views, (start + i) * num_views) for i in range(len(people))]
-    pairs = [(person, view) for person, own in zip(people, views, strict=True) for view in own]
-    images = np.asarray(avatars.render_many(pairs, cache_dir, progress=progress))
-    names = tuple(person.id for person in people)
+    people = avatars.training_people(num_identities, num_views)
+    pairs = [(person, view) for person, own in people for view in own]
+    images = np.asarray(avatars.render_many(pairs, cache_dir))
+    names = tuple(person.id for person, _ in people)
     drawn = lazy_pictures.of_array(images.reshape(num_identities, num_views, *images.shape[1:]))
     return SubjectPictures(
         ids=names,
         identities=names,
         images=drawn,
-        captions=tuple(tuple(avatars.caption(view) for view in own) for own in views),
+        captions=tuple(tuple(avatars.caption(view) for view in own) for _, own in people),
         references=((),) * num_identities,
         seen_at=lambda size: _resampled(drawn, size),
         numbers=tuple(range(num_identities)),
@@ -101,8 +87,8 @@ def avatar_pictures(
             "style": avatars.style,
             "size": avatars.size,
             "split_seed": avatars.split_seed,
-            "split": split,
-            "start": start,
+            "split": "train",
+            "start": 0,
             "num_identities": num_identities,
             "num_views": num_views,
             "licence": avatars.licence,
@@ -227,7 +213,7 @@ def _avatars(
             f"data.style {avatars.style} is drawn at {avatars.size} pixels, "
             f"but the base model works at {size}"
         )
-    return avatar_pictures(avatars, count, data.num_views, cache_dir=cache_dir)
+    return avatar_pictures(avatars, count, data.num_views, cache_dir)
 
 
 def _by_size(members: Sequence[Concept], source: str) -> list[SubjectPictures]:

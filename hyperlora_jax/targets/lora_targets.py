@@ -9,14 +9,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import grain.python as grain
 import numpy as np
 from etils import epath
 from tqdm import tqdm
 
 from hyperlora_jax import storage
 from hyperlora_jax.array_types import Float, Int
-from hyperlora_jax.batches.pipelines import Batch, Order, step_batches
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora.sites import LoraSpec
 from hyperlora_jax.pictures.subjects import SPLITS, Subject
@@ -258,31 +256,6 @@ class LoraTargets:
             raise UserError(
                 f"{self.path}: subject {i} cannot be read, {shard} is damaged ({error})"
             ) from None
-
-
-def vector_batches(
-    targets: LoraTargets,
-    batch_size: int,
-    seed: int,
-    subjects: Int[np.ndarray, " n"] | None = None,
-    rows: Int[np.ndarray, " b"] | None = None,
-    num_threads: int = 2,
-    dtype: str = "float32",
-) -> grain.DatasetIterator:
-    """Endless shuffled batches {"lora": [b, d], "record_id": [b]} read from the disk.
-
-    For datasets that do not fit into memory; `subjects` are the numbers to draw from (a split),
-    else all. Order, `rows` and state as in `pipelines.array_batches`.
-    """
-    chosen = np.arange(len(targets)) if subjects is None else subjects
-    order = Order(len(chosen), seed)
-    own = np.arange(batch_size) if rows is None else rows
-
-    def make_batch(step: int) -> Batch:
-        records = chosen[order.at(step * batch_size + own)]
-        return {"lora": targets.loras(records, dtype), "record_id": records}
-
-    return step_batches(make_batch, num_threads)
 
 
 def _describe(spec: LoraSpec) -> str:

@@ -74,7 +74,6 @@ class Task:
       frozen: arrays that the loss reads and nobody trains: never donated, never checkpointed.
       batches: where batches come from, at its start; the loop moves it to the saved position.
       facts: JSON-able identity of the run (spec fingerprint, base hash), compared on restore.
-      rules, frozen_rules: sharding tables of both trees (`parallel/sharding.py`).
       units: {"images": 4, "loras": 1}: what one example of a batch counts for, for images/s.
       model_flops: (params, frozen, batch, key) → model FLOPs of training on a batch, for MFU; None
         is three times the forward pass, as where nothing that costs is frozen.
@@ -87,8 +86,6 @@ class Task:
     frozen: ArrayTree
     batches: Batches
     facts: Mapping[str, object] = field(default_factory=dict)
-    rules: Sequence[sharding.Rule] = sharding.DEFAULT_RULES
-    frozen_rules: Sequence[sharding.Rule] = sharding.REPLICATED_RULES
     units: Mapping[str, float | int] = field(default_factory=dict)
     model_flops: Callable[..., float] | None = None
     start: ArrayTree | None = None
@@ -163,7 +160,7 @@ def fit(
     # ---- Shapes and shardings, before any array exists
     build = state_builder(task.init, transform, with_ema=plan.ema_decay is not None)
     shapes = jax.eval_shape(build, key)
-    shardings = state_shardings(shapes, mesh, transform, task.rules)
+    shardings = state_shardings(shapes, mesh, transform)
     meta = {
         "facts": dict(task.facts),
         "settings": {
@@ -201,7 +198,7 @@ def fit(
 
     # ---- Frozen base, placed once; the jitted step
     events.switch("start")
-    frozen_places = sharding.param_shardings(task.frozen, mesh, task.frozen_rules)
+    frozen_places = sharding.param_shardings(task.frozen, mesh, sharding.REPLICATED_RULES)
     frozen = sharding.place(task.frozen, frozen_places)
     step_fn = jit_step(
         mesh, shardings, frozen_places,

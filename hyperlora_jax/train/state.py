@@ -4,7 +4,7 @@ No array is born on one device: shapes first (`eval_shape`), then shardings, the
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import flax.struct
 import jax
@@ -37,13 +37,10 @@ def new_state(
 
 
 def state_shardings(
-    shapes: TrainState,
-    mesh: Mesh,
-    optimizer: optax.GradientTransformation,
-    rules: Sequence[sharding.Rule] = sharding.DEFAULT_RULES,
+    shapes: TrainState, mesh: Mesh, optimizer: optax.GradientTransformation
 ) -> TrainState:
     """Shardings for a TrainState of shapes: optimiser moments live where their parameters live."""
-    params = sharding.param_shardings(shapes.params, mesh, rules)
+    params = sharding.param_shardings(shapes.params, mesh, sharding.DEFAULT_RULES)
     replicated = sharding.replicated(mesh)
 
     def like_param(leaf: ArrayTree, shape: ArrayTree, place: NamedSharding) -> NamedSharding:

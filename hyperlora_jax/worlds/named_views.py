@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from hyperlora_jax.array_types import JsonDict, UInt8
+from hyperlora_jax.errors import UserError
 from hyperlora_jax.worlds import avatar_render
 
 SPLITS = ("train", "validation", "test")
@@ -90,12 +91,37 @@ class NamedViews(abc.ABC):
         return class_indices(self.view_parts, view.classes)
 
     @abc.abstractmethod
+    def num_identities(self, split: str) -> int:
+        """How many different identities a split has; `identity` repeats after that many."""
+
+    @abc.abstractmethod
+    def identity(self, split: str, index: int) -> Any:
+        """The index-th identity of a split."""
+
+    @abc.abstractmethod
     def caption(self, view: NamedView) -> str:
         """The view's parts in words; the identity is not in it."""
 
     @abc.abstractmethod
     def options(self, identity: Any, view: NamedView) -> JsonDict:
         """What the world's `draw` is given, JSON-able."""
+
+    def training_people(self, count: int, num_views: int) -> list[tuple[Any, list[NamedView]]]:
+        """The first `count` training identities, each with training views of its own.
+
+        Raises:
+            UserError: there are fewer.
+        """
+        available = self.num_identities("train")
+        if count > available:
+            raise UserError(
+                f"data.num_identities: got {count}, but {self.style} has {available} train "
+                "identities"
+            )
+        return [
+            (self.identity("train", k), self.views("train", num_views, k * num_views))
+            for k in range(count)
+        ]
 
     def render(self, identity: Any, view: NamedView) -> UInt8[np.ndarray, "h w 3"]:
         """The exact picture of an identity in a view."""

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 
 from hyperlora_jax.errors import UserError
+from hyperlora_jax.lora import factors
 from hyperlora_jax.lora.sites import LoraSite, LoraSpec, validate
 from hyperlora_jax.lora_files import save_lora
 from hyperlora_jax.lora_files.algebra import (
@@ -89,7 +90,7 @@ def test_a_merged_checkpoint_equals_the_adapter_and_gives_the_lora_back(
 
     spec = spec_of(sd1_modules, "all", rank=2)
     lora = random_lora(spec)
-    tuned = merge_into_checkpoint(base, (lora, spec), tmp_path / "tuned", 0.5)
+    tuned = merge_into_checkpoint(base, (factors.scale(lora, 0.5), spec), tmp_path / "tuned")
     before, after = load_modules(base), load_modules(tuned)
     found = extract(base, tuned, 2, "all")
     unet = spec.component("unet")

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
+from hyperlora_jax.batches import ragged
+from hyperlora_jax.batches.ragged import Ragged
 from hyperlora_jax.encoders.named_encoders import load_condition_encoder
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.parallel.mesh import make_mesh
@@ -95,11 +97,11 @@ def test_files_together_are_what_was_asked_for(sd, encoder, made, tmp_path):
     assert made == [*CONDITIONS, *LATENTS, *TEXTS]
     assert found.targets.counts.tolist() == list(SHOWN)
     assert found.references.counts.tolist() == list(GIVEN)
-    targets = encode_subjects(sd, None, pictures.ids, shown, pictures.captions, progress=False)
-    told = encode_subjects(
-        sd, encoder, pictures.ids, given, [["a"] * n for n in GIVEN], progress=False
-    )
-    expected = dataclasses.replace(targets, references=told.references)
+    targets = encode_subjects(sd, pictures.ids, shown, pictures.captions)
+    pooled, tokens = encoder.encode(np.concatenate(given) / np.float32(255))
+    told = {"pooled": np.asarray(pooled), "tokens": np.asarray(tokens)}
+    references = Ragged(ragged.offsets_of(GIVEN), told)
+    expected = dataclasses.replace(targets, references=references)
     assert_same(found, expected, 2e-5)
     latents, text = found.concept(1)
     assert len(latents) == len(text["states"]) == 3

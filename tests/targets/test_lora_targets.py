@@ -13,7 +13,7 @@ from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora.sites import LoraSpec
 from hyperlora_jax.pictures.subjects import Subject, split_by_hash
 from hyperlora_jax.targets import lora_target_records, lora_targets_writer, spool
-from hyperlora_jax.targets.lora_targets import LoraTargets, open_lora_targets, vector_batches
+from hyperlora_jax.targets.lora_targets import LoraTargets, open_lora_targets
 from hyperlora_jax.targets.lora_targets_writer import write_lora_targets
 from hyperlora_jax.targets.vector_statistics import factor_slices
 
@@ -62,21 +62,6 @@ def test_vectors_and_their_statistics(dataset, subjects):
     again = targets.whitening()
     (dataset / "moved").rename(dataset / "whitening.safetensors")
     np.testing.assert_allclose(again.mean, stats.mean, atol=1e-7)
-
-
-def test_batches_from_the_disk_resume(dataset, subjects):
-    targets = open_lora_targets(dataset)
-    train = targets.split_indices("train")
-    iterator = vector_batches(targets, 8, seed=0, subjects=train)
-    batches = [next(iterator) for _ in range(10)]
-    for batch in batches:
-        expected = [subjects[k].lora for k in batch["record_id"]]
-        np.testing.assert_array_equal(batch["lora"], expected)
-    seen = np.concatenate([batch["record_id"] for batch in batches[:5]])
-    assert sorted(seen) == train.tolist()
-    again = vector_batches(targets, 8, 0, train, rows=np.array([1, 6]))
-    again.set_state({"next_index": 9})
-    np.testing.assert_array_equal(next(again)["record_id"], batches[9]["record_id"][[1, 6]])
 
 
 READER = """
