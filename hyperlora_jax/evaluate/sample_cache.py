@@ -103,7 +103,6 @@ def pooled_embeddings(
     """The encoder's pooled output.
 
     Args:
-        encoder: any.
         pictures: in [0, 1].
         folder: where embeddings are kept for the next time; None keeps none.
         title: of the progress bar.

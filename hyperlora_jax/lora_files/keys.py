@@ -82,6 +82,7 @@ _LDM_RESNET = {
     "emb_layers.1": "time_emb_proj",
     "skip_connection": "conv_shortcut",
 }
+_LDM_NORMS = {"in_layers.0": "norm1", "out_layers.0": "norm2"}
 _LDM_FIXED = {
     "input_blocks.0.0": "conv_in",
     "out.2": "conv_out",
@@ -224,10 +225,13 @@ def _unflatten_unet(flat: str) -> str | None:
     return None
 
 
-def from_ldm(path: str, layers_per_block: int = 2) -> str | None:
-    """Diffusers path of an LDM / sgm path ("input_blocks.1.1.proj_in"); None if it has none."""
+def from_ldm(path: str, layers_per_block: int = 2, norms: bool = False) -> str | None:
+    """Diffusers path of an LDM / sgm path ("input_blocks.1.1.proj_in"), of a norm only with
+    `norms`; None if it has none."""
     if path in _LDM_FIXED:
         return _LDM_FIXED[path]
+    if norms and path == "out.0":
+        return "conv_norm_out"
     match = re.match(r"^(input_blocks|output_blocks)\.(\d+)\.(\d+)\.(.+)$", path)
     if match:
         side, number, slot, inner = match[1], int(match[2]), int(match[3]), match[4]
@@ -243,18 +247,19 @@ def from_ldm(path: str, layers_per_block: int = 2) -> str | None:
             if inner == "conv":
                 return f"up_blocks.{block}.upsamplers.0.conv"
             head = f"up_blocks.{block}"
-        return _ldm_inner(head, slot, layer, inner)
+        return _ldm_inner(head, slot, layer, inner, norms)
     match = re.match(r"^middle_block\.([012])\.(.+)$", path)
     if match:
         slot = int(match[1])
-        return _ldm_inner("mid_block", slot % 2, slot // 2, match[2])
+        return _ldm_inner("mid_block", slot % 2, slot // 2, match[2], norms)
     return None
 
 
-def _ldm_inner(head: str, slot: int, layer: int, inner: str) -> str | None:
-    if slot == 0 and inner in _LDM_RESNET:
-        return f"{head}.resnets.{layer}.{_LDM_RESNET[inner]}"
-    if slot == 1 and _ATTENTION_DOTTED.match(inner):
+def _ldm_inner(head: str, slot: int, layer: int, inner: str, norms: bool) -> str | None:
+    own = _LDM_RESNET | _LDM_NORMS if norms else _LDM_RESNET
+    if slot == 0 and inner in own:
+        return f"{head}.resnets.{layer}.{own[inner]}"
+    if slot == 1 and (norms or _ATTENTION_DOTTED.match(inner)):
         return f"{head}.attentions.{layer}.{inner}"
     return None
 

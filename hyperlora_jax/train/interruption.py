@@ -56,10 +56,6 @@ class PreemptionGuard:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             print("\nsaving after this step; Ctrl-C again leaves at once", file=sys.stderr)
 
-    def request(self) -> None:
-        """What SIGTERM does, for callers that learn of an eviction otherwise."""
-        self._flag.set()
-
     def stopped(self, step: int, workdir: str) -> Preempted | Interrupted:
         """What to raise once `step` has been saved."""
         return (Interrupted if self._interrupted else Preempted)(step, workdir)

@@ -65,8 +65,6 @@ def embeddings(
     """Unit embeddings of pictures, clipped to [0, 1]; what is not finite counts as black.
 
     Args:
-      encoder: any.
-      images: any.
       folder: see `pooled_embeddings`.
     """
     pictures = np.clip(np.nan_to_num(np.asarray(images, np.float32)), 0.0, 1.0)

@@ -11,32 +11,13 @@ from typing import NamedTuple
 
 from hyperlora_jax.array_types import Json
 from hyperlora_jax.errors import UserError
+from hyperlora_jax.lora_files import keys
 
 # Exponential averages, training buffers, bookkeeping: nothing that a forward pass needs.
 IGNORED = re.compile(
     r"^(model_ema\.|first_stage_model\.loss\.|betas$|alphas_cumprod|sqrt_|log_one_minus|posterior_"
     r"|logvar$|lvlb_weights|scale_factor$|global_step$|v_pred$|ztsnr$|denoiser\.sigmas$|cond_stage_model\.logit_scale"
     r"|.*\.logit_scale$|.*\.attn_mask$|.*\.position_ids$|model\.denoiser)"
-)
-_RESNET = (
-    ("in_layers.0.", "norm1."),
-    ("in_layers.2.", "conv1."),
-    ("emb_layers.1.", "time_emb_proj."),
-    ("out_layers.0.", "norm2."),
-    ("out_layers.3.", "conv2."),
-    ("skip_connection.", "conv_shortcut."),
-)
-_UNET_ENDS = (
-    ("time_embed.0.", "time_embedding.linear_1."),
-    ("time_embed.2.", "time_embedding.linear_2."),
-    ("label_emb.0.0.", "add_embedding.linear_1."),
-    ("label_emb.0.2.", "add_embedding.linear_2."),
-    ("input_blocks.0.0.", "conv_in."),
-    ("out.0.", "conv_norm_out."),
-    ("out.2.", "conv_out."),
-    ("middle_block.0.", "mid_block.resnets.0."),
-    ("middle_block.1.", "mid_block.attentions.0."),
-    ("middle_block.2.", "mid_block.resnets.1."),
 )
 _VAE = (
     (r"^(encoder|decoder)\.norm_out\.", r"\1.conv_norm_out."),
@@ -99,32 +80,11 @@ def translate(name: str, configs: Mapping[str, Json]) -> list[Target]:
 
 
 def _unet_name(full: str, inner: str, config: Json) -> str:
-    for old, new in _UNET_ENDS:
-        if inner.startswith(old):
-            return _inside_block(new + inner[len(old) :])
-    match = re.match(r"(input|output)_blocks\.(\d+)\.(\d+)\.(.*)", inner)
-    if match is None:
+    layer, _, number = inner.rpartition(".")
+    path = keys.from_ldm(layer, config.get("layers_per_block", 2), norms=True)
+    if path is None:
         raise UserError(f"tensor {full!r} is no part of a known UNet layout")
-    side, index, position, rest = match[1], int(match[2]), int(match[3]), match[4]
-    per_block = config.get("layers_per_block", 2) + 1
-    if side == "input":
-        level, layer = divmod(index - 1, per_block)
-        if rest.startswith("op."):
-            return f"down_blocks.{level}.downsamplers.0.conv.{rest[3:]}"
-        part = "resnets" if position == 0 else "attentions"
-        return _inside_block(f"down_blocks.{level}.{part}.{layer}.{rest}")
-    block, layer = divmod(index, per_block)
-    if rest.startswith("conv."):
-        return f"up_blocks.{block}.upsamplers.0.{rest}"
-    part = "resnets" if position == 0 else "attentions"
-    return _inside_block(f"up_blocks.{block}.{part}.{layer}.{rest}")
-
-
-def _inside_block(name: str) -> str:
-    for old, new in _RESNET:
-        if f".{old}" in name:
-            return name.replace(old, new)
-    return name
+    return f"{path}.{number}"
 
 
 def _vae_name(inner: str, config: Json) -> str:
