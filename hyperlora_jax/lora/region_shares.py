@@ -37,14 +37,14 @@ class Shares:
 
 def pyramid(masks: Float[Array, "b k h w"], num_levels: int, apart: bool = False) -> Shares:
     """Masks at the resolutions of a UNet's levels: means of 2 × 2 positions."""
-    found = {}
+    by_positions = {}
     for _ in range(num_levels):
         batch, regions, height, width = masks.shape
-        found[height * width] = masks.reshape(batch, regions, -1).swapaxes(1, 2)
+        by_positions[height * width] = masks.reshape(batch, regions, -1).swapaxes(1, 2)
         odd = [(0, 0), (0, 0), (0, height % 2), (0, width % 2)]
         even = jnp.pad(masks, odd, mode="edge")
         masks = even.reshape(batch, regions, -(-height // 2), 2, -(-width // 2), 2).mean((3, 5))
-    return Shares(found, apart)
+    return Shares(by_positions, apart)
 
 
 def shares_of(regions: Shares | None, positions: Sequence[int]) -> Float[Array, "b ... k"] | None:

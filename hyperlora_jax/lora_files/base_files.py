@@ -126,9 +126,9 @@ def weight_files(folder: Path, component: str, variant: str | None = None) -> li
     """
     stem = WEIGHT_STEMS[component]
     for suffix in [f".{variant}"] if variant else ["", ".fp16", *_variants(folder, stem)]:
-        found = _of_variant(folder, stem, suffix)
-        if found:
-            return found
+        files = _of_variant(folder, stem, suffix)
+        if files:
+            return files
     named = f"{stem}.{variant}.safetensors" if variant else f"{stem}.safetensors"
     raise UserError(f"{folder / named}: file not found (weights of the {component})")
 
@@ -223,8 +223,8 @@ def read_pickle(path: Path) -> Iterator[tuple[str, Loader]]:
         ) from error
     tensors = tensors.get("state_dict", tensors) if isinstance(tensors, dict) else tensors
     if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
-        found = "numbers as names" if isinstance(tensors, dict) else type(tensors).__name__
-        raise UserError(f"{path}: found {found}, expected tensors by their names")
+        held = "numbers as names" if isinstance(tensors, dict) else type(tensors).__name__
+        raise UserError(f"{path}: found {held}, expected tensors by their names")
     for name, tensor in tensors.items():
         if isinstance(tensor, int | float) and name.endswith((".alpha", ".scale")):
             yield name, functools.partial(np.asarray, tensor)
@@ -262,7 +262,7 @@ def tensor_files(folder: Path, component: str) -> list[tuple[Path, dict[str, str
 
 def _named(file: Path, component: str) -> dict[str, tuple[str, tuple[int, ...]]]:
     prefix = "" if component == "unet" else f"{component}."
-    found = {}
+    tensors = {}
     if is_pickled(file):
         shapes = {name: array.shape for name, array in read_weights(file)[0].items()}
     else:
@@ -273,8 +273,8 @@ def _named(file: Path, component: str) -> dict[str, tuple[str, tuple[int, ...]]]
         path = name.removesuffix(".weight")
         if prefix:
             path = prefix + _TEXT_PREFIX.sub("text_model.", path)
-        found[path] = (name, shape)
-    return found
+        tensors[path] = (name, shape)
+    return tensors
 
 
 def _layers(folder: Path, component: str) -> list[LoraSite]:
@@ -317,10 +317,10 @@ def check_base(
         return layer_fit.on_layers(path, lora, spec, base.layers, f"the base {base.name}")
     adapted = _fit_model(path, lora, spec, base.params)
     wanted = metadata.get(PREFIX + "base_hash")
-    if wanted is not None and (found := base.base_hash) != wanted:
+    if wanted is not None and (own := base.base_hash) != wanted:
         raise UserError(
             f"{path}: LoRA of another base: made for base {wanted[:12]}…, this base is "
-            f"{found[:12]}… (the same shapes, other weights)"
+            f"{own[:12]}… (the same shapes, other weights)"
         )
     return adapted
 
@@ -332,6 +332,6 @@ def _fit_model(
     for component in ("unet", *TEXT_ENCODERS):
         if component in params:
             prefix = "" if component == "unet" else f"{component}."
-            found = spec_from_shapes(params[component], [""], 1, prefix=prefix)
-            table |= found.by_path
+            part = spec_from_shapes(params[component], [""], 1, prefix=prefix)
+            table |= part.by_path
     return layer_fit.on_layers(path, lora, spec, table, "the base")

@@ -125,10 +125,10 @@ def header_scales(
     configs = _configs(path, text)
     scales, checked = {}, set()
     for key, array in tensors.items():
-        found = keys.split_role(key)
-        if found is None or found[1] != "down" or array.ndim < 1:
+        named = keys.split_role(key)
+        if named is None or named[1] != "down" or array.ndim < 1:
             continue
-        stem = found[0]
+        stem = named[0]
         component, module = _module_of(stem)
         config = configs.get(component, configs.get(""))
         if config is None:

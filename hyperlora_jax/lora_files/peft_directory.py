@@ -100,9 +100,9 @@ def _names(key: str, component: str) -> tuple[str, str | None, str]:
     bare = key.removeprefix(PREFIX)
     name = f"{component}.{bare}" if component else key
     # hada_w1_b: its rows are the rank in every form of LoHa.
-    found = re.search(r"\.(?:lora_A|hada_w1_b|lokr_w1(?:_a)?$)", bare)
-    module = bare[: found.start()] if found else None
-    return name, module, name[: len(name) - len(bare) + found.start()] + ".scale" if found else ""
+    match = re.search(r"\.(?:lora_A|hada_w1_b|lokr_w1(?:_a)?$)", bare)
+    module = bare[: match.start()] if match else None
+    return name, module, name[: len(name) - len(bare) + match.start()] + ".scale" if match else ""
 
 
 def write_peft(path: Path, sites: Arrays, spec: LoraSpec, metadata: Mapping[str, str]) -> Path:

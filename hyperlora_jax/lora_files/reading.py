@@ -172,10 +172,10 @@ def fold(
     try:
         plan = _plan(signature(tensors), layers_per_block)
         lora = _folded(tensors, plan)
-    except _Differences as found:
-        plain = {name: array for name, array in tensors.items() if name not in found.keys}
+    except _Differences as beside:
+        plain = {name: array for name, array in tensors.items() if name not in beside.keys}
         lora, spec = fold(path, plain, layers_per_block)
-        what = _differences(tensors, found.keys, lora, spec)
+        what = _differences(tensors, beside.keys, lora, spec)
         if not drop_differences:
             raise UserError(
                 f"{path}: holds {what}, which no LoRA carries; convert or merge with --drop "
@@ -256,11 +256,11 @@ def _groups(names: Sequence[str], layers_per_block: int) -> dict[str, dict[str, 
     for key in names:
         if key.startswith(BUNDLED):
             continue
-        found = keys.split_role(key)
-        if found is None:
+        named = keys.split_role(key)
+        if named is None:
             unknown.append(key)
             continue
-        stem, role = found
+        stem, role = named
         if role in keys.DIFFERENCES:
             differences.append(key)
             continue

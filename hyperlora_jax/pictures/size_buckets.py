@@ -32,8 +32,8 @@ def of_one_area(size: int, multiple: int) -> tuple[Size, ...]:
     if size % multiple:
         raise UserError(f"size buckets: got {size} pixels, expected a multiple of {multiple}")
     sides = range(multiple, size, multiple)
-    found = [(side, size * size // side // multiple * multiple) for side in sides]
-    wide = [(short, long) for short, long in found if long <= WIDEST * short]
+    shapes = [(side, size * size // side // multiple * multiple) for side in sides]
+    wide = [(short, long) for short, long in shapes if long <= WIDEST * short]
     tall = [(long, short) for short, long in wide]
     return ((size, size), *wide, *reversed(tall))
 

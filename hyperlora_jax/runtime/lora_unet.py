@@ -90,11 +90,11 @@ class LoraUNet:
     ) -> None:
         start, shape = self.sites[path][side]["start"], self.sites[path][side]["shape"]
         axis = 0 if side == "down" else 1  # of the rank
-        rank, found = factor.shape[axis], [n for n in factor.shape if n != 1]
+        rank, sizes = factor.shape[axis], [n for n in factor.shape if n != 1]
         if rank > shape[axis]:
             raise BadInput(f"{file}: {path} has rank {rank}, the graph takes {shape[axis]}")
         fits = [*shape[:axis], rank, *shape[axis + 1 :]]
-        if found != [n for n in fits if n != 1]:
+        if sizes != [n for n in fits if n != 1]:
             raise BadInput(
                 f"{file}: LoRA of another base: {path}.{side} is {list(factor.shape)}, the graph "
                 f"takes {fits}"

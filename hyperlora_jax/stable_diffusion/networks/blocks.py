@@ -51,9 +51,9 @@ def kernel_shape(params: Params, path: tuple[str, ...]) -> tuple[int, ...] | Non
     node: Any = params
     for name in (*path, "kernel"):
         if isinstance(node, Mapping) and name not in node and STACKED in node:
-            found = _BLOCK.match(name)
+            match = _BLOCK.match(name)
             depth = len(jax.tree.leaves(node[STACKED])[0])
-            stacked = bool(found) and int(found[1]) < depth
+            stacked = bool(match) and int(match[1]) < depth
             name = STACKED if stacked else name
         if not isinstance(node, Mapping) or not {name, TRANSFORMED} & set(node):
             return None
@@ -86,8 +86,8 @@ def scan_blocks(
 
 def _blocks(tree: Params) -> list[Params]:
     """The blocks of a transformer in their order."""
-    found = {int(match[1]): tree[name] for name in tree if (match := _BLOCK.match(name))}
-    return [found[i] for i in sorted(found)]
+    numbered = {int(match[1]): tree[name] for name in tree if (match := _BLOCK.match(name))}
+    return [numbered[i] for i in sorted(numbered)]
 
 
 REMAT_POLICIES = ("none", "block", "save_attention", "full")

@@ -58,8 +58,8 @@ def configs_of(shapes: Shapes) -> dict[str, JsonDict]:
     }
     pooled = texts.get("text_encoder_2", {}).get("projection_dim")
     unet = _unet(_inside(shapes, UNET), pooled)
-    found = {"unet": unet, "vae": _vae(_inside(shapes, VAE), unet), **texts}
-    return {name: config for name, config in found.items() if config}
+    configs = {"unet": unet, "vae": _vae(_inside(shapes, VAE), unet), **texts}
+    return {name: config for name, config in configs.items() if config}
 
 
 def _inside(shapes: Shapes, prefix: str) -> dict[str, tuple[int, ...]]:
@@ -144,7 +144,7 @@ def _depth(shapes: Shapes, transformer: str) -> int | None:
     if f"{transformer}proj_in.weight" not in shapes:
         return None
     blocks = re.compile(re.escape(transformer) + r"transformer_blocks\.(\d+)\.")
-    return len({found[1] for name in shapes if (found := blocks.match(name))})
+    return len({match[1] for name in shapes if (match := blocks.match(name))})
 
 
 def _kind(depths: list[int | None]) -> str:
@@ -209,5 +209,5 @@ def _text(shapes: Shapes, name: str, open_clip: bool) -> Json | None:
 
 def _numbered(shapes: Shapes, pattern: str) -> list[int]:
     """First sizes of the tensors whose whole name fits, in the order of the number in it."""
-    found = {int(m[1]): s[0] for name, s in shapes.items() if (m := re.fullmatch(pattern, name))}
-    return [found[number] for number in sorted(found)]
+    sizes = {int(m[1]): s[0] for name, s in shapes.items() if (m := re.fullmatch(pattern, name))}
+    return [sizes[number] for number in sorted(sizes)]

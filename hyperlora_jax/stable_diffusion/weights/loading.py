@@ -81,10 +81,10 @@ def load_guidance(root: Path) -> float:
         UserError: the file says no number.
     """
     file = root / SAMPLING
-    found = directory.read_json(file).get("guidance", GUIDANCE) if file.is_file() else GUIDANCE
-    if isinstance(found, bool) or not isinstance(found, int | float):
-        raise UserError(f"{file}: guidance is {found!r}, expected a number")
-    return float(found)
+    guidance = directory.read_json(file).get("guidance", GUIDANCE) if file.is_file() else GUIDANCE
+    if isinstance(guidance, bool) or not isinstance(guidance, int | float):
+        raise UserError(f"{file}: guidance is {guidance!r}, expected a number")
+    return float(guidance)
 
 
 def load_modules(

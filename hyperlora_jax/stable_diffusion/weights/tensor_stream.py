@@ -44,11 +44,11 @@ def _read(path: Path, dtype: np.dtype, shape: tuple[int, ...], offset: int) -> n
     try:
         with path.open("rb") as file:
             file.seek(offset)
-            found = file.readinto(data)
+            count = file.readinto(data)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    if found != data.nbytes:
-        raise UserError(f"{path}: cut off: {found} of {data.nbytes} bytes at {offset}")
+    if count != data.nbytes:
+        raise UserError(f"{path}: cut off: {count} of {data.nbytes} bytes at {offset}")
     return data.view(dtype).reshape(shape)
 
 
