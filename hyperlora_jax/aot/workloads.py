@@ -24,10 +24,11 @@ from hyperlora_jax.encoders.named_encoders import configured_encoder
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.hypernet.generators import Generator
 from hyperlora_jax.hypernet.weight_diffusion import Latents
+from hyperlora_jax.lora_files.base_files import read_json
 from hyperlora_jax.pretrain.unet_finetuning import finetuning_task, training_unet
 from hyperlora_jax.stable_diffusion.model import NO_LENGTH, StableDiffusion
 from hyperlora_jax.stable_diffusion.prompt_embeddings import row_shapes
-from hyperlora_jax.stable_diffusion.weights import directory, loading
+from hyperlora_jax.stable_diffusion.weights import loading
 from hyperlora_jax.stable_diffusion.weights.single_file import base_folder
 from hyperlora_jax.subjects.encoded_subjects import EncodedSubjects
 from hyperlora_jax.subjects.encoding_cache import kept_dtype
@@ -160,7 +161,7 @@ def _num_tokens(sd: StableDiffusion) -> int:
     if sd.path is not None:
         file = sd.path / "tokenizer" / "tokenizer_config.json"
         if file.exists():
-            window = int(directory.read_json(file).get("model_max_length", NO_LENGTH))
+            window = int(read_json(file).get("model_max_length", NO_LENGTH))
     if sd.text_encoder is not None:
         window = min(window, sd.text_encoder.values["max_position_embeddings"])
     return window if window < NO_LENGTH else 77

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import ml_dtypes
 import numpy as np
 
-from hyperlora_jax.array_types import Json, Params
+from hyperlora_jax.array_types import Json, JsonDict, Params
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora import layer_fit
 from hyperlora_jax.lora.sites import TEXT_ENCODERS, LoraSite, LoraSpec, spec_from_shapes
@@ -88,25 +88,26 @@ def read_base_model(path: str | Path) -> BaseModel:
 def _config(folder: Path) -> Json:
     if not folder.is_dir():
         raise UserError(f"{folder}: folder not found, expected {what_is_there(folder.parent)}")
-    return _json(folder / "config.json")
+    return read_json(folder / "config.json")
 
 
-def _json(file: Path) -> Json:
+def read_json(path: Path) -> JsonDict:
+    """A JSON object. Raises UserError naming the file when it is missing or no JSON object."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: file not found") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"{file}: not readable, expected the config of a diffusers model"
-        ) from error
+        raise UserError(f"{path}: not a readable JSON file ({error})") from error
     if not isinstance(content, dict):
-        raise UserError(f"{file}: found {type(content).__name__}, expected a JSON object")
+        raise UserError(f"{path}: found {type(content).__name__}, expected a JSON object")
     return content
 
 
 def what_is_there(root: Path) -> str:
     """What was expected of a folder without a UNet, in the words of what it holds."""
     kind = root / "model_index.json"
-    if kind.is_file() and (name := _json(kind).get("_class_name")):
+    if kind.is_file() and (name := read_json(kind).get("_class_name")):
         return f"a Stable Diffusion 1.x, 2.x or XL model, found a {name}"
     inner = next((kind for way in _INNER for kind in sorted(root.glob(way))), None)
     there = f"; there is a model in {inner.parent}" if inner else ""
@@ -146,7 +147,7 @@ def _of_variant(folder: Path, stem: str, suffix: str) -> list[Path]:
 
 
 def _shards(index: Path) -> list[Path]:
-    shards = _json(index).get("weight_map")
+    shards = read_json(index).get("weight_map")
     names = sorted({str(name) for name in shards.values()} if isinstance(shards, dict) else ())
     if not names:
         raise UserError(f"{index}: has no weight_map, expected the names of the shards")

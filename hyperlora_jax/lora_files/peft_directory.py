@@ -20,7 +20,7 @@ import numpy as np
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora.sites import TEXT_ENCODERS, LoraSpec
 from hyperlora_jax.lora_files import safetensors_io
-from hyperlora_jax.lora_files.base_files import read_weights
+from hyperlora_jax.lora_files.base_files import read_json, read_weights
 from hyperlora_jax.lora_files.lora_config import check_config, config_scale
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -65,12 +65,7 @@ def read_folder(path: Path, component: str) -> tuple[dict[str, np.ndarray], dict
     config_path = path / CONFIG_NAME
     if not config_path.exists():
         raise UserError(f"{path}: has {weights.name} but no {CONFIG_NAME}, which holds the scale")
-    try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{config_path}: no valid JSON") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{config_path}: expected a JSON object")
+    config = read_json(config_path)
     check_config(config_path, config, tensors)
     component = component or _second_text_encoder(tensors)
     result = {}

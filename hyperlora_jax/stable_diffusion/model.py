@@ -21,7 +21,7 @@ from hyperlora_jax.diffusion.samplers import SAMPLERS
 from hyperlora_jax.diffusion.schedule import NoiseSchedule
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora.sites import LoraSpec, component_tree, spec_from_shapes
-from hyperlora_jax.lora_files.base_files import weight_files
+from hyperlora_jax.lora_files.base_files import read_json, weight_files
 from hyperlora_jax.parallel.sharding import DEFAULT_RULES, Rule, split_rows
 from hyperlora_jax.stable_diffusion import inference, prompt_embeddings
 from hyperlora_jax.stable_diffusion.networks import convolutions
@@ -263,7 +263,7 @@ class StableDiffusion:
         index = self.path / "model_index.json" if self.path else None
         if index is None or not index.is_file():
             return True
-        return directory.read_json(index).get("force_zeros_for_empty_prompt", True)
+        return read_json(index).get("force_zeros_for_empty_prompt", True)
 
     def encode_images(
         self, images: AnyArray, key: PRNGKey | None = None

@@ -19,9 +19,10 @@ import numpy as np
 
 from hyperlora_jax.diffusion.schedule import NoiseSchedule
 from hyperlora_jax.errors import UserError
+from hyperlora_jax.lora_files.base_files import read_json
 from hyperlora_jax.stable_diffusion.model import StableDiffusion
 from hyperlora_jax.stable_diffusion.networks.unet import UNet, unet_from_config
-from hyperlora_jax.stable_diffusion.weights import directory, loading
+from hyperlora_jax.stable_diffusion.weights import loading
 
 PARTS = ("unet", "vae", "text")
 PROMPTS = ("a photo of a cat on a red chair", "an oil painting of two boats, a storm behind them")
@@ -57,7 +58,7 @@ def compare(
     Raises:
         UserError: no UNet in the directory, PyTorch is missing, or it cannot read a component.
     """
-    unet = unet_from_config(directory.read_json(root / "unet" / "config.json"))
+    unet = unet_from_config(read_json(root / "unet" / "config.json"))
     folders = {"unet": "unet", "vae": "vae", "text": "text_encoder*"}
     for part in parts:
         if not any(root.glob(folders[part])):
@@ -83,7 +84,7 @@ def _inputs(root: Path, part: str, unet: UNet, size: int, rng: np.random.Generat
     if part == "text":
         return {"prompts": np.array(PROMPTS), "is_xl": np.array(_is_xl(unet))}
     if part == "vae":
-        config = directory.read_json(root / "vae" / "config.json")
+        config = read_json(root / "vae" / "config.json")
         vae = loading.CONSTRUCTORS["vae"](config)
         images = rng.uniform(-1, 1, (1, height * vae.downsampling, width * vae.downsampling, 3))
         latents = normal(1, height, width, vae.values["latent_channels"])

@@ -232,7 +232,7 @@ def test_a_peft_folder_without_weights_or_json(tmp_path):
     with pytest.raises(UserError, match=r"but no adapter_model\.safetensors"):
         load_lora(tmp_path)
     peft_folder(tmp_path, None)
-    with pytest.raises(UserError, match="no valid JSON"):
+    with pytest.raises(UserError, match="not a readable JSON file"):
         load_lora(tmp_path)
 
 

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora import factors
 from hyperlora_jax.lora_files import load_lora, save_lora
+from hyperlora_jax.lora_files.base_files import read_json
 from hyperlora_jax.stable_diffusion.model import StableDiffusion
 from hyperlora_jax.stable_diffusion.weights import directory, loading
 
@@ -136,12 +137,12 @@ def test_bad_json_names_the_file(unet_folder):
     config = unet_folder / "config.json"
     config.write_text("{")
     with pytest.raises(UserError, match=r"config\.json: not a readable JSON file"):
-        directory.read_json(config)
+        read_json(config)
     config.write_text("[]")
     with pytest.raises(UserError, match="found list, expected a JSON object"):
-        directory.read_json(config)
+        read_json(config)
     with pytest.raises(UserError, match=r"nowhere\.json: file not found"):
-        directory.read_json(unet_folder / "nowhere.json")
+        read_json(unet_folder / "nowhere.json")
 
 
 def test_old_tensor_names_are_read():

@@ -9,14 +9,14 @@ import pytest
 
 from hyperlora_jax.lora import factors
 from hyperlora_jax.lora.sites import spec_from_shapes
+from hyperlora_jax.lora_files.base_files import read_json
 from hyperlora_jax.stable_diffusion.networks import attention
 from hyperlora_jax.stable_diffusion.networks.unet import unet_from_config
-from hyperlora_jax.stable_diffusion.weights import directory
 from hyperlora_jax.stable_diffusion.weights.flax_trees import param_shapes
 
 BATCH, RANK = 2, 8
 UNET = unet_from_config(
-    directory.read_json(Path(__file__).parents[2] / "configs/bases/sd15/unet/config.json")
+    read_json(Path(__file__).parents[2] / "configs/bases/sd15/unet/config.json")
 ).clone(attention="xla")
 
 

@@ -11,25 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from hyperlora_jax import storage
-from hyperlora_jax.array_types import JsonDict, Params
-from hyperlora_jax.errors import UserError
+from hyperlora_jax.array_types import Params
 from hyperlora_jax.lora_files import safetensors_io
 from hyperlora_jax.lora_files.base_files import WEIGHT_STEMS, Loader
 from hyperlora_jax.stable_diffusion.weights.flax_trees import flax_to_torch
 from hyperlora_jax.stable_diffusion.weights.tensor_stream import read_tensors
-
-
-def read_json(path: Path) -> JsonDict:
-    """A JSON object. Raises UserError naming the file when it is missing or no JSON object."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: file not found") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not a readable JSON file ({error})") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: found {type(content).__name__}, expected a JSON object")
-    return content
 
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:

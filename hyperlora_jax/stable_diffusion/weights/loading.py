@@ -14,7 +14,7 @@ from hyperlora_jax.array_types import DType, Json, Params
 from hyperlora_jax.diffusion.schedule import NoiseSchedule
 from hyperlora_jax.diffusion.scheduler_config import read_scheduler_config
 from hyperlora_jax.errors import UserError
-from hyperlora_jax.lora_files.base_files import weight_files, what_is_there
+from hyperlora_jax.lora_files.base_files import read_json, weight_files, what_is_there
 from hyperlora_jax.parallel.sharding import DEFAULT_RULES, Rule
 from hyperlora_jax.shipped import base_path
 from hyperlora_jax.stable_diffusion.networks.autoencoder import vae_from_config
@@ -81,7 +81,7 @@ def load_guidance(root: Path) -> float:
         UserError: the file says no number.
     """
     file = root / SAMPLING
-    guidance = directory.read_json(file).get("guidance", GUIDANCE) if file.is_file() else GUIDANCE
+    guidance = read_json(file).get("guidance", GUIDANCE) if file.is_file() else GUIDANCE
     if isinstance(guidance, bool) or not isinstance(guidance, int | float):
         raise UserError(f"{file}: guidance is {guidance!r}, expected a number")
     return float(guidance)
@@ -107,20 +107,20 @@ def load_modules(
 def load_schedule(root: Path) -> NoiseSchedule:
     """The noise schedule of a model directory, as PyTorch's pipeline of the family takes it."""
     file = root / "scheduler" / "scheduler_config.json"
-    config = directory.read_json(file)
+    config = read_json(file)
     try:
         schedule = read_scheduler_config(config)
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
     index = root / "model_index.json"
-    named = directory.read_json(index).get("scheduler") if index.is_file() else None
+    named = read_json(index).get("scheduler") if index.is_file() else None
     own = config.get("_class_name")
     if isinstance(named, list) and named and own and own != named[-1]:
         log.warning(
             "%s says %s, %s says %s: the latter is drawn, PyTorch's pipeline draws the former",
             index, named[-1], file, own,
         )  # fmt: skip
-    xl = directory.read_json(root / "unet" / "config.json").get("addition_embed_type")
+    xl = read_json(root / "unet" / "config.json").get("addition_embed_type")
     # StableDiffusionPipeline sets the offset to 1 whatever the file says; SDXL's does not.
     return schedule if xl else dataclasses.replace(schedule, steps_offset=1)
 
@@ -152,7 +152,7 @@ def _params(
 
 def load_module(folder: Path, name: str, dtype: DType) -> tuple[Component, DType]:
     """Module of one component folder, from its config.json alone, and the dtype it works in."""
-    config = directory.read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     dtype = component_dtype(name, config, dtype)
     try:
         return CONSTRUCTORS[name](config, dtype), dtype

@@ -21,7 +21,7 @@ from hyperlora_jax.diffusion.schedule import NoiseSchedule
 from hyperlora_jax.diffusion.scheduler_config import read_scheduler_config
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora_files import safetensors_io
-from hyperlora_jax.lora_files.base_files import WEIGHT_STEMS, Loader, weight_files
+from hyperlora_jax.lora_files.base_files import WEIGHT_STEMS, Loader, read_json, weight_files
 from hyperlora_jax.stable_diffusion.weights import directory, loading
 from hyperlora_jax.stable_diffusion.weights.clip_tokenizer import load_tokenizer
 from hyperlora_jax.stable_diffusion.weights.families import SCHEDULER, configs_of
@@ -85,7 +85,7 @@ def place_of(folder: Path, component: str) -> str:
     """Where a component of a base was looked for, in the words of an error."""
     if not (folder / STAMP).is_file():
         return f"{folder / component}: folder not found"
-    return f"{directory.read_json(folder / STAMP)['file']}: has no such part"
+    return f"{read_json(folder / STAMP)['file']}: has no such part"
 
 
 def _stamp_of(folder: Path) -> Json | None:
@@ -262,7 +262,7 @@ def _schedule(
 
 
 def _is_sd2(folder: Path) -> bool:
-    return directory.read_json(folder / "unet" / "config.json")["cross_attention_dim"] == 1024
+    return read_json(folder / "unet" / "config.json")["cross_attention_dim"] == 1024
 
 
 def _write_schedule(folder: Path, schedule: NoiseSchedule) -> None:
@@ -297,7 +297,7 @@ def family_tokenizer(folder: Path) -> None:
         source = snapshot_download(CLIP, allow_patterns=wanted)
     except Exception as error:
         raise UserError(
-            f"{directory.read_json(folder / STAMP)['file']}: holds no tokenizer, and {CLIP} cannot "
+            f"{read_json(folder / STAMP)['file']}: holds no tokenizer, and {CLIP} cannot "
             f"be downloaded ({storage.reason(error)}); give --tokenizer DIR"
         ) from error
     _keep_tokenizer(Path(source), folder)
