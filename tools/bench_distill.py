@@ -195,7 +195,10 @@ def _quality(
         images = sample_images(sd, chosen, factors.stack(loras), 1.0, num_steps=20, guidance=1.0)
         candidates = np.stack([chosen.candidate_renders(i) for i in range(len(numbers))])
         scores.append(
-            (metrics.identity_top1(images, candidates), metrics.image_error(images, chosen.exact))
+            (
+                metrics.nearest_candidates(images, candidates)[0],
+                metrics.image_error(images, chosen.exact),
+            )
         )
     rows = []
     for name, a, b in zip(("identity top-1", "image error"), *scores, strict=True):

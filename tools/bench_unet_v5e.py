@@ -9,13 +9,13 @@ import sys
 from typing import Any
 
 from bench_unet_steps import SD15, row
+from lora_workload import lora_workload
 
 from hyperlora_jax.aot import ahead_of_time
 
 ahead_of_time.prepare_environment()
 
 from hyperlora_jax.aot import compile_search  # noqa: E402
-from hyperlora_jax.aot.lora_workload import lora_workload  # noqa: E402
 from hyperlora_jax.cli.compile import records_folder  # noqa: E402
 from hyperlora_jax.parallel.topology import parse  # noqa: E402
 

@@ -237,7 +237,7 @@ def measure_branches(given: argparse.Namespace) -> dict[str, Any]:
     def scores(people: People, *how: Any) -> tuple[np.ndarray, np.ndarray]:
         images, asked = people.draw_guided(*how), people.asked
         own = [
-            metrics.identity_top1(images[i : i + 1], asked.candidate_renders(i)[None])[0]
+            metrics.nearest_candidates(images[i : i + 1], asked.candidate_renders(i)[None])[0][0]
             for i in range(people.count)
         ]
         seen = metrics.caption_accuracy(

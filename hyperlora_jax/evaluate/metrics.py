@@ -51,27 +51,20 @@ def image_error(
     return np.where(is_finite(pixels), error, WORST_ERROR)
 
 
-def identity_top1(
+def nearest_candidates(
     generated: Float[AnyArray, "i c h w 3"],
     candidates: Float[AnyArray, "i c n h w 3"],
-) -> Float[np.ndarray, "i c"]:
-    """Whether the nearest of n exact renders (mean squared error) is the true identity's.
+) -> tuple[Float[np.ndarray, "i c"], Int[np.ndarray, "i c"]]:
+    """(whether the nearest of n exact renders (mean squared error) is the true identity's, number
+    of the nearest).
 
     Candidates at exactly the same distance share the point, so that a duplicate render is worth
-    what guessing between the duplicates is worth. Failures score 0.
+    what guessing between the duplicates is worth. Failures score 0, and count as black.
 
     Args:
       generated: pictures of i identities under c captions each.
       candidates: exact renders of n identities under the same caption, the true one first.
     """
-    return nearest_candidates(generated, candidates)[0]
-
-
-def nearest_candidates(
-    generated: Float[AnyArray, "i c h w 3"],
-    candidates: Float[AnyArray, "i c n h w 3"],
-) -> tuple[Float[np.ndarray, "i c"], Int[np.ndarray, "i c"]]:
-    """`identity_top1`, and the number of the nearest candidate (of a failure: of a black one)."""
     usable = is_finite(generated)
     score, column = np.zeros(usable.shape), np.zeros(usable.shape, np.int64)
     for i, c in np.ndindex(*usable.shape):

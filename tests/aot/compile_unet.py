@@ -5,12 +5,15 @@ Arguments: SLICE,DATA,FSDP,TENSOR:HEADS[:REMAT] ...
 
 import json
 import sys
+from pathlib import Path
 
 from hyperlora_jax.aot import ahead_of_time
 
 ahead_of_time.prepare_environment()
 
-from hyperlora_jax.aot.lora_workload import lora_workload  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+from lora_workload import lora_workload  # noqa: E402
+
 from hyperlora_jax.parallel.topology import parse  # noqa: E402
 
 
