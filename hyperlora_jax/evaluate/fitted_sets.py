@@ -8,7 +8,7 @@ import dataclasses
 import io
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import jax
@@ -22,7 +22,7 @@ from hyperlora_jax.array_types import AnyArray, Float, Params
 from hyperlora_jax.distill import slots as slot_state
 from hyperlora_jax.distill.fit import Base, Concepts, Plan, fit_loras
 from hyperlora_jax.distill.parametrisations import Added, Mixture, Parametrisation
-from hyperlora_jax.distill.slots import Recipe
+from hyperlora_jax.distill.slots import Recipe, Slots
 from hyperlora_jax.evaluate.methods import fingerprint
 from hyperlora_jax.evaluate.protocol import Questions
 from hyperlora_jax.lora import factors, vectorize
@@ -46,21 +46,9 @@ def seconds_per_fit(
     A fifth of the steps (at least 5) is timed after a first, compiling call, and scaled to the
     whole recipe.
     """
-    concept = encode_views(sd, questions.first(1)).concept(0)
-    count = len(concept[0])
     timed = min(recipe.num_steps, max(5, recipe.num_steps // 5))
     trained = recipe.factors(spec) if trained is None else trained
-    slots = slot_state.empty_slots(trained, recipe, 1, concept, count, start)
-    slots = slot_state.load_slot(
-        slots,
-        np.int32(0),
-        slot_state.concept_key(0, 0),
-        concept,
-        np.int32(count),
-        start,
-        parametrisation=trained,
-        recipe=recipe,
-    )
+    slots = loaded_slots(encode_views(sd, questions.first(1)), trained, recipe, [0], start)
     seconds = 0.0
     for _ in range(2):
         began = time.perf_counter()
@@ -87,6 +75,32 @@ def encode_views(
         [own[:num_views] for own in questions.views],
         [captions[:num_views] for captions in questions.view_captions],
     )
+
+
+def loaded_slots(
+    encoded: EncodedSubjects,
+    trained: Parametrisation,
+    recipe: Recipe,
+    numbers: Iterable[int],
+    start: Params | None = None,
+) -> Slots:
+    """A slot for each of these identities with its views, at step 0."""
+    numbers, room = [*numbers], most_views(encoded)
+    first = encoded.concept(0)
+    slots = slot_state.empty_slots(trained, recipe, len(numbers), first, room, start)
+    for slot, number in enumerate(numbers):
+        concept = encoded.concept(number)
+        slots = slot_state.load_slot(
+            slots,
+            jnp.asarray(slot),
+            slot_state.concept_key(0, number),
+            jax.tree.map(jnp.asarray, slot_state.in_room(concept, room)),
+            jnp.asarray(len(concept[0]), jnp.int32),
+            start,
+            parametrisation=trained,
+            recipe=recipe,
+        )
+    return slots
 
 
 def most_views(encoded: EncodedSubjects) -> int:

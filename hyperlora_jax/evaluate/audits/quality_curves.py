@@ -20,13 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from hyperlora_jax.array_types import AnyArray, ArrayTree, Float, Int, Params
+from hyperlora_jax.array_types import AnyArray, ArrayTree, Float, Params
 from hyperlora_jax.distill import slots as slot_state
 from hyperlora_jax.distill.fit import spread
 from hyperlora_jax.distill.parametrisations import Factors
 from hyperlora_jax.distill.slots import Recipe, Slots
 from hyperlora_jax.errors import UserError
-from hyperlora_jax.evaluate.fitted_sets import encode_views, most_views
+from hyperlora_jax.evaluate.fitted_sets import encode_views, loaded_slots
 from hyperlora_jax.evaluate.metrics import Estimate, clustered_mean, paired_ratio
 from hyperlora_jax.evaluate.protocol import Questions
 from hyperlora_jax.lora import factors
@@ -201,7 +201,8 @@ def quality_curves(
     unit = math.gcd(*checkpoints)
     count = questions.num_identities
     mine = shared_work.own_rows(count, 1 if mesh is None else mesh.size)
-    loaded = _loaded(sd, parametrisation, recipe, questions, mine)
+    encoded = encode_views(sd, questions)
+    loaded = loaded_slots(encoded, parametrisation, recipe, map(int, mine))
     scale = 1.0 if recipe.alpha is None else recipe.alpha / spec.max_rank
 
     def step(slots: Slots, unet_params: Params) -> Slots:
@@ -267,28 +268,3 @@ def fitting_checkpoints(
         )
     beyond = [str(step) for step in checkpoints if step > num_steps]
     return within, f"{key} beyond the {num_steps} steps of a fit left out: {', '.join(beyond)}"
-
-
-def _loaded(
-    sd: StableDiffusion,
-    parametrisation: Factors,
-    recipe: Recipe,
-    questions: Questions,
-    wanted: Int[np.ndarray, " m"],
-) -> Slots:
-    """One slot per wanted identity with its views, at step 0."""
-    encoded = encode_views(sd, questions)
-    room = most_views(encoded)
-    slots = slot_state.empty_slots(parametrisation, recipe, len(wanted), encoded.concept(0), room)
-    for slot, number in enumerate(map(int, wanted)):
-        concept = encoded.concept(number)
-        slots = slot_state.load_slot(
-            slots,
-            jnp.asarray(slot),
-            slot_state.concept_key(0, number),
-            jax.tree.map(jnp.asarray, slot_state.in_room(concept, room)),
-            jnp.asarray(len(concept[0]), jnp.int32),
-            parametrisation=parametrisation,
-            recipe=recipe,
-        )
-    return slots
