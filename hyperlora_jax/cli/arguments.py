@@ -37,6 +37,14 @@ def add_format(
     parser.add_argument("--format", "--to", choices=choices or FORMATS, **options)
 
 
+def at_least_one(args: argparse.Namespace, *names: str) -> None:
+    """Raises UserError where one of these arguments was given and is below 1."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} is {value}, expected at least 1")
+
+
 def parse(name: str, summary: str, module: ModuleType, given: Sequence[str]) -> argparse.Namespace:
     """The arguments of the command `name`, whose module has `add_arguments`.
 

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hyperlora_jax.cli import single_files
+from hyperlora_jax.cli import arguments, single_files
 from hyperlora_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -18,7 +18,6 @@ DROP_HELP = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Input, output, form."""
-    from hyperlora_jax.cli import arguments
     from hyperlora_jax.lora.other_kinds import DEFAULT_RANK
     from hyperlora_jax.lora_files.writing import DTYPES
 
@@ -49,10 +48,7 @@ def run(args: argparse.Namespace) -> int:
     base = convert.open_base(args.base)
     if args.verify and not isinstance(base, BaseModel):
         raise UserError("--verify needs --base DIR, a diffusers directory to load the LoRA into")
-    if args.workers is not None and args.workers < 1:
-        raise UserError(f"--workers is {args.workers}, expected at least 1")
-    if args.rank is not None and args.rank < 1:
-        raise UserError(f"--rank is {args.rank}, expected at least 1")
+    arguments.at_least_one(args, "workers", "rank")
     if source.is_dir() and not convert.is_one_lora(source):
         done = _folder(args, base)
     else:

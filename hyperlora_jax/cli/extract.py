@@ -2,14 +2,12 @@
 
 import argparse
 
-from hyperlora_jax.cli import single_files
+from hyperlora_jax.cli import arguments, single_files
 from hyperlora_jax.cli.convert import ranks
-from hyperlora_jax.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Two models, output."""
-    from hyperlora_jax.cli import arguments
     from hyperlora_jax.lora.sites import PRESETS
     from hyperlora_jax.lora_files.writing import DTYPES
 
@@ -28,8 +26,7 @@ def run(args: argparse.Namespace) -> int:
     from hyperlora_jax.lora_files import algebra, save_lora
     from hyperlora_jax.lora_files.base_files import read_base_model
 
-    if args.rank < 1:
-        raise UserError(f"--rank is {args.rank}, expected at least 1")
+    arguments.at_least_one(args, "rank")
     base, tuned = single_files.folder_of(args.base), single_files.folder_of(args.tuned)
     model = read_base_model(base)
     lora, spec = algebra.extract(base, tuned, args.rank, args.preset)

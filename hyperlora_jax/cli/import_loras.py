@@ -3,7 +3,7 @@
 import argparse
 import os
 
-from hyperlora_jax.errors import UserError
+from hyperlora_jax.cli import arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,8 +37,7 @@ def run(args: argparse.Namespace) -> int:
     from hyperlora_jax.targets import lora_import
     from hyperlora_jax.targets.lora_sources import FileReader
 
-    if args.workers < 1:
-        raise UserError(f"--workers is {args.workers}, expected at least 1")
+    arguments.at_least_one(args, "workers")
     base = StableDiffusion.outline(args.base)
     spec = lora_import.choose_spec(args.paths, base, args.preset, args.rank)
     print(

@@ -7,7 +7,7 @@ from pathlib import Path
 from etils import epath
 
 from hyperlora_jax import storage
-from hyperlora_jax.cli import single_files
+from hyperlora_jax.cli import inspect_workdir, single_files
 from hyperlora_jax.cli.arguments import OneLineParser
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.shipped import base_path
@@ -31,7 +31,7 @@ def kind_of(path: epath.Path) -> str:
         return "dataset"
     if any((path / name).exists() for name in ("unet/config.json", "model_index.json")):
         return "base"
-    if (path / "checkpoints").is_dir() or (path / "metrics.jsonl").exists():
+    if inspect_workdir.is_workdir(path):
         return "workdir"
     if (path / "model.safetensors").exists() and (path / "config.json").exists():
         return "hypernetwork"

@@ -4,6 +4,7 @@ import argparse
 import json
 
 from hyperlora_jax import storage
+from hyperlora_jax.cli import arguments
 from hyperlora_jax.errors import UserError
 
 
@@ -22,8 +23,7 @@ def run(args: argparse.Namespace) -> int:
     from hyperlora_jax.targets import dataset_inspection
     from hyperlora_jax.targets.lora_targets import open_lora_targets
 
-    if args.limit is not None and args.limit < 1:
-        raise UserError(f"--limit is {args.limit}, expected at least 1")
+    arguments.at_least_one(args, "limit")
     targets = open_lora_targets(args.path)
     report = dataset_inspection.inspect_targets(targets, args.limit)
     print("\n".join(dataset_inspection.report_lines(report)))

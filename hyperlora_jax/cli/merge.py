@@ -5,14 +5,13 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from hyperlora_jax.cli import single_files
+from hyperlora_jax.cli import arguments, single_files
 from hyperlora_jax.cli.convert import DROP_HELP, ranks
 from hyperlora_jax.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Files with weights, output."""
-    from hyperlora_jax.cli import arguments
     from hyperlora_jax.lora_files.writing import DTYPES
 
     parser.add_argument(
@@ -37,8 +36,7 @@ def run(args: argparse.Namespace) -> int:
     folder = single_files.folder_of(args.into)
     base = convert.open_base(folder or single_files.folder_of(args.base))
     model = base if isinstance(base, BaseModel) else None
-    if args.rank is not None and args.rank < 1:
-        raise UserError(f"--rank is {args.rank}, expected at least 1")
+    arguments.at_least_one(args, "rank")
     named = [_weighted(text) for text in args.loras]
     paths, weights = [path for path, _ in named], [weight for _, weight in named]
     loras = [load_lora(path, model, args.drop, args.rank) for path in paths]

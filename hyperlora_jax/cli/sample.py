@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hyperlora_jax.cli import single_files
+from hyperlora_jax.cli import arguments, single_files
 from hyperlora_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -74,8 +74,7 @@ def run(args: argparse.Namespace) -> int:
     areas = _areas(args)
     strengths = _strengths(args, [file for _, file in areas] or args.lora)
     out = Path(args.out)
-    if args.batch_size < 1:
-        raise UserError(f"--batch_size is {args.batch_size}, expected at least 1")
+    arguments.at_least_one(args, "batch_size")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -33,7 +33,7 @@ from hyperlora_jax.lora_files.writing import DIFFUSERS_NAME
 from hyperlora_jax.shipped import base_path
 
 if TYPE_CHECKING:
-    import diffusers
+    pass
 
 ADAPTER = "hyperlora_verify"
 ADAPTERS = (ADAPTER, W2W_ADAPTER)
@@ -175,16 +175,17 @@ def _torch() -> ModuleType:
     return torch
 
 
-def _pipeline(modules: Modules) -> "diffusers.DiffusionPipeline":
+def pipeline_of(modules: Modules, is_xl: bool) -> Any:
+    """PyTorch diffusers' pipeline of the modules and tokenizers that there are."""
     import diffusers
 
-    parts: dict[str, Any] = {name: modules.get(name) for name in ("unet", "text_encoder")}
-    parts |= {"vae": None, "tokenizer": None, "scheduler": diffusers.DDIMScheduler()}
+    names = ["unet", "vae", "text_encoder", "tokenizer"]
+    names += ["text_encoder_2", "tokenizer_2"] if is_xl else ["safety_checker", "feature_extractor"]
+    parts: dict[str, Any] = {name: modules.get(name) for name in names}
+    parts["scheduler"] = diffusers.DDIMScheduler()
     with _quiet():
-        if modules["unet"].config.addition_embed_type == "text_time":
-            parts |= {"text_encoder_2": modules.get("text_encoder_2"), "tokenizer_2": None}
+        if is_xl:
             return diffusers.StableDiffusionXLPipeline(**parts, add_watermarker=False)
-        parts |= {"safety_checker": None, "feature_extractor": None}
         return diffusers.StableDiffusionPipeline(**parts, requires_safety_checker=False)
 
 
@@ -203,7 +204,8 @@ def _adapted(modules: Modules, path: Path) -> Iterator[None]:
                 loaded.append(PeftModel.from_pretrained(model, str(folder), adapter_name=name))
         else:
             path = (weights_of(path, DIFFUSERS_NAME) or path) if path.is_dir() else path
-            pipeline = _pipeline(modules)
+            is_xl = modules["unet"].config.addition_embed_type == "text_time"
+            pipeline = pipeline_of(modules, is_xl)
             pipeline.load_lora_weights(
                 str(path.parent.resolve()), weight_name=path.name, adapter_name=ADAPTER
             )

@@ -6,7 +6,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from hyperlora_jax import storage
-from hyperlora_jax.array_types import Json, Params
+from hyperlora_jax.array_types import Json
 from hyperlora_jax.parallel import multihost, sharding
 from hyperlora_jax.parallel.mesh import make_mesh
 from hyperlora_jax.pretrain import encoder_task, probe_task
@@ -20,41 +20,42 @@ SMALLEST = 4  # cells per side of the encoder's last level
 
 def pretrain_encoder(config: ConfigDict, workdir: epath.PathLike) -> epath.Path:
     """Trains the identity encoder on training identities; returns the exported folder."""
-    out = export_folder(config, workdir, "encoder")
-    bundle, mesh = _bundle(config, workdir), make_mesh(**config.mesh)
-    task = encoder_task.make_task(
-        bundle,
-        batch_size=config.train.batch_size,
-        seed=config.train.seed,
-        weights=dict(config.train.weights),
-        rows=sharding.host_rows(mesh, config.train.batch_size),
-        **{**config.model.to_dict(), "encoder": _encoder(config, bundle)},
-    )
-    params = fit_section(task, config.train, config, workdir, mesh)
-    return _export(encoder_task.export_encoder, params, bundle, config, workdir, out)
+    options = {**config.model.to_dict(), "weights": dict(config.train.weights)}
+    make, export = encoder_task.make_task, encoder_task.export_encoder
+    return _pretrain(config, workdir, "encoder", make, export, options)
 
 
 def pretrain_probe(config: ConfigDict, workdir: epath.PathLike) -> epath.Path:
     """Trains the attribute probe on renders; returns the exported folder."""
-    out = export_folder(config, workdir, "probe")
-    bundle, mesh = _bundle(config, workdir), make_mesh(**config.mesh)
-    task = probe_task.make_task(
-        bundle,
-        batch_size=config.train.batch_size,
-        seed=config.train.seed,
-        encoder=_encoder(config, bundle),
-        augmentation=dict(config.train.augmentation),
-        rows=sharding.host_rows(mesh, config.train.batch_size),
+    options = {"augmentation": dict(config.train.augmentation)}
+    return _pretrain(
+        config, workdir, "probe", probe_task.make_task, probe_task.export_probe, options
     )
-    params = fit_section(task, config.train, config, workdir, mesh)
-    return _export(probe_task.export_probe, params, bundle, config, workdir, out)
 
 
-def _encoder(config: ConfigDict, bundle: RenderBundle) -> Json:
-    """The encoder's section, its levels fitted to the size of the pictures."""
-    section = config.model.encoder.to_dict()
-    widths = level_widths(section["widths"], bundle.images.shape[2], SMALLEST)
-    return {**section, "widths": tuple(widths)}
+def _pretrain(
+    config: ConfigDict,
+    workdir: epath.PathLike,
+    name: str,
+    make_task: Callable[..., Task],
+    export: Callable[..., object],
+    options: Json,
+) -> epath.Path:
+    """The folder `name` of the workdir, or that of the config, which one process writes for all."""
+    out = export_folder(config, workdir, name)
+    bundle, mesh, section = _bundle(config, workdir), make_mesh(**config.mesh), config.train
+    encoder = config.model.encoder.to_dict()
+    # Its levels fitted to the size of the pictures.
+    encoder["widths"] = tuple(level_widths(encoder["widths"], bundle.images.shape[2], SMALLEST))
+    rows = sharding.host_rows(mesh, section.batch_size)
+    given = {**options, "encoder": encoder, "rows": rows}
+    task = make_task(bundle, batch_size=section.batch_size, seed=section.seed, **given)
+    params = fit_section(task, section, config, workdir, mesh)
+    if multihost.is_first():
+        facts = {"num_steps": section.num_steps}
+        with storage.writing(out, storage.scratch(workdir)) as folder:
+            export(folder, params, bundle, encoder=encoder, name=config.export.name, facts=facts)
+    return out
 
 
 def _bundle(config: ConfigDict, workdir: epath.PathLike) -> RenderBundle:
@@ -66,20 +67,3 @@ def _bundle(config: ConfigDict, workdir: epath.PathLike) -> RenderBundle:
     return multihost.first_then_others(
         "pictures", lambda: render_bundle(avatars, people, views, cache_dir=scratch / "renders")
     )
-
-
-def _export(
-    export: Callable[..., object],
-    params: Params,
-    bundle: RenderBundle,
-    config: ConfigDict,
-    workdir: epath.PathLike,
-    out: epath.Path,
-) -> epath.Path:
-    """The folder `out`, which one process writes for all."""
-    if multihost.is_first():
-        facts = {"num_steps": config.train.num_steps}
-        encoder = _encoder(config, bundle)
-        with storage.writing(out, storage.scratch(workdir)) as folder:
-            export(folder, params, bundle, encoder=encoder, name=config.export.name, facts=facts)
-    return out

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from hyperlora_jax.lora_files.verify import pipeline_of
+
 if TYPE_CHECKING:
     import torch
 
@@ -65,32 +67,24 @@ def _vae(root: Path, inputs: Arrays, variant: str | None) -> Mapping[str, object
 def _text(root: Path, inputs: Arrays, variant: str | None) -> Mapping[str, object]:
     """The pipeline's own `encode_prompt`; which pipeline it is, the UNet's config says."""
     import torch
-    from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-    parts: dict[str, object] = {"unet": None, "vae": None, "scheduler": DDIMScheduler()}
+    parts: dict[str, object] = {}
     for name, kind in (
         ("text_encoder", CLIPTextModel),
         ("text_encoder_2", CLIPTextModelWithProjection),
     ):
         tokenizer = name.replace("text_encoder", "tokenizer")
-        parts[name] = parts[tokenizer] = None
         if (root / name).is_dir():
             model = kind.from_pretrained(root / name, variant=variant, dtype=torch.float32)
             parts[name] = model.eval()
             parts[tokenizer] = CLIPTokenizer.from_pretrained(root / tokenizer)
     prompts = [str(prompt) for prompt in inputs["prompts"]]
-    if bool(inputs["is_xl"]):
-        pipeline = StableDiffusionXLPipeline(**parts, add_watermarker=False)
-        states, _, pooled, _ = pipeline.encode_prompt(
-            prompts, device="cpu", do_classifier_free_guidance=False
-        )
-        return {"states": states, "pooled": pooled}
-    del parts["text_encoder_2"], parts["tokenizer_2"]
-    pipeline = StableDiffusionPipeline(
-        **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    is_xl = bool(inputs["is_xl"])
+    states, *others = pipeline_of(parts, is_xl).encode_prompt(
+        prompts, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
     )
-    return {"states": pipeline.encode_prompt(prompts, "cpu", 1, False)[0]}
+    return {"states": states, "pooled": others[1]} if is_xl else {"states": states}
 
 
 def _nchw(array: np.ndarray) -> "torch.Tensor":
