@@ -85,7 +85,7 @@ def _build(kind: str, spec: LoraSpec, model: Json) -> Generator:
         return Regression(build_network(spec, network), dropout)
     if kind == "iterative":
         net = build_network(spec, {**network, "input_noise": True})
-        return Iterative(net, int(model.get("num_iterations", 4)), dropout)
+        return Iterative(net, dropout, int(model.get("num_iterations", 4)))
     settings = dict(model.get("diffusion", {}))
     denoiser = settings.pop("denoiser", "tokens")
     process = make_process(settings.pop("prediction", "x0"), **settings)

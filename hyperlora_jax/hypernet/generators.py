@@ -7,6 +7,7 @@ Diffusion and the paper's VAE are in `weight_diffusion.py`, what is fitted in cl
 `baselines.py`; `building.py` makes them from a config.
 """
 
+import abc
 import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple, Protocol, cast, runtime_checkable
@@ -87,8 +88,8 @@ class Generator(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Regression:
-    """The network's answer is the LoRA.
+class Direct(abc.ABC):
+    """What answers with a LoRA at once, without noise and without looking at targets.
 
     Attributes:
         net: the network.
@@ -106,9 +107,9 @@ class Regression:
         """See `Generator`."""
         return self.net.layout.spec
 
-    def init(self, key: Array, condition: Condition) -> Params:
-        """See `Generator`."""
-        return self.net.init(key, condition)["params"]
+    @abc.abstractmethod
+    def answer(self, params: Params, condition: Condition) -> Params:
+        """LoRA tree with leading axis l."""
 
     def train(
         self,
@@ -121,23 +122,31 @@ class Regression:
         """See `Generator`; the target is not looked at."""
         del constants, target
         condition = dropped(condition, self.condition_dropout, key)
-        return Estimate(cast(Params, self.net.apply({"params": params}, condition)), {})
+        return Estimate(self.answer(params, condition), {})
 
     def sample(
         self, params: Params, constants: Params, condition: Condition, key: Array, draw: Draw
     ) -> Params:
         """See `Generator`; guidance moves away from the LoRA of an unknown subject."""
         del constants, key
-        return guided(
-            in_slices(lambda c: cast(Params, self.net.apply({"params": params}, c))),
-            condition,
-            draw.guidance,
-            self.condition_dropout,
-        )
+        run = in_slices(lambda c: self.answer(params, c))
+        return guided(run, condition, draw.guidance, self.condition_dropout)
+
+
+class Regression(Direct):
+    """The network's answer is the LoRA."""
+
+    def init(self, key: Array, condition: Condition) -> Params:
+        """See `Generator`."""
+        return self.net.init(key, condition)["params"]
+
+    def answer(self, params: Params, condition: Condition) -> Params:
+        """See `Direct`."""
+        return cast(Params, self.net.apply({"params": params}, condition))
 
 
 @dataclasses.dataclass(frozen=True)
-class Iterative:
+class Iterative(Direct):
     """k passes of one network, each of which sees the answer of the one before.
 
     Attributes:
@@ -145,12 +154,7 @@ class Iterative:
         num_iterations: k. Training looks at the last answer.
     """
 
-    net: TokenHypernetwork
     num_iterations: int = 4
-    condition_dropout: float = 0.0
-
-    stochastic = False
-    needs_targets = False
 
     def __post_init__(self):
         if self.num_iterations < 1 or not self.net.input_noise:
@@ -159,44 +163,19 @@ class Iterative:
                 f"Got: {self.num_iterations=} and {self.net.input_noise=}"
             )
 
-    @property
-    def spec(self) -> LoraSpec:
-        """See `Generator`."""
-        return self.net.layout.spec
-
     def init(self, key: Array, condition: Condition) -> Params:
         """See `Generator`."""
         zero = factors.zeros(self.spec, len(condition.pooled))
         return self.net.init(key, condition, zero, jnp.zeros(len(condition.pooled)))["params"]
 
-    def _run(self, params: Params, condition: Condition) -> Params:
+    def answer(self, params: Params, condition: Condition) -> Params:
+        """See `Direct`."""
         count = len(condition.pooled)
         lora = factors.zeros(self.spec, count)
         for k in range(self.num_iterations):
             time = jnp.full((count,), k / self.num_iterations)
             lora = cast(Params, self.net.apply({"params": params}, condition, lora, time))
         return lora
-
-    def train(
-        self,
-        params: Params,
-        constants: Params,
-        condition: Condition,
-        target: Array | None,
-        key: Array,
-    ) -> Estimate:
-        """See `Generator`; the target is not looked at."""
-        del constants, target
-        condition = dropped(condition, self.condition_dropout, key)
-        return Estimate(self._run(params, condition), {})
-
-    def sample(
-        self, params: Params, constants: Params, condition: Condition, key: Array, draw: Draw
-    ) -> Params:
-        """See `Generator`."""
-        del constants, key
-        run = in_slices(lambda c: self._run(params, c))
-        return guided(run, condition, draw.guidance, self.condition_dropout)
 
 
 def in_slices(function: Callable[[Condition], Params]) -> Callable[[Condition], Params]:

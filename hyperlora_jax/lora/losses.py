@@ -22,7 +22,7 @@ def whitened_error(predicted: Params, target: Params, spread: Params) -> Float[A
     LoRA tree of one standard deviation for each factor."""
     lead = jax.tree.leaves(target, is_leaf=is_site)[0]["up"].ndim - 2
 
-    def of_matrix(x: Array, y: Array, std: Array) -> Array:
+    def of_matrix(x: AnyArray, y: AnyArray, std: AnyArray) -> Array:
         return jnp.mean(((x - y) / std) ** 2, axis=range(lead, x.ndim))
 
     errors = jax.tree.leaves(jax.tree.map(of_matrix, predicted, target, spread))

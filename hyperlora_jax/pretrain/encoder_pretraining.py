@@ -12,7 +12,7 @@ from hyperlora_jax.parallel.mesh import make_mesh
 from hyperlora_jax.pretrain import encoder_task, probe_task
 from hyperlora_jax.pretrain.level_widths import level_widths
 from hyperlora_jax.pretrain.render_bundle import RenderBundle, render_bundle
-from hyperlora_jax.train.loop import export_folder, fit_section, open_workdir
+from hyperlora_jax.train.loop import Task, export_folder, fit_section, open_workdir
 from hyperlora_jax.worlds.by_style import open_world
 
 SMALLEST = 4  # cells per side of the encoder's last level

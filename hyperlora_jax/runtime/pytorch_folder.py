@@ -15,7 +15,7 @@ from hyperlora_jax.encoders.condition_encoders import FlaxImageEncoder, ImageEnc
 from hyperlora_jax.encoders.foreign_encoders import ForeignImageEncoder
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.hypernet.baselines import Fitted
-from hyperlora_jax.hypernet.generators import Iterative, Regression
+from hyperlora_jax.hypernet.generators import Direct, Iterative
 from hyperlora_jax.hypernet.hypernetwork import Hypernetwork
 from hyperlora_jax.hypernet.mlp_denoiser import MlpDenoiser
 from hyperlora_jax.hypernet.weight_diffusion import Diffusion, Latents, TokenDenoiser
@@ -90,7 +90,7 @@ def _generator(hyper: Hypernetwork) -> Described:
         size = len(tensors["lora/directions"]) if generator.stochastic else 0
         return {"generator": "closed", "noise_size": size, **form}, tensors
     config: JsonDict = {"guided": generator.condition_dropout > 0}
-    if isinstance(generator, Regression | Iterative):
+    if isinstance(generator, Direct):
         network, own = plain_weights.token_network(generator.net, hyper.params)
         count = generator.num_iterations if isinstance(generator, Iterative) else 1
         config |= {"generator": "iterative", "times": [k / count for k in range(count)]}
