@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
 
     single_files.keep_options(args.base, args)
     sd = load_base(args.base)
-    regions = _regions(args, areas, sd, strengths)
+    regions = _regions(args, areas, sd, strengths) if areas else []
     guidance = sd.default_guidance if args.guidance is None else args.guidance
     guided = guidance != 1.0 and not sd.unet.settings.guidance_width
     if (args.lora or regions) and args.lora_branches == "conditional" and guided:
