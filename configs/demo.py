@@ -24,6 +24,8 @@ def get_config() -> ConfigDict:
         "base", "mean_lora", "shuffled", "nearest", "generated", "conventional",
     )  # fmt: skip
     config.evaluate.num_validation = 8
+    config.evaluate.num_sampling_steps = 10  # scores are those of 20 steps
+    config.evaluate.identities_per_batch = 8  # one program for both sets
     config.evaluate.steps_to_quality.num_identities = 0
     config.evaluate.strengths = (1.0, 1.5, 2.0)
     return config

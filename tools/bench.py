@@ -29,6 +29,7 @@ BENCHMARKS = {
     "hypernet": "bench_hypernet",
     "restart": "bench_restart",
     "serve": "bench_serve",
+    "sample": "bench_sample",
     "shell": "bench_shell",
     "load": "bench_load",
     "demo": "bench_demo",

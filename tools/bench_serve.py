@@ -38,12 +38,12 @@ def run(device: str) -> list[dict[str, Any]]:
     cpu_devices.prepare()
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        files = _lora_files(Path(folder))
-        peers = {"set_adapters": _by_set_adapters(files), "hotswap": _by_hotswap(files)}
+        files = lora_files(Path(folder), PEOPLE)
+        peers = {"set_adapters": by_set_adapters(files), "hotswap": by_hotswap(files)}
         ours = {
             "onnx": _by_graph(files, Path(folder), "onnx"),
             "torch-export": _by_graph(files, Path(folder), "torch-export"),
-            "jax": _by_jax(files),
+            "jax": by_jax(files),
         }
         draws = peers | ours
         pictures = {name: draw() for name, draw in draws.items()}
@@ -70,7 +70,8 @@ def run(device: str) -> list[dict[str, Any]]:
     ]
 
 
-def _lora_files(folder: Path) -> list[Path]:
+def lora_files(folder: Path, count: int) -> list[Path]:
+    """So many LoRAs of the base, random ones, as files."""
     import jax
 
     from hyperlora_jax.lora import factors
@@ -79,7 +80,7 @@ def _lora_files(folder: Path) -> list[Path]:
 
     spec = StableDiffusion.outline(base_path(BASE)).lora_spec(PRESET, RANK)
     files = []
-    for k in range(PEOPLE):
+    for k in range(count):
         leaves, tree = jax.tree.flatten(factors.zeros(spec))
         rng = np.random.default_rng(k)
         drawn = [0.1 * rng.standard_normal(leaf.shape).astype(np.float32) for leaf in leaves]
@@ -97,8 +98,8 @@ def _pipeline() -> Any:
     return pipe
 
 
-def _noise(pipe: Any) -> torch.Tensor:
-    shape = (PEOPLE, pipe.unet.config.in_channels, *2 * [pipe.unet.config.sample_size])
+def _noise(pipe: Any, count: int) -> torch.Tensor:
+    shape = (count, pipe.unet.config.in_channels, *2 * [pipe.unet.config.sample_size])
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
@@ -112,15 +113,16 @@ def _draw(pipe: Any, latents: torch.Tensor) -> np.ndarray:
     ).images
 
 
-def _by_set_adapters(files: list[Path]) -> Draw:
+def by_set_adapters(files: list[Path]) -> Draw:
+    """diffusers, all adapters in memory, a picture of each in turn."""
     pipe = _pipeline()
     for k, file in enumerate(files):
         pipe.load_lora_weights(file.parent, weight_name=file.name, adapter_name=f"own{k}")
-    noise = _noise(pipe)
+    noise = _noise(pipe, len(files))
 
     def draw() -> np.ndarray:
         pictures = []
-        for k in range(PEOPLE):
+        for k in range(len(files)):
             pipe.set_adapters([f"own{k}"])
             pictures.append(_draw(pipe, noise[k : k + 1]))
         return np.concatenate(pictures)
@@ -128,11 +130,12 @@ def _by_set_adapters(files: list[Path]) -> Draw:
     return draw
 
 
-def _by_hotswap(files: list[Path]) -> Draw:
+def by_hotswap(files: list[Path]) -> Draw:
+    """diffusers, each file loaded over the one before."""
     pipe = _pipeline()
     one: dict[str, Any] = {"adapter_name": "one"}
     pipe.load_lora_weights(files[0].parent, weight_name=files[0].name, **one)
-    noise = _noise(pipe)
+    noise = _noise(pipe, len(files))
 
     def draw() -> np.ndarray:
         pictures = []
@@ -151,11 +154,12 @@ def _by_graph(files: list[Path], folder: Path, format: Any) -> Draw:
     export_base(base_path(BASE), folder / format, format, PRESET, RANK)
     unet, pipe = LoraUNet(folder / format), _pipeline()
     unet.attach(pipe, [unet.vector(file) for file in files])
-    noise = _noise(pipe)
+    noise = _noise(pipe, len(files))
     return lambda: _draw(pipe, noise)
 
 
-def _by_jax(files: list[Path]) -> Draw:
+def by_jax(files: list[Path]) -> Draw:
+    """`StableDiffusion.sample`, all in one batch."""
     from hyperlora_jax.parallel.mesh import make_mesh
     from hyperlora_jax.parallel.sharding import REPLICATED_RULES
     from hyperlora_jax.stable_diffusion.embedded import load_base
@@ -163,8 +167,8 @@ def _by_jax(files: list[Path]) -> Draw:
 
     sd = load_base(BASE, mesh=make_mesh(), rules=REPLICATED_RULES)
     loras = lora_tree(list(files), sd)
-    latents = _noise(_pipeline()).permute(0, 2, 3, 1).numpy()
-    prompts = [PROMPT] * PEOPLE
+    latents = _noise(_pipeline(), len(files)).permute(0, 2, 3, 1).numpy()
+    prompts = [PROMPT] * len(files)
 
     def draw() -> np.ndarray:
         return np.asarray(
