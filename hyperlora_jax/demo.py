@@ -147,7 +147,7 @@ STAGES = {
     ),
     "evaluate": Stage(
         "Try it on people it has never seen",
-        135.0,
+        80.0,
         (
             ("drawing", 0.0, 0.01),
             ("encoding", 0.01, 0.02),
