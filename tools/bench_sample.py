@@ -9,6 +9,7 @@ another, by `set_adapters` or by hot swapping, whichever is faster here. And one
 unless the pictures are equal to 1e-3 of the range.
 """
 
+import shutil
 import statistics
 import tempfile
 import time
@@ -41,8 +42,7 @@ def run(device: str) -> list[dict[str, Any]]:
         fastest = min(peers, key=lambda name: _seconds(peers[name]))
         title = f"sample/tiny/{PEOPLE} LoRAs"
         tiny = _row(title, by_jax(files), peers[fastest], PEOPLE, f"diffusers + peft, {fastest}")
-        base = Path(folder) / "base"
-        write_random_model("sd15", base)
+        base = _large(Path(folder) / "base")
         large = _row(f"sample/sd15/{SIDE}", _one_by_jax(base), _one(base), 1, "diffusers")
     return [tiny, large]
 
@@ -67,6 +67,17 @@ def _row(title: str, ours: Draw, peer: Draw, count: int, name: str) -> dict[str,
         "peer_name": name,
         "pixel_difference": difference,
     }
+
+
+def _large(folder: Path) -> Path:
+    """A random base of Stable Diffusion 1.5's size, with the sampler of the tiny one."""
+    from hyperlora_jax.shipped import base_path
+
+    write_random_model("sd15", folder)
+    small = Path(base_path("tiny-sd"))
+    shutil.copy(small / "model_index.json", folder)
+    shutil.copytree(small / "scheduler", folder / "scheduler")
+    return folder
 
 
 def _noise() -> np.ndarray:
