@@ -44,9 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--lora_branches",
-        default="conditional",
-        help="of guidance that LoRAs act on: conditional (the default; the negative prompt is the"
-        " base's), or both, as other programs have it",
+        default="both",
+        help="of guidance that LoRAs act on: both (the default, as in other programs), or"
+        " conditional (the negative prompt is the base's), for bases that need little guidance",
     )
     parser.add_argument("--num_steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, help="default: the base's own, mostly 7.5")
@@ -88,13 +88,6 @@ def run(args: argparse.Namespace) -> int:
     single_files.keep_options(args.base, args)
     sd = load_base(args.base)
     regions = _regions(args, areas, sd, strengths) if areas else []
-    guidance = sd.default_guidance if args.guidance is None else args.guidance
-    guided = guidance != 1.0 and not sd.unet.settings.guidance_width
-    if (args.lora or regions) and args.lora_branches == "conditional" and guided:
-        print(
-            f"guidance {guidance:g}: LoRAs act on the conditional branch alone; diffusers and "
-            "ComfyUI have them on both (--lora_branches both)"
-        )
     names = ["regions"] if regions else _names(args.lora)
     prompts = [prompt for _ in names for prompt in args.prompt]
     images = sample_in_batches(
