@@ -388,6 +388,7 @@ def write(
         "title": experiment.title,
         "command": " ".join(["python tools/experiments.py", name, *targets, "--workdir WORKDIR"]),
         "rows": rows,
+        "missing": [run for run in experiment.runs if run not in {row["run"] for row in rows}],
     }
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(content, indent=1) + "\n")

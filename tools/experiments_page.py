@@ -3,8 +3,8 @@
 A record is {"name", "title", "command", "rows"}; a row is one run with one seed: {"run", "seed",
 "identity_top1": {"mean", "stderr", "n"}, "image_error", "caption_accuracy", "strength", "guidance",
 "steps", "cpu_seconds" (of training), "choosing"}: whether the identities are validation ones, as
-the row is there to choose a recipe by; its training means nothing then. Written by
-tools/experiments.py.
+the row is there to choose a recipe by; its training means nothing then. "missing" are runs of the
+experiment that nobody made yet. Written by tools/experiments.py.
 """
 
 import json
@@ -103,8 +103,13 @@ def section(record: Mapping[str, Any]) -> list[str]:
         f"`{record['command']}`",
         f"{'/'.join(map(str, sorted(counts)))} {who} identities, the same for all runs; mean ± "
         "standard error over identities and training seeds; every run at the strength that was "
-        "best on validation identities." + _contrasts(record),
+        "best on validation identities." + _contrasts(record) + _missing(record),
     ]
+
+
+def _missing(record: Mapping[str, Any]) -> str:
+    names = record.get("missing", ())
+    return f" Not run yet: {'; '.join(names)}." if names else ""
 
 
 def _contrasts(record: Mapping[str, Any]) -> str:

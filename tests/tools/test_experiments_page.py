@@ -52,6 +52,9 @@ def test_what_a_recipe_is_chosen_by_says_so_and_tells_nothing_of_a_training():
     assert experiments_page.table(chosen)[0][-1] == "2"
     assert experiments_page.columns(chosen)[-1] == "strength"
     assert "64 validation identities" in experiments_page.section(chosen)[-1]
+    assert "Not run yet" not in experiments_page.section(chosen)[-1]
+    unfinished = experiments_page.section({**chosen, "missing": ["600 steps", "50 steps"]})
+    assert unfinished[-1].endswith("Not run yet: 600 steps; 50 steps.")
 
 
 def test_the_page_holds_every_record(tmp_path):
