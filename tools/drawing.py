@@ -335,8 +335,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     compilation_cache.enable()
     cpu_devices.prepare()
     command = f"python tools/drawing.py {given.name} --workdir WORKDIR"
-    if given.identities != parser.get_default("identities"):
-        command += f" --identities {given.identities}"
+    for name in ("identities", "validation"):
+        if getattr(given, name) != parser.get_default(name):
+            command += f" --{name} {getattr(given, name)}"
     if given.base != parser.get_default("base"):
         command += " --base BASE"
     file = given.json or ROOT / f"docs/measurements/drawing_{given.name}.json"
