@@ -26,7 +26,14 @@ def run(device: str) -> list[dict[str, Any]]:
     from hyperlora_jax.parallel import cpu_devices
 
     cpu_devices.prepare()
-    return [tiny_cpu(64), tiny_cpu(4), sd15_cpu(), sd15_cpu(forward=True), per_example()]
+    return [
+        tiny_cpu(64),
+        tiny_cpu(4),
+        sd15_cpu(),
+        sd15_cpu(forward=True),
+        per_example(),
+        in_parts(),
+    ]
 
 
 def tiny_cpu(batch: int, runs: int = 15) -> dict[str, Any]:
@@ -51,6 +58,19 @@ def per_example(runs: int = 15) -> dict[str, Any]:
     shared = jax_step(config, 16, 16, 8, None)
     many = jax_step(config, 16, 16, 8, 16)
     return timed_row("lora/per-example/r8x16", many, shared, runs, "ms/step", "one shared LoRA")
+
+
+def in_parts(runs: int = 15) -> dict[str, Any]:
+    """16 LoRAs for 4 pictures each, a few pictures at a time against all at once."""
+    from hyperlora_jax.stable_diffusion import denoising_loss
+
+    parts = jax_step(TINY, 64, 16, 4, 16)
+    parts()
+    whole = jax_step(TINY, 64, 16, 4, 16)
+    kept, denoising_loss.NUMBERS_AT_ONCE = denoising_loss.NUMBERS_AT_ONCE, 0
+    whole()  # compiles
+    denoising_loss.NUMBERS_AT_ONCE = kept
+    return timed_row("lora/in-parts/r4x16", parts, whole, runs, "ms/step", "all at once")
 
 
 def _torch_on_all_cores(

@@ -82,7 +82,7 @@ def denoising_error(
 Pictures = tuple[
     Float[AnyArray, "l g h w z"], Text, Int[AnyArray, "l g"], Float[AnyArray, "l g h w z"]
 ]
-_NUMBERS = 2**14  # of the UNet's first level that a core's cache holds with all that follows
+NUMBERS_AT_ONCE = 2**14  # of the UNet's first level that a core's cache holds with all that follows
 
 
 def lora_losses(
@@ -109,9 +109,9 @@ def _parts(unet: UNet, num_loras: int, num_pictures: int, *size: int) -> tuple[i
     """How many parts of the LoRAs, or of a single LoRA's pictures, are computed one after another.
     Every part has rows for all devices: they may be spread over them."""
     numbers = math.prod(size) * unet.settings.channels[0]
-    if jax.default_backend() != "cpu" or numbers > _NUMBERS:
+    if jax.default_backend() != "cpu" or numbers > NUMBERS_AT_ONCE:
         return 1, 1
-    devices, together = jax.device_count(), _NUMBERS // numbers
+    devices, together = jax.device_count(), NUMBERS_AT_ONCE // numbers
     most = num_loras * num_pictures // (together * devices)
 
     def divisor(count: int) -> int:

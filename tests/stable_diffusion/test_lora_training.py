@@ -158,7 +158,7 @@ def test_losses_in_parts_equal_those_of_the_whole_batch(
     monkeypatch.setattr(jax, "device_count", lambda: 1)
 
     def run(numbers):
-        monkeypatch.setattr(denoising_loss, "_NUMBERS", numbers)
+        monkeypatch.setattr(denoising_loss, "NUMBERS_AT_ONCE", numbers)
         assert denoising_loss._parts(unet, *rows, 8, 8) == (parts if numbers else (1, 1))
         return jax.jit(jax.grad(total, has_aux=True))(lora, params)
 
