@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from etils import epath
@@ -19,6 +19,9 @@ from hyperlora_jax.encoders.preprocessing import Preprocessing, Size, of_folder
 from hyperlora_jax.errors import UserError
 from hyperlora_jax.lora_files.base_files import weight_files
 from hyperlora_jax.stable_diffusion.weights.tensor_stream import read_tensors
+
+if TYPE_CHECKING:
+    import torch
 
 Pooled = Float[AnyArray, "b e"]
 Tokens = Float[AnyArray, "b n e"]

@@ -4,6 +4,8 @@ The file goes through the pipeline's own `load_lora_weights`. Compared are every
 the outputs of the UNet and the text encoders: adapter against merged weights, and against the
 base, from which it must differ. PyTorch is imported here only, when a function is called.
 """
+# pyright: reportPrivateImportUsage=false
+# (diffusers exports its classes when they are asked for, which a type checker cannot see)
 
 import contextlib
 import dataclasses
@@ -14,7 +16,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -31,9 +33,6 @@ from hyperlora_jax.lora_files.peft_directory import (
 from hyperlora_jax.lora_files.reading import load_lora, read_tensors
 from hyperlora_jax.lora_files.writing import DIFFUSERS_NAME
 from hyperlora_jax.shipped import base_path
-
-if TYPE_CHECKING:
-    pass
 
 ADAPTER = "hyperlora_verify"
 ADAPTERS = (ADAPTER, W2W_ADAPTER)
