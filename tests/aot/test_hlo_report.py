@@ -10,7 +10,6 @@ from hyperlora_jax.aot.ahead_of_time import LOW_EFFORT, topology_mesh
 from hyperlora_jax.aot.hlo_report import collective_bytes
 from hyperlora_jax.hypernet.building import build_generator
 from hyperlora_jax.hypernet.condition import Condition
-from hyperlora_jax.hypernet.generators import Draw
 from hyperlora_jax.lora.sites import LoraSite, LoraSpec
 from hyperlora_jax.parallel import sharding
 from hyperlora_jax.parallel.topology import parse
@@ -77,7 +76,7 @@ def test_spreading_parameters_moves_no_activations(knows):
         given = jnp.zeros((count, 8)), jnp.zeros((count, 4, 8))
 
         def loss(params, given):
-            loras = generator.sample(params, {}, Condition(*given), jax.random.key(0), Draw())
+            loras = generator.train(params, {}, Condition(*given), None, jax.random.key(0)).lora
             return sum(jnp.mean(leaf**2) for leaf in jax.tree.leaves(loras))
 
         def gradient(params, given):

@@ -213,7 +213,10 @@ def test_what_is_no_base_is_named_where_only_its_layers_are_read(copied, tmp_pat
     file.unlink()
     file.with_suffix(".bin").write_bytes(b"\x80\x02K\x01.")
     assert "diffusion_pytorch_model.bin: no PyTorch file of plain tensors" in refusal(copied)
-    for text, reason in (("[]", "found list, expected a JSON object"), ("{", "not readable")):
+    for text, reason in (
+        ("[]", "found list, expected a JSON object"),
+        ("{", "not a readable JSON file"),
+    ):
         (copied / "unet" / "config.json").write_text(text)
         assert f"unet/config.json: {reason}" in refusal(copied)
     flux = tmp_path / "flux"
