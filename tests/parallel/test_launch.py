@@ -69,6 +69,7 @@ def test_gives_up_after_so_many_restarts(tmp_path):
 def test_two_local_processes_survive_a_preemption(tmp_path):
     toy = ROOT / "tests" / "train" / "toy_task.py"
     arguments = ("--mesh=-1,1,1,4", "--flat", "--num_steps", 24, "--workdir", tmp_path)
+    arguments += ("--step_seconds", 0.15)  # the signal is heard before the run ends
     done = run(
         "local_processes.sh", 2, 2, sys.executable, toy, *arguments, "--terminate_once_at", 6
     )
