@@ -38,6 +38,7 @@ def get_config() -> ConfigDict:
                 "checkpoint_every_steps": 500,
                 "ema_decay": 0.999,
                 "optimizer": {
+                    "name": "adamw",  # or muon
                     "learning_rate": 1e-3,
                     "schedule": "cosine",
                     "warmup_steps": 100,

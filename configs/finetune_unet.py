@@ -48,6 +48,7 @@ def get_config() -> ConfigDict:
                 "profile_steps": (),  # (first, last) of a profile in WORKDIR/profile
                 "stall_timeout_seconds": 1800,
                 "optimizer": {
+                    "name": "adamw",  # or muon
                     "learning_rate": 1e-4,
                     "schedule": "cosine",
                     "warmup_steps": 100,

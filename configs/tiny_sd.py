@@ -55,6 +55,7 @@ def get_config() -> ConfigDict:
                 "log_every_steps": 100,
                 "checkpoint_every_steps": 500,
                 "optimizer": {
+                    "name": "adamw",  # or muon
                     "learning_rate": 2e-3,
                     "schedule": "cosine",
                     "warmup_steps": 100,
@@ -76,6 +77,7 @@ def get_config() -> ConfigDict:
                 "profile_steps": (),  # (first, last) of a profile in WORKDIR/profile
                 "stall_timeout_seconds": 1800,
                 "optimizer": {
+                    "name": "adamw",  # or muon
                     "learning_rate": 1e-3,
                     "schedule": "cosine",
                     "warmup_steps": 200,

@@ -103,7 +103,7 @@ def trace(workload: Workload, mesh: Mesh, batch_per_device: int) -> Traced:
     build = state_builder(workload.init, transform, with_ema=workload.ema_decay is not None)
     key = jax.eval_shape(lambda: jax.random.key(0))
     shapes = jax.eval_shape(build, key)
-    shardings = state_shardings(shapes, mesh, transform)
+    shardings = state_shardings(shapes, mesh)
     frozen = jax.eval_shape(lambda: workload.frozen) if _is_concrete(workload.frozen) else None
     frozen = workload.frozen if frozen is None else frozen
     frozen_places = sharding.param_shardings(frozen, mesh, sharding.REPLICATED_RULES)

@@ -104,6 +104,7 @@ def table() -> Mapping[str, Rule]:
     from hyperlora_jax.lora_files.writing import FORMATS
     from hyperlora_jax.stable_diffusion.networks.blocks import REMAT_POLICIES
     from hyperlora_jax.targets.gauged_targets import GAUGES
+    from hyperlora_jax.train import optimizer
     from hyperlora_jax.train.trackers import PACKAGES
     from hyperlora_jax.worlds import fonts, heads
     from hyperlora_jax.worlds.avatar_styles import STYLES
@@ -127,6 +128,7 @@ def table() -> Mapping[str, Rule]:
         "*.learning_rate": POSITIVE, "*.warmup_steps": whole(0), "*.weight_decay": NUMBER,
         "*.clip_norm": optional(POSITIVE), "*.b1": SHARE, "*.b2": SHARE, "*.eps": POSITIVE,
         "*.final_fraction": NUMBER, "*.recipe.schedule": one_of(("constant", "cosine")),
+        "*.optimizer.name": one_of(optimizer.NAMES),
         "*.optimizer.schedule": one_of(("cosine", "linear", "constant")),
         "*.images_per_step": COUNT, "*.accumulate": COUNT, "*.alpha": optional(POSITIVE),
         "*.prior_weight": NUMBER, "*.plateau_window": optional(COUNT), "*.plateau_drop": SHARE,

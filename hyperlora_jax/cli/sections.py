@@ -145,6 +145,7 @@ def train(**changes: object) -> Json:
             "log_every_steps": 50,
             "checkpoint_every_steps": 500,
             "optimizer": {
+                "name": "adamw",
                 "learning_rate": 1e-4,
                 "schedule": "linear",
                 "b1": 0.9,
@@ -162,6 +163,7 @@ def train(**changes: object) -> Json:
         "profile_steps": (),  # (first, last) of a profile in WORKDIR/profile
         "stall_timeout_seconds": 1800,
         "optimizer": {
+            "name": "adamw",  # or muon
             "learning_rate": 1e-4,
             "schedule": "cosine",  # cosine, linear or constant, after the warm-up
             "warmup_steps": 50,

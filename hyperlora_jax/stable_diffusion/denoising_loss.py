@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hyperlora_jax.array_types import AnyArray, Array, ArrayTree, Float, Int, Params, PRNGKey
 from hyperlora_jax.diffusion.schedule import NoiseSchedule, add_noise, target
@@ -99,26 +100,66 @@ def lora_losses(
     Args:
         pictures: latents, text with rows [l, g], timesteps and noise.
     """
-    parts = _parts(denoiser.unet, *pictures[0].shape[:-1])
+    copies, parts = _split_by(denoiser.unet, *pictures[0].shape[:-1])
+    shape = pictures[0].shape[:2]
+    weights = jnp.broadcast_to(jnp.asarray(weights), shape)
+    if copies > 1:
+        lora = _copied(lora, copies)
+        pictures, weights = _regrouped((pictures, weights), copies)
     if parts == (1, 1):
-        return _sums(denoiser, params, lora, pictures, weights)
-    return _sums_in_parts(denoiser, parts, params, lora, pictures, weights)
+        sums, errors = _sums(denoiser, params, lora, pictures, weights)
+    else:
+        sums, errors = _sums_in_parts(denoiser, parts, params, lora, pictures, weights)
+    return (sums.sum(0, keepdims=True), errors.reshape(shape)) if copies > 1 else (sums, errors)
 
 
-def _parts(unet: UNet, num_loras: int, num_pictures: int, *size: int) -> tuple[int, int]:
-    """How many parts of the LoRAs, or of a single LoRA's pictures, are computed one after another.
-    Every part has rows for all devices: they may be spread over them."""
+def _split_by(
+    unet: UNet, num_loras: int, num_pictures: int, *size: int
+) -> tuple[int, tuple[int, int]]:
+    """On how many devices a single LoRA is copied, and how many parts of the LoRAs, or of a
+    LoRA's pictures, are computed one after another.
+
+    Every part has rows for all devices: they may be spread over them.
+    """
+    devices = jax.device_count()
+    if jax.default_backend() != "cpu":
+        return 1, (1, 1)
+    copies = devices if num_loras == 1 and num_pictures % devices == 0 else 1
     numbers = math.prod(size) * unet.settings.channels[0]
-    if jax.default_backend() != "cpu" or numbers > NUMBERS_AT_ONCE:
-        return 1, 1
-    devices, together = jax.device_count(), NUMBERS_AT_ONCE // numbers
-    most = num_loras * num_pictures // (together * devices)
+    if numbers > NUMBERS_AT_ONCE:
+        return copies, (1, 1)
+    most = num_loras * num_pictures // (NUMBERS_AT_ONCE // numbers * devices)
 
     def divisor(count: int) -> int:
-        fits = (n for n in range(1, min(most, count) + 1) if count % (n * devices) == 0)
-        return max(fits, default=1)
+        return max((n for n in range(1, min(most, count) + 1) if count % n == 0), default=1)
 
-    return (1, divisor(num_pictures)) if num_loras == 1 else (divisor(num_loras), 1)
+    of_device = (num_pictures if num_loras == 1 else num_loras) / devices
+    number = divisor(int(of_device)) if of_device.is_integer() else 1
+    return copies, ((1, number) if num_loras == 1 else (number, 1))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _copied(lora: Params, copies: int) -> Params:
+    """One LoRA as so many, a device's each. Their gradients are summed as one array: a sum over
+    devices waits for all of them, and a LoRA has a hundred factors."""
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (copies, *x.shape[1:])), lora)
+
+
+def _summed(copies: int, _, gradients: Params) -> tuple[Params]:
+    leaves, structure = jax.tree.flatten(gradients)
+    sizes = np.cumsum([leaf[0].size for leaf in leaves])
+    flat = jnp.concatenate([leaf.reshape(copies, -1) for leaf in leaves], axis=1).sum(0)
+    parts = jnp.split(flat, sizes[:-1])
+    shaped = [part.reshape(1, *leaf.shape[1:]) for part, leaf in zip(parts, leaves, strict=True)]
+    return (structure.unflatten(shaped),)
+
+
+_copied.defvjp(lambda lora, copies: (_copied(lora, copies), None), _summed)
+
+
+def _regrouped(rows: ArrayTree, count: int) -> ArrayTree:
+    """[1, g, ...] → [count, g / count, ...]."""
+    return jax.tree.map(lambda x: jnp.reshape(x, (count, -1, *x.shape[2:])), rows)
 
 
 def _sums(
@@ -175,9 +216,9 @@ def _mapped(
 ) -> tuple[tuple[Array, Array], Params]:
     """`one`(lora, pictures, weights) of a part after another, put together."""
     if parts[0] > 1:
-        rows = _split((lora, pictures), parts[0], 0)
-        return _joined(jax.lax.map(lambda part: one(*part, weights), rows), 0)
-    rows = _split(pictures, parts[1], 1), _split(weights, parts[1], 0)
+        rows = _split((lora, pictures, weights), parts[0], 0)
+        return _joined(jax.lax.map(lambda part: one(*part), rows), 0)
+    rows = _split((pictures, weights), parts[1], 1)
     (sums, errors), gradients = jax.lax.map(lambda part: one(lora, *part), rows)
     summed = jax.tree.map(lambda x: x.sum(0), (sums, gradients))
     return (summed[0], _joined(errors, 1)), summed[1]

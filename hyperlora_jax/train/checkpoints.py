@@ -30,7 +30,8 @@ from hyperlora_jax.train.state import TrainState
 log = logging.getLogger(__name__)
 
 ITEMS = ("state", "data", "meta")
-_SHAPING = ("ema_decay", "optimizer.clip_norm")  # settings that give the state its structure
+# Settings that give the state its structure: another name, or one that is there on one side only.
+_SHAPING = ("ema_decay", "optimizer.clip_norm", "optimizer.name")
 _FILES = ("_CHECKPOINT_METADATA", "state/_METADATA", "data/metadata", "meta/metadata")
 
 
@@ -102,17 +103,28 @@ def changed_settings(
     """What else differs of how a run is trained: {"ema_decay": …, "optimizer": {…}} on both sides.
 
     Raises:
-      UserError: a moving average or clipping that is there on one side only: the state of one has
-        no place for that of the other.
+      UserError: another optimiser, a moving average or clipping that is there on one side only: the
+        state of one has no place for that of the other.
     """
-    differences = facts.differences(saved, expected)
-    shape = {name: pair for name, pair in differences.items() if name in _SHAPING and None in pair}
+    differences = facts.differences(_named(saved), _named(expected))
+    shape = {
+        name: pair
+        for name, pair in differences.items()
+        if name in _SHAPING and (None in pair or name == "optimizer.name")
+    }
     if shape:
         raise UserError(
             f"{facts.refusal(where, shape).removesuffix('; use another workdir')}; keep the "
             "setting, or use another workdir"
         )
     return differences
+
+
+def _named(settings: Mapping[str, object]) -> Json:
+    """With the optimiser that was meant where older runs name none."""
+    optimizer = settings.get("optimizer", {})
+    assert isinstance(optimizer, Mapping)
+    return {**settings, "optimizer": {"name": "adamw", **optimizer}}
 
 
 def best_step(directory: epath.PathLike) -> int | None:
@@ -191,7 +203,7 @@ def _other_settings(folder: epath.Path, abstract: TrainState) -> str:
     # Another model shows in the average and in the optimiser's state too.
     first = min(differ, key=lambda name: (not name.startswith("params."), name))
     group = first.partition(".")[0]
-    settings = {"ema": "train.ema_decay", "opt_state": "train.optimizer (clip_norm)"}
+    settings = {"ema": "train.ema_decay", "opt_state": "train.optimizer (name, clip_norm)"}
     return (
         f"{folder}: is sound, but of other settings than this run's "
         f"{settings.get(group, 'model')}: {first} has shape {saved.get(first)} there, "

@@ -160,7 +160,7 @@ def fit(
     # ---- Shapes and shardings, before any array exists
     build = state_builder(task.init, transform, with_ema=plan.ema_decay is not None)
     shapes = jax.eval_shape(build, key)
-    shardings = state_shardings(shapes, mesh, transform)
+    shardings = state_shardings(shapes, mesh)
     meta = {
         "facts": dict(task.facts),
         "settings": {

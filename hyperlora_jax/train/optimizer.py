@@ -1,13 +1,21 @@
-"""AdamW with global-norm clipping and a warm-up schedule, from keyword arguments of a config."""
+"""AdamW or Muon, clipped by the global norm and with a warm-up, from keyword arguments of a config.
 
+Muon (Jordan 2024, https://kellerjordan.github.io/posts/muon) orthogonalises the momentum of every
+matrix between hidden features, so that all its directions move alike. Scaled to the size of AdamW's
+steps (arXiv 2502.16982) it takes AdamW's learning rates; AdamW trains what else there is.
+"""
+
+import re
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
-from hyperlora_jax.array_types import ArrayTree
+from hyperlora_jax.array_types import Array, ArrayTree
 from hyperlora_jax.errors import UserError
+from hyperlora_jax.parallel.sharding import parameter_name
 
 
 def make_schedule(
@@ -40,12 +48,39 @@ def make_schedule(
     return optax.join_schedules([warmup, decay], [warmup_steps])
 
 
+NAMES = ("adamw", "muon")
+MUON_RMS = 0.2  # of a step in units of the learning rate: what AdamW's steps have
+# Kernels that write LoRA factors or pictures, or read them: their columns are no hidden features.
+_OUTER = r"(.*/)?(head_|noise_|conv_in|conv_out)[^/]*/kernel"
+# Attention kernels [in, heads, width] and [heads, width, out]; the axes that a matrix maps from.
+_FROM = ((r".*attention/(query|key|value)/kernel", (-3,), (-2, -1)),
+         (r".*attention/out/kernel", (-3, -2), (-1,)))  # fmt: skip
+
+
 def _is_matrix(params: ArrayTree) -> ArrayTree:
     return jax.tree.map(lambda leaf: jnp.ndim(leaf) >= 2, params)
 
 
+def hidden_matrices(params: ArrayTree) -> ArrayTree:
+    """What Muon trains: for every kernel between hidden features, which axes are a matrix's rows
+    and columns (further ones count matrices: stacked blocks); None for every other parameter."""
+
+    def axes(path: tuple[Any, ...], leaf: Array) -> optax.contrib.MuonDimensionNumbers | None:
+        name = parameter_name(path)
+        if leaf.ndim < 2 or not name.endswith("kernel") or re.fullmatch(_OUTER, name):
+            return None
+        for pattern, rows, columns in _FROM:
+            if leaf.ndim >= 3 and re.fullmatch(pattern, name):
+                return optax.contrib.MuonDimensionNumbers(rows, columns)
+        rows = tuple(range(-leaf.ndim, -1)) if leaf.ndim == 4 else (-2,)  # of a convolution
+        return optax.contrib.MuonDimensionNumbers(rows, (-1,))
+
+    return jax.tree_util.tree_map_with_path(axes, params)
+
+
 def make_optimizer(
     num_steps: int,
+    name: Literal["adamw", "muon"] = "adamw",
     weight_decay: float = 0.0,
     b1: float = 0.9,
     b2: float = 0.999,
@@ -53,14 +88,29 @@ def make_optimizer(
     clip_norm: float | None = 1.0,
     **rate: Any,
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """(AdamW, its learning rate); `rate` goes to `make_schedule`, `weight_decay` touches arrays of
-    two or more dimensions only, clip_norm=None does not clip.
+    """(the optimiser, its learning rate); `rate` goes to `make_schedule`, clip_norm=None does not
+    clip. `weight_decay` touches arrays of two or more dimensions, with Muon its own matrices.
 
     Raises:
-      UserError: see `make_schedule`.
+      UserError: an unknown name; see `make_schedule`.
     """
     schedule = make_schedule(num_steps=num_steps, **rate)
-    adam = optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=_is_matrix)
+    if name == "adamw":
+        steps = optax.adamw(
+            schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=_is_matrix
+        )
+    elif name == "muon":
+        steps = optax.contrib.muon(
+            schedule,
+            eps=eps,
+            weight_decay=weight_decay,
+            adam_b1=b1,
+            adam_b2=b2,
+            muon_weight_dimension_numbers=hidden_matrices,
+            consistent_rms=MUON_RMS,
+        )
+    else:
+        raise UserError(f"optimizer.name: got {name!r}, expected one of {', '.join(NAMES)}")
     if clip_norm is None:
-        return adam, schedule
-    return optax.chain(optax.clip_by_global_norm(clip_norm), adam), schedule
+        return steps, schedule
+    return optax.chain(optax.clip_by_global_norm(clip_norm), steps), schedule

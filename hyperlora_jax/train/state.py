@@ -5,6 +5,7 @@ No array is born on one device: shapes first (`eval_shape`), then shardings, the
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import flax.struct
 import jax
@@ -36,24 +37,24 @@ def new_state(
     return TrainState(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params))
 
 
-def state_shardings(
-    shapes: TrainState, mesh: Mesh, optimizer: optax.GradientTransformation
-) -> TrainState:
-    """Shardings for a TrainState of shapes: optimiser moments live where their parameters live."""
+def state_shardings(shapes: TrainState, mesh: Mesh) -> TrainState:
+    """Shardings for a TrainState of shapes: optimiser moments, whose paths end as those of their
+    parameters do, live where these live."""
     params = sharding.param_shardings(shapes.params, mesh, sharding.DEFAULT_RULES)
     replicated = sharding.replicated(mesh)
 
-    def like_param(leaf: ArrayTree, shape: ArrayTree, place: NamedSharding) -> NamedSharding:
-        return place if leaf.shape == shape.shape else replicated  # factored moments differ
+    leaves = jax.tree_util.tree_leaves_with_path(shapes.params)
+    places = {
+        path: (leaf.shape, place)
+        for (path, leaf), place in zip(leaves, jax.tree.leaves(params), strict=True)
+    }
 
-    opt_state = optax.tree_map_params(
-        optimizer,
-        like_param,
-        shapes.opt_state,
-        shapes.params,
-        params,
-        transform_non_params=lambda _: replicated,
-    )
+    def like_param(path: tuple[Any, ...], leaf: ArrayTree) -> NamedSharding:
+        ends = (places.get(path[start:]) for start in range(len(path)))
+        shape, place = next((found for found in ends if found), (None, replicated))
+        return place if leaf.shape == shape else replicated  # factored moments differ
+
+    opt_state = jax.tree_util.tree_map_with_path(like_param, shapes.opt_state)
     ema = None if shapes.ema is None else params
     return TrainState(step=replicated, params=params, ema=ema, opt_state=opt_state)
 

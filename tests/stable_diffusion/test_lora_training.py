@@ -135,9 +135,18 @@ def test_bfloat16_stays_close(small, setting):
     assert np.linalg.norm(ours.astype(np.float32) - exact) <= 0.05 * np.linalg.norm(exact)
 
 
-@pytest.mark.parametrize(("loras", "images", "parts"), [(4, 2, (4, 1)), (1, 6, (1, 3))])
+@pytest.mark.parametrize(
+    ("loras", "images", "devices", "split"),
+    [
+        (4, 2, 1, (1, (4, 1))),
+        (1, 6, 1, (1, (1, 3))),
+        (1, 6, 3, (3, (1, 2))),
+        (1, 6, 6, (6, (1, 1))),
+        (1, 6, 4, (1, (1, 1))),
+    ],
+)
 def test_losses_in_parts_equal_those_of_the_whole_batch(
-    small, setting, monkeypatch, loras, images, parts
+    small, setting, monkeypatch, loras, images, devices, split
 ):
     unet, params = small
     spec = spec_from_shapes(params, "attn-qkvo", 2)
@@ -155,14 +164,15 @@ def test_losses_in_parts_equal_those_of_the_whole_batch(
         sums, errors = lora_losses(denoiser, params, lora, (latents, text, *drawn), weights)
         return (by * sums).sum(), (sums, errors)
 
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
-
-    def run(numbers):
+    def run(devices, numbers, split):
+        monkeypatch.setattr(jax, "device_count", lambda: devices)
         monkeypatch.setattr(denoising_loss, "NUMBERS_AT_ONCE", numbers)
-        assert denoising_loss._parts(unet, *rows, 8, 8) == (parts if numbers else (1, 1))
+        assert denoising_loss._split_by(unet, *rows, 8, 8) == split
         return jax.jit(jax.grad(total, has_aux=True))(lora, params)
 
-    together = loras * images // max(parts)
-    whole, in_parts = run(0), run(together * 8 * 8 * unet.settings.channels[0])
+    copies, parts = split
+    together = loras * images // (copies * max(parts))
+    whole = run(1, 0, (1, (1, 1)))
+    in_parts = run(devices, together * 8 * 8 * unet.settings.channels[0], split)
     for a, b in zip(jax.tree.leaves(in_parts), jax.tree.leaves(whole), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-6)

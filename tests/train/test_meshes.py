@@ -16,10 +16,11 @@ def losses(workdir):
     return np.asarray([row["loss"] for row in read_rows(workdir / "metrics.jsonl")])
 
 
-@pytest.fixture
-def runs(tmp_path, run_toy):
+@pytest.fixture(params=["adamw", "muon"])
+def runs(request, tmp_path, run_toy):
     arguments = [part for mesh in FEW for part in ("--mesh", mesh)]
-    done = run_toy("--workdir", tmp_path, *arguments, "--num_steps", 20, devices=8)
+    arguments += ["--num_steps", 20, "--optimizer", request.param]
+    done = run_toy("--workdir", tmp_path, *arguments, devices=8)
     reports = [json.loads(line) for line in done.stdout.splitlines()]
     return tmp_path, {report["mesh"]: report["placed"] for report in reports}
 

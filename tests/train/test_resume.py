@@ -23,6 +23,10 @@ RATE = {"learning_rate": 1e-2, "warmup_steps": 2}
             {"optimizer": {**RATE, "clip_norm": None}},
             "optimizer.clip_norm = 1.0, this run has optimizer.clip_norm = None",
         ),
+        (
+            {"optimizer": {**RATE, "clip_norm": 1.0, "name": "muon"}},
+            "was made with optimizer.name = 'adamw', this run has optimizer.name = 'muon'",
+        ),
     ],
 )
 def test_settings_that_shape_the_state_are_named_with_both_values(tmp_path, settings, named):

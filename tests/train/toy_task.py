@@ -132,6 +132,7 @@ def main():
     parser.add_argument("--flat", action="store_true", help="one mesh: no folder of its own")
     parser.add_argument("--interleaved", action="store_true", help="two hosts' devices in turns")
     parser.add_argument("--num_steps", type=int, default=20)
+    parser.add_argument("--optimizer", default="adamw")
     for name in ("kill_at", "terminate_at", "terminate_once_at", "hang_at", "full_at"):
         parser.add_argument(f"--{name}", type=int, default=-1)
     parser.add_argument("--stall_timeout", type=int, default=0)
@@ -155,6 +156,7 @@ def main():
                 task,
                 mesh=mesh,
                 num_steps=args.num_steps,
+                optimizer={"name": args.optimizer, "learning_rate": 1e-2, "warmup_steps": 2},
                 log_every_steps=every,
                 stall_timeout_seconds=args.stall_timeout,
             )
