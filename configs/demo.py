@@ -14,10 +14,13 @@ from hyperlora_jax.cli.config import parent_config
 def get_config() -> ConfigDict:
     config = parent_config(__file__, "avatars.py")
     config.data.num_identities = 1536
-    config.distill.num_concepts = 64
+    config.distill.num_concepts = 48
     config.distill.num_steps = 75
-    config.train.num_steps = 700
+    config.train.num_steps = 350
+    config.train.optimizer.name = "muon"
+    config.train.optimizer.learning_rate = 3e-3
     config.evaluate.conventional.recipe.num_steps = 150
+    config.evaluate.conventional.recipe.images_per_step = 4
     config.evaluate.conventional.num_identities = 32
     config.evaluate.conventional.num_validation = 8
     config.evaluate.methods = (

@@ -177,6 +177,22 @@ def _compute() -> dict[str, Run]:
     }
 
 
+def _optimizers() -> dict[str, Run]:
+    """The demo's training; which people are tried on, and how, is as wide as on the other pages."""
+    tried = {"evaluate.num_validation": 48, "evaluate.strengths": (1.0, 1.25, 1.5, 2.0)}
+
+    def run(name: str, steps: int, rate: float) -> Run:
+        trained = {"name": name, "learning_rate": rate}
+        changes = {f"train.optimizer.{key}": value for key, value in trained.items()}
+        return Run("configs/demo.py", {"train.num_steps": steps, **changes, **tried})
+
+    return {
+        "AdamW, 350 steps": run("adamw", 350, 2e-3),
+        "AdamW, 700 steps": run("adamw", 700, 2e-3),
+        "Muon, 350 steps": run("muon", 350, 3e-3),
+    }
+
+
 SEVERAL = Run(changes={"train.num_steps": 3000, "train.num_references": (1, 8)})
 
 
@@ -218,6 +234,16 @@ def _conventional(config: str) -> dict[str, Run]:
     return _recipes("conventional", where, run, (150, 300, 600), (0.003, 0.01, 0.02))
 
 
+def _demo() -> dict[str, Run]:
+    """The demo's yardstick, which has to be a short one."""
+    changes = {
+        "train.num_steps": 1, "data.num_identities": 64, "evaluate.identities_per_batch": 16,
+        "evaluate.conventional.recipe.images_per_step": 4,
+    }  # fmt: skip
+    run = Run("configs/demo.py", changes)
+    return _recipes("conventional", "evaluate.conventional", run, (75, 150), (0.01, 0.02))
+
+
 def _refine(run: Run) -> dict[str, Run]:
     """What refinement does in 25 steps and more."""
     return _recipes("refined_{}", "evaluate.refine", run, (25, 50), (0.003, 0.01, 0.02))
@@ -232,10 +258,12 @@ EXPERIMENTS = {
     "conventional_fonts": Experiment(
         "The best conventional recipe on fonts", _conventional("configs/fonts.py")
     ),
+    "conventional_demo": Experiment("The demo's conventional recipe, 4 pictures a step", _demo()),
     "gauges": Experiment("Which form of a LoRA is learned best?", _gauges()),
     "num_targets": Experiment("How many LoRA targets are enough?", _num_targets()),
     "num_subjects": Experiment("How many subjects are enough?", _num_subjects()),
     "compute": Experiment("How long should a hypernetwork train on pictures?", _compute()),
+    "optimizers": Experiment("How fast does a hypernetwork learn with Muon?", _optimizers()),
     "references": Experiment("What do more pictures of a subject tell?", _references()),
     "objectives": Experiment("Objective and generator", _objectives()),
     "paper": Experiment("The paper's grid (arXiv 2412.02352)", _paper_grid()),
@@ -243,7 +271,8 @@ EXPERIMENTS = {
 }
 
 WITHOUT_TARGETS = (
-    "conventional", "conventional_heads", "conventional_fonts", "refine", "references", "compute",
+    "conventional", "conventional_demo", "conventional_heads", "conventional_fonts", "refine",
+    "references", "compute", "optimizers",
 )  # fmt: skip
 
 

@@ -131,6 +131,15 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
+def spread(count: int, mesh: Mesh) -> NamedSharding | None:
+    """A leading axis of so many over as many axes of the mesh as divide it; None where none do."""
+    axes: tuple[str, ...] = ()
+    for axis in mesh.axis_names:
+        if count % (mesh.shape[axis] * math.prod(mesh.shape[a] for a in axes)) == 0:
+            axes += (axis,) if mesh.shape[axis] > 1 else ()
+    return NamedSharding(mesh, PartitionSpec(axes)) if axes else None
+
+
 def split_rows(rows: jax.Array, mesh: Mesh | None) -> jax.Array:
     """`rows` [b, ...] split over data × fsdp where these divide b, otherwise as they are."""
     if mesh is None or len(rows) % math.prod(mesh.shape[axis] for axis in BATCH_AXES):

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from hyperlora_jax.array_types import Array, ArrayTree, Params, PRNGKey
 from hyperlora_jax.parallel import sharding
+from hyperlora_jax.train.optimizer import is_stack
 
 INIT_STREAM = 2**32 - 1  # the step that no run reaches: its key initialises the parameters
 
@@ -39,7 +40,8 @@ def new_state(
 
 def state_shardings(shapes: TrainState, mesh: Mesh) -> TrainState:
     """Shardings for a TrainState of shapes: optimiser moments, whose paths end as those of their
-    parameters do, live where these live."""
+    parameters do, live where these live. Muon's stacks of matrices are spread over all devices that
+    divide them: each orthogonalises its own."""
     params = sharding.param_shardings(shapes.params, mesh, sharding.DEFAULT_RULES)
     replicated = sharding.replicated(mesh)
 
@@ -52,7 +54,10 @@ def state_shardings(shapes: TrainState, mesh: Mesh) -> TrainState:
     def like_param(path: tuple[Any, ...], leaf: ArrayTree) -> NamedSharding:
         ends = (places.get(path[start:]) for start in range(len(path)))
         shape, place = next((found for found in ends if found), (None, replicated))
-        return place if leaf.shape == shape else replicated  # factored moments differ
+        if leaf.shape != shape:
+            return replicated  # factored moments differ
+        stacked = jax.tree_util.DictKey("muon") in path and is_stack(path, leaf)
+        return sharding.spread(leaf.shape[0], mesh) or place if stacked else place
 
     opt_state = jax.tree_util.tree_map_with_path(like_param, shapes.opt_state)
     ema = None if shapes.ema is None else params

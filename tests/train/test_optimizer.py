@@ -8,17 +8,17 @@ import pytest
 import torch
 from toy_task import fit_toy
 
-from hyperlora_jax.train.optimizer import hidden_matrices, make_optimizer
+from hyperlora_jax.train.optimizer import make_optimizer, matrices
 
 Axes = optax.contrib.MuonDimensionNumbers
 RATE = {"learning_rate": 0.1, "schedule": "constant", "clip_norm": None}
 
 
-def test_hidden_kernels_are_matrices_and_all_else_is_left_to_adamw():
+def test_kernels_are_matrices_and_all_else_is_left_to_adamw():
     def kernel(*shape):
         return {"kernel": jnp.zeros(shape), "bias": jnp.zeros(shape[-1])}
 
-    found = hidden_matrices(
+    found = matrices(
         {
             "block_0": {"self_attention": {"query": kernel(8, 2, 4), "out": kernel(2, 4, 8)}},
             "blocks": {"self_attention": {"query": kernel(3, 8, 2, 4)}, "mlp": kernel(3, 8, 32)},
@@ -40,6 +40,7 @@ def test_hidden_kernels_are_matrices_and_all_else_is_left_to_adamw():
         "blocks/self_attention/query": ((-3,), (-2, -1)),
         "blocks/mlp": ((-2,), (-1,)),
         "conv": ((-4, -3, -2), (-1,)),
+        "head_up_32": ((-2,), (-1,)),
     }
 
 
