@@ -3,8 +3,8 @@
     python tools/bench.py demo --against CHECKOUT --json docs/measurements/demo_cpu.json
 
 The builds take turns, each run with an empty cache and workdir of its own. What a run cost and
-found is kept in the system's folder for temporary files under the two builds' commits: the same
-command goes on after the last whole run. Memory is that of the process and all it started, shared
+found, its report too, is kept in the system's folder for temporary files under the two builds'
+commits: the same command goes on after the last whole run. Memory is that of the process and all it started, shared
 pages counted once, looked at every second (Linux).
 """
 
@@ -72,7 +72,8 @@ def _demo(code: Path, folder: Path) -> dict[str, float]:
     if process.returncode:
         raise RuntimeError(f"{code}: {' '.join(command)}: {(folder / 'log').read_text()[-500:]}")
     metrics = json.loads((folder / "demo" / "metrics.json").read_text())
-    shutil.rmtree(folder)
+    for part in ("cache", "demo/run"):  # the report stays
+        shutil.rmtree(folder / part, ignore_errors=True)
     stages = ("distill", "train", "evaluate", "export", "torch", "speed")
     seconds = {name: metrics["seconds"][name] for name in stages}
     return {"total": total, "peak memory": peak / MIB, **_scores(metrics), **seconds}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from toy_task import fit_toy
 
-from hyperlora_jax.train.optimizer import make_optimizer, matrices
+from hyperlora_jax.train.optimizer import ITERATIONS, make_optimizer, matrices
 
 Axes = optax.contrib.MuonDimensionNumbers
 RATE = {"learning_rate": 0.1, "schedule": "constant", "clip_norm": None}
@@ -51,7 +51,11 @@ def test_steps_are_those_of_pytorch(shape):
     start, *gradients = rng.standard_normal((6, *shape)).astype(np.float32)
     theirs = torch.nn.Parameter(torch.from_numpy(start.T.copy()))
     optimizer = torch.optim.Muon(
-        [theirs], lr=0.1, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"
+        [theirs],
+        lr=0.1,
+        weight_decay=0.02,
+        adjust_lr_fn="match_rms_adamw",
+        ns_steps=ITERATIONS,
     )
     params = {"kernel": jnp.asarray(start)}
     transform, _ = make_optimizer(5, name="muon", weight_decay=0.02, **RATE)
