@@ -16,7 +16,8 @@ def get_config() -> ConfigDict:
     config.data.num_identities = 1536
     config.distill.num_concepts = 48
     config.distill.num_steps = 75
-    config.train.num_steps = 350
+    config.model.network.depth = 1
+    config.train.num_steps = 550
     config.train.optimizer.name = "muon"
     config.train.optimizer.learning_rate = 3e-3
     # The best of a grid on validation people (tools/experiments.py conventional_demo).
