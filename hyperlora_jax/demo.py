@@ -131,12 +131,12 @@ PROMPT = "smiling mouth wide eyes no glasses blue striped clothes yellow backgro
 STAGES = {
     "distill": Stage(
         "Train LoRAs the usual way, as examples",
-        40.0,
+        45.0,
         (("drawing", 0.0, 0.05), ("distill", 0.05, 1.0)),
     ),
     "train": Stage(
         "Train the hypernetwork: picture in, LoRA out",
-        210.0,
+        180.0,
         (
             ("drawing", 0.0, 0.04),
             ("conditions", 0.04, 0.05),
@@ -147,7 +147,7 @@ STAGES = {
     ),
     "evaluate": Stage(
         "Try it on people it has never seen",
-        80.0,
+        145.0,
         (
             ("drawing", 0.0, 0.01),
             ("encoding", 0.01, 0.02),
@@ -161,8 +161,8 @@ STAGES = {
     ),
     "export": Stage("Write LoRA files", 3.0),
     "torch": Stage("Load them with PyTorch diffusers", 12.0),
-    "speed": Stage("Measure speed", 7.0),
-    "report": Stage("Write the report", 10.0),
+    "speed": Stage("Measure speed", 30.0),
+    "report": Stage("Write the report", 20.0),
 }
 SHOWN = ("exact", "generated", "conventional", "nearest", "mean_lora", "shuffled", "base")
 
