@@ -4,8 +4,8 @@
 
 The builds take turns, each run with an empty cache and workdir of its own. What a run cost and
 found, its report too, is kept in the system's folder for temporary files under the two builds'
-commits: the same command goes on after the last whole run. Memory is that of the process and all it started, shared
-pages counted once, looked at every second (Linux).
+commits: the same command goes on after the last whole run. Memory is that of the process and all it
+started, shared pages counted once, looked at every second (Linux).
 """
 
 import json

@@ -49,8 +49,8 @@ def make_schedule(
 
 
 NAMES = ("adamw", "muon")
-# Newton-Schulz iterations: a hypernetwork learned no less with three than with the usual five, which
-# cost a CPU as much as a third of its step.
+# Newton-Schulz iterations: a hypernetwork learned no less with three than with the usual five,
+# which cost a CPU as much as a third of its step.
 ITERATIONS = 3
 MUON_RMS = 0.2  # of a step in units of the learning rate: what AdamW's steps have
 # Kernels from and to pictures: their rows or columns are no features.
