@@ -105,11 +105,14 @@ def lora_losses(
     weights = jnp.broadcast_to(jnp.asarray(weights), shape)
     if copies > 1:
         lora = _copied(lora, copies)
-        pictures, weights = _regrouped((pictures, weights), copies)
-    if parts == (1, 1):
-        sums, errors = _sums(denoiser, params, lora, pictures, weights)
-    else:
-        sums, errors = _sums_in_parts(denoiser, parts, params, lora, pictures, weights)
+        pictures, weights = _regrouped(pictures, copies), _regrouped(weights, copies)
+
+    def added() -> tuple[Array, Array]:
+        if parts == (1, 1):
+            return _sums(denoiser, params, lora, pictures, weights)
+        return _sums_in_parts(denoiser, parts, params, lora, pictures, weights)
+
+    sums, errors = added()
     return (sums.sum(0, keepdims=True), errors.reshape(shape)) if copies > 1 else (sums, errors)
 
 

@@ -70,24 +70,29 @@ def matrices(params: ArrayTree) -> ArrayTree:
 
     The heads belong to them: a batch of few subjects moves them in few directions.
     """
-    return jax.tree_util.tree_map_with_path(_axes, params)
+
+    def numbers(path: tuple[Any, ...], leaf: ArrayTree):
+        axes = _axes(path, leaf)
+        return None if axes is None else optax.contrib.MuonDimensionNumbers(*axes)
+
+    return jax.tree_util.tree_map_with_path(numbers, params)
 
 
-def _axes(path: tuple[Any, ...], leaf: ArrayTree) -> optax.contrib.MuonDimensionNumbers | None:
+def _axes(path: tuple[Any, ...], leaf: ArrayTree) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """A matrix's rows and columns."""
     name = parameter_name(path)
     if leaf.ndim < 2 or not name.endswith("kernel") or re.fullmatch(_OUTER, name):
         return None
     for pattern, rows, columns in _FROM:
         if leaf.ndim >= 3 and re.fullmatch(pattern, name):
-            return optax.contrib.MuonDimensionNumbers(rows, columns)
-    rows = (-4, -3, -2) if leaf.ndim == 4 else (-2,)  # of a convolution
-    return optax.contrib.MuonDimensionNumbers(rows, (-1,))
+            return rows, columns
+    return ((-4, -3, -2) if leaf.ndim >= 4 else (-2,)), (-1,)  # four: a convolution's
 
 
 def is_stack(path: tuple[Any, ...], leaf: ArrayTree) -> bool:
     """Whether the first axis of a parameter, or of its moments, counts matrices."""
     axes = _axes(path, leaf)
-    return axes is not None and leaf.ndim > len((*axes.reduction_axis, *axes.output_axis))
+    return axes is not None and leaf.ndim > len(axes[0]) + len(axes[1])
 
 
 def make_optimizer(
