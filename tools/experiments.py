@@ -178,8 +178,12 @@ def _compute() -> dict[str, Run]:
 
 
 def _optimizers() -> dict[str, Run]:
-    """The demo's training; which people are tried on, and how, is as wide as on the other pages."""
-    tried = {"evaluate.num_validation": 48, "evaluate.strengths": (1.0, 1.25, 1.5, 2.0)}
+    """The demo's training, but of two blocks; tried on as many people as on the other pages."""
+    tried = {
+        "model.network.depth": 2,
+        "evaluate.num_validation": 48,
+        "evaluate.strengths": (1.0, 1.25, 1.5, 2.0),
+    }
 
     def run(name: str, steps: int, rate: float) -> Run:
         trained = {"name": name, "learning_rate": rate}
